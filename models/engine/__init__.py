@@ -1,0 +1,57 @@
+"""The engine: requests in, completions out. `build_engine` is the one place that chooses torch, vllm or echo."""
+
+from __future__ import annotations
+
+from models.engine.interface import Engine, EngineConfig
+from models.engine.request import (
+    Choose,
+    Classify,
+    Completion,
+    Constraint,
+    Embed,
+    Generate,
+    Inspect,
+    Output,
+    Request,
+    SamplingParams,
+    Tag,
+    TopLogprob,
+    Work,
+)
+from models.errors import ConfigError
+
+__all__ = [
+    "Choose",
+    "Classify",
+    "Completion",
+    "Constraint",
+    "Embed",
+    "Engine",
+    "EngineConfig",
+    "Generate",
+    "Inspect",
+    "Output",
+    "Request",
+    "SamplingParams",
+    "Tag",
+    "TopLogprob",
+    "Work",
+    "build_engine",
+]
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Loads the model that `config` names and returns the engine that runs it.
+
+    Raises ConfigError for a checkpoint or option that cannot run.
+    """
+    if config.kind == "echo":
+        from models.engine.echo import EchoEngine
+        from models.processing.tokenizer import Tokenizer
+
+        return EchoEngine(tokenizer=Tokenizer.from_dir(config.model))
+    if config.kind == "vllm":
+        raise ConfigError("engine.kind=vllm: this version runs engine.kind torch or echo; use one of these")
+    from models.engine.engine import TorchEngine
+
+    return TorchEngine.from_checkpoint(config)

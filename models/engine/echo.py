@@ -1,0 +1,109 @@
+"""EchoEngine: answers every request at once from its prompt alone. No model, no torch; for dry runs and tests.
+
+Answers are a function of the prompt's token ids and the work, so that reruns agree. A generated text is the prompt's
+last tokens (decoded by the tokenizer when one is given); the label scores favour a choice picked by the prompt's sum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+from models.engine.request import (
+    Choose,
+    Classify,
+    Completion,
+    Embed,
+    Generate,
+    Inspect,
+    Output,
+    Request,
+    Tag,
+)
+from models.errors import RowError
+
+ECHO_WIDTH = 8  # length of EchoEngine's vectors, class logits and hidden states
+
+
+class Decoder(Protocol):
+    """The one thing EchoEngine asks of a tokenizer."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class EchoEngine:
+    """Completes everything in the step after it was submitted."""
+
+    def __init__(self, *, max_model_len: int = 1 << 20, tokenizer: Decoder | None = None) -> None:
+        self._max_model_len = max_model_len
+        self._tokenizer = tokenizer
+        self._waiting: dict[str, Request] = {}
+        self._aborted: list[Completion] = []
+
+    def submit(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._waiting[request.id] = request
+
+    def step(self) -> list[Completion]:
+        done = self._aborted + [self._answer(request) for request in self._waiting.values()]
+        self._waiting.clear()
+        self._aborted = []
+        return done
+
+    def abort(self, ids: list[str]) -> None:
+        for request_id in ids:
+            request = self._waiting.pop(request_id, None)
+            if request is not None:
+                num_tokens = len(request.input_ids)
+                self._aborted.append(Completion(id=request_id, finish_reason="abort", prompt_tokens=num_tokens))
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._aborted)
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._aborted = []
+
+    def _answer(self, request: Request) -> Completion:
+        ids = list(request.input_ids)
+        if not ids or len(ids) >= self._max_model_len:
+            return Completion(
+                id=request.id, finish_reason="error", prompt_tokens=len(ids), error=self._length_error(len(ids))
+            )
+        digest = sum(ids)
+        match request.work:
+            case Generate(sampling=sampling):
+                echoed = ids[-sampling.max_tokens :]
+                text = self._tokenizer.decode(echoed) if self._tokenizer else " ".join(map(str, echoed))
+                logprobs = (0.0,) * len(echoed) if sampling.logprobs else None
+                output = Output(token_ids=tuple(echoed), text=text, finish_reason="stop", logprobs=logprobs)
+                return Completion(
+                    id=request.id,
+                    finish_reason="stop",
+                    prompt_tokens=len(ids),
+                    output_tokens=len(echoed) * sampling.n,
+                    outputs=(output,) * sampling.n,
+                )
+            case Choose(choices=choices):
+                rest = 0.1 / max(len(choices) - 1, 1)
+                picked = digest % len(choices)
+                scores = tuple(math.log(0.8 if i == picked else rest) for i in range(len(choices)))
+                return Completion(
+                    id=request.id, finish_reason="scored", prompt_tokens=len(ids), choice_logprobs=scores
+                )
+            case Classify() | Embed():
+                array = np.cos(np.arange(ECHO_WIDTH, dtype=np.float32) + digest % 97)
+            case Tag() | Inspect():
+                array = np.cos(np.arange(ECHO_WIDTH, dtype=np.float32) + np.array(ids, np.float32)[:, None])
+        return Completion(
+            id=request.id, finish_reason="scored", prompt_tokens=len(ids), array=array.astype(np.float32)
+        )
+
+    def _length_error(self, num_tokens: int) -> RowError:
+        if num_tokens == 0:
+            return RowError("empty_prompt", "the prompt has no tokens")
+        return RowError(
+            "prompt_too_long", f"the prompt has {num_tokens} tokens, the model takes fewer than {self._max_model_len}"
+        )

@@ -1,0 +1,68 @@
+"""The engine seam: what every engine does, and how one is configured.
+
+An engine sees token ids and arrays, never a file, a URL or a row. Which engine to build is decided in
+models.engine.build_engine alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from models.engine.request import Completion, Request
+
+Auto = Literal["auto"]
+
+
+class Engine(Protocol):
+    """Takes requests, is stepped, and gives back exactly one Completion for each of them."""
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queues requests. A request that can never run ends in an error Completion of the next step."""
+        ...
+
+    def step(self) -> list[Completion]:
+        """Does one bounded piece of work and returns whatever finished. Raises EngineError when it cannot go on."""
+        ...
+
+    def abort(self, ids: list[str]) -> None:
+        """Ends requests early; each still gets its Completion (finish_reason "abort"). Unknown ids are ignored."""
+        ...
+
+    def has_work(self) -> bool:
+        """True while a submitted request has not come back."""
+        ...
+
+    def close(self) -> None:
+        """Frees the engine's memory; it cannot be used afterwards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to run one model. "auto" is resolved by the engine from the device and the checkpoint.
+
+    `max_step_tokens` bounds the tokens of one forward pass, `max_num_seqs` the sequences in flight, `kv_cache_tokens`
+    the size of the paged KV cache in tokens, `block_size` the tokens of one block of it. `max_model_len` bounds prompt
+    plus output; "auto" takes the checkpoint's max_position_embeddings.
+    """
+
+    model: str
+    kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    tensor_parallel_size: int = 1
+    max_step_tokens: int | Auto = "auto"
+    max_num_seqs: int | Auto = "auto"
+    max_model_len: int | Auto = "auto"
+    kv_cache_tokens: int | Auto = "auto"
+    block_size: int | Auto = "auto"
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_step_tokens", "max_num_seqs", "max_model_len", "kv_cache_tokens", "block_size"):
+            value = getattr(self, name)
+            if value != "auto" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f'engine.{name}={value!r}: it must be a positive integer or "auto"')
+        if self.tensor_parallel_size < 1:
+            raise ValueError(f"engine.tensor_parallel_size={self.tensor_parallel_size}: it must be at least 1")

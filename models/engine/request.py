@@ -1,0 +1,172 @@
+"""The engine's vocabulary: what is asked (Request) and what comes back (Completion).
+
+Owns plain frozen data and its validation. Knows nothing of files, rows, tokenizers or tensors' devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import RowError
+
+FinishReason = Literal["stop", "length", "scored", "error", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
+
+    `logprobs` is the number of most likely alternatives to report at each output token; 0 reports none, and from 1
+    on the chosen token's own log-probability is reported too. `repetition_penalty` looks at prompt and output,
+    `presence_penalty` and `frequency_penalty` at the output alone.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int = 64
+    min_tokens: int = 0
+    seed: int = 0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, wrong, rule in (
+            ("temperature", not 0.0 <= self.temperature < float("inf"), ">= 0"),
+            ("top_p", not 0.0 < self.top_p <= 1.0, "in (0, 1]"),
+            ("top_k", self.top_k < 0, ">= 0 (0 switches it off)"),
+            ("min_p", not 0.0 <= self.min_p <= 1.0, "in [0, 1]"),
+            ("repetition_penalty", not 0.0 < self.repetition_penalty < float("inf"), "> 0 (1 switches it off)"),
+            ("presence_penalty", not -10.0 <= self.presence_penalty <= 10.0, "in [-10, 10]"),
+            ("frequency_penalty", not -10.0 <= self.frequency_penalty <= 10.0, "in [-10, 10]"),
+            ("max_tokens", self.max_tokens < 1, ">= 1"),
+            ("min_tokens", not 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
+            ("n", self.n < 1, ">= 1"),
+            ("stop", "" in self.stop, "without empty strings"),
+            ("logprobs", not 0 <= self.logprobs <= 100, "in [0, 100]"),
+        ):
+            if wrong:
+                raise ValueError(f"sampling.{name}={getattr(self, name)!r}: it must be {rule}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """What the output must match: a JSON schema (as JSON text) or a regular expression."""
+
+    kind: Literal["json_schema", "regex"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Decode tokens, optionally under a constraint."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choose:
+    """Score whole continuations of the prompt without decoding.
+
+    `choices` are the continuations' token ids. With `count_end`, a choice's log-probability includes that of the
+    model ending right after it (all EOS ids summed).
+    """
+
+    choices: tuple[tuple[int, ...], ...]
+    count_end: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.choices or not all(self.choices):
+            raise ValueError("Choose.choices: at least one choice, and none of them empty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classify:
+    """Class logits of a sequence-classification head at the pooled token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tag:
+    """Class logits of a token-classification head at every prompt token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embed:
+    """A vector for the prompt from the hidden states after the final norm."""
+
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspect:
+    """Everything at every prompt position, for tests and inspection: vocabulary logits or hidden states."""
+
+    what: Literal["logits", "hidden_states"] = "logits"
+
+
+Work = Generate | Choose | Classify | Tag | Embed | Inspect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and the work to do on it. `id` is unique among the requests in flight."""
+
+    id: str
+    input_ids: SequenceOf[int]
+    work: Work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopLogprob:
+    """One alternative at one output position."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One generated continuation. `text` ends before the stop string or EOS; `token_ids` hold every sampled id."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[TopLogprob, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What became of one request; every request ends in exactly one of these.
+
+    `outputs` belongs to Generate (n of them), `choice_logprobs` (joint natural logarithms, in the order of the
+    choices) to Choose, `array` to the rest: float32 [num_labels] for Classify, [tokens, num_labels] for Tag,
+    [hidden_size] for Embed, [tokens, vocab_size | hidden_size] for Inspect. `error` is set when finish_reason is
+    "error". `num_preemptions` counts how often the request lost its KV cache to an older one and was recomputed.
+    """
+
+    id: str
+    finish_reason: FinishReason
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    outputs: tuple[Output, ...] = ()
+    choice_logprobs: tuple[float, ...] | None = None
+    array: NDArray[np.float32] | None = None
+    error: RowError | None = None
+    num_preemptions: int = 0

@@ -1,0 +1,95 @@
+"""The job as data: one frozen dataclass for each section of a job file, with every default written once.
+
+Owns names, types and defaults of the public job contract. Parsing YAML and judging values against files is the
+business of jobs.config; running them, of pipelines.pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from models.engine.request import SamplingParams
+
+Auto = Literal["auto"]
+TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskConfig:
+    """What is asked of the model for each row.
+
+    `prompt` is a template over columns ("{text}"); `messages` names a column that holds chat messages instead.
+    `gold` names a column with the right answer: the summary then prints the accuracy.
+    """
+
+    kind: TaskKind
+    system: str | None = None
+    prompt: str | None = None
+    messages: str | None = None
+    image: str | list[str] | None = None
+    video: str | list[str] | None = None
+    labels: list[str] | None = None
+    end_of_label: Literal["auto", "always", "never"] = "auto"
+    schema: dict[str, Any] | None = None
+    thinking: bool = False
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = False
+    gold: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSection:
+    """The `engine:` section; all but `replicas` goes to models.engine.EngineConfig."""
+
+    kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    tensor_parallel_size: int = 1
+    replicas: int = 1
+    max_step_tokens: int | Auto = "auto"
+    max_model_len: int | Auto = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessSection:
+    """The `preprocess:` section: CPU workers, and pixel and frame budgets for media."""
+
+    workers: int | Auto = "auto"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    fps: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitSection:
+    """The `commit:` section: how much finished work a crash may cost at most."""
+
+    unit_rows: int | Auto = "auto"
+    every_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageSection:
+    """The `storage:` section: options for s3:// paths."""
+
+    endpoint_url: str | None = None
+    anon: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One job: model, input, output, task. See the README for every key."""
+
+    model: str
+    input: list[str]
+    output: str
+    task: TaskConfig
+    key: str | None = None
+    carry: list[str] = field(default_factory=list)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    engine: EngineSection = field(default_factory=EngineSection)
+    preprocess: PreprocessSection = field(default_factory=PreprocessSection)
+    commit: CommitSection = field(default_factory=CommitSection)
+    max_error_rate: float = 0.0
+    storage: StorageSection = field(default_factory=StorageSection)
