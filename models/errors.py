@@ -1,9 +1,9 @@
 """The three errors of glm-batch, told apart by what the reader must do.
 
-    GlmBatchError
-    ├── ConfigError   the job, checkpoint or option is wrong: nothing has started yet, fix it and rerun
-    ├── RowError      one row cannot be processed: it becomes that row's record, the work goes on
-    └── EngineError   the engine is dead: its replica must be restarted and its units retried
+GlmBatchError
+├── ConfigError   the job, checkpoint or option is wrong: nothing has started yet, fix it and rerun
+├── RowError      one row cannot be processed: it becomes that row's record, the work goes on
+└── EngineError   the engine is dead: its replica must be restarted and its units retried
 """
 
 from __future__ import annotations

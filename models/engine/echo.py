@@ -90,16 +90,12 @@ class EchoEngine:
                 rest = 0.1 / max(len(choices) - 1, 1)
                 picked = digest % len(choices)
                 scores = tuple(math.log(0.8 if i == picked else rest) for i in range(len(choices)))
-                return Completion(
-                    id=request.id, finish_reason="scored", prompt_tokens=len(ids), choice_logprobs=scores
-                )
+                return Completion(id=request.id, finish_reason="scored", prompt_tokens=len(ids), choice_logprobs=scores)
             case Classify() | Embed():
                 array = np.cos(np.arange(ECHO_WIDTH, dtype=np.float32) + digest % 97)
             case Tag() | Inspect():
                 array = np.cos(np.arange(ECHO_WIDTH, dtype=np.float32) + np.array(ids, np.float32)[:, None])
-        return Completion(
-            id=request.id, finish_reason="scored", prompt_tokens=len(ids), array=array.astype(np.float32)
-        )
+        return Completion(id=request.id, finish_reason="scored", prompt_tokens=len(ids), array=array.astype(np.float32))
 
     def _length_error(self, num_tokens: int) -> RowError:
         if num_tokens == 0:
