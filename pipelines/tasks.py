@@ -1,0 +1,551 @@
+"""Tasks: what a row becomes for the model, and what the model's answer becomes for the reader.
+
+Owns prompt templates, the Request of each task kind and the typed output columns of its Completion. Rows are plain
+dicts. Knows nothing of Ray, files or where an engine runs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import hashlib
+import json
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.engine.request import (
+    Choose,
+    Classify,
+    Completion,
+    Constraint,
+    Embed,
+    Generate,
+    Output,
+    Request,
+    Tag,
+    Work,
+)
+from models.errors import ConfigError, RowError
+from models.processing.chat import Chat
+from models.processing.tokenizer import Tokenizer
+from pipelines.job import Job, TaskConfig
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+PROBLEM_TYPES: tuple[ProblemType, ...] = ("single_label_classification", "multi_label_classification", "regression")
+MULTI_LABEL_THRESHOLD = 0.5
+CHAT_KINDS = frozenset({"choose", "generate", "extract"})
+TASK_COLUMNS: dict[str, tuple[str, ...]] = {
+    "choose": ("label", "probability", "label_probs", "off_set_mass"),
+    "generate": ("text", "reasoning", "finish_reason", "logprobs"),
+    "extract": ("json",),
+    "classify": ("scores", "label"),
+    "tag": ("tokens",),
+    "embed": ("vector",),
+}
+
+Row = Mapping[str, Any]
+Columns = dict[str, Any]
+
+_COLUMN_NAME = re.compile(r"\w[\w \-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What a checkpoint's config.json says about its outputs and limits; `label_names` are in the order of the ids."""
+
+    problem_type: ProblemType
+    label_names: tuple[str, ...]
+    hidden_size: int
+    max_position_embeddings: int
+
+    @classmethod
+    def from_dir(cls, model_dir: str) -> Head:
+        """Reads config.json. Raises ConfigError when it is missing, broken or contradicts itself."""
+        path = Path(model_dir) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); `model` must name a checkpoint directory") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"{path}: it must hold a JSON object")
+        text = {**config, **(config.get("text_config") or {})}
+        missing = [name for name in ("hidden_size", "max_position_embeddings") if not isinstance(text.get(name), int)]
+        if missing:
+            raise ConfigError(f"{path}: {missing[0]} is missing or not an integer")
+        names = _label_names(config)
+        return cls(
+            problem_type=_problem_type(config, len(names), path),
+            label_names=names,
+            hidden_size=text["hidden_size"],
+            max_position_embeddings=text["max_position_embeddings"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """A text with "{column}" fields; "{{" and "}}" stand for literal braces."""
+
+    parts: tuple[tuple[str, str | None], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> PromptTemplate:
+        """Raises ConfigError for stray braces and for fields that are more than a plain column name."""
+        try:
+            parsed = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ConfigError(f"task.prompt: {error}; write {{{{ and }}}} for literal braces") from error
+        for _, field, spec, conversion in parsed:
+            if field is not None and (spec or conversion or not _COLUMN_NAME.fullmatch(field)):
+                raise ConfigError(
+                    f"task.prompt: the field {{{field}}} is not a plain column name; "
+                    "write {{ and }} for literal braces, and {column} for a column's value"
+                )
+        return cls(tuple((literal, field) for literal, field, _, _ in parsed))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template reads, each once, in the order of their first use."""
+        return tuple(dict.fromkeys(column for _, column in self.parts if column is not None))
+
+    def format(self, row: Row) -> str:
+        """The prompt of one row. Raises RowError for a value that cannot stand in a text, or if all are blank."""
+        values = {column: cell_text(row, column) for column in self.columns}
+        if values and not any(value.strip() for value in values.values()):
+            raise RowError("empty_text", f"nothing but white space in {_quoted(values)}: there is nothing to ask about")
+        return "".join(literal + (values[column] if column is not None else "") for literal, column in self.parts)
+
+
+def cell_text(row: Row, column: str) -> str:
+    """A cell as prompt text. Text, numbers, booleans, dates and UTF-8 bytes have one; anything else is a RowError."""
+    if column not in row:
+        raise RowError("missing_column", f"the row has no column {column!r}")
+    value = row[column]
+    match value:
+        case None:
+            raise RowError("null_prompt", f"column {column!r} is null: a prompt needs its value")
+        case str():
+            return _valid_text(value, column)
+        case bytes():
+            return _decoded(value, column)
+        case float() if not math.isfinite(value):
+            raise RowError("not_a_number", f"column {column!r} is {value}: a prompt needs a finite number")
+        case bool() | int() | float() | decimal.Decimal():
+            return str(value)
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+    raise RowError(
+        "wrong_type", f"column {column!r} holds {type(value).__name__}; a prompt takes text, numbers and dates"
+    )
+
+
+def input_columns(job: Job) -> tuple[str, ...]:
+    """Every input column that the job reads, each once: prompt or messages, key, carried columns, gold."""
+    task = job.task
+    prompt = PromptTemplate.parse(task.prompt).columns if task.prompt is not None else ()
+    single = tuple(column for column in (task.messages, job.key, task.gold) if column is not None)
+    return tuple(dict.fromkeys((*prompt, *single, *job.carry)))
+
+
+def uses_chat(task: TaskConfig) -> bool:
+    """True where the prompt goes through the chat template; classification, tags and vectors take raw text."""
+    return task.kind in CHAT_KINDS or task.system is not None or task.messages is not None
+
+
+class TaskRunner:
+    """One job's task on one worker: built once from the job and its checkpoint, then asked row by row.
+
+    The labels' continuations, the constraint and the token limit are computed here, once.
+    """
+
+    def __init__(self, job: Job, model_dir: str) -> None:
+        self._job = job
+        self._task = job.task
+        self._head = Head.from_dir(model_dir)
+        self._template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
+        self._chat = Chat.from_dir(model_dir) if uses_chat(job.task) else None
+        self._tokenizer = self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
+        self.work: Work = self._build_work()
+        limit = job.engine.max_model_len
+        self._max_model_len = self._head.max_position_embeddings if limit == "auto" else limit
+        self._reserved = self._tokens_after_prompt()
+        self._null_columns: Columns = dict.fromkeys((*TASK_COLUMNS[job.task.kind], *TOKEN_COLUMNS))
+
+    def messages(self, row: Row) -> list[dict[str, Any]]:
+        """The row's conversation as the chat template gets it. Raises RowError."""
+        if self._task.messages is not None:
+            given = _messages_cell(row, self._task.messages)
+        else:
+            given = [{"role": "user", "content": self.text(row)}]
+        return given if self._task.system is None else _with_system(self._task.system, given)
+
+    def text(self, row: Row) -> str:
+        """The row's filled-in prompt template. Raises RowError."""
+        if self._template is None:
+            raise ConfigError("task.prompt is not set: this task takes its conversation from task.messages")
+        return self._template.format(row)
+
+    def render(self, row: Row) -> str:
+        """What the model reads, as text for people. Raises RowError."""
+        if self._chat is None:
+            return self.text(row)
+        return self._chat.render(self.messages(row), thinking=self._task.thinking)
+
+    def encode(self, row: Row) -> list[int]:
+        """The row's prompt as token ids, checked against the model's limit. Raises RowError."""
+        if self._chat is None:
+            ids = self._tokenizer.encode_raw(self.text(row))
+        else:
+            ids = self._chat.prompt_ids(self.messages(row), thinking=self._task.thinking)
+        self._check_length(len(ids))
+        return ids
+
+    def request(self, row_key: str, input_ids: Sequence[int]) -> Request:
+        """The request for a tokenized row. Sampling draws from a seed of the row's own: see `row_seed`."""
+        work = self.work
+        if isinstance(work, Generate) and work.sampling.temperature > 0:
+            work = replace(work, sampling=replace(work.sampling, seed=row_seed(work.sampling.seed, row_key)))
+        return Request(id=row_key, input_ids=input_ids, work=work)
+
+    def to_request(self, row_key: str, row: Row) -> Request:
+        """Row to request in one go. Raises RowError."""
+        return self.request(row_key, self.encode(row))
+
+    def to_columns(self, completion: Completion, row: Row) -> Columns:
+        """The row's output: status, error, task columns and token counts. Never raises RowError: it records it.
+
+        `row` is read by tag alone, whose tokens carry the prompt's text and offsets.
+        """
+        counts = {
+            "prompt_tokens": completion.prompt_tokens,
+            "cached_tokens": completion.cached_tokens,
+            "output_tokens": completion.output_tokens,
+            "media_tokens": 0,
+        }
+        try:
+            columns = self._answer(completion, row)
+        except RowError as error:
+            return {**self.error_columns(error), **counts}
+        return {"status": "ok", "error_code": None, "error_message": None, **columns, **counts}
+
+    def error_columns(self, error: RowError) -> Columns:
+        """The record of a row that failed: the same columns as a good one, null but for the error."""
+        return {"status": "error", "error_code": error.code, "error_message": error.message, **self._null_columns}
+
+    def is_right(self, columns: Columns, gold: object) -> bool | None:
+        """Whether an output agrees with the gold value; None where there is nothing to compare."""
+        if gold is None or columns["status"] != "ok":
+            return None
+        match self._task.kind:
+            case "choose":
+                return bool(columns["label"] == str(gold))
+            case "generate":
+                texts = columns["text"] if isinstance(columns["text"], list) else [columns["text"]]
+                return bool(texts[0].strip() == str(gold).strip())
+            case "extract":
+                return _same_json(columns["json"], gold)
+            case "classify" if self._head.problem_type == "multi_label_classification":
+                return isinstance(gold, list | tuple) and set(columns["label"]) == {str(label) for label in gold}
+            case "classify" if self._head.problem_type == "single_label_classification":
+                return bool(columns["label"] == str(gold))
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was decided for this job and belongs into its manifest."""
+        if isinstance(self.work, Choose):
+            return {"label_token_ids": [list(ids) for ids in self.work.choices], "end_counted": self.work.count_end}
+        if self._task.kind == "classify":
+            return {"problem_type": self._head.problem_type, "label_names": list(self._head.label_names)}
+        return {}
+
+    def _build_work(self) -> Work:
+        task = self._task
+        match task.kind:
+            case "choose":
+                assert self._chat is not None
+                choices = self._chat.label_continuations(list(task.labels or ()), thinking=task.thinking)
+                return Choose(choices=tuple(choices), count_end=self._chat.count_end(choices, task.end_of_label))
+            case "generate":
+                return Generate(sampling=self._job.sampling)
+            case "extract":
+                constraint = Constraint(kind="json_schema", text=json.dumps(task.schema))
+                return Generate(sampling=self._job.sampling, constraint=constraint)
+            case "classify":
+                return Classify()
+            case "tag":
+                return Tag()
+            case "embed":
+                return Embed(pooling=task.pooling, normalize=task.normalize)
+
+    def _tokens_after_prompt(self) -> int:
+        match self.work:
+            case Generate():
+                return 1
+            case Choose(choices=choices):
+                return max(len(choice) for choice in choices)
+        return 0
+
+    def _check_length(self, num_tokens: int) -> None:
+        most = self._max_model_len - self._reserved
+        if num_tokens > most:
+            kept = f", {self._reserved} of them kept for the answer" if self._reserved else ""
+            raise RowError(
+                "prompt_too_long",
+                f"the prompt has {num_tokens} tokens and at most {most} fit "
+                f"(the limit is {self._max_model_len} tokens{kept})",
+            )
+
+    def _answer(self, completion: Completion, row: Row) -> Columns:
+        if completion.error is not None:
+            raise completion.error
+        if completion.finish_reason == "abort":
+            raise RowError("aborted", "the request was ended before it was answered")
+        match self._task.kind:
+            case "choose":
+                return self._choose_columns(completion)
+            case "generate":
+                return self._generate_columns(completion.outputs)
+            case "extract":
+                return self._extract_columns(completion.outputs[0])
+            case "classify":
+                return self._classify_columns(_finite(completion.array, (len(self._head.label_names),)))
+            case "tag":
+                return self._tag_columns(completion, row)
+            case "embed":
+                return {"vector": _finite(completion.array, (self._head.hidden_size,))}
+
+    def _choose_columns(self, completion: Completion) -> Columns:
+        """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1 - their sum."""
+        logprobs = completion.choice_logprobs or ()
+        highest = max(logprobs)
+        if (
+            not all(value <= 0.0 or math.isclose(value, 0.0, abs_tol=1e-4) for value in logprobs)
+            or highest == -math.inf
+        ):
+            raise RowError("not_finite", f"the model's label log-probabilities are {list(logprobs)}")
+        weights = [math.exp(value - highest) for value in logprobs]
+        total = sum(weights)
+        probabilities = [weight / total for weight in weights]
+        best = logprobs.index(highest)
+        return {
+            "label": (self._task.labels or [])[best],
+            "probability": probabilities[best],
+            "label_probs": probabilities,
+            "off_set_mass": 1.0 - math.exp(highest) * total,
+        }
+
+    def _generate_columns(self, outputs: tuple[Output, ...]) -> Columns:
+        assert self._chat is not None
+        parts = [self._chat.split_reasoning(output.text, thinking=self._task.thinking) for output in outputs]
+        columns: dict[str, list[Any]] = {
+            "text": [answer for _, answer in parts],
+            "reasoning": [reasoning for reasoning, _ in parts],
+            "finish_reason": [output.finish_reason for output in outputs],
+            "logprobs": [None if output.logprobs is None else list(output.logprobs) for output in outputs],
+        }
+        if self._job.sampling.n > 1:
+            return columns
+        return {name: values[0] for name, values in columns.items()}
+
+    def _extract_columns(self, output: Output) -> Columns:
+        text = output.text.strip()
+        if output.finish_reason == "length":
+            raise RowError(
+                "output_truncated",
+                f"the JSON was cut off after {len(output.token_ids)} tokens: raise sampling.max_tokens "
+                f"(now {self._job.sampling.max_tokens}) or allow shorter values in task.schema; it began {text[:80]!r}",
+            )
+        self._json_validator.check(text)
+        return {"json": text}
+
+    def _classify_columns(self, logits: NDArray[np.float64]) -> Columns:
+        names = self._head.label_names
+        match self._head.problem_type:
+            case "regression":
+                return {"scores": logits.tolist(), "label": float(logits[0])}
+            case "multi_label_classification":
+                scores = 1.0 / (1.0 + np.exp(-logits))
+                chosen = [name for name, score in zip(names, scores, strict=True) if score > MULTI_LABEL_THRESHOLD]
+                return {"scores": scores.tolist(), "label": chosen}
+            case "single_label_classification":
+                scores = _softmax(logits)
+                return {"scores": scores.tolist(), "label": names[int(scores.argmax())]}
+
+    def _tag_columns(self, completion: Completion, row: Row) -> Columns:
+        """One entry for each token of the text; the tokenizer's own special tokens are no part of the text."""
+        text = self.text(row)
+        ids, offsets = self._tokenizer.encode_raw_with_offsets(text)
+        names = self._head.label_names
+        scores = _softmax(_finite(completion.array, (len(ids), len(names))))  # [tokens, num_labels]
+        best = scores.argmax(axis=-1)
+        special = self._tokenizer.special_ids
+        tokens = [
+            {
+                "text": text[start:end],
+                "start": start,
+                "end": end,
+                "label": names[label],
+                "score": float(row_scores[label]),
+            }
+            for token_id, (start, end), label, row_scores in zip(ids, offsets, best.tolist(), scores, strict=True)
+            if token_id not in special
+        ]
+        return {"tokens": tokens}
+
+    @cached_property
+    def _json_validator(self) -> JsonValidator:
+        return JsonValidator(self._task.schema or {})
+
+
+TOKEN_COLUMNS = ("prompt_tokens", "cached_tokens", "output_tokens", "media_tokens")
+
+
+class JsonValidator:
+    """Checks a text against a JSON schema, byte by byte, with the library that constrains the decoding."""
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        import llguidance
+
+        self._grammar = llguidance.grammar_from("json_schema", json.dumps(schema))
+        self._tokenizer = llguidance.LLTokenizer("byte")
+
+    def check(self, text: str) -> None:
+        """Raises RowError("invalid_json") with the place where the text leaves JSON or the schema."""
+        import llguidance
+
+        try:
+            json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise RowError("invalid_json", f"the output is not JSON: {error}; it began {text[:80]!r}") from error
+        matcher = llguidance.LLMatcher(self._tokenizer, self._grammar)
+        data = list(text.encode())
+        accepted = matcher.validate_tokens(data)
+        if accepted < len(data):
+            place = text.encode()[:accepted].decode(errors="replace")
+            raise RowError("invalid_json", f"the output leaves task.schema after {place[-80:]!r}")
+        matcher.consume_tokens(data)
+        if not matcher.is_accepting():
+            raise RowError("invalid_json", f"the output ends before task.schema is satisfied: {text[-80:]!r}")
+
+
+def check_schema(schema: dict[str, Any]) -> None:
+    """Raises ConfigError when the constrained decoder cannot follow this JSON schema."""
+    import llguidance
+
+    problem = llguidance.LLMatcher.validate_grammar(llguidance.grammar_from("json_schema", json.dumps(schema)))
+    if problem:
+        raise ConfigError(f"task.schema: not a JSON schema that decoding can follow: {problem}")
+
+
+def row_seed(seed: int, row_key: str) -> int:
+    """A row's own seed in [0, 2^63): rows draw independently, and a rerun draws the same."""
+    digest = hashlib.blake2b(f"{seed}:{row_key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _valid_text(value: str, column: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "not_utf8", f"column {column!r} holds a lone surrogate at character {error.start}: it is no valid text"
+        ) from error
+    return value
+
+
+def _decoded(value: bytes, column: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise RowError("not_utf8", f"column {column!r} is not UTF-8 at byte {error.start}") from error
+
+
+def _messages_cell(row: Row, column: str) -> list[dict[str, Any]]:
+    """A column of chat messages: a list of structs, or a JSON text of the same."""
+    if column not in row:
+        raise RowError("missing_column", f"the row has no column {column!r}")
+    value = row[column]
+    if value is None:
+        raise RowError("null_prompt", f"column {column!r} is null: a prompt needs its messages")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError("bad_messages", f"column {column!r} is text but not JSON: {error}") from error
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise RowError("bad_messages", f"column {column!r} must hold a list of messages with role and content")
+    return [_without_nulls(message) for message in value]
+
+
+def _without_nulls(struct: dict[str, Any]) -> dict[str, Any]:
+    """Arrow gives every struct of a column every key, parts of a content too: an absent key arrives as null."""
+    content = struct.get("content")
+    if isinstance(content, list):
+        struct = {**struct, "content": [_without_nulls(part) if isinstance(part, dict) else part for part in content]}
+    return {name: value for name, value in struct.items() if value is not None}
+
+
+def _with_system(system: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if messages and messages[0].get("role") == "system":
+        raise RowError(
+            "bad_messages", "the messages begin with a system message and the job sets task.system: keep one of them"
+        )
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _finite(array: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    if array is None or array.shape != shape:
+        got = None if array is None else array.shape
+        raise RowError("wrong_shape", f"the engine answered with shape {got} where the checkpoint's head has {shape}")
+    if not np.isfinite(array).all():
+        raise RowError("not_finite", "the model's output holds NaN or infinity: try engine.dtype float32")
+    return array.astype(np.float64)
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
+
+
+def _same_json(text: str, gold: object) -> bool:
+    """Equal as JSON values; a gold text is read as JSON too. Null and an absent key are not the same."""
+    try:
+        expected = json.loads(gold) if isinstance(gold, str) else gold
+    except ValueError:
+        return False
+    return bool(json.loads(text) == expected)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _label_names(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names in the order of the class ids; JSON keys of id2label are strings. Two unnamed labels by default."""
+    names = config.get("id2label")
+    if isinstance(names, dict) and names:
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+    return tuple(f"LABEL_{index}" for index in range(config.get("num_labels") or 2))
+
+
+def _problem_type(config: dict[str, Any], num_labels: int, path: Path) -> ProblemType:
+    """As config.json says, else by the number of labels, as training would have inferred it."""
+    given = config.get("problem_type")
+    if given is None:
+        return "regression" if num_labels == 1 else "single_label_classification"
+    if given not in PROBLEM_TYPES:
+        raise ConfigError(f"{path}: problem_type {given!r} is unknown; it is one of {', '.join(PROBLEM_TYPES)}")
+    return PROBLEM_TYPES[PROBLEM_TYPES.index(given)]
+
+
+def _quoted(columns: Mapping[str, str]) -> str:
+    return " and ".join(repr(column) for column in columns)
