@@ -241,9 +241,11 @@ class TaskRunner:
         return {"status": "error", "error_code": error.code, "error_message": error.message, **self._null_columns}
 
     def is_right(self, columns: Columns, gold: object) -> bool | None:
-        """Whether an output agrees with the gold value; None where there is nothing to compare."""
-        if gold is None or columns["status"] != "ok":
+        """Whether an output agrees with the gold value; a failed row does not. None where there is no gold value."""
+        if gold is None:
             return None
+        if columns["status"] != "ok":
+            return False
         match self._task.kind:
             case "choose":
                 return bool(columns["label"] == str(gold))
@@ -256,7 +258,7 @@ class TaskRunner:
                 return isinstance(gold, list | tuple) and set(columns["label"]) == {str(label) for label in gold}
             case "classify" if self._head.problem_type == "single_label_classification":
                 return bool(columns["label"] == str(gold))
-        return None
+        raise ConfigError(f"task.gold: task.kind {self._task.kind} has no single right answer to compare with")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -483,15 +485,7 @@ def _messages_cell(row: Row, column: str) -> list[dict[str, Any]]:
             raise RowError("bad_messages", f"column {column!r} is text but not JSON: {error}") from error
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise RowError("bad_messages", f"column {column!r} must hold a list of messages with role and content")
-    return [_without_nulls(message) for message in value]
-
-
-def _without_nulls(struct: dict[str, Any]) -> dict[str, Any]:
-    """Arrow gives every struct of a column every key, parts of a content too: an absent key arrives as null."""
-    content = struct.get("content")
-    if isinstance(content, list):
-        struct = {**struct, "content": [_without_nulls(part) if isinstance(part, dict) else part for part in content]}
-    return {name: value for name, value in struct.items() if value is not None}
+    return value
 
 
 def _with_system(system: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
