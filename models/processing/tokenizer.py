@@ -1,0 +1,221 @@
+"""Text to token ids and back, for the byte-level BPE tokenizers of the GLM checkpoints.
+
+Owns tokenizer.json and the special ids; keeps the template's control tokens apart from the same characters in
+content, which are ordinary text. Knows nothing of messages, templates, models or engines.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from models.errors import ConfigError, RowError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, or {} when there is no such file. Raises ConfigError for anything else in it."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: it cannot be read as JSON ({error}); restore the file") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: a JSON object was expected, found {type(value).__name__}; restore the file")
+    return value
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Build it with `from_dir`.
+
+    `eos_token_ids` end a generation (generation_config.json, else config.json, else tokenizer_config.json),
+    `control_tokens` are the strings that encode_control turns into one id each, the ids of the special ones among
+    them, `special_ids`, are dropped from decoded text, and no id from `vocab_size` on stands for anything, although
+    the model's embedding may be longer.
+    """
+
+    def __init__(
+        self, tokenizer_json: dict[str, Any], *, eos_token_ids: Iterable[int] = (), pad_token_id: int | None = None
+    ) -> None:
+        # Cutting and padding are the engine's business: a tokenizer.json that asks for them must not shorten a row.
+        description = {**tokenizer_json, "truncation": None, "padding": None}
+        self._full = _parse(description)
+        self._plain = _parse({**description, "added_tokens": []})
+        # The library finds the leftmost added token, and the longest of those that begin at one place.
+        added = sorted(self._full.get_added_tokens_decoder().items(), key=lambda item: -len(item[1].content))
+        self._control_ids = [id for id, _ in added]
+        self._control_pattern = re.compile("|".join(f"({_token_pattern(token)})" for _, token in added) or r"(?!)")
+        vocab = self._full.get_vocab(with_added_tokens=True)
+        self._bytes = _bytes_of_tokens(vocab)
+        self.vocab_size: int = max(vocab.values(), default=-1) + 1
+        self.special_ids: frozenset[int] = frozenset(id for id, token in added if token.special)
+        self.control_tokens: frozenset[str] = frozenset(token.content for _, token in added)
+        self.eos_token_ids: tuple[int, ...] = tuple(eos_token_ids)
+        self.pad_token_id: int | None = pad_token_id
+
+    @classmethod
+    def from_dir(cls, path: str) -> Tokenizer:
+        """Reads a checkpoint directory. Raises ConfigError when the tokenizer is absent, broken or not byte-level."""
+        file = Path(path) / "tokenizer.json"
+        description = read_json(file)
+        if not description:
+            raise ConfigError(f"{file}: no tokenizer there; a checkpoint in the Hugging Face layout has this file")
+        _refuse_other_kinds(file, description)
+        try:
+            tokenizer = cls(description)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}; restore the file") from error
+        tokenizer.eos_token_ids = tuple(tokenizer._configured_ids(Path(path), "eos_token"))
+        tokenizer.pad_token_id = next(iter(tokenizer._configured_ids(Path(path), "pad_token")), None)
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: "<|user|>" in it becomes ordinary bytes. Raises RowError for text that is not Unicode."""
+        return self._encode(self._plain, text).ids
+
+    def encode_control(self, text: str) -> list[int]:
+        """Ids of a template's own text: control-token strings become their ids, and nothing is added."""
+        return self._encode(self._full, text).ids
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Ids of plain text between the special tokens that the checkpoint's post-processor puts around a text."""
+        return self._encode(self._plain, text, add_special_tokens=True).ids
+
+    def encode_raw_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As encode_raw, with the half-open character span of each token; (0, 0) for the added specials.
+
+        The tokens of a character that was split into several have the same span.
+        """
+        encoding = self._encode(self._plain, text, add_special_tokens=True)
+        return encoding.ids, encoding.offsets
+
+    def split_control(self, text: str) -> list[tuple[str, int | None]]:
+        """Cuts text at its control-token strings: (text, None) for what is between them, (string, id) for each."""
+        pieces: list[tuple[str, int | None]] = []
+        start = 0
+        for match in self._control_pattern.finditer(text):
+            if match.start() > start:
+                pieces.append((text[start : match.start()], None))
+            assert match.lastindex is not None
+            pieces.append((match.group(), self._control_ids[match.lastindex - 1]))
+            start = match.end()
+        if start < len(text):
+            pieces.append((text[start:], None))
+        return pieces
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        text: str = self._full.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for; b"" for specials and for ids that stand for nothing."""
+        return b"" if id in self.special_ids else self._bytes.get(id, b"")
+
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of a tokenizer.json, without truncation and padding."""
+        text: str = self._full.to_str()
+        return text
+
+    def _encode(
+        self, tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False
+    ) -> tokenizers.Encoding:
+        try:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            _refuse_broken_text(text)
+            raise
+
+    def _configured_ids(self, folder: Path, name: str) -> list[int]:
+        """Ids of "eos_token" or "pad_token" from the first of the checkpoint's files that names one."""
+        config = read_json(folder / "config.json")
+        nested = config.get("text_config")
+        for owner in (read_json(folder / "generation_config.json"), config, nested or {}):
+            value = owner.get(f"{name}_id")
+            if value is not None:
+                return list(value) if isinstance(value, list) else [value]
+        token = read_json(folder / "tokenizer_config.json").get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if content is None:
+            return []
+        id = self._full.token_to_id(content)
+        if id is None:
+            raise ConfigError(
+                f"{folder / 'tokenizer_config.json'}: {name} {content!r} is no token of tokenizer.json; correct it"
+            )
+        return [id]
+
+
+class IncrementalDetokenizer:
+    """Turns one sequence's tokens into text as they come, never showing half a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int) -> str:
+        """The text that became certain with this token; the bytes of an unfinished character are kept back."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """The rest: U+FFFD where the last character was never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _refuse_other_kinds(file: Path, description: dict[str, Any]) -> None:
+    decoder = description.get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
+        raise ConfigError(
+            f"{file}: decoder {decoder.get('type')!r}; this version reads byte-level BPE tokenizers (decoder "
+            "ByteLevel), as every GLM checkpoint has"
+        )
+
+
+def _refuse_broken_text(text: str) -> None:
+    for position, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            raise RowError(
+                "invalid_text",
+                f"character {position} is U+{ord(character):04X}, half of a surrogate pair: the text is not valid "
+                "Unicode; repair it at its source",
+            )
+
+
+def _parse(description: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"it does not describe a tokenizer ({error})") from error
+
+
+def _token_pattern(token: tokenizers.AddedToken) -> str:
+    pattern = re.escape(token.content)
+    if token.single_word:
+        pattern = rf"(?<!\w){pattern}(?!\w)"
+    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")
+
+
+def _bytes_of_tokens(vocab: dict[str, int]) -> dict[int, bytes]:
+    """What each token stands for: its characters' bytes in the byte-level alphabet, or its UTF-8 if one has none."""
+    byte_of = _byte_alphabet()
+    table: dict[int, bytes] = {}
+    for text, id in vocab.items():
+        try:
+            table[id] = bytes([byte_of[character] for character in text])
+        except KeyError:
+            table[id] = text.encode()
+    return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of the byte-level alphabet (Radford et al. 2019): visible Latin-1 bytes are themselves, the
+    others, in order, are the characters from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
