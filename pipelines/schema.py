@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
+from models.config import ModelConfig
 from models.errors import ConfigError
 from pipelines.job import Job
-from pipelines.tasks import TASK_COLUMNS, TOKEN_COLUMNS, Head
+from pipelines.tasks import TASK_COLUMNS, TOKEN_COLUMNS, problem_type
 
 ROW_COLUMNS: dict[str, pa.DataType] = {
     "row_key": pa.string(),
@@ -26,13 +27,13 @@ TOKEN = pa.struct(
 )
 
 
-def output_schema(job: Job, head: Head, carried: Mapping[str, pa.DataType]) -> pa.Schema:
+def output_schema(job: Job, config: ModelConfig, carried: Mapping[str, pa.DataType]) -> pa.Schema:
     """Row columns, the task's columns, token counts, then the carried columns in the job's order.
 
     `carried` holds the input's types of the columns in `job.carry`. Raises ConfigError when a carried column's name
     is taken by an output column.
     """
-    own = ROW_COLUMNS | task_types(job, head) | dict.fromkeys(TOKEN_COLUMNS, pa.int32())
+    own = ROW_COLUMNS | task_types(job, config) | dict.fromkeys(TOKEN_COLUMNS, pa.int32())
     for column in job.carry:
         if column in own:
             raise ConfigError(
@@ -42,15 +43,15 @@ def output_schema(job: Job, head: Head, carried: Mapping[str, pa.DataType]) -> p
     return pa.schema(own | {column: carried[column] for column in job.carry})
 
 
-def task_types(job: Job, head: Head) -> dict[str, pa.DataType]:
+def task_types(job: Job, config: ModelConfig) -> dict[str, pa.DataType]:
     """The task's own columns and their types."""
-    types = dict(zip(TASK_COLUMNS[job.task.kind], _types(job, head), strict=True))
+    types = dict(zip(TASK_COLUMNS[job.task.kind], _types(job, config), strict=True))
     if job.task.kind == "generate" and job.sampling.n > 1:
         return {name: pa.list_(dtype) for name, dtype in types.items()}
     return types
 
 
-def _types(job: Job, head: Head) -> tuple[pa.DataType, ...]:
+def _types(job: Job, config: ModelConfig) -> tuple[pa.DataType, ...]:
     match job.task.kind:
         case "choose":
             return pa.string(), pa.float64(), pa.list_(pa.float64()), pa.float64()
@@ -60,8 +61,8 @@ def _types(job: Job, head: Head) -> tuple[pa.DataType, ...]:
             return (pa.string(),)
         case "classify":
             label = {"regression": pa.float64(), "multi_label_classification": pa.list_(pa.string())}
-            return pa.list_(pa.float64()), label.get(head.problem_type, pa.string())
+            return pa.list_(pa.float64()), label.get(problem_type(config), pa.string())
         case "tag":
             return (pa.list_(TOKEN),)
         case "embed":
-            return (pa.list_(pa.float32(), head.hidden_size),)
+            return (pa.list_(pa.float32(), config.hidden_size),)

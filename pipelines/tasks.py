@@ -16,12 +16,12 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.config import ModelConfig, ProblemType, load_config
 from models.engine.request import (
     Choose,
     Classify,
@@ -39,8 +39,6 @@ from models.processing.chat import Chat
 from models.processing.tokenizer import Tokenizer
 from pipelines.job import Job, TaskConfig
 
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-PROBLEM_TYPES: tuple[ProblemType, ...] = ("single_label_classification", "multi_label_classification", "regression")
 MULTI_LABEL_THRESHOLD = 0.5
 CHAT_KINDS = frozenset({"choose", "generate", "extract"})
 TASK_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -56,38 +54,6 @@ Row = Mapping[str, Any]
 Columns = dict[str, Any]
 
 _COLUMN_NAME = re.compile(r"\w[\w \-]*")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """What a checkpoint's config.json says about its outputs and limits; `label_names` are in the order of the ids."""
-
-    problem_type: ProblemType
-    label_names: tuple[str, ...]
-    hidden_size: int
-    max_position_embeddings: int
-
-    @classmethod
-    def from_dir(cls, model_dir: str) -> Head:
-        """Reads config.json. Raises ConfigError when it is missing, broken or contradicts itself."""
-        path = Path(model_dir) / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); `model` must name a checkpoint directory") from error
-        if not isinstance(config, dict):
-            raise ConfigError(f"{path}: it must hold a JSON object")
-        text = {**config, **(config.get("text_config") or {})}
-        missing = [name for name in ("hidden_size", "max_position_embeddings") if not isinstance(text.get(name), int)]
-        if missing:
-            raise ConfigError(f"{path}: {missing[0]} is missing or not an integer")
-        names = _label_names(config)
-        return cls(
-            problem_type=_problem_type(config, len(names), path),
-            label_names=names,
-            hidden_size=text["hidden_size"],
-            max_position_embeddings=text["max_position_embeddings"],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +126,13 @@ def uses_chat(task: TaskConfig) -> bool:
     return task.kind in CHAT_KINDS or task.system is not None or task.messages is not None
 
 
+def problem_type(config: ModelConfig) -> ProblemType:
+    """As config.json says; else by the number of labels, as training would have inferred it."""
+    if config.problem_type is not None:
+        return config.problem_type
+    return "regression" if config.num_labels == 1 else "single_label_classification"
+
+
 class TaskRunner:
     """One job's task on one worker: built once from the job and its checkpoint, then asked row by row.
 
@@ -169,13 +142,14 @@ class TaskRunner:
     def __init__(self, job: Job, model_dir: str) -> None:
         self._job = job
         self._task = job.task
-        self._head = Head.from_dir(model_dir)
+        self._config = load_config(model_dir)
+        self._problem_type = problem_type(self._config)
         self._template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
         self._chat = Chat.from_dir(model_dir) if uses_chat(job.task) else None
         self._tokenizer = self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
         self.work: Work = self._build_work()
         limit = job.engine.max_model_len
-        self._max_model_len = self._head.max_position_embeddings if limit == "auto" else limit
+        self._max_model_len = self._config.max_position_embeddings if limit == "auto" else limit
         self._reserved = self._tokens_after_prompt()
         self._null_columns: Columns = dict.fromkeys((*TASK_COLUMNS[job.task.kind], *TOKEN_COLUMNS))
 
@@ -254,9 +228,9 @@ class TaskRunner:
                 return bool(texts[0].strip() == str(gold).strip())
             case "extract":
                 return _same_json(columns["json"], gold)
-            case "classify" if self._head.problem_type == "multi_label_classification":
+            case "classify" if self._problem_type == "multi_label_classification":
                 return isinstance(gold, list | tuple) and set(columns["label"]) == {str(label) for label in gold}
-            case "classify" if self._head.problem_type == "single_label_classification":
+            case "classify" if self._problem_type == "single_label_classification":
                 return bool(columns["label"] == str(gold))
         raise ConfigError(f"task.gold: task.kind {self._task.kind} has no single right answer to compare with")
 
@@ -266,7 +240,7 @@ class TaskRunner:
         if isinstance(self.work, Choose):
             return {"label_token_ids": [list(ids) for ids in self.work.choices], "end_counted": self.work.count_end}
         if self._task.kind == "classify":
-            return {"problem_type": self._head.problem_type, "label_names": list(self._head.label_names)}
+            return {"problem_type": self._problem_type, "label_names": list(self._config.id2label)}
         return {}
 
     def _build_work(self) -> Work:
@@ -319,11 +293,11 @@ class TaskRunner:
             case "extract":
                 return self._extract_columns(completion.outputs[0])
             case "classify":
-                return self._classify_columns(_finite(completion.array, (len(self._head.label_names),)))
+                return self._classify_columns(_finite(completion.array, (len(self._config.id2label),)))
             case "tag":
                 return self._tag_columns(completion, row)
             case "embed":
-                return {"vector": _finite(completion.array, (self._head.hidden_size,))}
+                return {"vector": _finite(completion.array, (self._config.hidden_size,))}
 
     def _choose_columns(self, completion: Completion) -> Columns:
         """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1 - their sum."""
@@ -370,8 +344,8 @@ class TaskRunner:
         return {"json": text}
 
     def _classify_columns(self, logits: NDArray[np.float64]) -> Columns:
-        names = self._head.label_names
-        match self._head.problem_type:
+        names = self._config.id2label
+        match self._problem_type:
             case "regression":
                 return {"scores": logits.tolist(), "label": float(logits[0])}
             case "multi_label_classification":
@@ -386,7 +360,7 @@ class TaskRunner:
         """One entry for each token of the text; the tokenizer's own special tokens are no part of the text."""
         text = self.text(row)
         ids, offsets = self._tokenizer.encode_raw_with_offsets(text)
-        names = self._head.label_names
+        names = self._config.id2label
         scores = _softmax(_finite(completion.array, (len(ids), len(names))))  # [tokens, num_labels]
         best = scores.argmax(axis=-1)
         special = self._tokenizer.special_ids
@@ -521,24 +495,6 @@ def _same_json(text: str, gold: object) -> bool:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
-
-
-def _label_names(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names in the order of the class ids; JSON keys of id2label are strings. Two unnamed labels by default."""
-    names = config.get("id2label")
-    if isinstance(names, dict) and names:
-        return tuple(str(names[key]) for key in sorted(names, key=int))
-    return tuple(f"LABEL_{index}" for index in range(config.get("num_labels") or 2))
-
-
-def _problem_type(config: dict[str, Any], num_labels: int, path: Path) -> ProblemType:
-    """As config.json says, else by the number of labels, as training would have inferred it."""
-    given = config.get("problem_type")
-    if given is None:
-        return "regression" if num_labels == 1 else "single_label_classification"
-    if given not in PROBLEM_TYPES:
-        raise ConfigError(f"{path}: problem_type {given!r} is unknown; it is one of {', '.join(PROBLEM_TYPES)}")
-    return PROBLEM_TYPES[PROBLEM_TYPES.index(given)]
 
 
 def _quoted(columns: Mapping[str, str]) -> str:

@@ -1,0 +1,122 @@
+"""The command line `glm-batch`: one function for each command, its options, and the exit code.
+
+Owns nothing but the words of the command line. Each command lives in a file of its own, imported when it is called,
+so that `--help` and refusals come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from models.errors import ConfigError, GlmBatchError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_CONFIG = 2
+EXIT_ROW_ERRORS = 3
+
+app = typer.Typer(
+    help="Run GLM models over large tables: one committed record for every input row.",
+    epilog="Exit codes: 0 all rows ok, 1 the job failed, 2 bad configuration, 3 more row errors than max_error_rate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job file (YAML).", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file; repeatable.", show_default=False),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
+    """Show what a job would do: files, units, three prompts, tokens, an estimate. Loads no model."""
+    with errors_for_people(debug):
+        from jobs.plan import plan as run_plan
+
+        run_plan(job, overrides or [])
+
+
+@app.command()
+def label(job: JobArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
+    """Run a job. A rerun goes on where the last one stopped."""
+    with errors_for_people(debug):
+        from jobs.label import label as run_label
+
+        within_limit = run_label(job, overrides or [])
+    if not within_limit:
+        raise typer.Exit(EXIT_ROW_ERRORS)
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A job's output directory.", show_default=False)],
+    debug: DebugOption = False,
+) -> None:
+    """Show how far an output is: units, rows by status and error code, tokens, accuracy."""
+    with errors_for_people(debug):
+        from jobs.status import status as run_status
+
+        run_status(output)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory.", show_default=False)],
+    debug: DebugOption = False,
+) -> None:
+    """Show what a checkpoint resolves to, and from which file each value comes."""
+    with errors_for_people(debug):
+        from jobs.inspect import inspect as run_inspect
+
+        run_inspect(model)
+
+
+@app.command()
+def doctor(debug: DebugOption = False) -> None:
+    """Show what this machine has: Python, libraries, CPU, GPU, memory, disk."""
+    with errors_for_people(debug):
+        from jobs.doctor import doctor as run_doctor
+
+        healthy = run_doctor()
+    if not healthy:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@contextmanager
+def errors_for_people(debug: bool) -> Iterator[None]:
+    """The process border: what was raised becomes short text on stderr and an exit code."""
+    try:
+        yield
+    except ConfigError as error:
+        _fail("bad configuration", error, EXIT_BAD_CONFIG, debug)
+    except GlmBatchError as error:
+        _fail("the job failed", error, EXIT_FAILED, debug)
+    except KeyboardInterrupt:
+        print("interrupted: what is committed stays; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        _fail(f"the job failed: {type(error).__name__}", error, EXIT_FAILED, debug)
+
+
+def _fail(what: str, error: Exception, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+    lines = str(error).splitlines() or [""]
+    print(f"glm-batch: {what}:", *lines, sep="\n  ", file=sys.stderr)
+    if code == EXIT_FAILED and not debug:
+        print("  (--debug shows the traceback)", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,300 @@
+"""Whether a job makes sense: its keys together, its checkpoint, its input.
+
+Owns every refusal that comes before Ray starts, as problems that name a key and the remedy. Knows nothing of YAML, and
+loads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from jobs.config import Place, Problem, job_keys
+from models.engine.request import SamplingParams
+from models.errors import ConfigError
+from pipelines.job import Job, TaskConfig
+from pipelines.schema import output_schema
+from pipelines.source import InputFile, list_input
+from pipelines.tasks import CHAT_KINDS, Head, PromptTemplate, TaskRunner, check_schema
+
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "choose": ("GlmForCausalLM", "Glm4ForCausalLM"),
+    "generate": ("GlmForCausalLM", "Glm4ForCausalLM"),
+    "extract": ("GlmForCausalLM", "Glm4ForCausalLM"),
+    "classify": ("GlmForSequenceClassification", "Glm4ForSequenceClassification"),
+    "tag": ("GlmForTokenClassification", "Glm4ForTokenClassification"),
+    "embed": ("GlmForCausalLM", "Glm4ForCausalLM"),
+}
+# Keys that mean something for some task kinds only; elsewhere a value other than the default is a mistake.
+ONLY_WITH: dict[str, tuple[str, ...]] = {
+    "task.labels": ("choose",),
+    "task.end_of_label": ("choose",),
+    "task.schema": ("extract",),
+    "task.thinking": ("generate",),
+    "task.pooling": ("embed",),
+    "task.normalize": ("embed",),
+    "task.gold": ("choose", "generate", "extract", "classify"),
+}
+NOT_YET: dict[str, str] = {
+    "task.image": "images are not available in this version; leave the key out and ask about text columns",
+    "task.video": "videos are not available in this version; leave the key out and ask about text columns",
+    "preprocess.min_pixels": "images are not available in this version; leave the key out",
+    "preprocess.max_pixels": "images are not available in this version; leave the key out",
+    "preprocess.fps": "videos are not available in this version; leave the key out",
+    "storage.endpoint_url": "s3:// is not available in this version; leave the key out and use local paths",
+    "storage.anon": "s3:// is not available in this version; leave the key out and use local paths",
+}
+
+
+def check_job(job: Job, place: Place) -> tuple[TaskRunner, list[InputFile]]:
+    """Checks keys, then checkpoint and input; returns what `plan` goes on with. Raises ConfigError with all problems.
+
+    Takes a second or two: the tokenizer is loaded and the labels are tokenized, so that what a worker would refuse
+    is refused here.
+    """
+    place.refuse([*check_keys(job), *check_output(job)])
+    problems = list(check_checkpoint(job))
+    files = _listed(job, problems)
+    place.refuse(problems)
+    return _build_runner(job, place), files
+
+
+def value_of(job: Job, key: str) -> Any:
+    """The value at a dotted key."""
+    value: Any = job
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def check_keys(job: Job) -> Iterator[Problem]:
+    """The rules between keys and the ranges that a type cannot say; touches no file."""
+    task = job.task
+    for key, message in NOT_YET.items():
+        if value_of(job, key) != job_keys()[key].default:
+            yield Problem(key=key, message=message)
+    for key, kinds in ONLY_WITH.items():
+        if task.kind not in kinds and value_of(job, key) != job_keys()[key].default:
+            yield Problem(key=key, message=f"only {_listing(kinds)} takes it; remove it from this {task.kind} task")
+    yield from _check_prompt(task)
+    yield from _check_answer(task)
+    yield from _check_sampling(job)
+    yield from _check_engine(job)
+    yield from _check_ranges(job)
+
+
+def _check_prompt(task: TaskConfig) -> Iterator[Problem]:
+    if task.prompt is None and task.messages is None:
+        yield Problem(key="task.prompt", message='missing; write a template over columns, for example "{text}"')
+    if task.prompt is not None and task.messages is not None:
+        yield Problem(key="task.messages", message="task.prompt is set too; keep one of them")
+    if task.kind == "tag" and (task.system is not None or task.messages is not None):
+        yield Problem(
+            key="task.messages" if task.messages is not None else "task.system",
+            message="tag labels the tokens of one text; remove it and use task.prompt",
+        )
+    if task.prompt is not None:
+        try:
+            columns = PromptTemplate.parse(task.prompt).columns
+        except ConfigError as error:
+            yield Problem(key="task.prompt", message=str(error).removeprefix("task.prompt: "))
+            return
+        if not columns:
+            yield Problem(
+                key="task.prompt", message="it names no column, so every row would ask the same; add a {column}"
+            )
+
+
+def _check_answer(task: TaskConfig) -> Iterator[Problem]:
+    if task.kind == "choose" and not task.labels:
+        yield Problem(key="task.labels", message="choose needs at least one label; write labels: [first, second]")
+    labels = task.labels or []
+    for label in sorted({label for label in labels if labels.count(label) > 1}):
+        yield Problem(
+            key="task.labels", message=f"the label {label!r} stands there {labels.count(label)} times; keep one"
+        )
+    if any(not label.strip() for label in labels):
+        yield Problem(key="task.labels", message="a label is empty; give each label some text")
+    if task.kind == "extract" and task.schema is None:
+        yield Problem(key="task.schema", message="extract needs a JSON schema; write schema: {type: object, ...}")
+    if task.schema is not None:
+        try:
+            check_schema(task.schema)
+        except ConfigError as error:
+            yield Problem(key="task.schema", message=str(error).removeprefix("task.schema: "))
+
+
+def _check_sampling(job: Job) -> Iterator[Problem]:
+    kind, sampling, default = job.task.kind, job.sampling, SamplingParams()
+    if kind not in ("generate", "extract"):
+        for field in fields(SamplingParams):
+            if getattr(sampling, field.name) != getattr(default, field.name):
+                message = f"{kind} draws no tokens, so it has no effect; remove it"
+                yield Problem(key=f"sampling.{field.name}", message=message)
+    if kind == "extract":
+        for name in ("n", "logprobs"):
+            if getattr(sampling, name) != getattr(default, name):
+                yield Problem(key=f"sampling.{name}", message="extract gives one JSON text for a row; remove it")
+    if sampling.logprobs > 1:
+        yield Problem(
+            key="sampling.logprobs", message="the output holds the chosen tokens' log-probabilities only; use 1 or 0"
+        )
+
+
+def _check_engine(job: Job) -> Iterator[Problem]:
+    engine = job.engine
+    if engine.kind == "vllm":
+        yield Problem(key="engine.kind", message="vllm is not available in this version; use torch (or auto)")
+    if engine.tensor_parallel_size != 1:
+        yield Problem(
+            key="engine.tensor_parallel_size",
+            message="splitting a model over devices is not available in this version; use 1, and engine.replicas for "
+            "more devices",
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", engine.device):
+        yield Problem(key="engine.device", message=f'it is "{engine.device}", but it must be auto, cpu or cuda')
+
+
+def _check_ranges(job: Job) -> Iterator[Problem]:
+    at_least_one = (
+        "engine.replicas", "engine.max_step_tokens", "engine.max_model_len", "preprocess.workers", "commit.unit_rows",
+    )  # fmt: skip
+    for key in at_least_one:
+        value = value_of(job, key)
+        if value != "auto" and value < 1:
+            yield Problem(key=key, message=f"it is {value}, but it must be at least 1")
+    if not 0 < job.commit.every_seconds < float("inf"):
+        yield Problem(key="commit.every_seconds", message=f"it is {job.commit.every_seconds}, but it must be above 0")
+    if not 0 <= job.max_error_rate <= 1:
+        yield Problem(
+            key="max_error_rate", message=f"it is {job.max_error_rate}, but it is a fraction of the rows: 0 to 1"
+        )
+    if not job.input:
+        yield Problem(key="input", message="no file is named; write input: [data/*.parquet]")
+    for column in sorted({column for column in job.carry if job.carry.count(column) > 1}):
+        yield Problem(key="carry", message=f"the column {column!r} stands there twice; keep one")
+
+
+def check_output(job: Job) -> Iterator[Problem]:
+    """Output must be a directory that is there or can be made."""
+    if "://" in job.output:
+        yield Problem(key="output", message=f"{job.output}: only local directories are available in this version")
+        return
+    if not job.output.strip():
+        yield Problem(key="output", message="it is empty; name a directory")
+        return
+    path = Path(job.output)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        yield Problem(key="output", message=f"{existing} is a file; name a directory")
+    elif not os.access(existing, os.W_OK):
+        yield Problem(key="output", message=f"{existing} cannot be written by this user; choose another directory")
+
+
+def check_checkpoint(job: Job) -> Iterator[Problem]:
+    """The directory, architecture, weights and tokenizer of `model`, without loading it."""
+    path = Path(job.model)
+    if "://" in job.model:
+        yield Problem(key="model", message=f"{job.model}: only local directories are available in this version")
+        return
+    if not path.is_dir():
+        yield Problem(
+            key="model", message=f"{path}: no such directory; it must name a checkpoint in the Hugging Face layout"
+        )
+        return
+    try:
+        Head.from_dir(job.model)
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ConfigError as error:
+        yield Problem(key="model", message=str(error))
+        return
+    yield from _check_architecture(job, config)
+    for name in ("tokenizer.json",):
+        if not (path / name).is_file():
+            yield Problem(key="model", message=f"{path / name} is missing; the checkpoint needs it to read text")
+    if job.engine.kind != "echo":
+        yield from (Problem(key="model", message=message) for message in weight_problems(path))
+
+
+def _check_architecture(job: Job, config: Mapping[str, Any]) -> Iterator[Problem]:
+    named = config.get("architectures") or []
+    wanted = ARCHITECTURES[job.task.kind]
+    known = {name for names in ARCHITECTURES.values() for name in names}
+    if not any(name in known for name in named):
+        yield Problem(
+            key="model",
+            message=f"{Path(job.model) / 'config.json'}: architectures {named} is none of {', '.join(sorted(known))}",
+        )
+    elif not any(name in wanted for name in named):
+        yield Problem(
+            key="model",
+            message=f"{Path(job.model) / 'config.json'} says {named[0]}, but {job.task.kind} needs {_listing(wanted)}",
+        )
+
+
+def weight_problems(path: Path) -> Iterator[str]:
+    """What is wrong with the weight files: absent, pickled, missing shards, cut short. Reads their headers only."""
+    index = path / "model.safetensors.index.json"
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            yield f"{index}: not a weight index ({error}); copy it again"
+            return
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if not names and pickled:
+        yield (
+            f"{path / pickled[0]}: pickled weights are refused, because loading them can run code; "
+            "convert the checkpoint to safetensors"
+        )
+    elif not names:
+        yield f"{path}: no *.safetensors file there; the checkpoint has no weights"
+    for name in names:
+        yield from _shard_problems(path / name)
+
+
+def _shard_problems(path: Path) -> Iterator[str]:
+    """A safetensors file: 8 bytes of header length, a JSON header with byte ranges, the data."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except FileNotFoundError:
+        yield f"{path} is named in the weight index but missing; copy it again"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield f"{path}: not a safetensors file, or cut short in its header; copy it again"
+    else:
+        if 8 + length + end != size:
+            yield f"{path} has {size} bytes where its header says {8 + length + end}: it is incomplete; copy it again"
+
+
+def _listed(job: Job, problems: list[Problem]) -> list[InputFile]:
+    try:
+        return list_input(job)
+    except ConfigError as error:
+        problems.append(Problem(key="input", message=str(error).removeprefix("input: ")))
+        return []
+
+
+def _build_runner(job: Job, place: Place) -> TaskRunner:
+    try:
+        return TaskRunner(job, job.model)
+    except ConfigError as error:
+        key, _, message = str(error).partition(": ")
+        problem = Problem(key=key, message=message) if key in job_keys() else Problem(key="model", message=str(error))
+        place.refuse([problem])
+        raise AssertionError("refuse() must raise") from error
+
+
+def _listing(words: tuple[str, ...]) -> str:
+    return " or ".join(words)

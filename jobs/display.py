@@ -1,0 +1,171 @@
+"""What a run looks like: a live display on a terminal, plain lines elsewhere, and the closing summary.
+
+Owns wording and layout, for 80 columns and more. Knows nothing of how the numbers come about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.metrics import Counts, Phase, Progress, Summary
+
+LOG_EVERY_S = 5.0
+PHASES: dict[Phase, str] = {
+    "planning": "listing the input",
+    "starting": "starting the workers and loading the model",
+    "running": "running",
+    "done": "done",
+}
+
+ShowProgress = Callable[[Progress], None]
+
+
+@contextmanager
+def progress_display(name: str, console: Console) -> Iterator[ShowProgress]:
+    """Gives a function to call with each Progress; what it draws ends with the context."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4, transient=True) as live:
+            yield lambda progress: live.update(live_view(name, progress))
+    else:
+        yield LogLines(name, console)
+
+
+class LogLines:
+    """Prints a line when the phase changes and every few seconds while rows come in."""
+
+    def __init__(self, name: str, console: Console, *, every_s: float = LOG_EVERY_S) -> None:
+        self._name = name
+        self._console = console
+        self._every_s = every_s
+        self._phase: Phase | None = None
+        self._printed_at = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.phase == self._phase and now - self._printed_at < self._every_s:
+            return
+        self._phase, self._printed_at = progress.phase, now
+        clock = time.strftime("%H:%M:%S")
+        self._console.print(f"{clock} {self._name}: {log_text(progress)}", soft_wrap=True, highlight=False)
+
+
+def log_text(progress: Progress) -> str:
+    """One line with everything that the live display shows."""
+    if progress.phase in ("planning", "starting"):
+        return f"{PHASES[progress.phase]}{_resumed_note(progress)}"
+    return ", ".join([_rows_done(progress), *_rates(progress), f"ETA {clock_time(progress.eta_s)}"])
+
+
+def live_view(name: str, progress: Progress) -> Group:
+    """Bar and rows on the first line, rates on the second; 80 columns hold both."""
+    head = Table.grid(padding=(0, 1))
+    bar = ProgressBar(
+        total=max(progress.rows_total, 1),
+        completed=progress.counts.rows,
+        width=28,
+        pulse=progress.phase in ("planning", "starting"),
+    )
+    if progress.phase in ("planning", "starting"):
+        state = f"{PHASES[progress.phase]}  {clock_time(progress.elapsed_s)}"
+        head.add_row(Text(name, style="bold"), bar, state)
+        return Group(head, Text(_resumed_note(progress).strip(" ,"), style="dim"))
+    head.add_row(Text(name, style="bold"), bar, _rows_done(progress), Text(f"ETA {clock_time(progress.eta_s)}"))
+    return Group(head, Text("  ".join(_rates(progress)), style="cyan"))
+
+
+def summary_table(summary: Summary, *, name: str, max_error_rate: float) -> Table:
+    """The closing table: rows by status and error code, accuracy, tokens, time, rate, output, what to do next."""
+    counts = summary.counts
+    table = Table(
+        title=name, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in summary_lines(summary):
+        table.add_row(label, value)
+    for note in summary.notes:
+        table.add_row("note", note)
+    table.add_row("next", next_step(counts, summary.output, max_error_rate))
+    return table
+
+
+def summary_lines(summary: Summary) -> Iterator[tuple[str, str]]:
+    """Label and text of each line of the summary."""
+    counts = summary.counts
+    resumed = f" ({summary.resumed_rows:,} of them from an earlier run)" if summary.resumed_rows else ""
+    yield "rows", f"{counts.rows:,}{resumed}"
+    yield "  ok", f"{counts.ok:,}"
+    if counts.filtered:
+        yield "  filtered", f"{counts.filtered:,}"
+    yield "  error", f"{counts.error_rows:,}"
+    for code, rows in sorted(counts.errors.items(), key=lambda item: (-item[1], item[0])):
+        yield f"    {code}", f"{rows:,}"
+    if counts.accuracy is not None:
+        yield "accuracy", f"{counts.accuracy:.3f} ({counts.gold_correct:,} of {counts.gold_rows:,} rows with gold)"
+    yield "tokens", _tokens(counts)
+    yield "time", f"{summary.elapsed_s:,.1f} s, of which {summary.working_s:,.1f} s with rows in the workers"
+    if summary.working_s > 0:
+        done = counts.rows - summary.resumed_rows
+        yield "rate", f"{done / summary.working_s:,.0f} rows/s"
+    yield "output", summary.output
+
+
+def next_step(counts: Counts, output: str, max_error_rate: float) -> str:
+    """One sentence: where to read on, or what to do about failed rows."""
+    if counts.error_rate > max_error_rate:
+        return (
+            f"{counts.error_rate:.2%} of the rows failed, max_error_rate allows {max_error_rate:.2%}: look at "
+            f"error_message in {output}/parts where status is error, correct the input or raise max_error_rate"
+        )
+    return f"read {output}/parts/*.parquet; `glm-batch status {output}` shows these numbers again"
+
+
+def clock_time(seconds: float | None) -> str:
+    """Seconds as 1:02:03 or 2:03; "-:--" when unknown."""
+    if seconds is None:
+        return "-:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def short(number: float) -> str:
+    """A rate in at most five characters: 9,876, 98.8k, 1.2M."""
+    if number < 10_000:
+        return f"{number:,.0f}"
+    return f"{number / 1e3:,.1f}k" if number < 1e6 else f"{number / 1e6:,.1f}M"
+
+
+def _rows_done(progress: Progress) -> str:
+    done, total = progress.counts.rows, progress.rows_total
+    share = f" {done / total:.0%}" if total else ""
+    return f"{done:,}/{total:,} rows{share}"
+
+
+def _rates(progress: Progress) -> list[str]:
+    counts, resumed = progress.counts, progress.resumed
+    seconds = progress.working_s or float("inf")
+    return [
+        f"{short(progress.rows_per_s)} rows/s",
+        f"prompt {short((counts.prompt_tokens - resumed.prompt_tokens) / seconds)} tok/s",
+        f"output {short((counts.output_tokens - resumed.output_tokens) / seconds)} tok/s",
+        f"errors {counts.error_rows:,}",
+        f"cached {counts.cached_share:.0%}",
+    ]
+
+
+def _resumed_note(progress: Progress) -> str:
+    return f", {progress.resumed.rows:,} rows are there already" if progress.resumed.rows else ""
+
+
+def _tokens(counts: Counts) -> str:
+    media = f", media {counts.media_tokens:,}" if counts.media_tokens else ""
+    return f"prompt {counts.prompt_tokens:,} ({counts.cached_share:.0%} cached), output {counts.output_tokens:,}{media}"
