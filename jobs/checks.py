@@ -9,28 +9,28 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from jobs.config import Place, Problem, job_keys
+from models.config import ModelConfig, load_config
 from models.engine.request import SamplingParams
 from models.errors import ConfigError
 from pipelines.job import Job, TaskConfig
 from pipelines.schema import output_schema
-from pipelines.source import InputFile, list_input
-from pipelines.tasks import CHAT_KINDS, Head, PromptTemplate, TaskRunner, check_schema
+from pipelines.source import InputFile, Source
+from pipelines.tasks import PromptTemplate, TaskRunner, check_schema, input_columns, problem_type
 
-ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "choose": ("GlmForCausalLM", "Glm4ForCausalLM"),
-    "generate": ("GlmForCausalLM", "Glm4ForCausalLM"),
-    "extract": ("GlmForCausalLM", "Glm4ForCausalLM"),
-    "classify": ("GlmForSequenceClassification", "Glm4ForSequenceClassification"),
-    "tag": ("GlmForTokenClassification", "Glm4ForTokenClassification"),
-    "embed": ("GlmForCausalLM", "Glm4ForCausalLM"),
+HEADS = {
+    "choose": "causal_lm",
+    "generate": "causal_lm",
+    "extract": "causal_lm",
+    "classify": "sequence_classification",
+    "tag": "token_classification",
 }
 # Keys that mean something for some task kinds only; elsewhere a value other than the default is a mistake.
 ONLY_WITH: dict[str, tuple[str, ...]] = {
@@ -53,17 +53,35 @@ NOT_YET: dict[str, str] = {
 }
 
 
-def check_job(job: Job, place: Place) -> tuple[TaskRunner, list[InputFile]]:
-    """Checks keys, then checkpoint and input; returns what `plan` goes on with. Raises ConfigError with all problems.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What the checks read on the way, for whoever goes on with it."""
 
-    Takes a second or two: the tokenizer is loaded and the labels are tokenized, so that what a worker would refuse
-    is refused here.
+    runner: TaskRunner
+    config: ModelConfig
+    source: Source
+    files: list[InputFile]
+    schema: pa.Schema
+
+
+def check_job(job: Job, place: Place) -> Checked:
+    """Checks keys, then checkpoint and input. Raises ConfigError with all problems of the first of these that has any.
+
+    The tokenizer is loaded and the labels are tokenized, so that what a worker would refuse is refused here.
     """
     place.refuse([*check_keys(job), *check_output(job)])
-    problems = list(check_checkpoint(job))
-    files = _listed(job, problems)
-    place.refuse(problems)
-    return _build_runner(job, place), files
+    source = Source(storage=job.storage, columns=input_columns(job))
+    config, model_problems = check_checkpoint(job)
+    files, types, input_problems = check_input(job, source)
+    place.refuse([*model_problems, *input_problems])
+    assert config is not None
+    try:
+        runner = TaskRunner(job, job.model)
+        schema = output_schema(job, config, {column: types.field(column).type for column in job.carry})
+    except ConfigError as error:
+        place.refuse([_problem_from(error, "model")])
+        raise AssertionError("refuse() must raise") from error
+    return Checked(runner=runner, config=config, source=source, files=files, schema=schema)
 
 
 def value_of(job: Job, key: str) -> Any:
@@ -198,45 +216,70 @@ def check_output(job: Job) -> Iterator[Problem]:
         yield Problem(key="output", message=f"{existing} cannot be written by this user; choose another directory")
 
 
-def check_checkpoint(job: Job) -> Iterator[Problem]:
-    """The directory, architecture, weights and tokenizer of `model`, without loading it."""
+def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
+    """Directory, architecture, weights and tokenizer of `model`, without loading it."""
     path = Path(job.model)
     if "://" in job.model:
-        yield Problem(key="model", message=f"{job.model}: only local directories are available in this version")
-        return
+        return None, [_of_model(f"{job.model}: only local directories are available in this version; copy it first")]
     if not path.is_dir():
-        yield Problem(
-            key="model", message=f"{path}: no such directory; it must name a checkpoint in the Hugging Face layout"
-        )
-        return
+        return None, [
+            _of_model(f"{path}: no such directory; name a checkpoint in the Hugging Face layout on this disk")
+        ]
     try:
-        Head.from_dir(job.model)
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = load_config(path)
     except ConfigError as error:
-        yield Problem(key="model", message=str(error))
-        return
-    yield from _check_architecture(job, config)
-    for name in ("tokenizer.json",):
-        if not (path / name).is_file():
-            yield Problem(key="model", message=f"{path / name} is missing; the checkpoint needs it to read text")
+        return None, [_of_model(str(error))]
+    problems = [_of_model(text) for text in _head_problems(job, config)]
+    if not (path / "tokenizer.json").is_file():
+        problems.append(_of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text"))
     if job.engine.kind != "echo":
-        yield from (Problem(key="model", message=message) for message in weight_problems(path))
+        problems += [_of_model(text) for text in weight_problems(path)]
+    return config, problems
 
 
-def _check_architecture(job: Job, config: Mapping[str, Any]) -> Iterator[Problem]:
-    named = config.get("architectures") or []
-    wanted = ARCHITECTURES[job.task.kind]
-    known = {name for names in ARCHITECTURES.values() for name in names}
-    if not any(name in known for name in named):
-        yield Problem(
-            key="model",
-            message=f"{Path(job.model) / 'config.json'}: architectures {named} is none of {', '.join(sorted(known))}",
-        )
-    elif not any(name in wanted for name in named):
-        yield Problem(
-            key="model",
-            message=f"{Path(job.model) / 'config.json'} says {named[0]}, but {job.task.kind} needs {_listing(wanted)}",
-        )
+def check_input(job: Job, source: Source) -> tuple[list[InputFile], pa.Schema, list[Problem]]:
+    """The files, the types of the columns that the job reads, and what is wrong with either."""
+    try:
+        files = source.list_files(job.input)
+        return files, source.schema(files), []
+    except ConfigError as error:
+        columns = list(_column_problems(job, source))
+        return [], pa.schema([]), columns or [_problem_from(error, "input")]
+
+
+def _column_problems(job: Job, source: Source) -> Iterator[Problem]:
+    """Looks at each column by itself, so that a missing one is told at the key that names it."""
+    for key, column in column_uses(job):
+        alone = replace(source, columns=(column,))
+        try:
+            alone.schema(alone.list_files(job.input))
+        except ConfigError as error:
+            if "no column" in str(error):
+                yield Problem(key=key, message=str(error).removeprefix("input: "))
+
+
+def column_uses(job: Job) -> Iterator[tuple[str, str]]:
+    """(key of the job, input column that it names), for every column that the job reads."""
+    task = job.task
+    if task.prompt is not None:
+        yield from (("task.prompt", column) for column in PromptTemplate.parse(task.prompt).columns)
+    for key, column in (("task.messages", task.messages), ("key", job.key), ("task.gold", task.gold)):
+        if column is not None:
+            yield key, column
+    yield from (("carry", column) for column in job.carry)
+
+
+def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:
+    """What the checkpoint's head cannot do."""
+    kind, file = job.task.kind, Path(job.model) / "config.json"
+    wanted = HEADS.get(kind, config.head)
+    if config.head != wanted:
+        kinds = [name for name, head in HEADS.items() if head == config.head]
+        yield f"{file} says {config.architecture}, which can {_listing((*kinds, 'embed'))}, but not {kind}"
+    elif kind == "classify" and problem_type(config) == "regression" and config.num_labels > 1:
+        yield f"{file}: a regression with {config.num_labels} values is not supported, only with one"
+    elif kind == "classify" and problem_type(config) == "regression" and job.task.gold is not None:
+        yield f"{file}: a regression has no right and wrong, so that accuracy cannot be told; remove task.gold"
 
 
 def weight_problems(path: Path) -> Iterator[str]:
@@ -267,7 +310,7 @@ def _shard_problems(path: Path) -> Iterator[str]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+            header = json.loads(file.read(length) if 0 < length <= size - 8 else b"")
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     except FileNotFoundError:
         yield f"{path} is named in the weight index but missing; copy it again"
@@ -278,22 +321,14 @@ def _shard_problems(path: Path) -> Iterator[str]:
             yield f"{path} has {size} bytes where its header says {8 + length + end}: it is incomplete; copy it again"
 
 
-def _listed(job: Job, problems: list[Problem]) -> list[InputFile]:
-    try:
-        return list_input(job)
-    except ConfigError as error:
-        problems.append(Problem(key="input", message=str(error).removeprefix("input: ")))
-        return []
+def _of_model(message: str) -> Problem:
+    return Problem(key="model", message=message)
 
 
-def _build_runner(job: Job, place: Place) -> TaskRunner:
-    try:
-        return TaskRunner(job, job.model)
-    except ConfigError as error:
-        key, _, message = str(error).partition(": ")
-        problem = Problem(key=key, message=message) if key in job_keys() else Problem(key="model", message=str(error))
-        place.refuse([problem])
-        raise AssertionError("refuse() must raise") from error
+def _problem_from(error: ConfigError, default_key: str) -> Problem:
+    """Errors from below begin with the key that they are about, where they are about one."""
+    key, _, message = str(error).partition(": ")
+    return Problem(key=key, message=message) if key in job_keys() else Problem(key=default_key, message=str(error))
 
 
 def _listing(words: tuple[str, ...]) -> str:
