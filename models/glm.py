@@ -1,0 +1,180 @@
+"""GLM (glm-4-9b-chat-hf): attention -> MLP -> decoder layer -> backbone, over packed tokens and a paged KV cache.
+
+Legend: T packed tokens, W wanted rows, H hidden_size, K kv heads, G query heads per kv head, D head_dim.
+Knows nothing of engines, requests or heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.config import ModelConfig
+from models.layers.attention import Attend, AttentionBatch, AttentionGroup, store
+from models.layers.attention_grouped import attend_grouped
+from models.layers.embedding import Embedding
+from models.layers.linear import Linear, QKVLinear
+from models.layers.norm import RMSNorm
+from models.layers.rope import RopeTable, rotate
+from models.weights import Targets
+
+KVPages = Sequence[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys and values, each [K, num_slots, D]
+CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with partial rotary embedding. The output projection never has a bias."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attend = attend
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.qkv_proj = QKVLinear(
+            config.hidden_size,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=config.head_dim,
+            bias=config.attention_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.o_proj = Linear(heads * config.head_dim, config.hidden_size, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor, rope: CosSin, pages: tuple[torch.Tensor, torch.Tensor], attn: AttentionBatch) -> (
+        torch.Tensor
+    ):
+        """x [T, H] -> [T, H]; writes the keys and values of all T tokens first."""
+        q, k, v = self.qkv_proj.forward_split(x)
+        self._store(k, v, rope, pages, attn)
+        return self._output(rotate(self._heads(q), *rope), pages, attn.groups)
+
+    def forward_wanted(
+        self, x: torch.Tensor, rope: CosSin, pages: tuple[torch.Tensor, torch.Tensor], attn: AttentionBatch
+    ) -> torch.Tensor:
+        """x [T, H] -> [W, H]: keys and values of all tokens, queries of the wanted rows alone."""
+        self._store(*self.qkv_proj.forward_kv(x), rope, pages, attn)
+        cos, sin = rope
+        wanted = attn.out_rows
+        q = rotate(self._heads(self.qkv_proj.forward_q(x[wanted])), cos[wanted], sin[wanted])
+        return self._output(q, pages, attn.out_groups)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], -1, self.head_dim)  # [T, heads, D]
+
+    def _store(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rope: CosSin,
+        pages: tuple[torch.Tensor, torch.Tensor],
+        attn: AttentionBatch,
+    ) -> None:
+        store(pages[0], attn.slots, rotate(self._heads(k), *rope))
+        store(pages[1], attn.slots, self._heads(v))
+
+    def _output(
+        self, q: torch.Tensor, pages: tuple[torch.Tensor, torch.Tensor], groups: tuple[AttentionGroup, ...]
+    ) -> torch.Tensor:
+        return self.o_proj(self.attend(q, *pages, groups).flatten(1))
+
+    def targets(self, name: str) -> Targets:
+        return self.qkv_proj.targets(name) | self.o_proj.targets(f"{name}.o_proj")
+
+
+class MLP(nn.Module):
+    """down(up * silu(gate)); rows 0..I-1 of the fused gate_up weight are the gate, the rest is up."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        inner = config.intermediate_size
+        self.gate_up_proj = Linear(config.hidden_size, 2 * inner, bias=False, dtype=dtype, device=device)
+        self.down_proj = Linear(inner, config.hidden_size, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+    def targets(self, name: str) -> Targets:
+        return self.gate_up_proj.targets(f"{name}.gate_up_proj") | self.down_proj.targets(f"{name}.down_proj")
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Subclasses may norm what a sublayer gives back."""
+
+    norm_names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, dtype=dtype, device=device, attend=attend)
+        self.mlp = MLP(config, dtype=dtype, device=device)
+        for name in self.norm_names:
+            setattr(self, name, RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: CosSin,
+        pages: tuple[torch.Tensor, torch.Tensor],
+        attn: AttentionBatch,
+        *,
+        wanted_only: bool,
+    ) -> torch.Tensor:
+        """x [T, H] -> [T, H], or [W, H] with `wanted_only`: the last layer owes no output to anybody else."""
+        attention = self.self_attn.forward_wanted if wanted_only else self.self_attn.forward
+        attended = attention(self.input_layernorm(x), rope, pages, attn)
+        if wanted_only:
+            x = x[attn.out_rows]
+        x = x + self.after_attention(attended)
+        return x + self.after_mlp(self.mlp(self.post_attention_layernorm(x)))
+
+    def after_attention(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def after_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def targets(self, name: str) -> Targets:
+        norms = {f"{name}.{norm}.weight": getattr(self, norm).weight for norm in self.norm_names}
+        return norms | self.self_attn.targets(f"{name}.self_attn") | self.mlp.targets(f"{name}.mlp")
+
+
+class Backbone(nn.Module):
+    """Embedding -> layers -> final norm."""
+
+    layer_class: type[DecoderLayer] = DecoderLayer
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend = attend_grouped
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            self.layer_class(config, dtype=dtype, device=device, attend=attend) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.rope = RopeTable(config.rope, dtype=dtype, device=device)
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, max_position: int, pages: KVPages, attn: AttentionBatch
+    ) -> torch.Tensor:
+        """input_ids, positions [T] int64 -> hidden states after the final norm of the wanted rows [W, H]."""
+        rope = self.rope.lookup(positions, max_position)
+        x = self.embed_tokens(input_ids)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, pages[i], attn, wanted_only=i == last)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def targets(self) -> Targets:
+        """Checkpoint names of the whole backbone and the views that they fill."""
+        found: Targets = {
+            "model.embed_tokens.weight": self.embed_tokens.weight,
+            "model.norm.weight": self.norm.weight,
+        }
+        for i, layer in enumerate(self.layers):
+            found |= layer.targets(f"model.layers.{i}")  # type: ignore[operator]
+        return found

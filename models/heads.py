@@ -1,0 +1,51 @@
+"""Heads over any backbone: what the hidden states of the wanted rows become.
+
+A head knows its checkpoint names and its own shape, nothing of how rows were chosen or what becomes of the numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.config import ModelConfig
+from models.glm import Backbone
+from models.layers.linear import Linear
+from models.weights import Targets
+
+
+class CausalLMHead(nn.Module):
+    """Vocabulary logits; shares the embedding's weight when the checkpoint ties them."""
+
+    def __init__(self, config: ModelConfig, backbone: Backbone, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.tied = config.tie_word_embeddings
+        if self.tied:
+            self.weight = backbone.embed_tokens.weight
+        else:
+            shape = (config.vocab_size, config.hidden_size)
+            self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [W, H] -> float32 [W, vocab_size]."""
+        return F.linear(hidden, self.weight).float()
+
+    def targets(self) -> Targets:
+        return {} if self.tied else {"lm_head.weight": self.weight}
+
+
+class ClassificationHead(nn.Module):
+    """Class logits for sequence or token classification; only the latter may have a bias."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        bias = config.head == "token_classification" and config.token_classification_bias
+        self.score = Linear(config.hidden_size, config.num_labels, bias=bias, dtype=dtype, device=device)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [W, H] -> float32 [W, num_labels]."""
+        return self.score(hidden).float()  # type: ignore[no-any-return]
+
+    def targets(self) -> Targets:
+        return self.score.targets("score")

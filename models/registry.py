@@ -1,0 +1,50 @@
+"""From a checkpoint directory to a loaded network: one table of families, one function that builds and fills."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.config import ModelConfig, load_config
+from models.errors import ConfigError
+from models.glm import Backbone
+from models.glm4 import Glm4Backbone
+from models.heads import CausalLMHead, ClassificationHead
+from models.layers.attention import Attend
+from models.layers.attention_grouped import attend_grouped
+from models.weights import load_weights
+
+BACKBONES: dict[str, type[Backbone]] = {"glm": Backbone, "glm4": Glm4Backbone}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A loaded network."""
+
+    config: ModelConfig
+    backbone: Backbone
+    head: CausalLMHead | ClassificationHead
+    dtype: torch.dtype
+    device: torch.device
+
+
+def build_model(
+    model_dir: str | Path, *, dtype: torch.dtype, device: torch.device, attend: Attend = attend_grouped
+) -> Model:
+    """Loads a checkpoint. Raises ConfigError for what cannot be loaded or is unsafe in `dtype`."""
+    config = load_config(model_dir)
+    if config.family == "glm4" and dtype == torch.float16:
+        raise ConfigError(
+            f"{model_dir}: glm4 in float16 is refused: its residual stream outgrows float16's largest number (65504), "
+            "and the norms after each sublayer turn that into NaN; use bfloat16 or float32"
+        )
+    backbone = BACKBONES[config.family](config, dtype=dtype, device=device, attend=attend)
+    head: CausalLMHead | ClassificationHead
+    if config.head == "causal_lm":
+        head = CausalLMHead(config, backbone, dtype=dtype, device=device)
+    else:
+        head = ClassificationHead(config, dtype=dtype, device=device)
+    load_weights(model_dir, backbone.targets() | head.targets())
+    return Model(config=config, backbone=backbone, head=head, dtype=dtype, device=device)

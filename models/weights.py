@@ -1,0 +1,110 @@
+"""Checkpoint tensors into a model: streams safetensors one tensor at a time and refuses anything missing or left over.
+
+A model lists its targets (checkpoint name -> the view of a parameter that it fills); this file only streams, compares
+and copies, so that peak memory is the model plus about one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from models.config import read_json
+from models.errors import ConfigError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+Targets = dict[str, torch.Tensor]
+
+
+def load_weights(model_dir: str | Path, targets: Targets) -> None:
+    """Fills every target from the checkpoint, converting to the target's dtype and device.
+
+    Raises ConfigError naming the first missing, unexpected or wrongly shaped tensors.
+    """
+    shards = find_shards(Path(model_dir))
+    stored = {_canonical(name, targets): (name, shard) for name, shard in shards.items()}
+    _compare(Path(model_dir), set(stored), set(targets))
+    for name, (stored_name, shard) in sorted(stored.items(), key=lambda item: (item[1][1], item[0])):
+        tensor = _read(shard, stored_name)
+        target = targets[name]
+        if tensor.shape != target.shape:
+            raise ConfigError(
+                f"{shard}: tensor {stored_name} has shape {list(tensor.shape)}, config.json asks for {list(target.shape)}"
+            )
+        target.copy_(tensor)
+
+
+def find_shards(model_dir: Path) -> dict[str, Path]:
+    """Maps each stored tensor's name to the safetensors file that holds it. Raises ConfigError when there is none."""
+    index = model_dir / INDEX_NAME
+    if index.exists():
+        return _indexed(index)
+    single = model_dir / SINGLE_NAME
+    if single.exists():
+        return dict.fromkeys(_names(single), single)
+    pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(model_dir.glob(pattern))]
+    if pickled:
+        raise ConfigError(
+            f"{model_dir}: holds {', '.join(pickled[:3])} but no {SINGLE_NAME}; pickled weights can run code and are "
+            "refused: convert the checkpoint to safetensors first"
+        )
+    raise ConfigError(f"{model_dir}: no {SINGLE_NAME} and no {INDEX_NAME}; is this a checkpoint directory?")
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index}: weight_map is missing or empty")
+    found: dict[str, Path] = {}
+    for file_name in sorted(set(weight_map.values())):
+        shard = index.parent / file_name
+        if shard.parent != index.parent or not shard.exists():
+            raise ConfigError(f"{index}: names the shard {file_name!r}, which is not in {index.parent}")
+        found |= dict.fromkeys(_names(shard), shard)
+    if lost := sorted(set(weight_map) - set(found)):
+        raise ConfigError(f"{index}: promises tensors that no shard holds: {_some(lost)}")
+    return found
+
+
+def _names(shard: Path) -> Iterator[str]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield from file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{shard}: not a readable safetensors file ({error}); copy it again") from error
+
+
+def _read(shard: Path, name: str) -> torch.Tensor:
+    # The file is opened anew for each tensor, so that its mapped pages are given back and never add up to the file.
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{shard}: tensor {name} cannot be read ({error}); copy the file again") from error
+
+
+def _canonical(name: str, targets: Targets) -> str:
+    """A base model saved alone lacks the `model.` prefix."""
+    return f"model.{name}" if name not in targets and f"model.{name}" in targets else name
+
+
+def _compare(model_dir: Path, stored: set[str], wanted: set[str]) -> None:
+    problems = []
+    if missing := sorted(wanted - stored):
+        problems.append(f"missing: {_some(missing)}")
+    if unexpected := sorted(stored - wanted):
+        problems.append(f"unexpected: {_some(unexpected)}")
+    if problems:
+        raise ConfigError(
+            f"{model_dir}: the tensors do not fit config.json ({'; '.join(problems)}); check the architecture, "
+            "attention_bias and tie_word_embeddings"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
