@@ -1,0 +1,256 @@
+"""`glm-batch plan`: what a job would do, from its files and a sample of its rows, without loading a model.
+
+Owns the sample, the token statistics and the estimate with its basis. Starts no Ray and writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from jobs.checks import Checked, check_job
+from jobs.config import load_job
+from jobs.display import clock_time, short
+from models.config import ModelConfig
+from models.engine.request import Choose, Generate, Work
+from models.errors import RowError
+from pipelines.job import Job
+from pipelines.plan import Plan, Unit, make_plan
+from pipelines.source import decode_rows
+from pipelines.tasks import TaskRunner
+
+SAMPLED_UNITS = 8
+ROWS_PER_UNIT = 64
+SHOWN_PROMPTS = 3
+SHOWN_FILES = 10
+SHOWN_CHARS = 1200
+# The basis of the time estimate, said in its text: the share of the GEMM rate that a batch reaches, what a row costs
+# beside its matrices, and how long the workers take to come up.
+GEMM_SHARE = 0.4
+ROW_OVERHEAD_S = 0.002
+START_S = 12.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Sampled rows: token ids and rendered text of the good ones, (place, error) of the others."""
+
+    ids: list[list[int]]
+    prompts: list[tuple[str, str]]
+    errors: list[tuple[str, RowError]]
+    units: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids) + len(self.errors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Tokens of the whole job and the floating-point operations of its matrices."""
+
+    prompt_tokens: float
+    computed_prompt_tokens: float
+    output_tokens: float
+    flops: float
+
+
+def plan(path: str, overrides: Sequence[str]) -> None:
+    """Prints the plan of a job file. Raises ConfigError when the job could not start."""
+    job, place = load_job(path, overrides)
+    checked = check_job(job, place)
+    units = make_plan(job, checked.files, {})
+    sample = take_sample(checked, units)
+    console = Console(highlight=False)
+    console.print(files_table(units))
+    for where, prompt in sample.prompts:
+        console.print(Panel(Text(excerpt(prompt)), title=Text(where), title_align="left"))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in report_lines(job, checked, units, sample):
+        table.add_row(name, Text(text))
+    console.print(table)
+
+
+def take_sample(checked: Checked, plan: Plan) -> Sample:
+    """The first rows of a few units that are spread evenly over the input."""
+    units = list(plan.units()) if plan.num_units <= SAMPLED_UNITS else list(_spread(plan))
+    ids: list[list[int]] = []
+    prompts: list[tuple[str, str]] = []
+    errors: list[tuple[str, RowError]] = []
+    for unit in units:
+        file = plan.files[unit.file].file
+        table = checked.source.read(file, unit.rows).slice(0, ROWS_PER_UNIT)
+        for number, row in enumerate(decode_rows(table), unit.rows.start):
+            where = f"{file.name}, row {number}"
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                ids.append(checked.runner.encode(row))
+            except RowError as error:
+                errors.append((where, error))
+                continue
+            if len(prompts) < SHOWN_PROMPTS * len(units):
+                prompts.append((where, checked.runner.render(row)))
+    # One prompt of each of the first units, so that several files show.
+    step = max(len(prompts) // SHOWN_PROMPTS, 1)
+    return Sample(ids=ids, prompts=prompts[::step][:SHOWN_PROMPTS], errors=errors, units=len(units))
+
+
+def files_table(plan: Plan) -> Table:
+    """The input files with their rows and sizes; all of them are counted where not all are shown."""
+    table = Table("input", "rows", "MB", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for planned in plan.files[:SHOWN_FILES]:
+        table.add_row(Text(planned.file.name), f"{planned.num_rows:,}", f"{planned.file.size / 1e6:,.1f}")
+    if len(plan.files) > SHOWN_FILES:
+        rest = plan.files[SHOWN_FILES:]
+        rows, size = sum(planned.num_rows for planned in rest), sum(planned.file.size for planned in rest)
+        table.add_row(f"and {len(rest):,} more files", f"{rows:,}", f"{size / 1e6:,.1f}")
+    return table
+
+
+def report_lines(job: Job, checked: Checked, plan: Plan, sample: Sample) -> Iterator[tuple[str, str]]:
+    """Name and text of each line below the prompts."""
+    yield "rows", f"{plan.num_rows:,} in {plan.num_units:,} units of up to {plan.unit_rows:,} rows"
+    yield "output", f"{job.output}: columns {', '.join(checked.schema.names)}"
+    yield "sample", f"{sample.rows:,} rows from {sample.units} of {plan.num_units:,} units"
+    if plan.duplicates:
+        yield "errors", f"{len(plan.duplicates):,} rows of the whole input repeat the key of an earlier row"
+    yield from _error_lines(sample)
+    yield from _label_lines(job, checked.runner)
+    if not sample.ids:
+        yield "estimate", "none: the sample has no row without an error"
+        return
+    lengths = [len(ids) for ids in sample.ids]
+    share = shared_prefix_share(sample.ids)
+    yield (
+        "prompt tokens",
+        f"min {min(lengths)}, median {statistics.median(lengths):.0f}, "
+        f"p95 {np.percentile(lengths, 95):.0f}, max {max(lengths)}",
+    )
+    yield "shared prefix", f"{share:.0%} of the prompt tokens repeat the beginning of another sampled prompt"
+    estimate = estimate_job(checked.config, checked.runner.work, lengths, share, plan.num_rows)
+    at_most = "at most " if isinstance(checked.runner.work, Generate) else ""
+    yield (
+        "estimate",
+        f"{short(estimate.prompt_tokens)} prompt tokens, of which {short(estimate.computed_prompt_tokens)} to compute; "
+        f"{at_most}{short(estimate.output_tokens)} {'label' if job.task.kind == 'choose' else 'output'} tokens",
+    )
+    yield "time", time_text(job, estimate, plan.num_rows)
+
+
+def shared_prefix_share(prompts: Sequence[list[int]]) -> float:
+    """The share of prompt tokens that a prefix cache without blocks or limits would not compute again.
+
+    Sorted, a prompt shares its longest known beginning with its neighbour.
+    """
+    ordered = sorted(prompts)
+    shared = sum(_common(left, right) for left, right in pairwise(ordered))
+    total = sum(map(len, prompts))
+    return shared / total if total else 0.0
+
+
+def estimate_job(config: ModelConfig, work: Work, lengths: Sequence[int], share: float, num_rows: int) -> Estimate:
+    """Scales the sample to the whole job.
+
+    A token costs 2 operations for each weight of the layers, plus attention over half of its prompt; the vocabulary
+    projection is paid at the positions that are read: one for a prompt with an answer, one for each output token.
+    """
+    mean = statistics.fmean(lengths)
+    outputs = 0.0
+    if isinstance(work, Generate):
+        outputs = work.sampling.max_tokens * work.sampling.n
+    elif isinstance(work, Choose):
+        outputs = len({choice[:end] for choice in work.choices for end in range(1, len(choice) + 1)})
+    computed = mean * (1 - share)
+    vocabulary = config.vocab_size * config.hidden_size
+    has_projection = config.head == "causal_lm"
+    tables = vocabulary * (2 if has_projection and not config.tie_word_embeddings else 1)
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * mean / 2
+    per_token = 2 * (config.num_parameters - tables) + attention
+    read = outputs + 1 if isinstance(work, Generate | Choose) else 0
+    flops = (computed + outputs) * per_token + 2 * vocabulary * read
+    return Estimate(
+        prompt_tokens=mean * num_rows,
+        computed_prompt_tokens=computed * num_rows,
+        output_tokens=outputs * num_rows,
+        flops=flops * num_rows,
+    )
+
+
+def time_text(job: Job, estimate: Estimate, num_rows: int) -> str:
+    """A rough time with its basis; none where the job would run on hardware that was not measured."""
+    if job.engine.kind == "echo":
+        return f"about {clock_time(START_S + num_rows * ROW_OVERHEAD_S)}: the echo engine computes nothing"
+    if job.engine.device.startswith("cuda") or (job.engine.device == "auto" and shutil.which("nvidia-smi")):
+        return f"not estimated: {short(estimate.flops / 1e12)} TFLOP on a GPU, whose rate was not measured"
+    rate = measure_gemm()
+    seconds = START_S + estimate.flops / (GEMM_SHARE * rate) + num_rows * ROW_OVERHEAD_S
+    return (
+        f"very roughly {clock_time(seconds)}: {short(estimate.flops / 1e9)} GFLOP at {GEMM_SHARE:.0%} of "
+        f"{rate / 1e9:,.0f} GFLOP/s (float32 matrix product, measured just now on {os.cpu_count()} cores), "
+        f"{ROW_OVERHEAD_S * 1e3:.0f} ms for each row, {START_S:.0f} s to start; be ready for three times as much"
+    )
+
+
+def measure_gemm(size: int = 768, seconds: float = 0.25) -> float:
+    """Operations per second of a float32 matrix product in numpy; the best of the repetitions that fit."""
+    a = np.ones((size, size), np.float32)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return float(2 * size**3 / best)
+
+
+def excerpt(text: str) -> str:
+    """A prompt fit for a terminal: control characters spelled out, and the middle of a long one counted, not shown."""
+    shown = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+    if len(shown) <= SHOWN_CHARS:
+        return shown
+    head, tail = SHOWN_CHARS * 3 // 4, SHOWN_CHARS // 4
+    return f"{shown[:head]}\n[... {len(shown) - SHOWN_CHARS:,} more characters ...]\n{shown[-tail:]}"
+
+
+def _spread(plan: Plan) -> Iterator[Unit]:
+    wanted = {round(number) for number in np.linspace(0, plan.num_units - 1, SAMPLED_UNITS)}
+    return (unit for unit in plan.units() if unit.index in wanted)
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two prompts have in common at the start."""
+    for number, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return number
+    return min(len(left), len(right))
+
+
+def _error_lines(sample: Sample) -> Iterator[tuple[str, str]]:
+    counts = Counter(error.code for _, error in sample.errors)
+    for code, count in counts.most_common():
+        where, error = next((where, error) for where, error in sample.errors if error.code == code)
+        yield f"  {code}", f"{count} of the sample; first in {where}: {error.message}"
+    if not counts:
+        yield "errors", "none in the sample"
+
+
+def _label_lines(job: Job, runner: TaskRunner) -> Iterator[tuple[str, str]]:
+    if isinstance(runner.work, Choose):
+        labels = zip(job.task.labels or [], runner.work.choices, strict=True)
+        counted = "counted" if runner.work.count_end else "not counted"
+        text = ", ".join(f"{label} ({len(choice)})" for label, choice in labels)
+        yield "label tokens", f"{text}; the end of a label is {counted}"
