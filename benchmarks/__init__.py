@@ -1,0 +1,1 @@
+"""Reproducible comparisons with peers. Nothing in the product imports this package; it is not installed with it."""
