@@ -22,7 +22,9 @@ from models.errors import RowError
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: in float32 one token has all the probability anyway
 WINDOW = 1024  # candidates looked at first by top-k, top-p and min-p; rows that need more are sorted whole
-_NOISE_ELEMENTS = 1 << 22  # bound of the float64 temporaries when a row samples from the whole vocabulary
+# Bounds of the 64-bit temporaries while rows sample from the whole vocabulary: a CPU's cache (3 times faster than
+# all rows at once, measured at V = 151,552), a quarter of a GB elsewhere.
+_NOISE_ELEMENTS_CPU, _NOISE_ELEMENTS = 1 << 18, 1 << 25
 _UINT64 = (1 << 64) - 1
 _WEYL = 0x9E3779B97F4A7C15
 
@@ -133,7 +135,7 @@ def _choose(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
     unfiltered = [i for i, row in enumerate(rows) if not row.is_greedy and not _filters(row.params, logits.shape[1])]
     if filtered:
         chosen[filtered] = _sample_filtered(logits, rows, filtered)
-    step = max(1, _NOISE_ELEMENTS // logits.shape[1])
+    step = max(1, (_NOISE_ELEMENTS_CPU if logits.device.type == "cpu" else _NOISE_ELEMENTS) // logits.shape[1])
     for start in range(0, len(unfiltered), step):
         part = unfiltered[start : start + step]
         chosen[part] = _sample_all(logits[part], [rows[i] for i in part])
@@ -208,10 +210,11 @@ def _sample_window(logits: Tensor, rows: list[SampleRow], width: int) -> tuple[T
     temperature = _column([row.params.temperature for row in rows], logits)
     scaled = values.double() / temperature
     kept, hidden = _keep_top(scaled, [row.params for row in rows], vocab_size)
-    hidden_mass = _log_sum_exp(logits, values[:, :1], temperature)
-    seen_mass = scaled.masked_fill(~kept, -math.inf).logsumexp(-1, keepdim=True)
     limited = torch.tensor([_limits_count(row.params, vocab_size) for row in rows], device=logits.device)
-    probabilities = (scaled - torch.where(hidden[:, None], hidden_mass, seen_mass)).exp()
+    mass = scaled.masked_fill(~kept, -math.inf).logsumexp(-1, keepdim=True)
+    if width < vocab_size and not all(_limits_count(row.params, vocab_size) for row in rows):
+        mass = torch.where(hidden[:, None], _log_sum_exp(logits, values[:, :1], temperature), mass)
+    probabilities = (scaled - mass).exp()
     before = probabilities.cumsum(-1) - probabilities  # the mass of all that are likelier
     top_p = _column([row.params.top_p if row.params.top_p < 1.0 else math.inf for row in rows], logits)
     kept &= before < top_p
