@@ -1,0 +1,124 @@
+"""EngineLoop: one thread that steps one Engine, so that many callers can wait for their own requests.
+
+Owns the hand-over of requests and completions between threads. Knows nothing of Ray, Arrow or what the requests mean.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from models.engine.interface import Engine
+from models.engine.request import Completion, Request
+from models.errors import EngineError
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Requests that were submitted together and are answered together."""
+
+    requests: Sequence[Request]
+    future: Future[list[Completion]] = field(default_factory=Future)
+    completions: dict[str, Completion] = field(default_factory=dict)
+
+
+class EngineLoop:
+    """Steps `engine` in a thread of its own while it has work. It owns the engine from here on.
+
+    The first exception out of the engine ends the loop: every waiting future fails with EngineError, and so does
+    every later `submit`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._condition = threading.Condition()
+        self._arrived: list[_Group] = []
+        self._waiting: dict[str, _Group] = {}
+        self._open: set[_Group] = set()
+        self._failure: EngineError | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> EngineError | None:
+        """Why the loop is dead; None while it lives."""
+        return self._failure
+
+    def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
+        """A future of one completion for each request, in their order.
+
+        Raises EngineError when the loop is dead, and ValueError for an id that is in flight already.
+        """
+        group = _Group(requests)
+        with self._condition:
+            if self._failure is not None:
+                raise self._failure
+            self._refuse_known_ids(requests)
+            if not requests:
+                group.future.set_result([])
+                return group.future
+            self._waiting |= {request.id: group for request in requests}
+            self._open.add(group)
+            self._arrived.append(group)
+            self._condition.notify()
+        return group.future
+
+    def close(self) -> None:
+        """Ends the thread after its present step and closes the engine; requests still in flight fail."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _refuse_known_ids(self, requests: Sequence[Request]) -> None:
+        ids = {request.id for request in requests}
+        if len(ids) < len(requests) or not ids.isdisjoint(self._waiting):
+            known = sorted(ids & self._waiting.keys()) or [request.id for request in requests]
+            raise ValueError(f"request ids must be unique among those in flight: {known[:5]}")
+
+    def _run(self) -> None:
+        try:
+            while self._take_arrivals():
+                self._deliver(self._engine.step())
+            self._fail(EngineError("the engine was closed"))
+            self._engine.close()
+        except Exception as error:  # a thread's border: whatever it was, those who wait must hear of it
+            failure = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
+            if failure is not error:
+                failure.__cause__ = error
+            self._fail(failure)
+
+    def _take_arrivals(self) -> bool:
+        """Hands new requests to the engine; sleeps when there is nothing to do. False when the loop should end."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._closing or self._arrived or self._engine.has_work())
+            arrived, self._arrived = self._arrived, []
+            closing = self._closing
+        if arrived and not closing:
+            self._engine.submit([request for group in arrived for request in group.requests])
+        return not closing
+
+    def _deliver(self, completions: list[Completion]) -> None:
+        with self._condition:
+            for completion in completions:
+                group = self._waiting.pop(completion.id, None)
+                if group is None:
+                    raise EngineError(f"the engine completed {completion.id!r}, which is not in flight")
+                group.completions[completion.id] = completion
+                if len(group.completions) == len(group.requests):
+                    self._open.discard(group)
+                    group.future.set_result([group.completions[request.id] for request in group.requests])
+            if self._waiting and not self._arrived and not self._engine.has_work():
+                raise EngineError(f"the engine lost {len(self._waiting)} requests, {next(iter(self._waiting))!r} first")
+
+    def _fail(self, failure: EngineError) -> None:
+        with self._condition:
+            self._failure = failure
+            self._waiting.clear()
+            self._arrived.clear()
+            for group in self._open:
+                group.future.set_exception(failure)
+            self._open.clear()

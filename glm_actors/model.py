@@ -1,0 +1,57 @@
+"""ModelActor: owns one engine; tables of requests in, tables of completions out.
+
+Built on a worker from a frozen EngineConfig. Runs as the callable class of a Ray Data stage whose calls arrive on
+several threads: that is how many units are in flight at once. Knows nothing of prompts, tasks or files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import pyarrow as pa
+
+from glm_actors.batches import to_requests, with_completions
+from glm_actors.loop import EngineLoop
+from models.engine import EngineConfig, build_engine
+from models.errors import ConfigError, EngineError
+
+DEAD_ENGINE_EXIT_CODE = 70
+
+
+class ModelActor:
+    """One engine, fed by an EngineLoop. `num_threads` is the share of the machine's cores for its matrix products."""
+
+    def __init__(self, config: EngineConfig, num_threads: int) -> None:
+        # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        self._loop: EngineLoop | None = None
+        self._refusal: ConfigError | None = None
+        try:
+            self._loop = EngineLoop(build_engine(config))
+        except ConfigError as error:
+            # Raised from the first call instead: Ray would wrap it here into the death of an actor.
+            self._refusal = error
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Completes a unit's requests: see glm_actors.batches for both tables."""
+        if self._loop is None:
+            assert self._refusal is not None
+            raise self._refusal
+        try:
+            completions = self._loop.submit(to_requests(table)).result()
+        except EngineError as error:
+            _exit_dead(error)
+        return with_completions(table, completions)
+
+
+def _exit_dead(error: EngineError) -> NoReturn:
+    """Ends this process, so that Ray starts a new one and retries its units there.
+
+    An exception would send the retry to the same dead engine, and ray.actor.exit_actor is not retried at all.
+    """
+    traceback.print_exception(error, file=sys.stderr)
+    print(f"The engine is dead, its process ends and will be restarted: {error}", file=sys.stderr, flush=True)
+    os._exit(DEAD_ENGINE_EXIT_CODE)

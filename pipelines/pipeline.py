@@ -1,0 +1,220 @@
+"""The pipeline on one screen: a job's rows from its input files to committed parts.
+
+    source -> render/tokenize (CPU actors) -> infer (model actors) -> parse -> commit
+
+`run` does the whole job and can be called again after any crash; `build_dataset` gives the labelled rows as a Ray
+Dataset instead. Owns the order of things; each step lives in the module named after it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from models.config import load_config
+from models.engine.interface import EngineConfig
+from models.errors import EngineError, GlmBatchError
+from pipelines.cluster import cluster, job_workers
+from pipelines.commit import Manifest, Output
+from pipelines.job import Job
+from pipelines.metrics import Counts, Phase, Progress, Summary
+from pipelines.plan import Plan, Unit, identify, job_source, make_plan
+from pipelines.rows import TaskSpec
+from pipelines.schema import output_schema
+from pipelines.tasks import TaskRunner
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished job: what it came to, and its rows."""
+
+    output: Output
+    manifest: Manifest
+    summary: Summary
+
+    def iter_tables(self) -> Iterator[pa.Table]:
+        """The committed Arrow tables in the order of the input, one part in memory at a time."""
+        return self.output.iter_tables()
+
+
+def run(job: Job, on_progress: OnProgress | None = None) -> Result:
+    """Does what of the job is not committed yet, and finishes its output. Ray starts here if it is not running.
+
+    Raises ConfigError before anything starts for a job that cannot run, and EngineError when the engine gives up.
+    """
+    work = _Work(job, on_progress)
+    output = Output.at(job.output)
+    work.tell("planning")
+    prepared = prepare(job, output)
+    work.resume(prepared.plan, output)
+    pending = work.pending(prepared.plan)
+    if pending:
+        work.tell("starting")
+        with cluster():
+            _process(job, prepared, output, pending, work)
+    manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
+    work.tell("done")
+    return Result(output=output, manifest=manifest, summary=work.summary(output))
+
+
+def build_dataset(job: Job) -> Dataset:
+    """The job's labelled rows, in the output's schema, as a lazy Ray Dataset; nothing is committed.
+
+    Ray must be running, or starts with its own defaults. Raises ConfigError for a job that cannot run.
+    """
+    from pipelines import stages
+
+    prepared = prepare(job, None)
+    labelled = _labelled(job, prepared, list(prepared.plan.units()))
+    return stages.without_own_columns(labelled, prepared.spec.schema)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A job that has been checked: its plan, what travels to the workers, what goes into the manifest."""
+
+    plan: Plan
+    spec: TaskSpec
+    facts: dict[str, Any]
+
+
+def prepare(job: Job, output: Output | None) -> Prepared:
+    """Checks everything that can be known before work starts; with an output, its plan is created or taken up.
+
+    Raises ConfigError.
+    """
+    model_dir = os.path.abspath(job.model)
+    config = load_config(model_dir)
+    facts = TaskRunner(job, model_dir).facts
+    files = job_source(job).list_files(job.input)
+    identity = identify(job, files, model_dir)
+    standing = output.adopt(identity) if output is not None else None
+    plan = standing or make_plan(job, files, identity)
+    schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
+    if output is not None and standing is None:
+        plan = output.begin(plan)
+    run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
+    return Prepared(plan=plan, spec=TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id), facts=facts)
+
+
+def _labelled(job: Job, prepared: Prepared, units: Sequence[Unit]) -> Dataset:
+    """The graph, as in the diagram above, up to the commit."""
+    from pipelines import stages
+
+    workers = job_workers(job)
+    dataset = stages.read(job_source(job), prepared.plan, units)
+    dataset = stages.render(dataset, prepared.spec, workers)
+    dataset = stages.infer(dataset, engine_config(job), workers)
+    return stages.parse(dataset, prepared.spec)
+
+
+def engine_config(job: Job) -> EngineConfig:
+    """The job's engine section as the engine takes it."""
+    engine = job.engine
+    return EngineConfig(
+        model=os.path.abspath(job.model),
+        kind=engine.kind,
+        dtype=engine.dtype,
+        device=engine.device,
+        tensor_parallel_size=engine.tensor_parallel_size,
+        max_step_tokens=engine.max_step_tokens,
+        max_model_len=engine.max_model_len,
+    )
+
+
+def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit], work: _Work) -> None:
+    from ray.exceptions import ActorDiedError, RayError
+
+    from pipelines import stages
+
+    dataset = stages.commit(_labelled(job, prepared, units), output, prepared.plan)
+    work.start()
+    try:
+        for record in stages.committed(dataset):
+            work.add(record.counts)
+    except (RayError, RuntimeError) as error:
+        cause = _own_error(error)
+        if cause is not None:
+            raise cause from error
+        if isinstance(error, ActorDiedError):
+            raise EngineError(f"the model's process died again and again; Ray's logs say why ({error})") from error
+        raise
+
+
+def _own_error(error: BaseException | None) -> GlmBatchError | None:
+    """Our own error under what Ray has wrapped around it, if there is one."""
+    while error is not None:
+        if isinstance(error, GlmBatchError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+class _Work:
+    """Adds up what is committed, and reports it."""
+
+    def __init__(self, job: Job, on_progress: OnProgress | None) -> None:
+        self._job = job
+        self._on_progress = on_progress
+        self._begun = time.monotonic()
+        self._started: float | None = None
+        self._done: set[int] = set()
+        self._resumed = self._counts = Counts()
+        self._num_rows = self._num_units = self._units_done = 0
+
+    def tell(self, phase: Phase) -> None:
+        if self._on_progress is None:
+            return
+        now = time.monotonic()
+        self._on_progress(
+            Progress(
+                phase=phase,
+                units_total=self._num_units,
+                units_done=self._units_done,
+                rows_total=self._num_rows,
+                counts=self._counts,
+                resumed=self._resumed,
+                elapsed_s=now - self._begun,
+                working_s=now - self._started if self._started is not None else 0.0,
+            )
+        )
+
+    def resume(self, plan: Plan, output: Output) -> None:
+        """Counts what earlier runs have committed."""
+        self._num_rows, self._num_units = plan.num_rows, plan.num_units
+        for record in output.records(plan):
+            self._done.add(record.unit)
+            self._resumed += record.counts
+        self._counts, self._units_done = self._resumed, len(self._done)
+
+    def pending(self, plan: Plan) -> list[Unit]:
+        return [unit for unit in plan.units() if unit.index not in self._done]
+
+    def start(self) -> None:
+        self._started = time.monotonic()
+
+    def add(self, counts: Counts) -> None:
+        self._counts += counts
+        self._units_done += 1
+        self.tell("running")
+
+    def summary(self, output: Output) -> Summary:
+        now = time.monotonic()
+        return Summary(
+            output=str(output.root),
+            counts=self._counts,
+            resumed_rows=self._resumed.rows,
+            elapsed_s=now - self._begun,
+            working_s=now - self._started if self._started is not None else 0.0,
+        )

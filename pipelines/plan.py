@@ -1,0 +1,298 @@
+"""The plan of a job: its fingerprint, its input files and how they are cut into units.
+
+The plan decides everything that a rerun must find again, so it is written once and read back by every later run: unit
+ids, duplicate keys and carried types do not depend on what a rerun would compute. Knows nothing of Ray or tasks' inner
+workings.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from models.errors import ConfigError
+from pipelines.job import Job
+from pipelines.keys import Place, find_duplicates
+from pipelines.source import InputFile, RowRange, Source, row_key, split_lines
+from pipelines.tasks import input_columns
+
+FORMAT = 1
+MAX_UNIT_ROWS = 1000
+MIN_UNIT_ROWS = 16
+WANTED_UNITS = 32  # fewer rows than this many full units: smaller units, for progress one can watch
+SCORED_ROWS_PER_S = 50.0  # a careful guess at one CPU replica's speed, for commit.every_seconds
+GENERATED_TOKENS_PER_S = 640.0
+WHOLE_HASH_BYTES = 64 << 20
+SAMPLES_PER_FILE = 64
+
+Identity = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One unit: the rows [rows.start, rows.stop) of file number `file` of the plan, committed together."""
+
+    index: int
+    file: int
+    rows: RowRange
+
+    @property
+    def id(self) -> str:
+        return unit_id(self.index)
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFile:
+    """An input file after it was opened once. `offsets` (JSONL) are the byte at which each unit starts, and the end."""
+
+    file: InputFile
+    num_rows: int
+    offsets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What stands in plan.json. Units are a function of it, so a billion rows cost kilobytes, not row lists."""
+
+    identity: Identity
+    unit_rows: int
+    files: tuple[PlannedFile, ...]
+    duplicates: Mapping[Place, Place]
+    schema: pa.Schema
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity)
+
+    @cached_property
+    def num_rows(self) -> int:
+        return sum(file.num_rows for file in self.files)
+
+    @cached_property
+    def num_units(self) -> int:
+        return sum(-(-file.num_rows // self.unit_rows) for file in self.files)
+
+    def units(self) -> Iterator[Unit]:
+        """All units in the order of the input."""
+        index = 0
+        for number, planned in enumerate(self.files):
+            for k, start in enumerate(range(0, planned.num_rows, self.unit_rows)):
+                start_byte, stop_byte = planned.offsets[k : k + 2] if planned.offsets else (0, 0)
+                stop = min(start + self.unit_rows, planned.num_rows)
+                rows = RowRange(start=start, stop=stop, start_byte=start_byte, stop_byte=stop_byte)
+                yield Unit(index=index, file=number, rows=rows)
+                index += 1
+
+    def duplicates_by_unit(self) -> dict[tuple[int, int], dict[int, str]]:
+        """(file, first row of the unit) -> row number in the unit -> the key of the row that came first."""
+        found: dict[tuple[int, int], dict[int, str]] = {}
+        for (file, row), (first_file, first_row) in self.duplicates.items():
+            start = row - row % self.unit_rows
+            found.setdefault((file, start), {})[row - start] = row_key(self.files[first_file].file, first_row)
+        return found
+
+    def to_json(self) -> bytes:
+        files = [
+            asdict(planned.file) | {"rows": planned.num_rows, "offsets": list(planned.offsets)}
+            for planned in self.files
+        ]
+        content = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "job": self.identity,
+            "unit_rows": self.unit_rows,
+            "rows": self.num_rows,
+            "units": self.num_units,
+            "files": files,
+            "duplicates": [[*place, *first] for place, first in self.duplicates.items()],
+            "input_schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
+        }
+        return json.dumps(content, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Plan:
+        content = json.loads(data)
+        files = tuple(
+            PlannedFile(
+                file=InputFile(**{name: entry[name] for name in ("name", "path", "size", "stamp")}),
+                num_rows=entry["rows"],
+                offsets=tuple(entry["offsets"]),
+            )
+            for entry in content["files"]
+        )
+        return cls(
+            identity=content["job"],
+            unit_rows=content["unit_rows"],
+            files=files,
+            duplicates={(file, row): (at, first) for file, row, at, first in content["duplicates"]},
+            schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["input_schema"]))),
+        )
+
+
+def unit_id(index: int) -> str:
+    return f"unit-{index:08d}"
+
+
+def job_source(job: Job) -> Source:
+    return Source(storage=job.storage, columns=input_columns(job))
+
+
+def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
+    """Opens every file once: footers of Parquet, newlines of JSONL, and the key column if there is one.
+
+    Raises ConfigError for anything wrong with a file as a whole, or with the columns that the job asks for.
+    """
+    source = job_source(job)
+    schema = source.schema(files)
+    if job.key is not None:
+        _check_key_type(job.key, schema.field(job.key).type)
+    rows = {file: source.parquet_rows(file) for file in files if file.format == "parquet"}
+    estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
+    unit_rows = choose_unit_rows(job, sum(estimates))
+    planned = tuple(
+        PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
+        for file in files
+    )
+    duplicates = _duplicates(source, files, job.key) if job.key is not None else {}
+    return Plan(identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema)
+
+
+def choose_unit_rows(job: Job, num_rows: int) -> int:
+    """commit.unit_rows, or where it is "auto" the most rows that `every_seconds` may cost, by a guess at the speed.
+
+    Few rows are cut into smaller units, so that progress shows; MAX_UNIT_ROWS bounds a unit's memory.
+    """
+    if job.commit.unit_rows != "auto":
+        return job.commit.unit_rows
+    speed = SCORED_ROWS_PER_S
+    if job.task.kind in ("generate", "extract"):
+        speed = min(speed, GENERATED_TOKENS_PER_S / (job.sampling.max_tokens * job.sampling.n))
+    most = min(int(speed * job.commit.every_seconds), MAX_UNIT_ROWS, num_rows // WANTED_UNITS)
+    return max(most, MIN_UNIT_ROWS)
+
+
+def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
+    """Everything that decides what the rows come out as: a rerun that differs in any of it is another job."""
+    engine = {name: getattr(job.engine, name) for name in ("kind", "dtype", "max_model_len")}
+    preprocess = asdict(job.preprocess)
+    preprocess.pop("workers")
+    content = {
+        "model": model_digest(model_dir),
+        "task": asdict(job.task),
+        "sampling": asdict(job.sampling),
+        "engine": engine,
+        "preprocess": preprocess,
+        "key": job.key,
+        "carry": job.carry,
+        "input": {file.name: {"size": file.size, "modified": file.stamp} for file in files},
+    }
+    normal: Identity = json.loads(json.dumps(content))  # as it will be read back: tuples are lists
+    return normal
+
+
+def fingerprint(identity: Identity) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def differences(planned: Identity, asked: Identity) -> list[str]:
+    """One line for each value in which two jobs differ, for people."""
+    before, after = dict(_leaves(planned)), dict(_leaves(asked))
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            lines.append(f"{name}: {_shown(before, name)} -> {_shown(after, name)}")
+    return lines
+
+
+def model_digest(model_dir: str) -> str:
+    """A digest over a checkpoint's files: whole if they are small, else names, sizes and samples of each file.
+
+    Training changes weights everywhere, so samples tell two checkpoints apart without reading gigabytes.
+    """
+    digest = hashlib.sha256()
+    files = sorted(path for path in Path(model_dir).rglob("*") if path.is_file() and not path.name.startswith("."))
+    whole = sum(path.stat().st_size for path in files) <= WHOLE_HASH_BYTES
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(model_dir)}:{size}\n".encode())
+        with path.open("rb") as stream:
+            for start in [0] if whole else np.linspace(0, size, SAMPLES_PER_FILE, dtype=int):
+                stream.seek(start)
+                digest.update(stream.read(size if whole else 1 << 14))
+    return digest.hexdigest()[:32]
+
+
+def _duplicates(source: Source, files: list[InputFile], key: str) -> dict[Place, Place]:
+    def read_keys() -> Iterator[tuple[int, int, list[str | None]]]:
+        for number, file in enumerate(files):
+            start = 0
+            for keys in source.key_chunks(file, key):
+                yield number, start, keys
+                start += len(keys)
+
+    return find_duplicates(read_keys, key)
+
+
+def _check_key_type(key: str, dtype: pa.DataType) -> None:
+    value = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+    if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_integer(value)):
+        raise ConfigError(f"key: column {key!r} has type {dtype}; a key is a column of text or integers")
+
+
+def _estimated_rows(source: Source, file: InputFile) -> int:
+    """A JSONL file's rows by the length of the lines at its start."""
+    _, block = next(source.line_blocks(file), (0, b""))
+    return round(file.size * len(split_lines(block)) / max(len(block), 1))
+
+
+def _scan_lines(source: Source, file: InputFile, unit_rows: int) -> PlannedFile:
+    """Finds where each unit of a JSONL file begins, holding one block of lines at a time."""
+    offsets: list[int] = []
+    num_rows = end = 0
+    for offset, block in source.line_blocks(file):
+        starts = offset + _row_starts(block)
+        # The first row of the block that begins a unit.
+        first = -num_rows % unit_rows
+        offsets += [int(start) for start in starts[first::unit_rows]]
+        num_rows += len(starts)
+        end = offset + len(block)
+    return PlannedFile(file=file, num_rows=num_rows, offsets=(*offsets, end) if num_rows else ())
+
+
+def _row_starts(block: bytes) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where the rows of a block of whole lines begin; lines that are empty or a lone "\\r" are no rows."""
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    if not block.endswith(b"\n"):
+        ends = np.append(ends, len(block))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts
+    lone_return = (lengths == 1) & (data[np.minimum(starts, len(data) - 1)] == ord("\r"))
+    kept: np.ndarray[Any, np.dtype[np.int64]] = starts[(lengths > 0) & ~lone_return]
+    return kept
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _shown(leaves: Mapping[str, Any], name: str) -> str:
+    text = json.dumps(leaves[name], ensure_ascii=False) if name in leaves else "nothing"
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,244 @@
+"""The work on one unit's table: rows to requests, and completions to output columns.
+
+Pure functions of tables, for whatever runs them. Owns what is done with keys, carried columns and gold answers; the
+prompt and the answer belong to pipelines.tasks. Knows nothing of Ray or files.
+
+Names in travelling tables: "#..." are our own, "in...." are the input's columns, the rest is the actors' contract.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from glm_actors.batches import request_table, to_completions
+from models.engine.request import Request
+from models.errors import RowError
+from pipelines.job import Job
+from pipelines.metrics import Counts
+from pipelines.source import LINE, InputFile, Row, column_values, decode_rows, key_text, parse_line, row_key
+from pipelines.tasks import TOKEN_COLUMNS, PromptTemplate, TaskRunner, cell_text
+
+UNIT, ROW, FIRST, GOLD, PROMPT, RIGHT = "#unit", "#row", "#first", "#gold", "#prompt", "#right"
+INPUT = "in."
+INPUT_LINE = INPUT + LINE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSpec:
+    """A job's task as it travels to the workers; `run_id` names it there. `schema` is the output's."""
+
+    job: Job
+    model_dir: str
+    schema: pa.Schema
+    run_id: str
+
+
+_runners: dict[str, TaskRunner] = {}
+
+
+def task_runner(spec: TaskSpec) -> TaskRunner:
+    """The runner of this process for this job; a process that goes on to another job forgets the first."""
+    if spec.run_id not in _runners:
+        _runners.clear()
+        _runners[spec.run_id] = TaskRunner(spec.job, spec.model_dir)
+    return _runners[spec.run_id]
+
+
+def unit_table(table: pa.Table, unit: int, file: InputFile, start: int, earlier: Mapping[int, str]) -> pa.Table:
+    """What was read of a unit, as it travels: with the unit's number and each row's default key.
+
+    `earlier` names, for a row whose key an earlier row has, that row.
+    """
+    num_rows = table.num_rows
+    own = {
+        UNIT: pa.array([unit] * num_rows, pa.int32()),
+        ROW: pa.array([row_key(file, row) for row in range(start, start + num_rows)], pa.string()),
+        FIRST: pa.array([earlier.get(row) for row in range(num_rows)], pa.string()),
+    }
+    return pa.table(own | {INPUT + name: table[name] for name in table.column_names})
+
+
+def render_unit(spec: TaskSpec, table: pa.Table) -> pa.Table:
+    """Rows to requests: keys, prompts, token ids. Carried columns and gold answers go along."""
+    runner = task_runner(spec)
+    rows = _rows(spec.job, table)
+    carried, misfits = _carried(spec, table, rows)
+    keys: list[str] = []
+    requests: list[Request | RowError] = []
+    names = zip(rows, table[ROW].to_pylist(), table[FIRST].to_pylist(), misfits, strict=True)
+    for row, default, first, misfit in names:
+        key, request = _request(runner, spec.job, row, default, first, misfit)
+        keys.append(key)
+        requests.append(request)
+    result = request_table(keys, requests).append_column(UNIT, table[UNIT])
+    for name, column in (_beside(spec.job, rows) | carried).items():
+        result = result.append_column(name, column)
+    return result
+
+
+def parse_unit(spec: TaskSpec, table: pa.Table) -> pa.Table:
+    """Completions to the job's output columns, and RIGHT, which says whether a row agrees with its gold answer."""
+    runner = task_runner(spec)
+    golds = _from_json(table, GOLD)
+    prompts = _from_json(table, PROMPT)
+    outputs: list[dict[str, Any]] = []
+    for completion, prompt in zip(to_completions(table), prompts, strict=True):
+        if isinstance(completion, RowError):
+            outputs.append(runner.error_columns(completion))
+        else:
+            outputs.append(runner.to_columns(completion, prompt or {}))
+    right = [None if gold is None else runner.is_right(row, gold) for row, gold in zip(outputs, golds, strict=True)]
+    given = {"row_key": table["row_key"], "attempts": pa.array([1] * table.num_rows, pa.int32())}
+    given |= {name: table[INPUT + name] for name in spec.job.carry}
+    columns = {
+        field.name: given[field.name]
+        if field.name in given
+        else pa.array([row[field.name] for row in outputs], field.type)
+        for field in spec.schema
+    }
+    own = {UNIT: table[UNIT], RIGHT: pa.array(right, pa.bool_())}
+    return pa.table(columns | own, schema=pa.schema([*spec.schema, (UNIT, pa.int32()), (RIGHT, pa.bool_())]))
+
+
+def count_rows(table: pa.Table) -> Counts:
+    """What the rows of a parsed unit add up to."""
+    status = Counter(table["status"].to_pylist())
+    codes = Counter(table["error_code"].to_pylist())
+    codes.pop(None, None)
+    right = Counter(table[RIGHT].to_pylist())
+    tokens = {name: pc.sum(table[name]).as_py() or 0 for name in TOKEN_COLUMNS}
+    return Counts(
+        rows=table.num_rows,
+        ok=status["ok"],
+        filtered=status["filtered"],
+        errors=dict(codes),
+        gold_rows=right[True] + right[False],
+        gold_correct=right[True],
+        **tokens,
+    )
+
+
+def _request(
+    runner: TaskRunner, job: Job, row: Row | RowError, default: str, first: str | None, misfit: RowError | None
+) -> tuple[str, Request | RowError]:
+    """A row's key, and its request or what is wrong with it."""
+    key = default
+    try:
+        if isinstance(row, RowError):
+            raise row
+        if job.key is not None:
+            key = key_text(row, job.key)
+        if first is not None:
+            raise RowError("duplicate_key", f"{job.key} {key!r} is the key of an earlier row: {first}")
+        if misfit is not None:
+            raise misfit
+        return key, runner.to_request(key, row)
+    except RowError as error:
+        return key, error
+
+
+def _rows(job: Job, table: pa.Table) -> list[Row | RowError]:
+    """The rows with the columns that are looked at here: carried columns of Parquet are not."""
+    if INPUT_LINE in table.column_names:
+        return [parse_line(line) for line in table[INPUT_LINE].to_pylist()]
+    looked_at = set(_prompt_columns(job)) | {job.task.messages, job.task.gold, job.key}
+    names = [name for name in table.column_names if name.removeprefix(INPUT) in looked_at]
+    picked = table.select(names).rename_columns([name.removeprefix(INPUT) for name in names])
+    return decode_rows(picked) if names else [{} for _ in range(table.num_rows)]
+
+
+def _prompt_columns(job: Job) -> tuple[str, ...]:
+    return PromptTemplate.parse(job.task.prompt).columns if job.task.prompt is not None else ()
+
+
+def _beside(job: Job, rows: Sequence[Row | RowError]) -> dict[str, pa.Array]:
+    """What the parse stage needs of the rows themselves, as JSON texts: gold answers, and for tag the prompt's cells."""
+    columns = {}
+    if (gold := job.task.gold) is not None:
+        values = [None if isinstance(row, RowError) else row.get(gold) for row in rows]
+        columns[GOLD] = pa.array([None if value is None else _json_text(value) for value in values], pa.string())
+    if job.task.kind == "tag":
+        prompt_columns = _prompt_columns(job)
+        columns[PROMPT] = pa.array([_cells(row, prompt_columns) for row in rows], pa.string())
+    return columns
+
+
+def _cells(row: Row | RowError, columns: Sequence[str]) -> str | None:
+    """The prompt's cells as texts: the template makes the same prompt of them as of the row."""
+    try:
+        return None if isinstance(row, RowError) else json.dumps({name: cell_text(row, name) for name in columns})
+    except RowError:
+        return None
+
+
+def _from_json(table: pa.Table, name: str) -> list[Any]:
+    if name not in table.column_names:
+        return [None] * table.num_rows
+    return [None if text is None else json.loads(text) for text in table[name].to_pylist()]
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _carried(
+    spec: TaskSpec, table: pa.Table, rows: Sequence[Row | RowError]
+) -> tuple[dict[str, pa.Array], list[RowError | None]]:
+    """The carried columns in the output's types, and for each row what could not be carried (null stands for it)."""
+    misfits: list[RowError | None] = [None] * table.num_rows
+    columns: dict[str, pa.Array] = {}
+    for name in spec.job.carry:
+        dtype = spec.schema.field(name).type
+        if INPUT_LINE in table.column_names:
+            values = [None if isinstance(row, RowError) else row.get(name) for row in rows]
+            columns[INPUT + name] = _typed(values, dtype, name, misfits)
+        else:
+            columns[INPUT + name] = _valid(table[INPUT + name].cast(dtype), name, misfits)
+    return columns, misfits
+
+
+def _typed(values: list[Any], dtype: pa.DataType, name: str, misfits: list[RowError | None]) -> pa.Array:
+    """JSON values as an Arrow column. A column of text takes any value, as JSON text where it is none."""
+    if pa.types.is_string(dtype):
+        values = [value if value is None or isinstance(value, str) else _json_text(value) for value in values]
+    try:
+        return pa.array(values, dtype)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        return pa.array([_fitting(values, index, dtype, name, misfits) for index in range(len(values))], dtype)
+
+
+def _fitting(values: list[Any], index: int, dtype: pa.DataType, name: str, misfits: list[RowError | None]) -> Any:
+    try:
+        pa.array([values[index]], dtype)
+    except UnicodeEncodeError:
+        misfits[index] = RowError(
+            "not_utf8", f"the carried column {name!r} holds a lone surrogate: it is no valid text"
+        )
+        return None
+    except (pa.ArrowException, OverflowError):
+        held = type(values[index]).__name__
+        misfits[index] = RowError("wrong_type", f"the carried column {name!r} holds {held} where others hold {dtype}")
+        return None
+    return values[index]
+
+
+def _valid(column: pa.ChunkedArray, name: str, misfits: list[RowError | None]) -> pa.ChunkedArray:
+    """A Parquet column with null for each value that is not UTF-8."""
+    try:
+        column.validate(full=True)
+        return column
+    except pa.ArrowInvalid:
+        kept: list[Any] = []
+        for index, value in enumerate(column_values(column)):
+            broken = isinstance(value, bytes) and not pa.types.is_binary(column.type)
+            if broken:
+                misfits[index] = RowError("not_utf8", f"the carried column {name!r} is not UTF-8")
+            kept.append(None if broken else value)
+        return pa.chunked_array([pa.array(kept, column.type)])

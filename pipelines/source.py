@@ -1,0 +1,447 @@
+"""Input files: what there is, how many rows, and the rows of one unit as an Arrow table.
+
+Owns Parquet and JSONL on local disks and s3://, and everything that can be wrong with a file as a whole. A row that
+is wrong by itself becomes a RowError in `decode_rows`. Knows nothing of tasks, Ray, or where results go.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from itertools import chain
+from typing import Any, Literal
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.errors import ConfigError, RowError
+from pipelines.job import StorageSection
+
+Format = Literal["parquet", "jsonl"]
+Row = dict[str, Any]
+
+SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+LINE = "line"  # the one column of a unit's table that comes from JSONL: each row's own bytes
+SAMPLE_ROWS = 1000
+SCAN_BYTES = 4 << 20
+FOOTER_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputFile:
+    """A file before it was opened. `name` is the path as the job spells it, `stamp` changes when the content does."""
+
+    name: str
+    path: str
+    size: int
+    stamp: str
+
+    @property
+    def format(self) -> Format:
+        return SUFFIXES[os.path.splitext(self.path)[1]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowRange:
+    """Rows [start, stop) of one file; for JSONL also the bytes [start_byte, stop_byte) they lie in."""
+
+    start: int
+    stop: int
+    start_byte: int = 0
+    stop_byte: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """How to open files, and which columns to read from them: a description that travels to the workers."""
+
+    storage: StorageSection
+    columns: tuple[str, ...]
+
+    def list_files(self, patterns: Sequence[str]) -> list[InputFile]:
+        """The files that `input` names, each once, directories and globs in name order. Raises ConfigError."""
+        found: dict[str, InputFile] = {}
+        for pattern in patterns:
+            for file in sorted(self._expand(pattern), key=lambda file: file.name):
+                found.setdefault(file.path, file)
+        return list(found.values())
+
+    def open(self, path: str) -> Any:
+        """A seekable binary file for Arrow and for Python alike."""
+        return self._files(path).open(path, "rb") if _is_remote(path) else pa.OSFile(path)
+
+    def schema(self, files: Sequence[InputFile]) -> pa.Schema:
+        """The types of `columns` over all Parquet files, or of a sample of the first JSONL file's rows.
+
+        Raises ConfigError for a column that is missing, has types that do not go together, or is not plain Arrow.
+        """
+        parquet = [file for file in files if file.format == "parquet"]
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+            schemas = list(pool.map(self._parquet_schema, parquet))
+        jsonl = next((file for file in files if file.format == "jsonl"), None)
+        if jsonl is not None:
+            schemas.append(self._sampled_schema(jsonl))
+            parquet.append(jsonl)
+        return _unified(schemas, parquet)
+
+    def parquet_rows(self, file: InputFile) -> int:
+        with self._parquet(file) as parquet:
+            return int(parquet.metadata.num_rows)
+
+    def line_blocks(self, file: InputFile) -> Iterator[tuple[int, bytes]]:
+        """A JSONL file as (offset, bytes) pieces of whole lines, in order, SCAN_BYTES or one line at a time."""
+        offset, pending = 0, list[bytes]()
+        with self._files(file.path).open(file.path, "rb") as stream:
+            while chunk := stream.read(SCAN_BYTES):
+                head, newline, tail = chunk.rpartition(b"\n")
+                if newline:
+                    block = b"".join([*pending, head, newline])
+                    yield offset, block
+                    offset, pending = offset + len(block), []
+                pending.append(tail)
+        if rest := b"".join(pending):
+            yield offset, rest
+
+    def key_chunks(self, file: InputFile, key: str) -> Iterator[list[str | None]]:
+        """The keys of all rows in order, piece by piece; None for a row that has no usable one."""
+        if file.format == "parquet":
+            with self._parquet(file) as parquet:
+                for batch in parquet.iter_batches(batch_size=65536, columns=[key]):
+                    yield [_usable_key(value) for value in column_values(batch.column(0))]
+            return
+        for _, block in self.line_blocks(file):
+            yield [_line_key(line, key) for line in split_lines(block)]
+
+    def read(self, file: InputFile, rows: RowRange) -> pa.Table:
+        """The unit's rows: the wanted columns of a Parquet file, or the column LINE with a JSONL file's raw lines.
+
+        Raises ConfigError when the file is no longer what it was when the job was planned.
+        """
+        if file.format == "parquet":
+            return _cursor(self, file).read(rows)
+        data = self._files(file.path).cat_file(file.path, start=rows.start_byte, end=rows.stop_byte)
+        table = pa.table({LINE: pa.array(split_lines(data), pa.binary())})
+        return _complete(table, file, rows)
+
+    def _expand(self, pattern: str) -> list[InputFile]:
+        return [self._describe(path) for path in self._paths(pattern)]
+
+    def _paths(self, pattern: str) -> list[str]:
+        if _is_remote(pattern):
+            paths = self._remote_paths(pattern)
+        elif os.path.isdir(pattern):
+            paths = [path for path in glob.iglob(os.path.join(pattern, "**"), recursive=True) if _is_data(path)]
+        else:
+            paths = glob.glob(pattern, recursive=True)
+            paths = [pattern] if not paths and os.path.isfile(pattern) else paths
+            paths = [path for path in paths if not os.path.isdir(path)]
+        if not paths:
+            raise ConfigError(f"input: {pattern!r} matches no Parquet or JSONL file; check the path")
+        for path in paths:
+            if os.path.splitext(path)[1] not in SUFFIXES:
+                raise ConfigError(
+                    f"input: {path} is neither Parquet nor JSONL by its name ({', '.join(SUFFIXES)}); "
+                    "convert or unpack it, or narrow the pattern"
+                )
+        return paths
+
+    def _remote_paths(self, pattern: str) -> list[str]:
+        files = self._files(pattern)
+        try:
+            if glob.has_magic(pattern):
+                paths = [path for path in files.glob(pattern) if not files.isdir(path)]
+            elif files.isdir(pattern):
+                paths = [path for path in files.find(pattern) if _is_data(path)]
+            else:
+                paths = [pattern] if files.exists(pattern) else []
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"input: {pattern!r} cannot be listed ({error}); check storage and access") from error
+        return [path if _is_remote(path) else files.unstrip_protocol(path) for path in paths]
+
+    def _describe(self, path: str) -> InputFile:
+        if _is_remote(path):
+            info = self._files(path).info(path)
+            stamp = info.get("ETag") or info.get("LastModified")
+            return InputFile(name=path, path=path, size=int(info["size"]), stamp=str(stamp).strip('"'))
+        status = os.stat(path)
+        return InputFile(name=path, path=os.path.abspath(path), size=status.st_size, stamp=str(status.st_mtime_ns))
+
+    def _files(self, path: str) -> Any:
+        if not _is_remote(path):
+            return fsspec.filesystem("file")
+        return fsspec.filesystem("s3", anon=self.storage.anon, endpoint_url=self.storage.endpoint_url)
+
+    def _parquet(self, file: InputFile) -> pq.ParquetFile:
+        """Opens a Parquet file after a look at its footer: Arrow revives extension types as soon as it sees them."""
+        try:
+            # Without pre-buffering, and in pages: a row group of a million rows must not be held as a whole.
+            parquet_metadata = pq.read_metadata(self.open(file.path)).metadata or {}
+            _refuse_extensions(file, parquet_metadata)
+            return pq.ParquetFile(self.open(file.path), pre_buffer=False, buffer_size=1 << 20)
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"input: {file.name} cannot be read as Parquet; is it truncated? ({error}); "
+                "replace or leave out the file"
+            ) from error
+
+    def _parquet_schema(self, file: InputFile) -> pa.Schema:
+        with self._parquet(file) as parquet:
+            schema = parquet.schema_arrow
+        for column in self.columns:
+            if column not in schema.names:
+                raise ConfigError(_missing_column(column, file, schema.names))
+            _refuse_exotic(schema.field(column).type, file, column)
+        return pa.schema([pa.field(column, schema.field(column).type) for column in self.columns])
+
+    def _sampled_schema(self, file: InputFile) -> pa.Schema:
+        """Types from the first rows that are JSON objects; a column of mixed values or of nulls becomes text."""
+        lines = chain.from_iterable(split_lines(block) for _, block in self.line_blocks(file))
+        sample = [row for _, row in zip(range(SAMPLE_ROWS), map(parse_line, lines), strict=False)]
+        rows = [row for row in sample if not isinstance(row, RowError)]
+        known = list(dict.fromkeys(chain.from_iterable(rows)))
+        for column in self.columns:
+            if rows and column not in known:
+                raise ConfigError(_missing_column(column, file, known))
+        return pa.schema([(column, _sampled_type([row.get(column) for row in rows])) for column in self.columns])
+
+
+class _ParquetCursor:
+    """Reads consecutive row ranges of one file without decoding anything twice.
+
+    Units are smaller than row groups. A worker that takes them in order continues where it stopped.
+    """
+
+    def __init__(self, source: Source, file: InputFile) -> None:
+        self._source, self._file = source, file
+        self._next = 0
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._rest: list[pa.RecordBatch] = []
+        self._schema = pa.schema([])
+        self._parquet: pq.ParquetFile | None = None
+
+    def read(self, rows: RowRange) -> pa.Table:
+        if self._parquet is None or rows.start < self._next:
+            self._seek(rows.start, rows.stop - rows.start)
+        self._skip(rows.start - self._next)
+        taken = list(self._take(rows.stop - rows.start))
+        table = pa.Table.from_batches(taken, self._schema)
+        return _complete(table, self._file, rows)
+
+    def _seek(self, row: int, batch_size: int) -> None:
+        self._parquet = self._source._parquet(self._file)
+        groups = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
+        starts = np.cumsum([0, *groups])
+        first = int(np.searchsorted(starts, row, side="right")) - 1
+        # A prompt without columns still needs to know how many rows there are.
+        columns = list(self._source.columns) or self._parquet.schema_arrow.names[:1]
+        self._schema = pa.schema([self._parquet.schema_arrow.field(column) for column in columns])
+        self._batches = (
+            batch.select(columns)
+            for batch in self._parquet.iter_batches(batch_size, row_groups=range(first, len(groups)), columns=columns)
+        )
+        self._rest, self._next = [], int(starts[first])
+
+    def _skip(self, num_rows: int) -> None:
+        for _ in self._take(num_rows):
+            pass
+
+    def _take(self, num_rows: int) -> Iterator[pa.RecordBatch]:
+        while num_rows > 0:
+            batch = self._rest.pop() if self._rest else next(self._batches, None)
+            if batch is None:
+                return
+            if batch.num_rows > num_rows:
+                self._rest.append(batch.slice(num_rows))
+                batch = batch.slice(0, num_rows)
+            num_rows -= batch.num_rows
+            self._next += batch.num_rows
+            yield batch
+
+
+@lru_cache(maxsize=2)
+def _cursor(source: Source, file: InputFile) -> _ParquetCursor:
+    return _ParquetCursor(source, file)
+
+
+def split_lines(data: bytes) -> list[bytes]:
+    """The lines that are rows: empty lines are not."""
+    return [line for line in data.split(b"\n") if line and line != b"\r"]
+
+
+def parse_line(line: bytes) -> Row | RowError:
+    """One line of JSONL as a row."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError("not_utf8", f"the line is not UTF-8 at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return RowError("bad_json", f"the line is not JSON: {error}")
+    if not isinstance(row, dict):
+        return RowError("bad_json", f"the line is JSON but no object: it holds {type(row).__name__}")
+    return row
+
+
+def decode_rows(table: pa.Table) -> list[Row | RowError]:
+    """The rows of a unit's table, in order. Bytes that are no UTF-8 stay bytes in their column."""
+    if table.column_names == [LINE]:
+        return [parse_line(line) for line in table[LINE].to_pylist()]
+    columns = [column_values(table[name]) for name in table.column_names]
+    names = table.column_names
+    if not columns:
+        return [{} for _ in range(table.num_rows)]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Python values; a text that is not UTF-8 comes as its bytes."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except UnicodeDecodeError:
+        if not _is_text(column.type):
+            return [_scalar_value(value) for value in column]
+        raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+        return [_text_or_bytes(value) for value in raw.to_pylist()]
+
+
+def row_key(file: InputFile, row: int) -> str:
+    """The key of a row where the job names no key column, or the row has none: input file and row number from 0."""
+    return f"{file.name}:{row}"
+
+
+def key_text(row: Row, key: str) -> str:
+    """A row's key as text. Raises RowError when it is null or cannot be one."""
+    value = row.get(key)
+    if value is None:
+        raise RowError("null_key", f"the key column {key!r} is null")
+    if isinstance(value, bytes):
+        raise RowError("not_utf8", f"the key column {key!r} is not UTF-8")
+    text = _usable_key(value)
+    if text is None:
+        raise RowError("wrong_type", f"the key column {key!r} holds {type(value).__name__}; keys are text or integers")
+    return text
+
+
+def _usable_key(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    text = str(value)
+    return text if text.isascii() or _is_unicode(text) else None
+
+
+def _line_key(line: bytes, key: str) -> str | None:
+    row = parse_line(line)
+    return None if isinstance(row, RowError) else _usable_key(row.get(key))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _scalar_value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return b"\xff"  # nested text that is not UTF-8: whoever reads it sees bytes and says so
+
+
+def _complete(table: pa.Table, file: InputFile, rows: RowRange) -> pa.Table:
+    if table.num_rows != rows.stop - rows.start:
+        raise ConfigError(
+            f"input: {file.name} has changed since the job was planned: rows {rows.start} to {rows.stop} are "
+            f"{table.num_rows} now; restore it, or start over with another output"
+        )
+    return table
+
+
+def _is_remote(path: str) -> bool:
+    return path.startswith("s3://")
+
+
+def _is_data(path: str) -> bool:
+    return os.path.splitext(path)[1] in SUFFIXES and not os.path.basename(path).startswith((".", "_"))
+
+
+def _is_text(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype))
+
+
+def _refuse_extensions(file: InputFile, metadata: dict[bytes, bytes]) -> None:
+    import base64
+
+    schema = base64.b64decode(metadata.get(b"ARROW:schema", b""))
+    if b"ARROW:extension:name" in schema:
+        known = re.findall(rb"(?:ray|arrow|huggingface|pandas|geoarrow)[\w.]*\.[\w.]+", schema)
+        kind = f" ({known[0].decode()})" if known else ""
+        raise ConfigError(
+            f"input: {file.name} has a column of an Arrow extension type{kind}; only plain types are read: "
+            "write the column as bytes, text, numbers, lists or structs"
+        )
+
+
+def _refuse_exotic(dtype: pa.DataType, file: InputFile, column: str) -> None:
+    types = pa.types
+    children = [dtype.field(index).type for index in range(dtype.num_fields)]
+    if types.is_dictionary(dtype):
+        children = [dtype.value_type]
+    for child in children:
+        _refuse_exotic(child, file, column)
+    nested = types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype)
+    nested = nested or types.is_struct(dtype) or types.is_map(dtype) or types.is_dictionary(dtype)
+    text = _is_text(dtype) or types.is_binary(dtype) or types.is_large_binary(dtype)
+    if isinstance(dtype, pa.BaseExtensionType) or not (nested or text or types.is_primitive(dtype) or _scalar(dtype)):
+        raise ConfigError(
+            f"input: {file.name}: column {column!r} has type {dtype}; only plain types are read: "
+            "write it as bytes, text, numbers, lists or structs"
+        )
+
+
+def _scalar(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_null(dtype) or pa.types.is_decimal(dtype) or pa.types.is_fixed_size_binary(dtype))
+
+
+def _unified(schemas: Sequence[pa.Schema], files: Sequence[InputFile]) -> pa.Schema:
+    unified = schemas[0]
+    for schema, file in zip(schemas, files, strict=True):
+        try:
+            unified = pa.unify_schemas([unified, schema], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ConfigError(
+                f"input: the column types of {file.name} do not go with those of {files[0].name}: {error}; "
+                "convert one of them"
+            ) from error
+    return unified
+
+
+def _sampled_type(values: list[Any]) -> pa.DataType:
+    try:
+        dtype = pa.array(values).type
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        return pa.string()
+    return pa.string() if pa.types.is_null(dtype) else dtype
+
+
+def _missing_column(column: str, file: InputFile, known: Sequence[str]) -> str:
+    near = get_close_matches(column, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(repr, list(known)[:20]))}"
+    return f"input: {file.name} has no column {column!r}{hint}"

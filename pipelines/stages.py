@@ -1,0 +1,187 @@
+"""The stages of the pipeline, each a function from Dataset to Dataset over whole units.
+
+Owns what Ray must be told so that units stay whole and processes do not starve each other. Imports ray: load it
+inside functions only. Knows nothing of prompts, engines' insides or the commit protocol's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+
+from glm_actors.model import ModelActor
+from glm_actors.preprocess import Preprocessor
+from models.engine.interface import EngineConfig
+from pipelines.commit import CommitRecord, Output
+from pipelines.plan import Plan, Unit
+from pipelines.rows import RIGHT, UNIT, TaskSpec, count_rows, parse_unit, render_unit, task_runner, unit_table
+from pipelines.source import InputFile, Source
+
+# Logical CPUs, which only tell Ray how many processes to run at once; the engine's threads use the real cores.
+SMALL_CPUS = 0.25
+ENGINE_CPUS = 0.25
+UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
+COMMIT_TASKS = 2
+MAX_ENGINE_RESTARTS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """How many processes a stage gets, and what each of them may use."""
+
+    preprocessors: int
+    replicas: int
+    gpus_per_replica: int
+    threads_per_replica: int
+
+
+class UnitDatasource(Datasource):
+    """One read task for each unit, so that a unit is one block from beginning to end."""
+
+    def __init__(self, source: Source, plan: Plan, units: Sequence[Unit]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._source, self._plan, self._units = source, plan, units
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_name(self) -> str:
+        return "Units"
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        earlier = self._plan.duplicates_by_unit()
+        tasks = []
+        for unit in self._units:
+            file = self._plan.files[unit.file].file
+            read = partial(_read_unit, self._source, file, unit, earlier.get((unit.file, unit.rows.start), {}))
+            metadata = BlockMetadata(num_rows=unit.num_rows, size_bytes=None, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
+        return tasks
+
+
+def read(source: Source, plan: Plan, units: Sequence[Unit]) -> Dataset:
+    """Units as blocks: see pipelines.rows.unit_table."""
+    dataset: Dataset = ray.data.read_datasource(
+        UnitDatasource(source, plan, units),
+        override_num_blocks=len(units),
+        num_cpus=SMALL_CPUS,
+    )
+    context = dataset.context
+    context.target_max_block_size = None  # Ray would split blocks over 128 MiB; a unit must stay whole
+    context.enable_progress_bars = False
+    context.enable_rich_progress_bars = False
+    return dataset
+
+
+def render(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
+    """Rows -> requests, on CPU actors. Ray fuses reading into them, so a worker reads a file's units in order."""
+    return dataset.map_batches(
+        Preprocessor,
+        fn_constructor_args=(partial(_build_renderer, spec),),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=workers.preprocessors),
+        num_cpus=SMALL_CPUS,
+    )
+
+
+def infer(dataset: Dataset, engine: EngineConfig, workers: Workers) -> Dataset:
+    """Requests -> completions, on model actors that each keep several units in flight."""
+    return dataset.map_batches(
+        ModelActor,
+        fn_constructor_args=(engine, workers.threads_per_replica),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=workers.replicas,
+            max_concurrent_calls_per_actor=UNITS_IN_ENGINE,
+            max_tasks_in_flight_per_actor=UNITS_IN_ENGINE + 2,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=ENGINE_CPUS,
+        num_gpus=workers.gpus_per_replica,
+        max_restarts=MAX_ENGINE_RESTARTS,
+    )
+
+
+def parse(dataset: Dataset, spec: TaskSpec) -> Dataset:
+    """Completions -> output columns. Ray fuses the next stage into the same tasks."""
+    return dataset.map_batches(
+        partial(parse_unit, spec),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(COMMIT_TASKS),
+        num_cpus=SMALL_CPUS,
+    )
+
+
+def commit(dataset: Dataset, output: Output, plan: Plan) -> Dataset:
+    """Output columns -> one small row for each committed unit: its number and its commit record as JSON."""
+    return dataset.map_batches(
+        partial(_commit_unit, output, _UnitRows(plan)),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(COMMIT_TASKS),
+        num_cpus=SMALL_CPUS,
+    )
+
+
+def without_own_columns(dataset: Dataset, schema: pa.Schema) -> Dataset:
+    """Output columns alone, for those who go on with the rows instead of committing them."""
+    return dataset.map_batches(
+        partial(_select, list(schema.names)), batch_size=None, batch_format="pyarrow", num_cpus=SMALL_CPUS
+    )
+
+
+def committed(dataset: Dataset) -> Iterable[CommitRecord]:
+    """Runs the graph and gives each commit record as it arrives; rows never come to the driver."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for text in batch["record"].to_pylist():
+            yield CommitRecord.from_json(text)
+
+
+class _UnitRows:
+    """How many rows each unit has, for the check at the commit: a few bytes for each file, not for each unit."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._unit_rows = plan.unit_rows
+        self._file_rows = [planned.num_rows for planned in plan.files]
+
+    def __getitem__(self, unit: int) -> int:
+        for num_rows in self._file_rows:
+            units = -(-num_rows // self._unit_rows)
+            if unit < units:
+                return min(self._unit_rows, num_rows - unit * self._unit_rows)
+            unit -= units
+        raise IndexError(unit)
+
+
+def _read_unit(source: Source, file: InputFile, unit: Unit, earlier: dict[int, str]) -> list[pa.Table]:
+    return [unit_table(source.read(file, unit.rows), unit.index, file, unit.rows.start, earlier)]
+
+
+def _build_renderer(spec: TaskSpec) -> Callable[[pa.Table], pa.Table]:
+    task_runner(spec)  # the tokenizer is loaded while the actor starts
+    return partial(render_unit, spec)
+
+
+def _commit_unit(output: Output, unit_rows: _UnitRows, table: pa.Table) -> pa.Table:
+    units = table[UNIT].unique().to_pylist()
+    if len(units) != 1 or table.num_rows != unit_rows[units[0]]:
+        raise RuntimeError(f"a block of {table.num_rows} rows of the units {units[:3]}: Ray did not keep a unit whole")
+    counts = count_rows(table)
+    record = output.commit(units[0], table.drop_columns([UNIT, RIGHT]), counts)
+    return pa.table({"record": [record.to_json().decode()]})
+
+
+def _select(names: list[str], table: pa.Table) -> pa.Table:
+    return table.select(names)
