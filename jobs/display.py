@@ -15,9 +15,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.commit import Status
 from pipelines.metrics import Counts, Phase, Progress, Summary
 
 LOG_EVERY_S = 5.0
+BAR_WIDTH = 24
 PHASES: dict[Phase, str] = {
     "planning": "listing the input",
     "starting": "starting the workers and loading the model",
@@ -32,10 +34,26 @@ ShowProgress = Callable[[Progress], None]
 def progress_display(name: str, console: Console) -> Iterator[ShowProgress]:
     """Gives a function to call with each Progress; what it draws ends with the context."""
     if console.is_terminal:
-        with Live(console=console, refresh_per_second=4, transient=True) as live:
-            yield lambda progress: live.update(live_view(name, progress))
+        view = LiveView(name)
+        with Live(view, console=console, refresh_per_second=4, transient=True):
+            yield view
     else:
         yield LogLines(name, console)
+
+
+class LiveView:
+    """The latest Progress, drawn anew whenever rich asks, so that the clock runs on between two of them."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._progress = Progress(phase="planning")
+        self._received_at = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        self._progress, self._received_at = progress, time.monotonic()
+
+    def __rich__(self) -> Group:
+        return live_view(self._name, self._progress, since_s=time.monotonic() - self._received_at)
 
 
 class LogLines:
@@ -64,44 +82,59 @@ def log_text(progress: Progress) -> str:
     return ", ".join([_rows_done(progress), *_rates(progress), f"ETA {clock_time(progress.eta_s)}"])
 
 
-def live_view(name: str, progress: Progress) -> Group:
-    """Bar and rows on the first line, rates on the second; 80 columns hold both."""
-    head = Table.grid(padding=(0, 1))
+def live_view(name: str, progress: Progress, *, since_s: float = 0.0) -> Group:
+    """Bar and rows on the first line, rates on the second; `since_s` is the age of `progress`. Fits 80 columns."""
+    waiting = progress.phase in ("planning", "starting")
     bar = ProgressBar(
         total=max(progress.rows_total, 1),
         completed=progress.counts.rows,
-        width=28,
-        pulse=progress.phase in ("planning", "starting"),
+        width=BAR_WIDTH,
+        pulse=waiting,
+        animation_time=time.monotonic(),
     )
-    if progress.phase in ("planning", "starting"):
-        state = f"{PHASES[progress.phase]}  {clock_time(progress.elapsed_s)}"
-        head.add_row(Text(name, style="bold"), bar, state)
-        return Group(head, Text(_resumed_note(progress).strip(" ,"), style="dim"))
-    head.add_row(Text(name, style="bold"), bar, _rows_done(progress), Text(f"ETA {clock_time(progress.eta_s)}"))
-    return Group(head, Text("  ".join(_rates(progress)), style="cyan"))
+    head = Table.grid(padding=(0, 1))
+    if waiting:
+        state = f"{PHASES[progress.phase]} {clock_time(progress.elapsed_s + since_s)}"
+        below = _resumed_note(progress).strip(" ,")
+    else:
+        eta = None if progress.eta_s is None else max(progress.eta_s - since_s, 0.0)
+        state = f"{_rows_done(progress)}  ETA {clock_time(eta)}"
+        below = "  ".join(_rates(progress))
+    head.add_row(Text(name, style="bold"), bar, Text(state))
+    return Group(head, Text(below, style="cyan"))
 
 
 def summary_table(summary: Summary, *, name: str, max_error_rate: float) -> Table:
     """The closing table: rows by status and error code, accuracy, tokens, time, rate, output, what to do next."""
-    counts = summary.counts
-    table = Table(
-        title=name, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in summary_lines(summary):
-        table.add_row(label, value)
+    resumed = f" ({summary.resumed_rows:,} of them from an earlier run)" if summary.resumed_rows else ""
+    table = _two_columns(name)
+    table.add_row("rows", f"{summary.counts.rows:,}{resumed}")
+    for line in count_lines(summary.counts):
+        table.add_row(*line)
+    table.add_row("time", f"{summary.elapsed_s:,.1f} s, of which {summary.working_s:,.1f} s with rows in the workers")
+    if summary.working_s > 0:
+        done = summary.counts.rows - summary.resumed_rows
+        table.add_row("rate", f"{done / summary.working_s:,.0f} rows/s")
+    table.add_row("output", Text(summary.output))
     for note in summary.notes:
-        table.add_row("note", note)
-    table.add_row("next", next_step(counts, summary.output, max_error_rate))
+        table.add_row("note", Text(note))
+    table.add_row("next", Text(next_step(summary.counts, summary.output, max_error_rate)))
     return table
 
 
-def summary_lines(summary: Summary) -> Iterator[tuple[str, str]]:
-    """Label and text of each line of the summary."""
-    counts = summary.counts
-    resumed = f" ({summary.resumed_rows:,} of them from an earlier run)" if summary.resumed_rows else ""
-    yield "rows", f"{counts.rows:,}{resumed}"
+def status_table(status: Status, output: str) -> Table:
+    """How far an output is, and what its rows add up to so far."""
+    table = _two_columns(output)
+    table.add_row("state", "finished" if status.finished else "not finished; the same `label` command goes on with it")
+    table.add_row("units", f"{status.units_done:,} of {status.num_units:,}")
+    table.add_row("rows", f"{status.counts.rows:,} of {status.num_rows:,}")
+    for line in count_lines(status.counts):
+        table.add_row(*line)
+    return table
+
+
+def count_lines(counts: Counts) -> Iterator[tuple[str, str]]:
+    """Rows by status and error code, accuracy against gold, tokens."""
     yield "  ok", f"{counts.ok:,}"
     if counts.filtered:
         yield "  filtered", f"{counts.filtered:,}"
@@ -111,11 +144,6 @@ def summary_lines(summary: Summary) -> Iterator[tuple[str, str]]:
     if counts.accuracy is not None:
         yield "accuracy", f"{counts.accuracy:.3f} ({counts.gold_correct:,} of {counts.gold_rows:,} rows with gold)"
     yield "tokens", _tokens(counts)
-    yield "time", f"{summary.elapsed_s:,.1f} s, of which {summary.working_s:,.1f} s with rows in the workers"
-    if summary.working_s > 0:
-        done = counts.rows - summary.resumed_rows
-        yield "rate", f"{done / summary.working_s:,.0f} rows/s"
-    yield "output", summary.output
 
 
 def next_step(counts: Counts, output: str, max_error_rate: float) -> str:
@@ -142,6 +170,15 @@ def short(number: float) -> str:
     if number < 10_000:
         return f"{number:,.0f}"
     return f"{number / 1e3:,.1f}k" if number < 1e6 else f"{number / 1e6:,.1f}M"
+
+
+def _two_columns(title: str) -> Table:
+    table = Table(
+        title=Text(title, style="bold"), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
 
 
 def _rows_done(progress: Progress) -> str:

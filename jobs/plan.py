@@ -28,7 +28,7 @@ from models.engine.request import Choose, Generate, Work
 from models.errors import RowError
 from pipelines.job import Job
 from pipelines.plan import Plan, Unit, make_plan
-from pipelines.source import decode_rows
+from pipelines.source import Row, decode_rows
 from pipelines.tasks import TaskRunner
 
 SAMPLED_UNITS = 8
@@ -87,9 +87,9 @@ def plan(path: str, overrides: Sequence[str]) -> None:
 
 def take_sample(checked: Checked, plan: Plan) -> Sample:
     """The first rows of a few units that are spread evenly over the input."""
-    units = list(plan.units()) if plan.num_units <= SAMPLED_UNITS else list(_spread(plan))
+    units = _spread(plan)
+    good: list[tuple[str, Row]] = []
     ids: list[list[int]] = []
-    prompts: list[tuple[str, str]] = []
     errors: list[tuple[str, RowError]] = []
     for unit in units:
         file = plan.files[unit.file].file
@@ -100,14 +100,12 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
                 if isinstance(row, RowError):
                     raise row
                 ids.append(checked.runner.encode(row))
+                good.append((where, row))
             except RowError as error:
                 errors.append((where, error))
-                continue
-            if len(prompts) < SHOWN_PROMPTS * len(units):
-                prompts.append((where, checked.runner.render(row)))
-    # One prompt of each of the first units, so that several files show.
-    step = max(len(prompts) // SHOWN_PROMPTS, 1)
-    return Sample(ids=ids, prompts=prompts[::step][:SHOWN_PROMPTS], errors=errors, units=len(units))
+    shown = {round(index) for index in np.linspace(0, len(good) - 1, SHOWN_PROMPTS)} if good else set()
+    prompts = [(good[index][0], checked.runner.render(good[index][1])) for index in sorted(shown)]
+    return Sample(ids=ids, prompts=prompts, errors=errors, units=len(units))
 
 
 def files_table(plan: Plan) -> Table:
@@ -128,7 +126,7 @@ def report_lines(job: Job, checked: Checked, plan: Plan, sample: Sample) -> Iter
     yield "output", f"{job.output}: columns {', '.join(checked.schema.names)}"
     yield "sample", f"{sample.rows:,} rows from {sample.units} of {plan.num_units:,} units"
     if plan.duplicates:
-        yield "errors", f"{len(plan.duplicates):,} rows of the whole input repeat the key of an earlier row"
+        yield "duplicate keys", f"{len(plan.duplicates):,} rows of the whole input repeat the key of an earlier row"
     yield from _error_lines(sample)
     yield from _label_lines(job, checked.runner)
     if not sample.ids:
@@ -226,9 +224,9 @@ def excerpt(text: str) -> str:
     return f"{shown[:head]}\n[... {len(shown) - SHOWN_CHARS:,} more characters ...]\n{shown[-tail:]}"
 
 
-def _spread(plan: Plan) -> Iterator[Unit]:
+def _spread(plan: Plan) -> list[Unit]:
     wanted = {round(number) for number in np.linspace(0, plan.num_units - 1, SAMPLED_UNITS)}
-    return (unit for unit in plan.units() if unit.index in wanted)
+    return [unit for unit in plan.units() if unit.index in wanted]
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
@@ -240,12 +238,10 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def _error_lines(sample: Sample) -> Iterator[tuple[str, str]]:
-    counts = Counter(error.code for _, error in sample.errors)
-    for code, count in counts.most_common():
+    yield "errors", f"{len(sample.errors):,} of the sampled rows" if sample.errors else "none in the sample"
+    for code, count in Counter(error.code for _, error in sample.errors).most_common():
         where, error = next((where, error) for where, error in sample.errors if error.code == code)
-        yield f"  {code}", f"{count} of the sample; first in {where}: {error.message}"
-    if not counts:
-        yield "errors", "none in the sample"
+        yield f"  {code}", f"{count:,}; first in {where}: {error.message}"
 
 
 def _label_lines(job: Job, runner: TaskRunner) -> Iterator[tuple[str, str]]:
