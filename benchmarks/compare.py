@@ -38,13 +38,15 @@ VLLM_ENV = {
 class SystemSpec:
     """How one system is started. `python_env` names the variable that holds its interpreter; None means ours.
 
-    `max_passes` bounds the timed passes of a system that is slow (or has none: it reloads its model for each run).
+    `max_passes` bounds the timed passes of a system that is slow (or has none: it reloads its model for each run);
+    `comparable` is False where its answers are not of the form that the others give.
     """
 
     module: str
     python_env: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     max_passes: int | None = None
+    comparable: bool = True
 
     def interpreter(self) -> str | None:
         """The interpreter to run it with, or None where the peer is not installed."""
@@ -54,6 +56,7 @@ class SystemSpec:
 SYSTEMS = {
     "torch": SystemSpec(module="torch_engine"),
     "vllm": SystemSpec(module="vllm_llm", python_env="GLM_BATCH_VLLM_PYTHON", env=VLLM_ENV),
+    "pipeline": SystemSpec(module="pipeline_job", max_passes=0, comparable=False),
     "ray": SystemSpec(
         module="ray_data_llm",
         python_env="GLM_BATCH_RAY_LLM_PYTHON",
@@ -191,10 +194,10 @@ def _summarise(report: dict[str, Any]) -> None:
             vllm = done.get("vllm")
             result["times_vllm_steady"] = _ratio(vllm, result, "steady_median_s")
             result["times_vllm_end_to_end"] = _ratio(vllm, result, "end_to_end_s")
-        reference = done.get("transformers") or next(iter(done.values()), None)
-        for result in done.values():
-            assert reference is not None
-            result["agreement"] = _agreement(work_kind, reference, result)
+        comparable = {name: result for name, result in done.items() if SYSTEMS[name].comparable}
+        reference = comparable.get("transformers") or next(iter(comparable.values()), None)
+        for name, result in done.items():
+            result["agreement"] = _agreement(work_kind, reference, result) if reference and name in comparable else "-"
 
 
 def _nearest(rates: dict[str, float], rows: int) -> str:
@@ -244,7 +247,7 @@ def _cells(name: str, result: dict[str, Any]) -> list[str]:
     return [
         name,
         f"{result['ready_s']:.1f}",
-        f"{result['first_result_s']:.1f}",
+        _number(result["first_result_s"], "{:.1f}"),
         spread,
         _number(result["times_vllm_steady"], "{:.2f}"),
         _number(result["share_of_gemm_limit"], "{:.0%}"),

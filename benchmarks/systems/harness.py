@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from benchmarks.workload import Row, RowSet, read_rows
 
+# How the time of the first result is found: the first row of the cold pass is asked alone, or answers stream.
+FirstResult = Literal["ask_alone", "streamed", "unknown"]
 SAMPLE_ROWS = 16  # rows of the cold pass whose answers are reported, so that systems can be checked against each other
 
 
@@ -41,9 +43,9 @@ class Answer:
 
 
 class System(Protocol):
-    """A loaded system. One that answers only when all rows are done is given the first row of the cold pass alone."""
+    """A loaded system."""
 
-    streams: bool
+    first_result: FirstResult
 
     def run(self, rows: RowSet) -> Iterable[Answer]: ...
 
@@ -92,13 +94,14 @@ def _measure(load: Callable[[Plan, RowSet], System], plan: Plan, started: float)
     return report
 
 
-def _cold_pass(system: System, rows: RowSet, started: float) -> tuple[list[Answer], float]:
+def _cold_pass(system: System, rows: RowSet, started: float) -> tuple[list[Answer], float | None]:
     """All rows once, untouched caches: the answers in the rows' order and the time of the first one."""
     answers: list[Answer] = []
-    first_result_s = 0.0
-    for part in (rows.rows,) if system.streams else (rows.rows[:1], rows.rows[1:]):
+    first_result_s = None
+    for part in (rows.rows[:1], rows.rows[1:]) if system.first_result == "ask_alone" else (rows.rows,):
         for answer in system.run(_with_rows(rows, part)):
-            first_result_s = first_result_s or time.time() - started
+            if first_result_s is None and system.first_result != "unknown":
+                first_result_s = time.time() - started
             answers.append(answer)
     _check(rows, answers)
     position = {row.id: i for i, row in enumerate(rows.rows)}

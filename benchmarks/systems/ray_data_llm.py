@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from benchmarks.systems.harness import Answer, Plan, run_system
+from benchmarks.systems.harness import Answer, FirstResult, Plan, run_system
 from benchmarks.workload import OUTPUT_TOKENS, RowSet
 
 LOGICAL_CPUS = 8  # the stages' actors need more logical CPUs than a small machine has cores
@@ -27,7 +27,7 @@ ENGINE_ARGS: dict[str, Any] = {
 
 
 class RayDataLlmSystem:
-    streams = True
+    first_result: FirstResult = "streamed"
 
     def __init__(self, plan: Plan, rows: RowSet) -> None:
         ray.init(num_cpus=LOGICAL_CPUS, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=True)

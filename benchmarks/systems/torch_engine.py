@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.systems.harness import Answer, Plan, run_system
+from benchmarks.systems.harness import Answer, FirstResult, Plan, run_system
 from benchmarks.workload import OUTPUT_TOKENS, RowSet
 from models.engine import Choose, Completion, EngineConfig, Generate, Request, SamplingParams, Work, build_engine
 
 
 class TorchSystem:
-    streams = False
+    first_result: FirstResult = "ask_alone"
 
     def __init__(self, plan: Plan) -> None:
         self._config = EngineConfig(**{"model": plan.model_dir, "kind": "torch", "dtype": "bfloat16", **plan.options})

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.systems.harness import Answer, Plan, run_system
+from benchmarks.systems.harness import Answer, FirstResult, Plan, run_system
 from benchmarks.workload import OUTPUT_TOKENS, Row, RowSet
 
 BATCH_SIZES = {"choose": 16, "generate": 64}
 
 
 class TransformersSystem:
-    streams = False
+    first_result: FirstResult = "ask_alone"
 
     def __init__(self, plan: Plan) -> None:
         load: Any = transformers.AutoModelForCausalLM.from_pretrained

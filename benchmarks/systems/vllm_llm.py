@@ -6,7 +6,7 @@ from typing import Any
 
 import vllm
 
-from benchmarks.systems.harness import Answer, Plan, run_system
+from benchmarks.systems.harness import Answer, FirstResult, Plan, run_system
 from benchmarks.workload import OUTPUT_TOKENS, RowSet
 
 ENGINE_ARGS: dict[str, Any] = {
@@ -27,7 +27,7 @@ def sampling_args(rows: RowSet) -> dict[str, Any]:
 
 
 class VllmSystem:
-    streams = False
+    first_result: FirstResult = "ask_alone"
 
     def __init__(self, plan: Plan) -> None:
         self._engine_args = {**ENGINE_ARGS, **plan.options}
