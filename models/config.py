@@ -134,7 +134,8 @@ def resolve(model_dir: str | Path) -> list[Resolved]:
     values |= {f"rope.{f.name}": getattr(config.rope, f.name) for f in fields(config.rope)}
     values["num_parameters"] = config.num_parameters
     return [
-        Resolved(name=name, value=value, source=resolver.sources.get(name, "computed")) for name, value in values.items()
+        Resolved(name=name, value=value, source=resolver.sources.get(name, "computed"))
+        for name, value in values.items()
     ]
 
 
@@ -143,7 +144,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; the model must be a checkpoint directory with a {path.name}") from None
+        raise ConfigError(
+            f"{path}: no such file; the model must be a checkpoint directory with a {path.name}"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(data, dict):
@@ -166,7 +169,9 @@ class _Resolver:
         heads, hidden = self._int("num_attention_heads"), self._int("hidden_size")
         kv_heads, head_dim = self._int("num_key_value_heads"), self._int("head_dim")
         if heads % kv_heads:
-            raise ConfigError(f"{self.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+            raise ConfigError(
+                f"{self.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            )
         if (act := self._get("hidden_act")) != "silu":
             raise ConfigError(f"{self.path}: hidden_act {act!r} is not supported; GLM models use 'silu'")
         max_positions = self._int("max_position_embeddings")
@@ -289,7 +294,9 @@ class _Resolver:
         original = int(find("original_max_position_embeddings", max_positions))
         factor = find("factor", max_positions / original if rope_type == "yarn" else None)
         if not isinstance(factor, int | float) or factor < 1:
-            raise ConfigError(f"{self.path}: {inner_name}.factor is {factor!r}; {rope_type} scaling needs a number >= 1")
+            raise ConfigError(
+                f"{self.path}: {inner_name}.factor is {factor!r}; {rope_type} scaling needs a number >= 1"
+            )
         return RopeConfig(
             rope_type=rope_type,
             rope_theta=theta,

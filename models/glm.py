@@ -21,7 +21,7 @@ from models.layers.norm import RMSNorm
 from models.layers.rope import RopeTable, rotate
 from models.weights import Targets
 
-KVPages = Sequence[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys and values, each [K, num_slots, D]
+Pages = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values, each [K, num_slots, D]
 CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -44,17 +44,13 @@ class Attention(nn.Module):
         )
         self.o_proj = Linear(heads * config.head_dim, config.hidden_size, bias=False, dtype=dtype, device=device)
 
-    def forward(self, x: torch.Tensor, rope: CosSin, pages: tuple[torch.Tensor, torch.Tensor], attn: AttentionBatch) -> (
-        torch.Tensor
-    ):
+    def forward(self, x: torch.Tensor, rope: CosSin, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
         """x [T, H] -> [T, H]; writes the keys and values of all T tokens first."""
         q, k, v = self.qkv_proj.forward_split(x)
         self._store(k, v, rope, pages, attn)
         return self._output(rotate(self._heads(q), *rope), pages, attn.groups)
 
-    def forward_wanted(
-        self, x: torch.Tensor, rope: CosSin, pages: tuple[torch.Tensor, torch.Tensor], attn: AttentionBatch
-    ) -> torch.Tensor:
+    def forward_wanted(self, x: torch.Tensor, rope: CosSin, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
         """x [T, H] -> [W, H]: keys and values of all tokens, queries of the wanted rows alone."""
         self._store(*self.qkv_proj.forward_kv(x), rope, pages, attn)
         cos, sin = rope
@@ -70,16 +66,14 @@ class Attention(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         rope: CosSin,
-        pages: tuple[torch.Tensor, torch.Tensor],
+        pages: Pages,
         attn: AttentionBatch,
     ) -> None:
         store(pages[0], attn.slots, rotate(self._heads(k), *rope))
         store(pages[1], attn.slots, self._heads(v))
 
-    def _output(
-        self, q: torch.Tensor, pages: tuple[torch.Tensor, torch.Tensor], groups: tuple[AttentionGroup, ...]
-    ) -> torch.Tensor:
-        return self.o_proj(self.attend(q, *pages, groups).flatten(1))
+    def _output(self, q: torch.Tensor, pages: Pages, groups: tuple[AttentionGroup, ...]) -> torch.Tensor:
+        return self.o_proj(self.attend(q, *pages, groups).flatten(1))  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> Targets:
         return self.qkv_proj.targets(name) | self.o_proj.targets(f"{name}.o_proj")
@@ -96,7 +90,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate).mul_(up))
+        return self.down_proj(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> Targets:
         return self.gate_up_proj.targets(f"{name}.gate_up_proj") | self.down_proj.targets(f"{name}.down_proj")
@@ -106,6 +100,8 @@ class DecoderLayer(nn.Module):
     """Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Subclasses may norm what a sublayer gives back."""
 
     norm_names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend) -> None:
         super().__init__()
@@ -118,7 +114,7 @@ class DecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         rope: CosSin,
-        pages: tuple[torch.Tensor, torch.Tensor],
+        pages: Pages,
         attn: AttentionBatch,
         *,
         wanted_only: bool,
@@ -159,7 +155,12 @@ class Backbone(nn.Module):
         self.rope = RopeTable(config.rope, dtype=dtype, device=device)
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, max_position: int, pages: KVPages, attn: AttentionBatch
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        max_position: int,
+        pages: Sequence[Pages],
+        attn: AttentionBatch,
     ) -> torch.Tensor:
         """input_ids, positions [T] int64 -> hidden states after the final norm of the wanted rows [W, H]."""
         rope = self.rope.lookup(positions, max_position)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import torch
 
 from models.glm import Backbone, DecoderLayer
+from models.layers.norm import RMSNorm
 
 
 class Glm4DecoderLayer(DecoderLayer):
     """x += norm(attention(norm(x))); x += norm(mlp(norm(x)))."""
 
+    post_self_attn_layernorm: RMSNorm
+    post_mlp_layernorm: RMSNorm
     norm_names = (*DecoderLayer.norm_names, "post_self_attn_layernorm", "post_mlp_layernorm")
 
     def after_attention(self, x: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ def load_weights(model_dir: str | Path, targets: Targets) -> None:
         target = targets[name]
         if tensor.shape != target.shape:
             raise ConfigError(
-                f"{shard}: tensor {stored_name} has shape {list(tensor.shape)}, config.json asks for {list(target.shape)}"
+                f"{shard}: tensor {stored_name} is {list(tensor.shape)}, config.json asks for {list(target.shape)}"
             )
         target.copy_(tensor)
 

@@ -10,7 +10,7 @@ import json
 import reprlib
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from models.engine.request import Constraint
@@ -32,7 +32,9 @@ class Constraints:
                 "generation_config.json"
             )
         self._tokenizer = LLTokenizer(
-            tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.eos_token_ids)
+            TokenizerWrapper(_Vocabulary(tokenizer)),
+            n_vocab=tokenizer.vocab_size,
+            eos_token=list(tokenizer.eos_token_ids),
         )
         self._compiled = functools.lru_cache(maxsize=MAX_COMPILED)(self._compile)
 
@@ -47,7 +49,7 @@ class Constraints:
             grammar = _grammar(constraint)
         except ValueError as error:
             raise ConfigError(f"{where} cannot be used: {error}; correct it") from error
-        matcher = Matcher(LLMatcher(self._tokenizer, grammar, limits=LLParserLimits(verbose_errors=False)))
+        matcher = Matcher(LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False)))
         if matcher.error:
             raise ConfigError(f"{where} cannot be used: {matcher.error}; correct it")
         if matcher.is_dead_end:
@@ -114,6 +116,25 @@ class Matcher:
     def _raise_error(self) -> None:
         if self._matcher.is_error():
             raise RowError("constraint_failed", f"the output cannot be held to its constraint: {self.error}")
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer: every id's bytes, and plain text to ids.
+
+    No control token is ever text, whether the checkpoint calls it special or not: GLM-4.1V's `</answer>` inside a
+    JSON string would end the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        control = {id for text in tokenizer.control_tokens for id in tokenizer.encode_control(text)}
+        self.tokens = [b"" if id in control else tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+        self.special_token_ids = [id for id, token in enumerate(self.tokens) if not token]
+        self.eos_token_id = tokenizer.eos_token_ids[0]
+        self.bos_token_id = None
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
 
 
 def _grammar(constraint: Constraint) -> str:

@@ -14,21 +14,27 @@ import torch.nn.functional as F
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionGroup:
-    """R sequences that see one shared prefix and, each for itself, up to L further cache slots.
+class AttentionPart:
+    """R sequences of up to n queries and L own cache slots each.
 
-    rows [R, n]: the queries, as rows of the step's packed tensors; short sequences repeat their first row.
+    rows [R, n]: the queries, as rows of the step's packed tensors; short sequences repeat one of their rows.
     keep [M]: flat places in [R, n] that hold real queries; None when all do.
-    prefix_slots [P]: cache slots that every query of the group sees (P may be 0).
-    own_slots [R, L]: cache slots of each sequence after the prefix, padded with slot 0.
-    visible [R, n, L]: bool, which of its own slots a query sees; at least one slot is visible to every query.
+    own_slots [R, L]: cache slots of each sequence after the group's prefix, padded with slot 0.
+    visible [R, n, L]: bool, which of its own slots a query sees; at least one is visible to every query.
     """
 
     rows: torch.Tensor
     keep: torch.Tensor | None
-    prefix_slots: torch.Tensor
     own_slots: torch.Tensor
     visible: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionGroup:
+    """Sequences that begin with the same cached prefix: prefix_slots [P] are seen by every query of every part."""
+
+    prefix_slots: torch.Tensor
+    parts: tuple[AttentionPart, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +51,7 @@ class AttentionBatch:
     out_groups: tuple[AttentionGroup, ...]
 
 
-Attend = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, tuple[AttentionGroup, ...]],
-    torch.Tensor,
-]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[AttentionGroup, ...]], torch.Tensor]
 
 
 def store(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
@@ -62,21 +65,29 @@ def attend_reference(
     """q [rows, K * G, D], caches [K, num_slots, D] -> [rows, K * G, D]: one query sequence after the other."""
     out = torch.empty_like(q)
     for group in groups:
-        num_sequences, num_queries = group.rows.shape
-        keep = torch.ones(num_sequences * num_queries, dtype=torch.bool, device=q.device)
-        if group.keep is not None:
-            keep = torch.zeros_like(keep).index_fill_(0, group.keep, True)
-        prefix_visible = group.visible.new_ones(num_queries, len(group.prefix_slots))
-        for r in range(num_sequences):
-            slots = torch.cat([group.prefix_slots, group.own_slots[r]])
-            mask = torch.cat([prefix_visible, group.visible[r]], dim=1)
-            result = F.scaled_dot_product_attention(
-                q[group.rows[r]].transpose(0, 1)[None],
-                k_cache[:, slots][None],
-                v_cache[:, slots][None],
-                attn_mask=mask,
-                enable_gqa=True,
-            )[0].transpose(0, 1)  # [queries, K * G, D]
-            real = keep[r * num_queries : (r + 1) * num_queries]
-            out[group.rows[r][real]] = result[real]
+        for part in group.parts:
+            for r in range(part.rows.shape[0]):
+                _attend_sequence(q, k_cache, v_cache, group.prefix_slots, part, r, out)
     return out
+
+
+def _attend_sequence(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    prefix_slots: torch.Tensor,
+    part: AttentionPart,
+    r: int,
+    out: torch.Tensor,
+) -> None:
+    rows, visible = part.rows[r], part.visible[r]
+    slots = torch.cat([prefix_slots, part.own_slots[r]])
+    mask = torch.cat([visible.new_ones(len(rows), len(prefix_slots)), visible], dim=1)
+    result = F.scaled_dot_product_attention(
+        q[rows].transpose(0, 1)[None], k_cache[:, slots][None], v_cache[:, slots][None], attn_mask=mask, enable_gqa=True
+    )[0].transpose(0, 1)  # [queries, K * G, D]
+    if part.keep is None:
+        out[rows] = result
+    else:
+        real = part.keep[part.keep // len(rows) == r] % len(rows)
+        out[rows[real]] = result[real]

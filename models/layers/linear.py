@@ -49,7 +49,7 @@ class QKVLinear(Linear):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        self.sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
         super().__init__(in_features, sum(self.sizes), bias=bias, dtype=dtype, device=device)
 
     def targets(self, name: str) -> Targets:
@@ -58,20 +58,20 @@ class QKVLinear(Linear):
         for kind in ("weight", "bias"):
             fused = getattr(self, kind)
             if fused is not None:
-                for part, view in zip(("q_proj", "k_proj", "v_proj"), fused.split(self.sizes), strict=True):
+                for part, view in zip(("q_proj", "k_proj", "v_proj"), torch.split(fused, self.sizes), strict=True):
                     found[f"{name}.{part}.{kind}"] = view
         return found
 
     def forward_split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x: [tokens, in_features] -> q [tokens, q size], k and v [tokens, kv size] (views of one product)."""
-        q, k, v = self(x).split(self.sizes, dim=-1)
+        q, k, v = torch.split(self(x), self.sizes, dim=-1)
         return q, k, v
 
     def forward_kv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values alone, for rows whose output nobody wants."""
         q_size = self.sizes[0]
         bias = None if self.bias is None else self.bias[q_size:]
-        k, v = F.linear(x, self.weight[q_size:], bias).split(self.sizes[1:], dim=-1)
+        k, v = torch.split(F.linear(x, self.weight[q_size:], bias), self.sizes[1:], dim=-1)
         return k, v
 
     def forward_q(self, x: torch.Tensor) -> torch.Tensor:

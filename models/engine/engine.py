@@ -1,0 +1,454 @@
+"""TorchEngine: requests in, completions out, around a scheduler and a runner.
+
+A step is: schedule -> build_batch -> run -> hand the numbers to the requests they belong to. Knows nothing of rows,
+files or ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.config import ModelConfig
+from models.engine.batch import Wanted, build_batch
+from models.engine.block_manager import BlockManager
+from models.engine.choice_tree import ChoiceTree
+from models.engine.constraints import Constraints
+from models.engine.decoding import Decoding
+from models.engine.interface import EngineConfig
+from models.engine.kv_cache import default_kv_tokens
+from models.engine.request import Choose, Classify, Completion, Embed, Generate, Inspect, Request, Tag
+from models.engine.runner import Runner, StepOutput, TorchRunner
+from models.engine.sampler import SampleRow, sample
+from models.engine.scheduler import Scheduler
+from models.engine.sequence import Sequence
+from models.errors import ConfigError, RowError
+from models.processing.tokenizer import Tokenizer
+from models.registry import build_model
+
+# Throughput settings: on a CPU activations of a step should stay near the caches, and small blocks waste few shared
+# tokens; a GPU wants many rows in flight.
+STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
+NUM_SEQS = {"cpu": 256, "cuda": 512}
+BLOCK_SIZE = {"cpu": 4, "cuda": 16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The resolved "auto"s of an EngineConfig."""
+
+    max_model_len: int
+    max_step_tokens: int
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int
+    prefix_caching: bool
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Pending:
+    """A request in flight and what has come back for it so far."""
+
+    request: Request
+    sequences: list[Sequence] = field(default_factory=list)
+    decodings: list[Decoding] = field(default_factory=list)
+    arrays: list[NDArray[np.float32]] = field(default_factory=list)
+    edge_logprobs: dict[int, float] = field(default_factory=dict)
+    end_logprobs: dict[int, float] = field(default_factory=dict)
+    num_finished: int = 0
+
+
+class TorchEngine:
+    """The engine of this project. `from_checkpoint` builds one; every request ends in exactly one Completion."""
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer, limits: Limits) -> None:
+        self.config: ModelConfig = runner.config
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self._runner = runner
+        blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching)
+        self.scheduler = Scheduler(blocks, max_step_tokens=limits.max_step_tokens, max_num_seqs=limits.max_num_seqs)
+        self._trees: dict[Choose, ChoiceTree] = {}
+        self._pending: dict[str, _Pending] = {}
+        self._ready: deque[Completion] = deque()
+
+    @classmethod
+    def from_checkpoint(cls, config: EngineConfig) -> TorchEngine:
+        """Loads the checkpoint. Raises ConfigError for what it or the device cannot do."""
+        if config.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"engine.tensor_parallel_size={config.tensor_parallel_size}: this version runs each replica on one "
+                "rank; set it to 1"
+            )
+        device = resolve_device(config.device)
+        tokenizer = Tokenizer.from_dir(config.model)
+        dtype = resolve_dtype(config, device)
+        model = build_model(config.model, dtype=dtype, device=device)
+        limits = resolve_limits(config, model.config, dtype, device)
+        return cls(TorchRunner(model, num_slots=limits.num_blocks * limits.block_size), tokenizer, limits)
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queues requests; raises ValueError for an id that is in flight already."""
+        for request in requests:
+            if request.id in self._pending:
+                raise ValueError(f"request id {request.id!r} is in flight already")
+            try:
+                pending = self._admit(request)
+            except RowError as error:
+                self._ready.append(_failed(request, error))
+                continue
+            except ConfigError as error:  # a constraint that cannot be compiled
+                self._ready.append(_failed(request, RowError("invalid_constraint", str(error))))
+                continue
+            self._pending[request.id] = pending
+            for sequence in pending.sequences:
+                self.scheduler.add(sequence)
+
+    def step(self) -> list[Completion]:
+        """Computes up to max_step_tokens tokens and returns what finished."""
+        chunks = self.scheduler.schedule()
+        if chunks:
+            batch, wanted = build_batch(
+                chunks,
+                self.scheduler,
+                num_heads=self.config.num_attention_heads,
+                eos_token_ids=self.tokenizer.eos_token_ids,
+            )
+            output = self._runner.run(batch)
+            for chunk in chunks:
+                chunk.sequence.num_computed = chunk.end
+            self._hand_out(wanted, output)
+        done = list(self._ready)
+        self._ready.clear()
+        return done
+
+    def abort(self, ids: list[str]) -> None:
+        for request_id in ids:
+            pending = self._pending.pop(request_id, None)
+            if pending is not None:
+                self._drop(pending)
+                self._ready.append(self._completion(pending, "abort"))
+
+    def has_work(self) -> bool:
+        return bool(self._pending or self._ready)
+
+    def close(self) -> None:
+        """Ends everything in flight without completions and lets the model's memory go."""
+        for pending in self._pending.values():
+            self._drop(pending)
+        self._pending.clear()
+        self._ready.clear()
+        del self._runner
+
+    # From a request to sequences
+
+    def _admit(self, request: Request) -> _Pending:
+        prompt = list(map(int, request.input_ids))
+        self._check(request, prompt)
+        match request.work:
+            case Generate(sampling=params, constraint=constraint):
+                pending = _Pending(request=request)
+                room = self.limits.max_model_len - len(prompt)
+                for i in range(params.n):
+                    matcher = self._constraints.start(constraint) if constraint else None
+                    max_tokens = min(params.max_tokens, room)
+                    pending.decodings.append(Decoding(params, self.tokenizer, max_tokens=max_tokens, matcher=matcher))
+                    pending.sequences.append(self._sequence(request, prompt, sample_index=i))
+                return pending
+            case Choose():
+                tree = self._tree(request.work)
+                sequence = self._sequence(request, prompt + list(tree.tokens), num_prompt=len(prompt), tree=tree)
+            case _:
+                sequence = self._sequence(request, prompt)
+        return _Pending(request=request, sequences=[sequence])
+
+    def _sequence(
+        self,
+        request: Request,
+        tokens: list[int],
+        *,
+        num_prompt: int | None = None,
+        sample_index: int = 0,
+        tree: ChoiceTree | None = None,
+    ) -> Sequence:
+        return Sequence(
+            request=request,
+            sample_index=sample_index,
+            tokens=list(tokens),
+            num_prompt=len(tokens) if num_prompt is None else num_prompt,
+            pooled_index=pooled_index(tokens, self.config.pad_token_id),
+            tree=tree,
+        )
+
+    @cached_property
+    def _constraints(self) -> Constraints:
+        return Constraints(self.tokenizer)
+
+    def _tree(self, work: Choose) -> ChoiceTree:
+        if work not in self._trees:
+            self._trees[work] = ChoiceTree.build(work.choices, count_end=work.count_end)
+        return self._trees[work]
+
+    def _check(self, request: Request, prompt: list[int]) -> None:
+        """Refuses what can never run, so that everything admitted finishes."""
+        _check_head(self.config, request)
+        if not prompt:
+            raise RowError("empty_prompt", "the prompt has no tokens")
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+            raise RowError("invalid_token", f"the prompt holds ids outside 0 to {self.config.vocab_size - 1}")
+        longest, held = len(prompt), len(prompt)
+        match request.work:
+            case Generate(sampling=params):
+                longest += 1  # at least one token must fit
+                held += min(params.max_tokens, self.limits.max_model_len - len(prompt))
+            case Choose():
+                tree = self._tree(request.work)
+                _check_choices(tree, self.config.vocab_size)
+                longest += max(tree.depths, default=0)
+                held += len(tree.tokens)
+        if longest > self.limits.max_model_len:
+            extra = f" and {longest - len(prompt)} more to continue with" if longest > len(prompt) else ""
+            raise RowError(
+                "prompt_too_long",
+                f"the prompt has {len(prompt)} tokens{extra}; the model takes {self.limits.max_model_len}",
+            )
+        capacity = self.limits.num_blocks * self.limits.block_size
+        if held > capacity:
+            raise RowError(
+                "prompt_too_long",
+                f"prompt and output may take {held} tokens; the KV cache holds {capacity}: lower max_tokens or raise "
+                "engine.kv_cache_tokens",
+            )
+
+    # From a step's numbers to completions
+
+    def _hand_out(self, wanted: list[Wanted], output: StepOutput) -> None:
+        rows = _Rows(output)
+        samples: list[tuple[_Pending, Sequence]] = []
+        for want in wanted:
+            pending = self._pending[want.sequence.request.id]
+            count = len(want.indices)
+            match want.sequence.request.work:
+                case Generate():
+                    if count:
+                        samples.append((pending, want.sequence))
+                    continue
+                case Choose():
+                    self._take_scores(pending, want, rows)
+                case Classify() | Tag():
+                    pending.arrays.append(rows.class_logits(count))
+                case Inspect(what="logits"):
+                    pending.arrays.append(rows.logits(count))
+                case Embed() | Inspect():
+                    pending.arrays.append(rows.hidden(count))
+            if not want.sequence.num_owed:
+                self._finish_sequence(pending, want.sequence, "scored")
+        if samples:
+            self._sample(samples, output.sample_logits)
+
+    def _take_scores(self, pending: _Pending, want: Wanted, rows: _Rows) -> None:
+        tree = want.sequence.tree
+        assert tree is not None
+        for index in want.indices:
+            node = index - want.sequence.num_prompt
+            for edge in tree.edges_at[node]:
+                pending.edge_logprobs[edge] = rows.pair_logprob()
+            if node in tree.ends:
+                ends = [rows.pair_logprob() for _ in self.tokenizer.eos_token_ids]
+                pending.end_logprobs[node] = float(np.logaddexp.reduce(ends))
+
+    def _sample(self, samples: list[tuple[_Pending, Sequence]], logits: torch.Tensor) -> None:
+        rows = [self._sample_row(pending, sequence) for pending, sequence in samples]
+        sampled = sample(logits, rows, vocab_size=min(self.tokenizer.vocab_size, self.config.vocab_size))
+        for i, (pending, sequence) in enumerate(samples):
+            if pending.request.id not in self._pending:
+                continue  # another sample of the same request has failed in this step
+            if i in sampled.errors:
+                self._fail(pending, sampled.errors[i])
+                continue
+            decoding = pending.decodings[sequence.sample_index]
+            token_id = sampled.token_ids[i]
+            forced = decoding.add(token_id, sampled.logprobs[i], sampled.top_logprobs[i])
+            sequence.tokens += [token_id, *forced]
+            if decoding.finish_reason:
+                self._finish_sequence(pending, sequence, decoding.finish_reason)
+
+    def _sample_row(self, pending: _Pending, sequence: Sequence) -> SampleRow:
+        decoding = pending.decodings[sequence.sample_index]
+        return SampleRow(
+            params=decoding.params,
+            prompt_ids=pending.request.input_ids,
+            output_ids=decoding.token_ids,
+            sample_index=sequence.sample_index,
+            end_ids=decoding.end_ids,
+            bitmask=decoding.matcher.bitmask() if decoding.matcher else None,
+        )
+
+    def _finish_sequence(self, pending: _Pending, sequence: Sequence, reason: str) -> None:
+        self.scheduler.finish(sequence)
+        pending.num_finished += 1
+        if pending.num_finished == len(pending.sequences):
+            del self._pending[pending.request.id]
+            self._ready.append(self._completion(pending, reason))
+
+    def _fail(self, pending: _Pending, error: RowError) -> None:
+        del self._pending[pending.request.id]
+        self._drop(pending)
+        self._ready.append(_failed(pending.request, error))
+
+    def _drop(self, pending: _Pending) -> None:
+        for i, sequence in enumerate(pending.sequences):
+            if not (pending.decodings and pending.decodings[i].finish_reason):
+                self.scheduler.finish(sequence)
+
+    def _completion(self, pending: _Pending, reason: str) -> Completion:
+        first = pending.sequences[0]
+        finished = [decoding for decoding in pending.decodings if decoding.finish_reason]
+        outputs = tuple(decoding.output() for decoding in finished)
+        if outputs and reason != "abort":
+            reason = outputs[0].finish_reason
+        scored = reason == "scored"
+        choice_logprobs = None
+        if first.tree and scored:
+            choice_logprobs = first.tree.label_logprobs(pending.edge_logprobs, pending.end_logprobs)
+        return Completion(
+            id=pending.request.id,
+            finish_reason=reason,  # type: ignore[arg-type]
+            prompt_tokens=first.num_prompt,
+            cached_tokens=first.cached_tokens,
+            output_tokens=sum(len(decoding.token_ids) for decoding in pending.decodings),
+            outputs=outputs,
+            choice_logprobs=choice_logprobs,
+            array=_assemble(pending) if scored else None,
+            num_preemptions=sum(sequence.num_preemptions for sequence in pending.sequences),
+        )
+
+
+class _Rows:
+    """Hands a step's numbers out in the order in which build_batch asked for them."""
+
+    def __init__(self, output: StepOutput) -> None:
+        self._output = output
+        self._pairs: Iterator[float] = iter(output.pair_logprobs.tolist())
+        self._class_at = self._logits_at = self._hidden_at = 0
+
+    def pair_logprob(self) -> float:
+        return next(self._pairs)
+
+    def class_logits(self, count: int) -> NDArray[np.float32]:
+        self._class_at += count
+        return self._output.class_logits[self._class_at - count : self._class_at]
+
+    def logits(self, count: int) -> NDArray[np.float32]:
+        self._logits_at += count
+        return self._output.logits[self._logits_at - count : self._logits_at]
+
+    def hidden(self, count: int) -> NDArray[np.float32]:
+        self._hidden_at += count
+        return self._output.hidden[self._hidden_at - count : self._hidden_at]
+
+
+def _assemble(pending: _Pending) -> NDArray[np.float32] | None:
+    if not pending.arrays:
+        return None
+    rows: NDArray[np.float32] = np.concatenate(pending.arrays)
+    match pending.request.work:
+        case Classify():
+            pooled: NDArray[np.float32] = rows[0]
+            return pooled
+        case Embed(pooling=pooling, normalize=normalize):
+            vector = rows[-1].astype(np.float64) if pooling == "last" else rows.mean(axis=0, dtype=np.float64)
+            length = max(float(np.linalg.norm(vector)), 1e-12) if normalize else 1.0
+            rows = (vector / length).astype(np.float32)
+    return rows
+
+
+def _failed(request: Request, error: RowError) -> Completion:
+    return Completion(id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=error)
+
+
+def _check_head(config: ModelConfig, request: Request) -> None:
+    needed = {
+        Generate: "causal_lm",
+        Choose: "causal_lm",
+        Classify: "sequence_classification",
+        Tag: "token_classification",
+    }.get(type(request.work))
+    if request.work == Inspect(what="logits"):
+        needed = "causal_lm"
+    if needed and needed != config.head:
+        raise RowError(
+            "unsupported_work",
+            f"{type(request.work).__name__} needs a {needed} head; the checkpoint is a {config.architecture}",
+        )
+
+
+def _check_choices(tree: ChoiceTree, vocab_size: int) -> None:
+    tokens = [token for _, token in tree.edges]
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise RowError("invalid_token", f"a choice holds ids outside 0 to {vocab_size - 1}")
+
+
+def pooled_index(tokens: list[int], pad_token_id: int | None) -> int:
+    """The rightmost token that is no padding, as sequence classification pools it; 0 when all are."""
+    index = len(tokens) - 1
+    while index > 0 and tokens[index] == pad_token_id:
+        index -= 1
+    return index
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises ConfigError for a device that this machine has not."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"engine.device={device!r}: no such kind of device; use auto, cpu or cuda") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device={device!r}: torch finds no CUDA device here; use auto or cpu")
+    return resolved
+
+
+def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's own dtype, but float32 where bfloat16 products would be slow."""
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    from models.config import load_config
+
+    stored = load_config(config.model).dtype
+    if stored == "float32" or (device.type == "cpu" and not _cpu_has_bfloat16()):
+        return torch.float32
+    return torch.bfloat16
+
+
+def _cpu_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Limits:
+    """Numbers for every "auto". Raises ConfigError when max_model_len exceeds what the checkpoint was made for."""
+    rope = model.rope
+    longest = max(model.max_position_embeddings, int(rope.original_max_position_embeddings * rope.factor))
+    max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
+    if max_model_len > longest:
+        raise ConfigError(f"engine.max_model_len={max_model_len}: the checkpoint takes at most {longest} tokens")
+    block_size = BLOCK_SIZE[device.type] if config.block_size == "auto" else config.block_size
+    max_num_seqs = NUM_SEQS[device.type] if config.max_num_seqs == "auto" else config.max_num_seqs
+    kv_tokens = config.kv_cache_tokens
+    if kv_tokens == "auto":
+        kv_tokens = default_kv_tokens(model, dtype, device, max_useful=max_num_seqs * max_model_len)
+    return Limits(
+        max_model_len=max_model_len,
+        max_step_tokens=STEP_TOKENS[device.type] if config.max_step_tokens == "auto" else config.max_step_tokens,
+        max_num_seqs=max_num_seqs,
+        num_blocks=max(1, -(-kv_tokens // block_size)),
+        block_size=block_size,
+        prefix_caching=config.prefix_caching,
+    )

@@ -1,0 +1,38 @@
+"""The KV cache's tensors: how large they are made and what one token costs. Knows nothing of who holds which block."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from models.config import ModelConfig
+
+CPU_BYTES = 2 << 30
+CPU_SHARE = 0.25  # of what is free, at most CPU_BYTES
+CUDA_SHARE = 0.9  # of what is free once the weights are loaded
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Keys and values of all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def default_kv_tokens(config: ModelConfig, dtype: torch.dtype, device: torch.device, max_useful: int) -> int:
+    """As many tokens as the device's free memory allows, at most `max_useful`."""
+    if device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
+    else:
+        budget = min(CPU_BYTES, int(psutil.virtual_memory().available * CPU_SHARE))
+    return max(1, min(max_useful, budget // bytes_per_token(config, dtype)))
+
+
+class KVCache:
+    """Per layer one tensor of keys and one of values, each [num_key_value_heads, num_slots, head_dim]."""
+
+    def __init__(self, config: ModelConfig, num_slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_key_value_heads, num_slots, config.head_dim)
+        # Zeros, not whatever the memory held: a padded slot's NaN would survive a softmax weight of 0.
+        self.pages = tuple(
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.num_hidden_layers)
+        )

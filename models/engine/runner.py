@@ -1,0 +1,134 @@
+"""Runner: one rank's forward pass. Arrays of a Batch in, the numbers that somebody wants out.
+
+Owns the model and the KV cache's tensors. Knows nothing of sequences, scheduling or sampling; a tensor-parallel runner
+has the same two members.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.config import ModelConfig
+from models.engine.batch import Batch, Group, Ints
+from models.engine.kv_cache import KVCache
+from models.errors import EngineError
+from models.heads import CausalLMHead
+from models.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
+from models.registry import Model
+
+LOGIT_ROWS = 256  # vocabulary logits of this many rows at a time, so that they never fill the memory
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What a Batch asked for. sample_logits: float32 [rows, vocab_size] on the model's device, the rest numpy float32.
+
+    pair_logprobs [pairs]; class_logits [rows, num_labels]; logits [rows, vocab_size]; hidden [rows, hidden_size].
+    """
+
+    sample_logits: torch.Tensor
+    pair_logprobs: Floats
+    class_logits: Floats
+    logits: Floats
+    hidden: Floats
+
+
+class Runner(Protocol):
+    """Runs steps, on one rank or on several."""
+
+    config: ModelConfig
+
+    def run(self, batch: Batch) -> StepOutput:
+        """One forward pass. Raises EngineError when the device cannot go on."""
+        ...
+
+
+class TorchRunner:
+    """The runner of a single process."""
+
+    def __init__(self, model: Model, *, num_slots: int) -> None:
+        self.config = model.config
+        self._model = model
+        self._cache = KVCache(model.config, num_slots, dtype=model.dtype, device=model.device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepOutput:
+        try:
+            hidden = self._model.backbone(
+                self._tensor(batch.input_ids),
+                self._tensor(batch.positions),
+                int(batch.positions.max()),
+                self._cache.pages,
+                self._attention(batch),
+            )
+            return StepOutput(
+                sample_logits=self._head(hidden, batch.sample_rows),
+                pair_logprobs=self._pair_logprobs(hidden, batch),
+                class_logits=self._class_logits(hidden, batch.class_rows),
+                logits=self._all_logits(hidden, batch.logit_rows),
+                hidden=hidden[self._tensor(batch.hidden_rows)].float().cpu().numpy(),
+            )
+        except torch.OutOfMemoryError as error:
+            raise EngineError(f"out of memory in a step of {len(batch.input_ids)} tokens: {error}") from error
+
+    def _head(self, hidden: torch.Tensor, rows: Ints) -> torch.Tensor:
+        if not len(rows):
+            return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        return self._model.head(hidden[self._tensor(rows)])  # type: ignore[no-any-return]
+
+    def _pair_logprobs(self, hidden: torch.Tensor, batch: Batch) -> Floats:
+        """log P(token) at the scored rows: the whole vocabulary counts, a few numbers leave the device."""
+        found = np.empty(len(batch.pair_rows), dtype=np.float32)
+        for start in range(0, len(batch.score_rows), LOGIT_ROWS):
+            logits = self._head(hidden, batch.score_rows[start : start + LOGIT_ROWS])
+            here = (batch.pair_rows >= start) & (batch.pair_rows < start + LOGIT_ROWS)
+            rows = self._tensor(batch.pair_rows[here] - start)
+            picked = logits[rows, self._tensor(batch.pair_tokens[here])] - logits.logsumexp(-1)[rows]
+            found[here] = picked.cpu().numpy()
+        return found
+
+    def _class_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
+        if not len(rows):
+            return np.empty((0, self.config.num_labels), dtype=np.float32)
+        return self._head(hidden, rows).cpu().numpy()
+
+    def _all_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
+        if not len(rows):
+            return np.empty((0, self.config.vocab_size), dtype=np.float32)
+        pieces = [self._head(hidden, rows[start : start + LOGIT_ROWS]) for start in range(0, len(rows), LOGIT_ROWS)]
+        return torch.cat([piece.cpu() for piece in pieces]).numpy()
+
+    def _attention(self, batch: Batch) -> AttentionBatch:
+        groups = tuple(map(self._group, batch.groups))
+        same = batch.out_groups is batch.groups
+        return AttentionBatch(
+            slots=self._tensor(batch.slots),
+            groups=groups,
+            out_rows=self._tensor(batch.out_rows),
+            out_groups=groups if same else tuple(map(self._group, batch.out_groups)),
+        )
+
+    def _group(self, group: Group) -> AttentionGroup:
+        parts = tuple(
+            AttentionPart(
+                rows=self._tensor(part.rows),
+                keep=None if part.keep is None else self._tensor(part.keep),
+                own_slots=self._tensor(part.own_slots),
+                visible=self._tensor(part.visible),
+            )
+            for part in group.parts
+        )
+        return AttentionGroup(prefix_slots=self._tensor(group.prefix_slots), parts=parts)
+
+    def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._model.device)
+
+    @property
+    def is_causal_lm(self) -> bool:
+        return isinstance(self._model.head, CausalLMHead)

@@ -1,0 +1,152 @@
+"""Scheduler: which tokens of which sequences the next step computes. Integers in, decisions out, no torch.
+
+Policy: the oldest go first and are never sent back by younger ones, so that something always finishes. Decodes come
+before prefill chunks; what is left of the step's tokens goes to prompts, cut where the step is full. A prompt is
+admitted only when all of it fits into free blocks with one spare block for each running sequence; when decodes outgrow
+the cache all the same, the youngest running sequence gives its blocks back, waits and is recomputed (counted as a
+preemption). A prefix computed in a step can be shared by sequences admitted in that very step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from models.engine.block_manager import ROOT, BlockManager
+from models.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of one sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+class Scheduler:
+    """Waiting and running sequences and the blocks they hold."""
+
+    def __init__(self, blocks: BlockManager, *, max_step_tokens: int, max_num_seqs: int) -> None:
+        self.blocks = blocks
+        self.max_step_tokens = max_step_tokens
+        self.max_num_seqs = max_num_seqs
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks; their blocks are allocated and their full blocks registered."""
+        budget = self.max_step_tokens
+        chunks: list[Chunk] = []
+        decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
+        prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
+        scheduled: set[Sequence] = set()
+        for sequence in decoding + prefilling:
+            count = min(sequence.num_owed, budget)
+            if count and self._make_room(sequence, sequence.num_computed + count, scheduled):
+                chunks.append(self._chunk(sequence, count))
+                scheduled.add(sequence)
+                budget -= count
+        while budget and self.waiting and len(self.running) < self.max_num_seqs:
+            count = self._admit(self.waiting[0], budget)
+            if not count:
+                break
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            chunks.append(self._chunk(sequence, count))
+            budget -= count
+        return chunks
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a running or waiting sequence out and frees its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def shared_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        """Leading blocks within `num_tokens` that are worth attending to together with other sequences.
+
+        Reference counts never grow along a block table, so the last block held by at least half as many sequences as
+        the first one is found by bisection.
+        """
+        high = num_tokens // self.blocks.block_size
+        if not high:
+            return 0
+        table = sequence.block_table
+        enough = max(2, self.blocks.ref_count(table[0]) // 2)
+        low = 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.blocks.ref_count(table[middle - 1]) >= enough:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, scheduled: set[Sequence]) -> bool:
+        """Gives the sequence blocks for `num_tokens`, sending the youngest unscheduled ones back if need be."""
+        if sequence not in self.running:  # sent back for an older one in this very step
+            return False
+        missing = self.blocks.num_blocks_for(num_tokens) - len(sequence.block_table)
+        while missing > self.blocks.num_free:
+            victim = next(other for other in reversed(self.running) if other not in scheduled)
+            self._send_back(victim)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.block_table += self.blocks.allocate(missing)
+        return True
+
+    def _send_back(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_registered = 0
+        sequence.contents = ROOT
+
+    def _admit(self, sequence: Sequence, budget: int) -> int:
+        """Reserves blocks for all tokens of a waiting sequence; the number to compute now, 0 if there is no room."""
+        blocks = self.blocks
+        hits = blocks.find_prefix(sequence.tokens, sequence.num_skippable) if blocks.prefix_caching else []
+        missing = blocks.num_blocks_for(sequence.num_tokens) - len(hits)
+        spare = len(self.running)
+        if missing + spare > blocks.num_free - blocks.num_unheld(hits):
+            return 0
+        blocks.hold(hits)
+        sequence.block_table = hits + blocks.allocate(missing)
+        sequence.num_computed = len(hits) * blocks.block_size
+        sequence.num_registered = len(hits)
+        sequence.contents = blocks.contents(hits[-1]) if hits else ROOT
+        if not sequence.num_preemptions:
+            sequence.cached_tokens = sequence.num_computed
+        return min(sequence.num_owed, budget)
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        """Registers the blocks that the chunk fills: whoever is scheduled later in this step may already share them.
+
+        That is safe because a layer writes the keys and values of all tokens of a step before it attends.
+        """
+        start, end = sequence.num_computed, sequence.num_computed + count
+        size = self.blocks.block_size
+        if self.blocks.prefix_caching:
+            for i in range(sequence.num_registered, min(end, sequence.num_shareable) // size):
+                tokens = sequence.tokens[i * size : (i + 1) * size]
+                sequence.contents = self.blocks.register(sequence.block_table[i], sequence.contents, tokens)
+                sequence.num_registered = i + 1
+        return Chunk(sequence, start, end)

@@ -1,0 +1,185 @@
+"""LLM: the few-line Python door to one checkpoint, for one-off use and for tests.
+
+Wraps an engine with the checkpoint's tokenizer and chat template; each call runs until its own requests are done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.config import ModelConfig
+from models.engine.engine import TorchEngine
+from models.engine.interface import EngineConfig
+from models.engine.request import (
+    Choose,
+    Classify,
+    Completion,
+    Constraint,
+    Embed,
+    Generate,
+    Inspect,
+    Output,
+    Request,
+    SamplingParams,
+    Tag,
+    Work,
+)
+from models.processing.chat import Chat
+
+Prompt = str | Sequence[int]
+Messages = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The label picked, its probability among the labels, all of those, and what the model would rather have said."""
+
+    label: str
+    probability: float
+    label_probs: dict[str, float]
+    off_set_mass: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaggedToken:
+    """One token of a tagged text; `start` and `end` are character offsets into it."""
+
+    text: str
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+class LLM:
+    """A loaded checkpoint. Prompts are chat messages (a string is one user message) or, where named so, raw text."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.engine = TorchEngine.from_checkpoint(config)
+        self.config: ModelConfig = self.engine.config
+        self.tokenizer = self.engine.tokenizer
+        self._model_dir = config.model
+        self._chat: Chat | None = None
+        self._ids = itertools.count()
+
+    def chat(self, messages: Messages, *, thinking: bool = False, **sampling: Any) -> str:
+        """The assistant's answer; without its reasoning when `thinking`."""
+        ids = self._chat_template().prompt_ids(_messages(messages), thinking=thinking)
+        (output,) = self.generate(ids, **{"n": 1, **sampling})
+        return self._chat_template().split_reasoning(output.text, thinking=thinking)[1]
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        schema: str | None = None,
+        regex: str | None = None,
+        sampling: SamplingParams | None = None,
+        **params: Any,
+    ) -> tuple[Output, ...]:
+        """Continues raw text or token ids; `params` are fields of SamplingParams. Returns `n` outputs."""
+        constraint = None
+        if schema is not None or regex is not None:
+            constraint = Constraint(
+                kind="regex" if schema is None else "json_schema", text=str(regex if schema is None else schema)
+            )
+        work = Generate(sampling=replace(sampling or SamplingParams(), **params), constraint=constraint)
+        return self.run([self._request(prompt, work)])[0].outputs
+
+    def choose(self, messages: Messages, labels: Sequence[str], *, end_of_label: str = "auto") -> Choice:
+        """Probabilities of the labels as answers, without decoding."""
+        chat = self._chat_template()
+        choices = tuple(chat.label_continuations(list(labels)))
+        work = Choose(choices=choices, count_end=chat.count_end(choices, end_of_label))
+        (completion,) = self.run([self._request(chat.prompt_ids(_messages(messages)), work)])
+        joint = np.array(completion.choice_logprobs, dtype=np.float64)
+        total = float(np.logaddexp.reduce(joint))
+        probs = np.exp(joint - total)
+        best = int(joint.argmax())
+        return Choice(
+            label=labels[best],
+            probability=float(probs[best]),
+            label_probs=dict(zip(labels, probs.tolist(), strict=True)),
+            off_set_mass=1.0 - math.exp(total),
+        )
+
+    def classify(self, text: Prompt) -> dict[str, float]:
+        """Class probabilities (or the raw value for regression) of raw text by a sequence-classification head."""
+        logits = self._array(text, Classify()).astype(np.float64)
+        if self.config.problem_type == "regression" or len(logits) == 1:
+            scores = logits
+        elif self.config.problem_type == "multi_label_classification":
+            scores = 1 / (1 + np.exp(-logits))
+        else:
+            scores = _softmax(logits)
+        return dict(zip(self.config.id2label, scores.tolist(), strict=True))
+
+    def tag(self, text: str) -> list[TaggedToken]:
+        """One label a token of raw text, with character offsets."""
+        ids, offsets = self.tokenizer.encode_raw_with_offsets(text)
+        probabilities = _softmax(self._array(ids, Tag()).astype(np.float64))
+        return [
+            TaggedToken(
+                text=text[start:end], start=start, end=end, label=self.config.id2label[row.argmax()], score=row.max()
+            )
+            for (start, end), row in zip(offsets, probabilities, strict=True)
+            if end > start
+        ]
+
+    def embed(self, text: Prompt, *, pooling: str = "last", normalize: bool = False) -> NDArray[np.float32]:
+        """[hidden_size]: the last token's hidden state or the mean over all tokens of raw text."""
+        return self._array(text, Embed(pooling=pooling, normalize=normalize))  # type: ignore[arg-type]
+
+    def logits(self, input_ids: Sequence[int]) -> NDArray[np.float32]:
+        """[tokens, vocab_size] at every position."""
+        return self._array(input_ids, Inspect(what="logits"))
+
+    def hidden_states(self, input_ids: Sequence[int]) -> NDArray[np.float32]:
+        """[tokens, hidden_size] after the final norm at every position."""
+        return self._array(input_ids, Inspect(what="hidden_states"))
+
+    def run(self, requests: list[Request]) -> list[Completion]:
+        """Runs requests together, in their order. Raises the RowError of the first that failed."""
+        self.engine.submit(requests)
+        done: dict[str, Completion] = {}
+        while len(done) < len(requests):
+            done |= {completion.id: completion for completion in self.engine.step()}
+        completions = [done[request.id] for request in requests]
+        for completion in completions:
+            if completion.error:
+                raise completion.error
+        return completions
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def _array(self, prompt: Prompt, work: Work) -> NDArray[np.float32]:
+        array = self.run([self._request(prompt, work)])[0].array
+        assert array is not None
+        return array
+
+    def _request(self, prompt: Prompt, work: Work) -> Request:
+        ids = self.tokenizer.encode_raw(prompt) if isinstance(prompt, str) else list(prompt)
+        return Request(id=f"llm-{next(self._ids)}", input_ids=ids, work=work)
+
+    def _chat_template(self) -> Chat:
+        if self._chat is None:
+            self._chat = Chat.from_dir(self._model_dir, self.tokenizer)
+        return self._chat
+
+
+def _messages(messages: Messages) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted: NDArray[np.float64] = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
+    return probabilities
