@@ -118,11 +118,6 @@ class Tokenizer:
         """The bytes that a token stands for; b"" for specials and for ids that stand for nothing."""
         return b"" if id in self.special_ids else self._bytes.get(id, b"")
 
-    def to_json(self) -> str:
-        """The whole tokenizer as the text of a tokenizer.json, without truncation and padding."""
-        text: str = self._full.to_str()
-        return text
-
     def _encode(
         self, tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False
     ) -> tokenizers.Encoding:
