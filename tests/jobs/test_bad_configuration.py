@@ -1,0 +1,283 @@
+"""Every bad configuration is refused before anything starts, with its place and its remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.checks import check_job
+from jobs.config import load_job
+from models.errors import ConfigError
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def task(**changes: Any) -> Change:
+    return lambda job: job["task"].update(changes)
+
+
+def top(**changes: Any) -> Change:
+    return lambda job: job.update(changes)
+
+
+def refusal(work: Any, change: Change = lambda job: None, *overrides: str) -> str:
+    path = work.write_job(change)
+    with pytest.raises(ConfigError) as caught:
+        check_job(*load_job(path.name, overrides))
+    return str(caught.value)
+
+
+def generate(**sampling: Any) -> Change:
+    def change(job: dict[str, Any]) -> None:
+        job["task"] = {"kind": "generate", "prompt": "{text}"}
+        job["sampling"] = sampling
+
+    return change
+
+
+# (name, change of the good job, what the message must say: its place and its remedy)
+BAD: list[tuple[str, Change, list[str]]] = [
+    ("unknown key", top(modle="x"), ["job.yaml:18: modle: unknown key", "did you mean model?"]),
+    ("unknown nested key", task(promt="x"), ["job.yaml:16: task.promt", "did you mean task.prompt?"]),
+    ("key of another section", top(temperature=1), ["did you mean sampling.temperature?"]),
+    ("nothing like a key", top(zzz=1), ["zzz: unknown key; known here: model, input, output"]),
+    ("missing key", lambda job: job.pop("output"), ["job.yaml: output: the key is missing"]),
+    ("wrong type", top(max_error_rate="2%"), ["max_error_rate", '"2%"', "must be a number"]),
+    ("boolean label", task(labels=["red", True]), ["task.labels: item 2", "put the word in quotes"]),
+    ("number label", task(labels=["red", 3]), ["task.labels: item 2", "in quotes"]),
+    ("one string for a list", top(input="data"), ["input", "must be a list of text"]),
+    ("unknown kind", task(kind="route"), ["job.yaml:10: task.kind", '"choose", "generate"']),
+    ("bad sampling", generate(top_p=2.0), ["sampling.top_p", "it must be in (0, 1]"]),
+    ("error rate above one", top(max_error_rate=2), ["max_error_rate", "0 to 1"]),
+    ("error rate nan", top(max_error_rate=float("nan")), ["max_error_rate", "0 to 1"]),
+    ("no labels", task(labels=[]), ["job.yaml:12: task.labels", "at least one label"]),
+    ("labels absent", lambda job: job["task"].pop("labels"), ["task.labels", "at least one label"]),
+    ("label twice", task(labels=["red", "red"]), ["task.labels", "'red' stands there 2 times"]),
+    ("empty label", task(labels=["red", " "]), ["task.labels", "a label is empty"]),
+    ("labels with generate", task(kind="generate"), ["task.labels", "only choose takes it", "remove it"]),
+    ("sampling with choose", top(sampling={"temperature": 1.0}), ["sampling.temperature", "remove it"]),
+    ("logprobs with alternatives", generate(logprobs=5), ["sampling.logprobs", "use 1 or 0"]),
+    ("extract without schema", task(kind="extract", labels=None), ["task.schema", "needs a JSON schema"]),
+    ("schema that is none", task(kind="extract", labels=None, schema={"type": "objet"}), ["task.schema", "objet"]),
+    ("extract n", lambda job: (task(kind="extract", labels=None, schema={"type": "object"})(job),
+                               top(sampling={"n": 2})(job)), ["sampling.n", "remove it"]),
+    ("neither prompt nor messages", lambda job: job["task"].pop("prompt"), ["task.prompt", "missing"]),
+    ("both", task(messages="text"), ["task.messages", "keep one of them"]),
+    ("prompt without columns", task(prompt="Hi"), ["task.prompt", "names no column"]),
+    ("prompt with stray brace", task(prompt="{text} {"), ["job.yaml:11: task.prompt", "{{ and }}"]),
+    ("prompt with attribute", task(prompt="{text.x}"), ["task.prompt", "plain column name"]),
+    ("template column absent", task(prompt="{texd}"), ["job.yaml:11: task.prompt", "no column 'texd'", "'text'"]),
+    ("key column absent", top(key="idd"), ["job.yaml:6: key", "no column 'idd'", "did you mean 'id'?"]),
+    ("carried column absent", top(carry=["day"]), ["job.yaml:7: carry", "no column 'day'", "it has"]),
+    ("gold column absent", task(gold="queue"), ["job.yaml:15: task.gold", "no column 'queue'"]),
+    ("carried twice", top(carry=["id", "id"]), ["carry", "keep one"]),
+    ("carried name taken", lambda job: (generate()(job), top(carry=["text"])(job)), ["carry", "'text'", "leave it"]),
+    ("no input", top(input=[]), ["input", "no file is named"]),
+    ("input matches nothing", top(input=["nope/*.parquet"]), ["job.yaml:2: input", "nope/*.parquet", "check the path"]),
+    ("input of another format", top(input=["job.yaml"]), ["input", "job.yaml", "Parquet nor JSONL"]),
+    ("image", task(image="photo"), ["task.image", "not available in this version"]),
+    ("pixels", top(preprocess={"max_pixels": 5}), ["preprocess.max_pixels", "not available in this version"]),
+    ("vllm", top(engine={"kind": "vllm"}), ["job.yaml:17: engine.kind", "use torch"]),
+    ("tensor parallel", top(engine={"tensor_parallel_size": 2}), ["engine.tensor_parallel_size", "engine.replicas"]),
+    ("device", top(engine={"device": "gpu"}), ["engine.device", "auto, cpu or cuda"]),
+    ("replicas", top(engine={"replicas": 0}), ["engine.replicas", "at least 1"]),
+    ("unit rows", top(commit={"unit_rows": 0}), ["commit.unit_rows", "at least 1"]),
+    ("every seconds", top(commit={"every_seconds": 0}), ["commit.every_seconds", "above 0"]),
+    ("thinking with choose", task(thinking=True), ["task.thinking", "only generate takes it"]),
+    ("tag through chat", task(kind="tag", labels=None, gold=None, system="S"), ["task.system", "use task.prompt"]),
+    ("head cannot", task(kind="classify", labels=None), ["model", "Glm4ForCausalLM", "not classify"]),
+    ("output is a file", top(output="job.yaml"), ["job.yaml:5: output", "is a file", "name a directory"]),
+    ("output remote", top(output="s3://bucket/x"), ["output", "only local directories"]),
+    ("model absent", top(model="mdl"), ["job.yaml:1: model: mdl: no such directory", "Hugging Face layout"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "said"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_a_bad_job_is_refused_with_place_and_remedy(work: Any, change: Change, said: list[str]) -> None:
+    message = refusal(work, change)
+    for text in said:
+        assert text in message, message
+
+
+def test_the_good_job_is_good(work: Any) -> None:
+    job, place = load_job(work.write_job().name)
+    checked = check_job(job, place)
+    assert [file.name for file in checked.files] == ["data/a.parquet", "data/b.jsonl"]
+    assert checked.schema.field("id").type == pa.int64()
+
+
+def test_all_problems_are_told_at_once(work: Any) -> None:
+    message = refusal(work, lambda job: (task(prompt="{texd}")(job), top(carry=["day"], model="mdl")(job)))
+    assert [line.split(": ")[1] for line in message.splitlines()] == ["model", "task.prompt", "carry"]
+
+
+# ---- the job file itself
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a job file is a mapping"),
+        ("model: [a\nb: c", "job.yaml:2: not valid YAML"),
+        ("model: a\nmodel: b\n", "job.yaml:2: model: the key stands twice (first in line 1)"),
+        ("task: {kind: choose, kind: tag}\n", "task.kind: the key stands twice"),
+        ("model: 2024-01-01\n", "YAML reads 2024-01-01 as a date: put it in quotes"),
+    ],
+)
+def test_a_broken_file_names_the_line(work: Any, text: str, said: str) -> None:
+    Path("job.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_job("job.yaml")
+    assert said in str(caught.value)
+
+
+def test_a_missing_or_binary_job_file(work: Any) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: the job file cannot be read: No such file"):
+        load_job("none.yaml")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_job("binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("engine.knd=echo", "--set engine.knd: unknown key; did you mean engine.kind?"),
+        ("sampling.max_tokens=many", '--set sampling.max_tokens: it is "many", but it must be a whole number'),
+        ("sampling.max_tokens", "write it as key=value"),
+        ("model.x=1", "model is not a section"),
+        ("task.labels=[a", "not valid YAML"),
+        ("task.labels=[]", "--set task.labels: choose needs at least one label"),
+    ],
+)
+def test_a_bad_override_is_named(work: Any, override: str, said: str) -> None:
+    assert said in refusal(work, lambda job: None, override)
+
+
+def test_overrides_replace_and_add_keys(work: Any) -> None:
+    path = work.write_job()
+    job, _ = load_job(path.name, ["sampling.seed=7", "task.labels=[a, b]", "key=null", "engine.device=cpu"])
+    assert (job.sampling.seed, job.task.labels, job.key) == (7, ["a", "b"], None)
+    assert (job.engine.kind, job.engine.device) == ("echo", "cpu")
+
+
+# ---- the checkpoint
+
+
+def test_weights_only_as_pickle_are_refused_with_the_reason(work: Any) -> None:
+    Path("model/model.safetensors").rename("model/pytorch_model.bin")
+    message = refusal(work, top(engine={"kind": "torch"}))
+    assert "model/pytorch_model.bin: pickled weights are refused" in message
+    assert "convert the checkpoint to safetensors" in message
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        (lambda data: data[:-3], "it is incomplete; copy it again"),
+        (lambda data: data[:20], "cut short in its header"),
+        (lambda data: b"", "not a safetensors file"),
+        (lambda data: b"\xff" * 64, "not a safetensors file"),
+    ],
+)
+def test_broken_weights_are_noticed_by_their_headers(work: Any, cut: Callable[[bytes], bytes], said: str) -> None:
+    path = Path("model/model.safetensors")
+    path.write_bytes(cut(path.read_bytes()))
+    message = refusal(work, top(engine={"kind": "torch"}))
+    assert "model/model.safetensors" in message
+    assert said in message
+
+
+def test_a_missing_shard_is_named(work: Any) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    Path("model/model.safetensors").rename("model/model-1.safetensors")
+    Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+    message = refusal(work, top(engine={"kind": "torch"}))
+    assert "model/model-2.safetensors is named in the weight index but missing" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", None, "config.json: no such file"),
+        ("config.json", "{", "cannot be read as JSON"),
+        ("config.json", '{"architectures": ["LlamaForCausalLM"]}', "'LlamaForCausalLM'"),
+        ("tokenizer.json", None, "tokenizer.json is missing"),
+        ("tokenizer.json", "{}", "tokenizer.json"),
+        ("chat_template.jinja", None, "no chat template"),
+        ("chat_template.jinja", "{% if %}", "chat_template.jinja, line 1"),
+    ],
+)
+def test_an_unreadable_checkpoint_names_the_file(work: Any, file: str, content: str | None, said: str) -> None:
+    path = Path("model") / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    message = refusal(work)
+    assert message.startswith("job.yaml:1: model: ")
+    assert said in message
+
+
+def test_labels_that_the_prompt_would_swallow_are_refused(work: Any) -> None:
+    """Two labels that differ in nothing the template writes are the same to the model."""
+    Path("model/chat_template.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    message = refusal(work, task(labels=["red", "red "]))
+    assert message.startswith("job.yaml:12: task.labels: ")
+
+
+# ---- the input
+
+
+def test_a_truncated_parquet_file_is_named(work: Any) -> None:
+    path = Path("data/a.parquet")
+    path.write_bytes(path.read_bytes()[:-10])
+    message = refusal(work)
+    assert message.startswith("job.yaml:2: input: ")
+    assert "data/a.parquet" in message
+
+
+def test_column_types_that_do_not_go_together_are_named(work: Any) -> None:
+    table = {"id": [9], "text": [{"a": 1}], "team": ["red"], "score": [0.5]}
+    pq.write_table(pa.table(table), "data/c.parquet")
+    assert "data/c.parquet" in refusal(work, top(input=["data/*.parquet"]))
+
+
+# ---- as a process: exit code, time, and what is never loaded
+
+PROCESS_CASES = ["unknown key", "labels absent", "template column absent", "model absent", "input matches nothing"]
+
+
+@pytest.mark.parametrize("name", PROCESS_CASES)
+def test_the_command_exits_with_2_at_once_and_loads_nothing_heavy(work: Any, name: str) -> None:
+    _, change, said = next(case for case in BAD if case[0] == name)
+    path = work.write_job(change)
+    done = work.run("label", path.name)
+    assert done.code == 2
+    assert all(text in done.err for text in said), done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+    assert done.cpu_s < 3.0
+    assert "pydantic" in done.imported
+    assert not done.imported & {"ray", "torch", "vllm", "transformers"}
+
+
+def test_plan_refuses_as_label_does(work: Any) -> None:
+    done = work.run("plan", work.write_job(top(modle="x")).name)
+    assert done.code == 2
+    assert "job.yaml:18: modle" in done.err
+
+
+def test_debug_shows_the_traceback(work: Any) -> None:
+    done = work.run("label", work.write_job(top(modle="x")).name, "--debug")
+    assert done.code == 2
+    assert "Traceback" in done.err
