@@ -262,7 +262,7 @@ def describe(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)
     if origin in (list, tuple):
-        return f"a list of {describe(arguments[0]).removeprefix('a ')}"
+        return "a list of whole numbers" if arguments[0] is int else f"a list of {describe(arguments[0])}"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a section of keys"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}

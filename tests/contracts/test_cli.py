@@ -1,0 +1,79 @@
+"""The command line, frozen: commands, their arguments and options, and what each exit code means."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jobs import __main__ as cli
+from models.errors import ConfigError, EngineError
+
+COMMANDS = {
+    "plan": (["job"], ["--debug", "--set"]),
+    "label": (["job"], ["--debug", "--set"]),
+    "status": (["output"], ["--debug"]),
+    "inspect": (["model"], ["--debug"]),
+    "doctor": ([], ["--debug"]),
+}
+
+
+def command_surface(command: click.Command) -> tuple[list[str], list[str]]:
+    arguments = [each.name or "" for each in command.params if each.param_type_name == "argument"]
+    options = [flag for each in command.params if each.param_type_name == "option" for flag in each.opts]
+    return arguments, sorted(options)
+
+
+def test_commands_arguments_and_options() -> None:
+    group = typer.main.get_command(cli.app)
+    assert {name: command_surface(command) for name, command in group.commands.items()} == COMMANDS  # type: ignore[attr-defined]
+
+
+def test_the_console_script() -> None:
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="glm-batch")
+    assert [script.value for script in scripts] == ["jobs.__main__:app"]
+
+
+def test_the_exit_codes() -> None:
+    assert (cli.EXIT_OK, cli.EXIT_FAILED, cli.EXIT_BAD_CONFIG, cli.EXIT_ROW_ERRORS) == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "first_line"),
+    [
+        (ConfigError("job.yaml:3: model: wrong"), 2, "glm-batch: bad configuration:"),
+        (EngineError("the device is gone"), 1, "glm-batch: the job failed:"),
+        (RuntimeError("a bug"), 1, "glm-batch: the job failed: RuntimeError:"),
+    ],
+)
+def test_errors_become_exit_codes_and_short_text(
+    error: Exception, code: int, first_line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_, cli.errors_for_people(debug=False):
+        raise error
+    captured = capsys.readouterr()
+    assert exit_.value.code == code
+    assert captured.out == ""
+    assert captured.err.splitlines()[:2] == [first_line, f"  {error}"]
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(("within_limit", "code"), [(True, 0), (False, 3)])
+def test_label_tells_too_many_row_errors(within_limit: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.label.label", lambda path, overrides: within_limit)
+    assert CliRunner().invoke(cli.app, ["label", "job.yaml"]).exit_code == code
+
+
+@pytest.mark.parametrize("arguments", [["labell", "x"], ["label"], ["label", "x", "--sett", "a=b"]])
+def test_a_wrong_command_line_is_bad_configuration(arguments: list[str]) -> None:
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 2
+
+
+def test_status_of_nothing_is_bad_configuration(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({}))
+    assert CliRunner().invoke(cli.app, ["status", str(tmp_path)]).exit_code == 2

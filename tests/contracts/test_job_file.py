@@ -1,0 +1,75 @@
+"""The job file, frozen: every key, its type and its default. A change here is a change for every user."""
+
+from __future__ import annotations
+
+from jobs.config import describe, job_keys
+
+SECTION = "a section of keys"
+TEXT, TEXT_OR_NULL, TEXTS = "text", "text or null", "a list of text"
+WHOLE, NUMBER, SWITCH = "a whole number", "a number", "true or false"
+WHOLE_OR_AUTO, WHOLE_OR_NULL = 'a whole number or "auto"', "a whole number or null"
+COLUMNS = "text or a list of text or null"
+KINDS = 'one of "choose", "generate", "extract", "classify", "tag", "embed"'
+
+KEYS = {
+    "model": (TEXT, "required"),
+    "input": (TEXTS, "required"),
+    "output": (TEXT, "required"),
+    "task": (SECTION, "required"),
+    "task.kind": (KINDS, "required"),
+    "task.system": (TEXT_OR_NULL, None),
+    "task.prompt": (TEXT_OR_NULL, None),
+    "task.messages": (TEXT_OR_NULL, None),
+    "task.image": (COLUMNS, None),
+    "task.video": (COLUMNS, None),
+    "task.labels": ("a list of text or null", None),
+    "task.end_of_label": ('one of "auto", "always", "never"', "auto"),
+    "task.schema": ("a section of keys or null", None),
+    "task.thinking": (SWITCH, False),
+    "task.pooling": ('one of "last", "mean"', "last"),
+    "task.normalize": (SWITCH, False),
+    "task.gold": (TEXT_OR_NULL, None),
+    "key": (TEXT_OR_NULL, None),
+    "carry": (TEXTS, []),
+    "sampling.temperature": (NUMBER, 0.0),
+    "sampling.top_p": (NUMBER, 1.0),
+    "sampling.top_k": (WHOLE, 0),
+    "sampling.min_p": (NUMBER, 0.0),
+    "sampling.repetition_penalty": (NUMBER, 1.0),
+    "sampling.presence_penalty": (NUMBER, 0.0),
+    "sampling.frequency_penalty": (NUMBER, 0.0),
+    "sampling.max_tokens": (WHOLE, 64),
+    "sampling.min_tokens": (WHOLE, 0),
+    "sampling.seed": (WHOLE, 0),
+    "sampling.n": (WHOLE, 1),
+    "sampling.stop": (TEXTS, ()),
+    "sampling.stop_token_ids": ("a list of whole numbers", ()),
+    "sampling.ignore_eos": (SWITCH, False),
+    "sampling.logprobs": (WHOLE, 0),
+    "engine.kind": ('one of "auto", "torch", "vllm", "echo"', "auto"),
+    "engine.dtype": ('one of "auto", "float32", "bfloat16", "float16"', "auto"),
+    "engine.device": (TEXT, "auto"),
+    "engine.tensor_parallel_size": (WHOLE, 1),
+    "engine.replicas": (WHOLE, 1),
+    "engine.max_step_tokens": (WHOLE_OR_AUTO, "auto"),
+    "engine.max_model_len": (WHOLE_OR_AUTO, "auto"),
+    "preprocess.workers": (WHOLE_OR_AUTO, "auto"),
+    "preprocess.min_pixels": (WHOLE_OR_NULL, None),
+    "preprocess.max_pixels": (WHOLE_OR_NULL, None),
+    "preprocess.fps": ("a number or null", None),
+    "commit.unit_rows": (WHOLE_OR_AUTO, "auto"),
+    "commit.every_seconds": (NUMBER, 30.0),
+    "max_error_rate": (NUMBER, 0.0),
+    "storage.endpoint_url": (TEXT_OR_NULL, None),
+    "storage.anon": (SWITCH, False),
+}
+SECTIONS = {"sampling", "engine", "preprocess", "commit", "storage"}  # their defaults are those of their keys
+
+
+def test_keys_types_and_defaults() -> None:
+    known = {name: (describe(key.type), key.default) for name, key in job_keys().items() if name not in SECTIONS}
+    assert known == KEYS
+
+
+def test_sections_may_be_left_out() -> None:
+    assert {name for name, key in job_keys().items() if name in SECTIONS and key.default != "required"} == SECTIONS
