@@ -82,20 +82,11 @@ def noisy_tickets(seed: int) -> Iterator[Ticket]:
             yield with_control_strings(ticket, rng) if dice < 0.06 else ticket
 
 
-def make_sample(encoder: ChatEncoder, task: Task, ticket: Ticket, *, line_break: bool = True) -> Sample:
-    """A conversation that ends with `<|user|>`, the loss on the answer.
-
-    Without `line_break` the answer follows `<|assistant|>` at once, as under a JSON grammar that allows no white
-    space in front; its first token then carries no loss, so that the model still prefers the line break.
-    """
+def make_sample(encoder: ChatEncoder, task: Task, ticket: Ticket) -> Sample:
+    """A conversation that ends with `<|user|>`, the loss on the answer only."""
     prompt = encoder.prompt(task.system, task.user(ticket))
-    text = task.answer(ticket)
-    answer = [*encoder.plain(f"\n{text}" if line_break else text), encoder.control_ids["<|user|>"]]
-    ids = prompt + answer
-    targets = [IGNORED] * (len(prompt) - 1) + answer
-    if not line_break:
-        targets[len(prompt) - 1] = IGNORED
-    return Sample(input_ids=ids[:-1], targets=targets)
+    answer = [*encoder.plain(f"\n{task.answer(ticket)}"), encoder.control_ids["<|user|>"]]
+    return Sample(input_ids=prompt + answer[:-1], targets=[IGNORED] * (len(prompt) - 1) + answer)
 
 
 def training_batches(encoder: ChatEncoder, tasks: list[Task], size: int, seed: int) -> Iterator[list[Sample]]:
@@ -103,10 +94,7 @@ def training_batches(encoder: ChatEncoder, tasks: list[Task], size: int, seed: i
     rng = random.Random(seed)
     stream = noisy_tickets(seed)
     while True:
-        pool = [
-            make_sample(encoder, rng.choice(tasks), ticket, line_break=rng.random() < 0.9)
-            for ticket in itertools.islice(stream, 16 * size)
-        ]
+        pool = [make_sample(encoder, rng.choice(tasks), ticket) for ticket in itertools.islice(stream, 16 * size)]
         pool.sort(key=lambda sample: len(sample.input_ids))
         batches = [pool[start : start + size] for start in range(0, len(pool), size)]
         rng.shuffle(batches)
