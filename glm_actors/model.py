@@ -28,6 +28,7 @@ class ModelActor:
         # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         self._loop: EngineLoop | None = None
+        self._has_worked = False
         self._refusal: ConfigError | None = None
         try:
             self._loop = EngineLoop(build_engine(config))
@@ -43,8 +44,18 @@ class ModelActor:
         try:
             completions = self._loop.submit(to_requests(table)).result()
         except EngineError as error:
+            if _was_restarted() and not self._has_worked:
+                raise  # one restart has not helped: another would not either, and the job's user should see why
             _exit_dead(error)
+        self._has_worked = True
         return with_completions(table, completions)
+
+
+def _was_restarted() -> bool:
+    """Whether Ray has started this process in the place of one that died."""
+    import ray
+
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _exit_dead(error: EngineError) -> NoReturn:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -49,7 +51,8 @@ def job_workers(job: Job) -> Workers:
     replicas = job.engine.replicas
     auto = max(1, int(cores * PREPROCESSORS_PER_CORE))
     wants_gpu = job.engine.device.startswith("cuda") or job.engine.device == "auto"
-    has_gpus = ray.cluster_resources().get("GPU", 0) >= replicas * job.engine.tensor_parallel_size
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    has_gpus = resources.get("GPU", 0) >= replicas * job.engine.tensor_parallel_size
     gpus = job.engine.tensor_parallel_size if wants_gpu and has_gpus and job.engine.kind != "echo" else 0
     return Workers(
         preprocessors=auto if job.preprocess.workers == "auto" else job.preprocess.workers,
@@ -62,28 +65,54 @@ def job_workers(job: Job) -> Workers:
 def _start() -> None:
     import ray
 
-    # The package versions that a worker imports are the driver's; usage reports and progress bars are not wanted.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's core warns on the terminal about the very way in which Ray Data starts its actors.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     _quiet()
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_shipped_code())
         return
     memory = int(psutil.virtual_memory().total * OBJECT_STORE_SHARE)
-    ray.init(
-        num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-        object_store_memory=min(max(memory, MIN_OBJECT_STORE_BYTES), MAX_OBJECT_STORE_BYTES),
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    with _without_lines(b"RAY_BACKEND_LOG_LEVEL"):
+        ray.init(
+            num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=min(max(memory, MIN_OBJECT_STORE_BYTES), MAX_OBJECT_STORE_BYTES),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
 
 
 def _quiet() -> None:
-    """Ray Data tells of every step at INFO; the job's own display says what a user wants to know."""
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Ray Data tells a terminal of every step; the job's own display does. Its file in Ray's session keeps it all."""
+    import ray.data
+
+    assert ray.data is not None  # importing it is what sets its handlers up
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def _without_lines(marker: bytes) -> Iterator[None]:
+    """Holds back what this process writes to file descriptor 2, and passes on all lines but those with `marker`.
+
+    Ray's core announces its log level there, out of reach of Python's logging.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if marker not in line))
 
 
 def _shipped_code() -> dict[str, object]:

@@ -101,7 +101,7 @@ class Output:
         """
         try:
             plan = Plan.from_json((self.root / PLAN).read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self._refuse_other_content()
             return None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:

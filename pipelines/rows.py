@@ -159,7 +159,7 @@ def _prompt_columns(job: Job) -> tuple[str, ...]:
 
 
 def _beside(job: Job, rows: Sequence[Row | RowError]) -> dict[str, pa.Array]:
-    """What the parse stage needs of the rows themselves, as JSON texts: gold answers, and for tag the prompt's cells."""
+    """What the parse stage needs of the rows, as JSON texts: gold answers, and for tag the prompt's cells."""
     columns = {}
     if (gold := job.task.gold) is not None:
         values = [None if isinstance(row, RowError) else row.get(gold) for row in rows]

@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ class Source:
         return pa.schema([pa.field(column, schema.field(column).type) for column in self.columns])
 
     def _sampled_schema(self, file: InputFile) -> pa.Schema:
-        """Types from the first rows that are JSON objects; a column of mixed values or of nulls becomes text."""
+        """Types from the first rows that are JSON objects, by what most of them hold, so that a slip changes nothing."""
         lines = chain.from_iterable(split_lines(block) for _, block in self.line_blocks(file))
         sample = [row for _, row in zip(range(SAMPLE_ROWS), map(parse_line, lines), strict=False)]
         rows = [row for row in sample if not isinstance(row, RowError)]
@@ -434,11 +435,20 @@ def _unified(schemas: Sequence[pa.Schema], files: Sequence[InputFile]) -> pa.Sch
 
 
 def _sampled_type(values: list[Any]) -> pa.DataType:
+    """The type of the values of the kind that more than half of them have; text where there is none."""
+    kinds = Counter(_json_kind(value) for value in values if value is not None)
+    kind, count = next(iter(kinds.most_common(1)), ("text", 0))
+    if 2 * count <= kinds.total():
+        return pa.string()
     try:
-        dtype = pa.array(values).type
+        return pa.array([value for value in values if _json_kind(value) == kind]).type
     except (pa.ArrowException, UnicodeEncodeError, OverflowError):
         return pa.string()
-    return pa.string() if pa.types.is_null(dtype) else dtype
+
+
+def _json_kind(value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "number" if is_number else type(value).__name__
 
 
 def _missing_column(column: str, file: InputFile, known: Sequence[str]) -> str:

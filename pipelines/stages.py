@@ -29,7 +29,6 @@ SMALL_CPUS = 0.25
 ENGINE_CPUS = 0.25
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
 COMMIT_TASKS = 2
-MAX_ENGINE_RESTARTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +95,9 @@ def render(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
 
 def infer(dataset: Dataset, engine: EngineConfig, workers: Workers) -> Dataset:
     """Requests -> completions, on model actors that each keep several units in flight."""
-    return dataset.map_batches(
+    # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by the plan.
+    map_units = dataset.map_batches_internal if workers.gpus_per_replica else dataset.map_batches
+    return map_units(
         ModelActor,
         fn_constructor_args=(engine, workers.threads_per_replica),
         batch_size=None,
@@ -109,7 +110,6 @@ def infer(dataset: Dataset, engine: EngineConfig, workers: Workers) -> Dataset:
         ),
         num_cpus=ENGINE_CPUS,
         num_gpus=workers.gpus_per_replica,
-        max_restarts=MAX_ENGINE_RESTARTS,
     )
 
 
@@ -144,7 +144,8 @@ def without_own_columns(dataset: Dataset, schema: pa.Schema) -> Dataset:
 
 def committed(dataset: Dataset) -> Iterable[CommitRecord]:
     """Runs the graph and gives each commit record as it arrives; rows never come to the driver."""
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+    batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for batch in batches:
         for text in batch["record"].to_pylist():
             yield CommitRecord.from_json(text)
 

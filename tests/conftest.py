@@ -1,0 +1,51 @@
+"""What several test folders share: one small Ray cluster for the whole session, and a checkpoint without weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY_CONFIG: dict[str, Any] = {
+    "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "hidden_size": 8, "intermediate_size": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 320,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray for every test that needs one; starting it costs seconds."""
+    import logging
+
+    import ray
+
+    ray.init(
+        num_cpus=3,
+        object_store_memory=160 << 20,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def echo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer, chat template and config.json, but no weights: enough for engine.kind echo."""
+    spec = importlib.util.spec_from_file_location("tiny_tokenizer", EXAMPLES / "tiny_tokenizer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tiny_tokenizer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny_tokenizer)
+    folder = tmp_path_factory.mktemp("echo_checkpoint")
+    texts = ["Which shape is this? It is a red circle, square or triangle."] * 3
+    tiny_tokenizer.save_tokenizer(tiny_tokenizer.train_tokenizer(texts, 300), folder, 256)
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
+    return folder

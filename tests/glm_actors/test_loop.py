@@ -1,0 +1,143 @@
+"""EngineLoop: each caller gets exactly its own completions, and hears of it when the engine dies."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from glm_actors.loop import EngineLoop
+from models.engine.echo import EchoEngine
+from models.engine.request import Classify, Completion, Request
+from models.errors import EngineError
+
+
+def requests(*ids: str) -> list[Request]:
+    return [Request(id=id, input_ids=[1, 2, len(id)], work=Classify()) for id in ids]
+
+
+class SlowEngine(EchoEngine):
+    """Finishes one request a step, the last submitted first; waits for `gate` before each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Semaphore(0)
+        self.closed = False
+
+    def step(self) -> list[Completion]:
+        assert self.gate.acquire(timeout=10)
+        request = self._waiting.popitem()[1]
+        return [self._answer(request)]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class BrokenEngine(EchoEngine):
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def step(self) -> list[Completion]:
+        done = super().step()
+        match self.fault:
+            case "raise":
+                raise MemoryError("no more memory")
+            case "raise_engine_error":
+                raise EngineError("lost rank 1")
+            case "lose":
+                return done[1:]
+            case _:
+                return [*done, done[0]]
+
+
+def ids(future: Future[list[Completion]]) -> list[str]:
+    return [completion.id for completion in future.result(timeout=10)]
+
+
+def test_many_callers_get_their_own_completions_in_order() -> None:
+    loop = EngineLoop(EchoEngine())
+    found: dict[int, list[str]] = {}
+
+    def call(number: int) -> None:
+        for turn in range(20):
+            found[number] = ids(loop.submit(requests(*(f"{number}-{turn}-{n}" for n in range(5)))))
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    loop.close()
+    assert found == {number: [f"{number}-19-{n}" for n in range(5)] for number in range(6)}
+
+
+def test_a_later_group_may_finish_first() -> None:
+    engine = SlowEngine()
+    loop = EngineLoop(engine)
+    first, second = loop.submit(requests("a", "b")), loop.submit(requests("c"))
+    engine.gate.release()
+    engine.gate.release()
+    assert ids(second) == ["c"]
+    assert not first.done()
+    engine.gate.release()
+    assert ids(first) == ["a", "b"]
+    loop.close()
+    assert engine.closed
+
+
+def test_no_requests_are_answered_at_once() -> None:
+    loop = EngineLoop(EchoEngine())
+    assert ids(loop.submit([])) == []
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise", "MemoryError: no more memory"),
+        ("raise_engine_error", "lost rank 1"),
+        ("lose", "lost 1 requests"),
+        ("repeat", "which is not in flight"),
+    ],
+)
+def test_a_dead_engine_fails_everyone_now_and_later(fault: str, message: str) -> None:
+    loop = EngineLoop(BrokenEngine(fault))
+    future = loop.submit(requests("a", "b"))
+    if fault == "repeat":
+        assert ids(future) == ["a", "b"]
+    else:
+        with pytest.raises(EngineError, match=message):
+            future.result(timeout=10)
+    loop._thread.join(timeout=10)
+    assert message in str(loop.failure)
+    with pytest.raises(EngineError, match=message):
+        loop.submit(requests("c"))
+
+
+def test_closing_fails_what_is_in_flight() -> None:
+    engine = SlowEngine()
+    loop = EngineLoop(engine)
+    future = loop.submit(requests("a", "b"))
+    closing = threading.Thread(target=loop.close)
+    engine.gate.release()
+    closing.start()
+    engine.gate.release(5)
+    closing.join(timeout=10)
+    assert future.done()
+    with pytest.raises(EngineError, match="closed"):
+        loop.submit(requests("c"))
+
+
+def test_an_id_in_flight_is_refused_and_harms_nobody() -> None:
+    engine = SlowEngine()
+    loop = EngineLoop(engine)
+    future = loop.submit(requests("a"))
+    with pytest.raises(ValueError, match="unique"):
+        loop.submit(requests("a"))
+    with pytest.raises(ValueError, match="unique"):
+        loop.submit(requests("b", "b"))
+    engine.gate.release()
+    assert ids(future) == ["a"]
+    loop.close()

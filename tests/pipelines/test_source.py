@@ -1,0 +1,247 @@
+"""Every row of the input is in exactly one unit, whatever the files and the cut; broken files are named."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.errors import ConfigError, RowError
+from pipelines.job import CommitSection, Job, StorageSection, TaskConfig
+from pipelines.plan import Plan, choose_unit_rows, make_plan
+from pipelines.source import Source, decode_rows, key_text
+
+
+def make_job(*inputs: Path | str, unit_rows: Any = "auto", key: str | None = None, **changes: Any) -> Job:
+    return Job(
+        model="m",
+        input=[str(path) for path in inputs],
+        output="o",
+        key=key,
+        task=TaskConfig(kind="choose", prompt="Which? {text}", labels=["a", "b"]),
+        commit=CommitSection(unit_rows=unit_rows),
+        **changes,
+    )
+
+
+def make_source(*columns: str) -> Source:
+    return Source(storage=StorageSection(), columns=columns)
+
+
+def planned(job: Job, *columns: str) -> tuple[Source, Plan]:
+    source = make_source(*(columns or ("text",)))
+    return source, make_plan(job, source.list_files(job.input), {})
+
+
+def texts(source: Source, plan: Plan) -> list[list[Any]]:
+    """The texts of each unit, read one by one."""
+    found = []
+    for unit in plan.units():
+        rows = decode_rows(source.read(plan.files[unit.file].file, unit.rows))
+        assert len(rows) == unit.num_rows
+        found.append([row.code if isinstance(row, RowError) else row["text"] for row in rows])
+    return found
+
+
+def write_parquet(path: Path, values: list[Any], **options: Any) -> Path:
+    pq.write_table(pa.table({"text": pa.array(values, pa.string())}), path, **options)
+    return path
+
+
+def write_jsonl(path: Path, values: list[str], end: str = "\n") -> Path:
+    path.write_text("\n".join(json.dumps({"text": value, "more": [1]}) for value in values) + end, encoding="utf-8")
+    return path
+
+
+# ---- cutting
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    files=st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.integers(1, 15)), min_size=1, max_size=4),
+    unit_rows=st.integers(1, 17),
+    blank=st.lists(st.sampled_from(["", "\r"]), max_size=3),
+)
+def test_units_cover_all_rows_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory, files: list[tuple[int, bool, int]], unit_rows: int, blank: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    paths, expected = [], []
+    for number, (num_rows, is_parquet, group) in enumerate(files):
+        values = [f"{number}-{row} \u00e4\u2028" for row in range(num_rows)]
+        expected += values
+        if is_parquet:
+            paths.append(write_parquet(folder / f"{number}.parquet", values, row_group_size=group))
+        else:
+            lines = [json.dumps({"text": value}, ensure_ascii=False) for value in values]
+            for line in blank:
+                lines.insert(group % (len(lines) + 1), line)
+            paths.append(folder / f"{number}.jsonl")
+            paths[-1].write_text("\n".join(lines), encoding="utf-8", newline="")
+    source, plan = planned(make_job(*paths, unit_rows=unit_rows))
+    units = texts(source, plan)
+    assert [text for unit in units for text in unit] == expected
+    assert all(0 < len(unit) <= unit_rows for unit in units)
+    assert plan.num_units == len(units)
+    assert [unit.index for unit in plan.units()] == list(range(len(units)))
+
+
+def test_units_can_be_read_in_any_order(tmp_path: Path) -> None:
+    """A worker goes on where it stopped when it can, and must not rely on it."""
+    values = [str(row) for row in range(50)]
+    source, plan = planned(make_job(write_parquet(tmp_path / "a.parquet", values, row_group_size=12), unit_rows=7))
+    units = list(plan.units())
+    for unit in [*units[::2], *reversed(units), units[3], units[3]]:
+        table = source.read(plan.files[0].file, unit.rows)
+        assert table["text"].to_pylist() == values[unit.rows.start : unit.rows.stop]
+
+
+def test_a_scan_in_small_pieces_finds_the_same_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(write_jsonl(tmp_path / "a.jsonl", ["x" * (n % 31) for n in range(100)], end=""), unit_rows=9)
+    _, whole = planned(job)
+    monkeypatch.setattr("pipelines.source.SCAN_BYTES", 13)
+    _, pieces = planned(job)
+    assert pieces.files == whole.files
+
+
+def test_a_plan_is_the_same_after_it_was_written_and_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["x", "y", "x"])
+    write_parquet(tmp_path / "b.parquet", ["y", "z"])
+    _, plan = planned(make_job(tmp_path, unit_rows=2, key="text"))
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert list(again.units()) == list(plan.units())
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "changes", "expected"),
+    [
+        (2_000, {}, 62),
+        (10, {}, 16),
+        (1_000_000, {}, 1000),
+        (1_000_000, {"commit": CommitSection(every_seconds=2)}, 100),
+    ],
+)
+def test_auto_units(num_rows: int, changes: dict[str, Any], expected: int) -> None:
+    job = Job(model="m", input=["i"], output="o", task=TaskConfig(kind="choose"), **changes)
+    assert choose_unit_rows(job, num_rows) == expected
+
+
+# ---- listing
+
+
+def test_listing_expands_directories_and_globs_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.parquet", "a.parquet", "sub/c.parquet"):
+        write_parquet(tmp_path / name, ["x"])
+    write_jsonl(tmp_path / "d.jsonl", ["x"])
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "notes.txt").touch()
+    source = make_source("text")
+    listed = [os.path.relpath(file.path, tmp_path) for file in source.list_files([str(tmp_path)])]
+    assert listed == ["a.parquet", "b.parquet", "d.jsonl", "sub/c.parquet"]
+    both = source.list_files([str(tmp_path / "b.parquet"), str(tmp_path / "*.parquet")])
+    assert [os.path.basename(file.path) for file in both] == ["b.parquet", "a.parquet"]
+
+
+def test_names_stay_as_the_job_spells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    monkeypatch.chdir(tmp_path)
+    (file,) = make_source("text").list_files(["*.parquet"])
+    assert (file.name, file.path) == ("a.parquet", str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("pattern", ["nothing/*.parquet", "absent.parquet", "notes.txt"])
+def test_what_is_no_input_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=pattern.replace("*", r"\*")):
+        make_source("text").list_files([pattern])
+
+
+# ---- broken files
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, -4])
+def test_a_truncated_parquet_file_is_named(tmp_path: Path, keep: int) -> None:
+    path = write_parquet(tmp_path / "cut.parquet", [str(n) for n in range(100)])
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=r"cut\.parquet cannot be read as Parquet; is it truncated"):
+        planned(make_job(path))
+
+
+def test_a_missing_column_is_told_with_the_nearest_known_one(tmp_path: Path) -> None:
+    source = make_source("txt")
+    for path in (write_parquet(tmp_path / "a.parquet", ["x"]), write_jsonl(tmp_path / "b.jsonl", ["x"])):
+        with pytest.raises(ConfigError, match=rf"{path.name} has no column 'txt'; did you mean 'text'"):
+            source.schema(source.list_files([str(path)]))
+
+
+def test_extension_types_are_refused_before_arrow_revives_them(tmp_path: Path) -> None:
+    """Ray registers types whose revival unpickles bytes of the file: the footer is searched, not parsed."""
+    field = pa.field(
+        "image",
+        pa.binary(),
+        metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object", "ARROW:extension:metadata": ""},
+    )
+    table = pa.table({"text": ["x"], "image": [b"y"]}).cast(pa.schema([("text", pa.string()), field]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    footer = pq.read_metadata(tmp_path / "a.parquet").metadata[b"ARROW:schema"]
+    assert b"ARROW:extension:name" in base64.b64decode(footer)
+    with pytest.raises(ConfigError, match=r"a\.parquet has a column of an Arrow extension type.*arrow_pickled_object"):
+        planned(make_job(tmp_path / "a.parquet"))
+
+
+def test_types_that_do_not_go_together_name_both_files(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    pq.write_table(pa.table({"text": [[1]]}), tmp_path / "b.parquet")
+    with pytest.raises(ConfigError, match=r"b\.parquet do not go with those of .*a\.parquet"):
+        planned(make_job(tmp_path))
+
+
+def test_a_file_that_changed_after_the_plan_is_noticed(tmp_path: Path) -> None:
+    for path in (write_parquet(tmp_path / "a.parquet", list("abc")), write_jsonl(tmp_path / "b.jsonl", list("abc"))):
+        source, plan = planned(make_job(path, unit_rows=2))
+        write_parquet(path, ["a"]) if path.suffix == ".parquet" else write_jsonl(path, ["abcdefghijk"])
+        with pytest.raises(ConfigError, match="has changed since the job was planned"):
+            texts(source, plan)
+
+
+# ---- rows
+
+
+def test_bad_lines_are_typed_row_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "first"}\n{"text": \n[1]\n\xff\n{"text": "last"}\r\n' + b"[" * 100_000 + b"\n9" * 1
+    )
+    source, plan = planned(make_job(path))
+    assert texts(source, plan) == [["first", "bad_json", "bad_json", "not_utf8", "last", "bad_json", "bad_json"]]
+
+
+def test_parquet_text_that_is_no_utf8_comes_as_bytes(tmp_path: Path) -> None:
+    broken = pa.array([b"good", b"\xff", None], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    source, plan = planned(make_job(tmp_path / "a.parquet"))
+    assert texts(source, plan) == [["good", b"\xff", None]]
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [(None, "null_key"), ([1], "wrong_type"), (1.5, "wrong_type"), ("\ud800", "wrong_type")]
+)
+def test_keys_that_are_none(value: Any, code: str) -> None:
+    with pytest.raises(RowError) as caught:
+        key_text({"id": value}, "id")
+    assert caught.value.code == code
+
+
+def test_integer_keys_are_their_digits() -> None:
+    assert key_text({"id": 7}, "id") == "7"
