@@ -142,13 +142,21 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    """The value is YAML, but a key that takes text takes it as it stands: a prompt's braces are no YAML mapping."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
         raise ConfigError(f"--set {text}: write it as key=value, for example --set sampling.max_tokens=32")
     try:
-        return key.strip(), yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML: {_one_line(error)}") from error
+        if not _takes_text(key):
+            raise ConfigError(f"--set {text}: the value is not valid YAML: {_one_line(error)}") from error
+        parsed = value
+    return key, value if _takes_text(key) and not isinstance(parsed, str | None) else parsed
+
+
+def _takes_text(key: str) -> bool:
+    return key in job_keys() and job_keys()[key].type in (str, str | None)
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:

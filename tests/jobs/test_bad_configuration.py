@@ -167,6 +167,23 @@ def test_overrides_replace_and_add_keys(work: Any) -> None:
     assert (job.engine.kind, job.engine.device) == ("echo", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("override", "prompt"),
+    [
+        ("task.prompt={text}?", "{text}?"),
+        ("task.prompt={text}", "{text}"),
+        ("task.prompt=3 {text}: a=b", "3 {text}: a=b"),
+        ('task.prompt="two\\n{text}"', "two\n{text}"),
+        ("task.prompt=2024", "2024"),
+        ("task.prompt=null", None),
+    ],
+)
+def test_an_override_of_a_text_needs_no_quotes(work: Any, override: str, prompt: str | None) -> None:
+    """A prompt's braces once were read as a YAML mapping."""
+    job, _ = load_job(work.write_job().name, [override])
+    assert job.task.prompt == prompt
+
+
 # ---- the checkpoint
 
 

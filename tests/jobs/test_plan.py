@@ -1,0 +1,89 @@
+"""The plan's arithmetic against values worked out by hand, and its text."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.checks import check_job
+from jobs.config import load_job
+from jobs.plan import estimate_job, excerpt, measure_gemm, plan, shared_prefix_share, take_sample
+from models.config import load_config
+from models.engine.request import Choose, Embed, Generate, SamplingParams
+from pipelines.plan import make_plan
+
+
+def test_shared_prefix_share_counts_what_a_neighbour_has_already() -> None:
+    assert shared_prefix_share([[1, 2, 3, 4], [1, 2, 9], [7]]) == 2 / 8
+    assert shared_prefix_share([[1, 2], [1, 2]]) == 0.5
+    assert shared_prefix_share([[1]]) == 0.0
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12))
+def test_shared_prefix_share_equals_a_trie(prompts: list[list[int]]) -> None:
+    nodes = {tuple(prompt[:end]) for prompt in prompts for end in range(1, len(prompt) + 1)}
+    total = sum(map(len, prompts))
+    assert shared_prefix_share(prompts) == pytest.approx(1 - len(nodes) / total)
+    assert len(list(pairwise(prompts))) == len(prompts) - 1
+
+
+def test_the_estimate_counts_weights_attention_and_projection(work: Any) -> None:
+    config = load_config("model")
+    layer_weights = config.num_parameters - 2 * 320 * 8
+    per_token = 2 * layer_weights + 4 * 2 * 4 * 10 / 2  # one layer, 2 heads of width 4, 10 tokens
+    embed = estimate_job(config, Embed(), [10, 10], 0.0, 100)
+    assert (embed.prompt_tokens, embed.computed_prompt_tokens, embed.output_tokens) == (1000, 1000, 0)
+    assert embed.flops == pytest.approx(100 * 10 * per_token)
+    half = estimate_job(config, Generate(sampling=SamplingParams(max_tokens=6, n=2)), [10], 0.5, 1)
+    assert (half.computed_prompt_tokens, half.output_tokens) == (5, 12)
+    assert half.flops == pytest.approx(17 * per_token + 2 * 320 * 8 * 13)
+    tree = estimate_job(config, Choose(choices=((1, 2), (1, 3), (4,))), [10], 0.0, 1)
+    assert tree.output_tokens == 4  # 1, 2, 3, 4: the shared beginning once
+
+
+def test_the_sample_holds_good_rows_and_typed_errors(work: Any) -> None:
+    job, place = load_job(work.write_job().name)
+    checked = check_job(job, place)
+    sample = take_sample(checked, make_plan(job, checked.files, {}))
+    assert sample.rows == 8
+    assert len(sample.ids) == 4
+    assert [error.code for _, error in sample.errors] == ["null_prompt", "empty_text", "prompt_too_long", "bad_json"]
+    assert sample.errors[-1][0] == "data/b.jsonl, row 2"
+    assert [where for where, _ in sample.prompts] == [
+        "data/a.parquet, row 0",
+        "data/b.jsonl, row 0",
+        "data/b.jsonl, row 1",
+    ]
+
+
+def test_plan_prints_files_prompts_tokens_and_errors(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(work.write_job().name, [])
+    text = capsys.readouterr().out
+    for part in (
+        "data/a.parquet", "<|user|>", "Team? hello<|assistant|>", "8 in 2 units", "prompt_too_long",
+        "min ", "median ", "p95 ", "repeat the beginning", "red (", "the end of a label is not counted",
+        "the echo engine computes nothing",
+    ):  # fmt: skip
+        assert part in text, part
+    assert not Path("out").exists()
+
+
+def test_plan_of_a_sample_without_a_good_row(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(work.write_job(lambda job: job["task"].update(prompt="{text}" + "x" * 500)).name, [])
+    assert "none: the sample has no row without an error" in capsys.readouterr().out
+
+
+def test_an_excerpt_spells_control_characters_and_counts_what_it_leaves_out() -> None:
+    assert excerpt("a\x1b[31mb\u202ec\n") == "a\\x1b[31mb\\u202ec\n"
+    long = excerpt("x" * 5000)
+    assert "[... 3,800 more characters ...]" in long
+    assert long.count("x") == 1200
+
+
+def test_the_measured_rate_is_a_rate() -> None:
+    assert measure_gemm(size=64, seconds=0.01) > 1e6
