@@ -41,12 +41,14 @@ class Tokenizer:
     """
 
     def __init__(
-        self, tokenizer_json: dict[str, Any], *, eos_token_ids: Iterable[int] = (), pad_token_id: int | None = None
+        self, library: tokenizers.Tokenizer, *, eos_token_ids: Iterable[int] = (), pad_token_id: int | None = None
     ) -> None:
+        """Takes over `library`, which must be byte-level."""
         # Cutting and padding are the engine's business: a tokenizer.json that asks for them must not shorten a row.
-        description = {**tokenizer_json, "truncation": None, "padding": None}
-        self._full = _parse(description)
-        self._plain = _parse({**description, "added_tokens": []})
+        library.no_truncation()
+        library.no_padding()
+        self._full = library
+        self._plain = _without_added_tokens(library)
         # The library finds the leftmost added token, and the longest of those that begin at one place.
         added = sorted(self._full.get_added_tokens_decoder().items(), key=lambda item: -len(item[1].content))
         self._control_ids = [id for id, _ in added]
@@ -63,14 +65,18 @@ class Tokenizer:
     def from_dir(cls, path: str) -> Tokenizer:
         """Reads a checkpoint directory. Raises ConfigError when the tokenizer is absent, broken or not byte-level."""
         file = Path(path) / "tokenizer.json"
-        description = read_json(file)
-        if not description:
-            raise ConfigError(f"{file}: no tokenizer there; a checkpoint in the Hugging Face layout has this file")
-        _refuse_other_kinds(file, description)
+        if not file.is_file():
+            raise ConfigError(f"{file}: no such file; a checkpoint in the Hugging Face layout has one")
         try:
-            tokenizer = cls(description)
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}; restore the file") from error
+            library = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(f"{file}: it does not describe a tokenizer ({error}); restore the file") from error
+        if not isinstance(library.decoder, tokenizers.decoders.ByteLevel):
+            raise ConfigError(
+                f"{file}: decoder {type(library.decoder).__name__}; this version reads byte-level BPE, whose "
+                "decoder is ByteLevel, as every GLM checkpoint's is"
+            )
+        tokenizer = cls(library)
         tokenizer.eos_token_ids = tuple(tokenizer._configured_ids(Path(path), "eos_token"))
         tokenizer.pad_token_id = next(iter(tokenizer._configured_ids(Path(path), "pad_token")), None)
         return tokenizer
@@ -163,13 +169,13 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _refuse_other_kinds(file: Path, description: dict[str, Any]) -> None:
-    decoder = description.get("decoder") or {}
-    if decoder.get("type") != "ByteLevel":
-        raise ConfigError(
-            f"{file}: decoder {decoder.get('type')!r}; this version reads byte-level BPE tokenizers (decoder "
-            "ByteLevel), as every GLM checkpoint has"
-        )
+def _without_added_tokens(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer over the same vocabulary, to which "<|user|>" is nothing but characters."""
+    plain = tokenizers.Tokenizer(library.model)  # shares the model: no second copy of it
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if getattr(library, part) is not None:
+            setattr(plain, part, getattr(library, part))
+    return plain
 
 
 def _refuse_broken_text(text: str) -> None:
@@ -180,13 +186,6 @@ def _refuse_broken_text(text: str) -> None:
                 f"character {position} is U+{ord(character):04X}, half of a surrogate pair: the text is not valid "
                 "Unicode; repair it at its source",
             )
-
-
-def _parse(description: dict[str, Any]) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(f"it does not describe a tokenizer ({error})") from error
 
 
 def _token_pattern(token: tokenizers.AddedToken) -> str:

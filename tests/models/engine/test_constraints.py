@@ -87,7 +87,7 @@ def build_tokenizer(*, has_eos: bool = True) -> Tokenizer:
     raw.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|endoftext|>", "<|user|>", "[MASK]")])
     raw.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>", "</answer>")])
     ends = [raw.token_to_id(token) for token in ("<|endoftext|>", "<|user|>", "</answer>")]
-    return Tokenizer(json.loads(raw.to_str()), eos_token_ids=ends if has_eos else ())
+    return Tokenizer(raw, eos_token_ids=ends if has_eos else ())
 
 
 @pytest.fixture(scope="module")
