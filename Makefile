@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	@for job in route extract reply; do \
 		$(BIN)/glm-batch label examples/$$job.yaml --set output=$(DEMO)/$$job || exit $$?; echo; \
 	done
-	@echo "The rows lie in $(DEMO)/route, $(DEMO)/extract and $(DEMO)/reply, in parts/*.parquet."
+	@echo "The labelled rows lie in $(DEMO)/route, $(DEMO)/extract and $(DEMO)/reply."
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

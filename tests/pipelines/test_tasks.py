@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from pipelines.job import EngineSection, Job, TaskConfig
 from pipelines.schema import output_schema
 from pipelines.tasks import JsonValidator, PromptTemplate, TaskRunner, check_schema, input_columns, row_seed
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 ORDER = {
     "type": "object",
     "properties": {"order_id": {"type": ["string", "null"]}},
@@ -38,14 +37,9 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("tiny_tokenizer", EXAMPLES / "tiny_tokenizer.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tiny_tokenizer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny_tokenizer)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_tokenizer.save_tokenizer(tiny_tokenizer.train_tokenizer(["a b c"], 260), folder, 128)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, echo_checkpoint: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tasks") / "checkpoint"
+    shutil.copytree(echo_checkpoint, folder)
     write_config(folder)
     return folder
 
