@@ -24,6 +24,7 @@ MIN_LOGICAL_CPUS = 2
 OBJECT_STORE_SHARE = 0.1
 MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 PREPROCESSORS_PER_CORE = 0.25
+MAX_COMMITTERS = 2
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def job_workers(job: Job) -> Workers:
+def job_workers(job: Job, num_units: int) -> Workers:
     """How many processes each stage gets on this cluster."""
     import ray
 
@@ -56,6 +57,7 @@ def job_workers(job: Job) -> Workers:
     gpus = job.engine.tensor_parallel_size if wants_gpu and has_gpus and job.engine.kind != "echo" else 0
     return Workers(
         preprocessors=auto if job.preprocess.workers == "auto" else job.preprocess.workers,
+        committers=min(MAX_COMMITTERS, num_units),
         replicas=replicas,
         gpus_per_replica=gpus,
         threads_per_replica=max(1, cores // replicas),

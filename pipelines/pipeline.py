@@ -76,8 +76,8 @@ def build_dataset(job: Job) -> Dataset:
     from pipelines import stages
 
     prepared = prepare(job, None)
-    labelled = _labelled(job, prepared, list(prepared.plan.units()))
-    return stages.without_own_columns(labelled, prepared.spec.schema)
+    units = list(prepared.plan.units())
+    return stages.without_own_columns(_labelled(job, prepared, units), prepared.spec.schema)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +112,11 @@ def _labelled(job: Job, prepared: Prepared, units: Sequence[Unit]) -> Dataset:
     """The graph, as in the diagram above, up to the commit."""
     from pipelines import stages
 
-    workers = job_workers(job)
+    workers = job_workers(job, len(units))
     dataset = stages.read(job_source(job), prepared.plan, units)
     dataset = stages.render(dataset, prepared.spec, workers)
     dataset = stages.infer(dataset, engine_config(job), workers)
-    return stages.parse(dataset, prepared.spec)
+    return stages.parse(dataset, prepared.spec, workers)
 
 
 def engine_config(job: Job) -> EngineConfig:
@@ -138,7 +138,8 @@ def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit]
 
     from pipelines import stages
 
-    dataset = stages.commit(_labelled(job, prepared, units), output, prepared.plan)
+    workers = job_workers(job, len(units))
+    dataset = stages.commit(_labelled(job, prepared, units), output, prepared.plan, workers)
     work.start()
     try:
         for record in stages.committed(dataset):

@@ -204,7 +204,7 @@ class Source:
         return pa.schema([pa.field(column, schema.field(column).type) for column in self.columns])
 
     def _sampled_schema(self, file: InputFile) -> pa.Schema:
-        """Types from the first rows that are JSON objects, by what most of them hold, so that a slip changes nothing."""
+        """Types from the first rows that are JSON objects, by what most of them hold: slips change nothing."""
         lines = chain.from_iterable(split_lines(block) for _, block in self.line_blocks(file))
         sample = [row for _, row in zip(range(SAMPLE_ROWS), map(parse_line, lines), strict=False)]
         rows = [row for row in sample if not isinstance(row, RowError)]
@@ -431,13 +431,16 @@ def _unified(schemas: Sequence[pa.Schema], files: Sequence[InputFile]) -> pa.Sch
                 f"input: the column types of {file.name} do not go with those of {files[0].name}: {error}; "
                 "convert one of them"
             ) from error
-    return unified
+    types = [pa.string() if pa.types.is_null(field.type) else field.type for field in unified]
+    return pa.schema(list(zip(unified.names, types, strict=True)))
 
 
 def _sampled_type(values: list[Any]) -> pa.DataType:
-    """The type of the values of the kind that more than half of them have; text where there is none."""
+    """The type of the values of the kind that more than half of them have; text where there is no such kind."""
     kinds = Counter(_json_kind(value) for value in values if value is not None)
-    kind, count = next(iter(kinds.most_common(1)), ("text", 0))
+    if not kinds:
+        return pa.null()
+    kind, count = kinds.most_common(1)[0]
     if 2 * count <= kinds.total():
         return pa.string()
     try:

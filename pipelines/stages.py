@@ -28,7 +28,6 @@ from pipelines.source import InputFile, Source
 SMALL_CPUS = 0.25
 ENGINE_CPUS = 0.25
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
-COMMIT_TASKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +35,7 @@ class Workers:
     """How many processes a stage gets, and what each of them may use."""
 
     preprocessors: int
+    committers: int
     replicas: int
     gpus_per_replica: int
     threads_per_replica: int
@@ -77,6 +77,7 @@ def read(source: Source, plan: Plan, units: Sequence[Unit]) -> Dataset:
     context = dataset.context
     context.target_max_block_size = None  # Ray would split blocks over 128 MiB; a unit must stay whole
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # so that ours arrive as what they are
     context.enable_rich_progress_bars = False
     return dataset
 
@@ -113,24 +114,24 @@ def infer(dataset: Dataset, engine: EngineConfig, workers: Workers) -> Dataset:
     )
 
 
-def parse(dataset: Dataset, spec: TaskSpec) -> Dataset:
+def parse(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
     """Completions -> output columns. Ray fuses the next stage into the same tasks."""
     return dataset.map_batches(
         partial(parse_unit, spec),
         batch_size=None,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(COMMIT_TASKS),
+        compute=TaskPoolStrategy(workers.committers),
         num_cpus=SMALL_CPUS,
     )
 
 
-def commit(dataset: Dataset, output: Output, plan: Plan) -> Dataset:
+def commit(dataset: Dataset, output: Output, plan: Plan, workers: Workers) -> Dataset:
     """Output columns -> one small row for each committed unit: its number and its commit record as JSON."""
     return dataset.map_batches(
         partial(_commit_unit, output, _UnitRows(plan)),
         batch_size=None,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(COMMIT_TASKS),
+        compute=TaskPoolStrategy(workers.committers),
         num_cpus=SMALL_CPUS,
     )
 
