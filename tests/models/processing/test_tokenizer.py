@@ -18,8 +18,8 @@ from models.processing.tokenizer import IncrementalDetokenizer, Tokenizer
 from tests.models.processing.conftest import REASONING_TOKENS, SPECIAL_TOKENS, build_tokenizer, write_checkpoint
 
 PIECES = [
-    "Which", " shape", "circle", "你好", "，世界", "😀", "👩\u200d👧", "é", "e\u0301", "\u3000", " ", "  ", "\n", "\r\n",
-    "\t", "123456", "<", "[", "<|", "|>", "<b>", "don't", "\x00", "\ufffd", "\u200b", "ﬁ", "\U00013000",
+    "Which", " shape", "circle", "你好", "，世界", "😀", "👩\u200d👧", "é", "e\u0301", "\u3000", " ", "  ", "\n",
+    "\r\n", "\t", "123456", "<", "[", "<|", "|>", "<b>", "don't", "\x00", "\ufffd", "\u200b", "ﬁ", "\U00013000",
 ]  # fmt: skip
 plain_text = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join)
 any_text = st.lists(st.sampled_from(PIECES + SPECIAL_TOKENS + REASONING_TOKENS), max_size=12).map("".join)
