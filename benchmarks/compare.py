@@ -53,6 +53,18 @@ class SystemSpec:
         return sys.executable if self.python_env is None else os.environ.get(self.python_env)
 
 
+HEADINGS = (
+    "ready, s",
+    "first result, s",
+    "steady state, s",
+    "  min to max",
+    "  x vLLM's speed",
+    "  of GEMM limit",
+    "end to end, s",
+    "  x vLLM's speed",
+    "peak memory, GiB",
+    "agreement",
+)
 SYSTEMS = {
     "torch": SystemSpec(module="torch_engine"),
     "vllm": SystemSpec(module="vllm_llm", python_env="GLM_BATCH_VLLM_PYTHON", env=VLLM_ENV),
@@ -101,7 +113,7 @@ def main(
             results[name] = _run(name, plan, timeout)
         report["works"][work_kind] = {"rows": num_rows, "systems": results}
     report["gemm_after"] = _measure_gemm()
-    _summarise(report)
+    summarise(report)
     path = BUILD / f"compare-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(report, indent=1))
     _show(console, report)
@@ -176,7 +188,7 @@ def _measure_gemm() -> dict[str, Any]:
     return result
 
 
-def _summarise(report: dict[str, Any]) -> None:
+def summarise(report: dict[str, Any]) -> None:
     """Adds medians, ratios to vLLM, shares of the GEMM limit, and the agreement with transformers (or the first)."""
     rates = {
         rows: max(report[when]["flops_by_rows"][rows] for when in ("gemm_before", "gemm_after"))
@@ -210,12 +222,13 @@ def _ratio(base: dict[str, Any] | None, result: dict[str, Any], key: str) -> flo
 
 
 def _agreement(work_kind: str, reference: dict[str, Any], result: dict[str, Any]) -> str:
+    """The largest difference of a label's log-probability, or the mean number of leading output tokens in common."""
     pairs = list(zip(reference["sample"], result["sample"], strict=True))
     if work_kind == "choose":
         worst = max(abs(a - b) for x, y in pairs for a, b in zip(x["logprobs"], y["logprobs"], strict=True))
-        return f"max |dlogprob| {worst:.3f}"
+        return f"dlogprob {worst:.3f}"
     equal = sum(_common_prefix(x["token_ids"], y["token_ids"]) for x, y in pairs)
-    return f"{equal / len(pairs):.0f} of {OUTPUT_TOKENS} leading tokens equal"
+    return f"{equal / len(pairs):.0f}/{OUTPUT_TOKENS} tokens"
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
@@ -227,28 +240,28 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         rates = ", ".join(f"{rows} rows {rate / 1e9:.0f}" for rows, rate in report[when]["flops_by_rows"].items())
         console.print(f"bf16 matrix products ({when.removeprefix('gemm_')} the run), GFLOP/s: {rates}")
     for work_kind, each in report["works"].items():
-        title = f"{work_kind}: {each['rows']} rows; GEMM limit {each['gemm_limit_s']:.1f} s"
-        table = Table(title=title)
-        for heading in (
-            "system", "ready s", "first result s", "steady s (min to max)", "x vLLM", "of GEMM limit",
-            "end to end s", "x vLLM", "peak RSS GiB", "agreement",
-        ):  # fmt: skip
-            table.add_column(heading, justify="left" if heading in ("system", "agreement") else "right")
-        for name, result in each["systems"].items():
-            table.add_row(*_cells(name, result))
+        table = Table(title=f"{work_kind}: {each['rows']} rows; GEMM limit {each['gemm_limit_s']:.1f} s")
+        table.add_column("", no_wrap=True)
+        done = {name: result for name, result in each["systems"].items() if "end_to_end_s" in result}
+        for name in done:
+            table.add_column(name, justify="right")
+        columns = [_cells(result) for result in done.values()]
+        for heading, *cells in zip(HEADINGS, *columns, strict=True):
+            table.add_row(heading, *cells)
         console.print(table)
+        for name, result in each["systems"].items():
+            if name not in done:
+                console.print(f"{name}: {result.get('absent') or 'FAILED: ' + result['failed']}", soft_wrap=True)
 
 
-def _cells(name: str, result: dict[str, Any]) -> list[str]:
-    if "end_to_end_s" not in result:
-        return [name, *[""] * 8, result.get("absent") or "FAILED: " + result["failed"]]
+def _cells(result: dict[str, Any]) -> list[str]:
+    """A system's column, in the order of HEADINGS."""
     steady = result["steady_s"]
-    spread = f"{result['steady_median_s']:.2f} ({min(steady):.2f} to {max(steady):.2f})" if steady else "-"
     return [
-        name,
         f"{result['ready_s']:.1f}",
         _number(result["first_result_s"], "{:.1f}"),
-        spread,
+        _number(result["steady_median_s"], "{:.2f}"),
+        f"{min(steady):.1f} to {max(steady):.1f}" if steady else "-",
         _number(result["times_vllm_steady"], "{:.2f}"),
         _number(result["share_of_gemm_limit"], "{:.0%}"),
         f"{result['end_to_end_s']:.1f}",

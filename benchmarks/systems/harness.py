@@ -63,13 +63,14 @@ def run_system(load: Callable[[Plan, RowSet], System]) -> None:
     report_fd = os.dup(1)
     os.dup2(2, 1)
     plan = Plan(**json.loads(arguments.plan.read_text()))
-    report = _measure(load, plan, arguments.started)
+    report = measure(load, plan, arguments.started)
     with os.fdopen(report_fd, "w") as report_file:
         report_file.write(json.dumps(report) + "\n")
     sys.stdout.flush()
 
 
-def _measure(load: Callable[[Plan, RowSet], System], plan: Plan, started: float) -> dict[str, Any]:
+def measure(load: Callable[[Plan, RowSet], System], plan: Plan, started: float) -> dict[str, Any]:
+    """Loads a system and puts it through its passes; times are in seconds, the first three since `started`."""
     cold_rows, *timed_rows = [read_rows(Path(path)) for path in plan.row_files]
     system = load(plan, cold_rows)
     ready_s = time.time() - started

@@ -1,0 +1,6 @@
+"""Makes the benchmarks package importable: it is not installed with the product."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
