@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,7 @@ class Chat:
         self._template = _compile(template)
         self._tool_template = self._template if tool_template is None else _compile(tool_template)
         self._source = template + (tool_template or "")
+        self._source_characters = frozenset(self._source)
         # Content can only turn into a control token if it holds the character that the token begins with.
         self._first_characters = sorted({token[0] for token in tokenizer.control_tokens})
         self._opens_thinking = self._run(_PROBE, True, True, None).rstrip().endswith("<think>")
@@ -88,7 +89,7 @@ class Chat:
         RowError for messages or a result that cannot be used.
         """
         text, restore = self._render(messages, thinking, add_generation_prompt, tools)
-        return text.translate(restore)
+        return _replace(text, restore)
 
     def prompt_ids(
         self,
@@ -163,7 +164,7 @@ class Chat:
         thinking: bool,
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
-    ) -> tuple[str, dict[int, str]]:
+    ) -> tuple[str, dict[str, str]]:
         """The rendered text with stand-ins in its content, and the table that puts the originals back."""
         if not messages:
             raise RowError("bad_messages", "the conversation has no messages")
@@ -173,15 +174,15 @@ class Chat:
             protect, restore = self._stand_ins(conversation, plain_tools)
             if protect:
                 conversation = [_protect_message(message, protect) for message in conversation]
-                plain_tools = _translate(plain_tools, protect)
+                plain_tools = _replace_all(plain_tools, protect)
             text = self._run(conversation, thinking, add_generation_prompt, plain_tools)
         except RecursionError as error:
             raise RowError("template_error", "the messages or tools are nested too deeply to be rendered") from error
         closing = _CLOSING[self.thinking_form] if add_generation_prompt and not thinking else ""
         return text + closing, restore
 
-    def _stand_ins(self, *values: Any) -> tuple[dict[int, str], dict[int, str]]:
-        """Translation tables there and back for the characters with which control tokens begin.
+    def _stand_ins(self, *values: Any) -> tuple[dict[str, str], dict[str, str]]:
+        """Replacements there and back for the characters with which control tokens begin.
 
         Both are empty when no value holds one: such content cannot become a control token, not even across the seams
         between two pieces of it. The stand-ins are characters that occur neither in the values nor in the template.
@@ -190,12 +191,12 @@ class Chat:
         wanted = [character for character in self._first_characters if any(character in text for text in texts)]
         if not wanted:
             return {}, {}
-        used = set(self._source).union(*texts)
-        stand_ins = [chr(code) for code in _STAND_INS if chr(code) not in used][: len(wanted)]
+        used = self._source_characters.union(*texts)
+        stand_ins = list(islice((chr(code) for code in _STAND_INS if chr(code) not in used), len(wanted)))
         if len(stand_ins) < len(wanted):
             raise RowError("bad_messages", "the conversation uses every Egyptian hieroglyph; none is left to stand in")
         pairs = list(zip(wanted, stand_ins, strict=True))
-        return {ord(a): b for a, b in pairs}, {ord(b): a for a, b in pairs}
+        return dict(pairs), {b: a for a, b in pairs}
 
     def _run(
         self, messages: Sequence[Message], thinking: bool, add_generation_prompt: bool, tools: list[Any] | None
@@ -219,18 +220,18 @@ class Chat:
             raise RowError("template_error", f"the chat template refuses this conversation: {error}") from error
         return "".join(pieces)
 
-    def _encode(self, text: str, restore: Mapping[int, str]) -> list[int]:
+    def _encode(self, text: str, restore: Mapping[str, str]) -> list[int]:
         ids: list[int] = []
         for piece, control_id in self.tokenizer.split_control(text):
             if control_id is None:
-                ids += self.tokenizer.encode(piece.translate(restore))
+                ids += self.tokenizer.encode(_replace(piece, restore))
             else:
                 ids.append(control_id)
         return ids
 
     def _continuation(self, label: str, prompt: str, prompt_ids: list[int]) -> tuple[int, ...]:
         protect, restore = self._stand_ins(label)
-        written = self._label_text(label.translate(protect), prompt)
+        written = self._label_text(_replace(label, protect), prompt)
         try:
             if self.thinking_form == "open":
                 # The prompt's `</think>` is plain text there, whose last token a label could merge with. It is fixed
@@ -404,20 +405,26 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _translate(value: Any, table: Mapping[int, str]) -> Any:
+def _replace(text: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():  # ten times as fast as str.translate
+        text = text.replace(old, new)
+    return text
+
+
+def _replace_all(value: Any, table: Mapping[str, str]) -> Any:
     if isinstance(value, str):
-        return value.translate(table)
+        return _replace(value, table)
     if isinstance(value, dict):
-        return {key.translate(table): _translate(item, table) for key, item in value.items()}
-    return [_translate(item, table) for item in value] if isinstance(value, list) else value
+        return {_replace(key, table): _replace_all(item, table) for key, item in value.items()}
+    return [_replace_all(item, table) for item in value] if isinstance(value, list) else value
 
 
-def _protect_message(message: dict[str, Any], table: Mapping[int, str]) -> dict[str, Any]:
+def _protect_message(message: dict[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
     """Stand-ins everywhere but in the role and in the tags that part an assistant's reasoning from its answer."""
-    protected = {key: value if key == "role" else _translate(value, table) for key, value in message.items()}
+    protected = {key: value if key == "role" else _replace_all(value, table) for key, value in message.items()}
     if message["role"] == "assistant":
         pieces = _TAG_PATTERN.split(message["content"])
-        protected["content"] = "".join(p if p in REASONING_TAGS else p.translate(table) for p in pieces)
+        protected["content"] = "".join(p if p in REASONING_TAGS else _replace(p, table) for p in pieces)
     return protected
 
 
