@@ -23,7 +23,7 @@ from models.errors import ConfigError
 from pipelines.job import Job, TaskConfig
 from pipelines.schema import output_schema
 from pipelines.source import InputFile, Source
-from pipelines.tasks import PromptTemplate, TaskRunner, check_schema, input_columns, problem_type
+from pipelines.tasks import PromptTemplate, TaskRunner, check_schema, input_columns, longest_context, problem_type
 
 HEADS = {
     "choose": "causal_lm",
@@ -178,6 +178,13 @@ def _check_engine(job: Job) -> Iterator[Problem]:
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", engine.device):
         yield Problem(key="engine.device", message=f'it is "{engine.device}", but it must be auto, cpu or cuda')
+    elif engine.device.startswith("cuda") and not has_cuda_device() and "RAY_ADDRESS" not in os.environ:
+        yield Problem(key="engine.device", message="this machine has no NVIDIA device; use auto or cpu")
+
+
+def has_cuda_device() -> bool:
+    """Whether the driver made a device file, which costs no import of torch to see."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _check_ranges(job: Job) -> Iterator[Problem]:
@@ -196,6 +203,9 @@ def _check_ranges(job: Job) -> Iterator[Problem]:
         )
     if not job.input:
         yield Problem(key="input", message="no file is named; write input: [data/*.parquet]")
+    for path in job.input:
+        if "://" in path:
+            yield Problem(key="input", message=f"{path}: only local paths are available in this version; copy it first")
     for column in sorted({column for column in job.carry if job.carry.count(column) > 1}):
         yield Problem(key="carry", message=f"the column {column!r} stands there twice; keep one")
 
@@ -230,6 +240,7 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
     except ConfigError as error:
         return None, [_of_model(str(error))]
     problems = [_of_model(text) for text in _head_problems(job, config)]
+    problems += _limit_problems(job, config)
     if not (path / "tokenizer.json").is_file():
         problems.append(_of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text"))
     if job.engine.kind != "echo":
@@ -267,6 +278,17 @@ def column_uses(job: Job) -> Iterator[tuple[str, str]]:
         if column is not None:
             yield key, column
     yield from (("carry", column) for column in job.carry)
+
+
+def _limit_problems(job: Job, config: ModelConfig) -> Iterator[Problem]:
+    """Engine settings that this checkpoint does not take."""
+    limit, longest = job.engine.max_model_len, longest_context(config)
+    if limit != "auto" and limit > longest:
+        message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
+        yield Problem(key="engine.max_model_len", message=message)
+    if job.engine.dtype == "float16" and config.family == "glm4":
+        message = "GLM-4 outgrows the numbers that float16 can hold; use bfloat16 or float32"
+        yield Problem(key="engine.dtype", message=message)
 
 
 def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:

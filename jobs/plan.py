@@ -6,7 +6,6 @@ Owns the sample, the token statistics and the estimate with its basis. Starts no
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jobs.checks import Checked, check_job
+from jobs.checks import Checked, check_job, has_cuda_device
 from jobs.config import load_job
 from jobs.display import clock_time, short
 from models.config import ModelConfig
@@ -193,7 +192,7 @@ def time_text(job: Job, estimate: Estimate, num_rows: int) -> str:
     """A rough time with its basis; none where the job would run on hardware that was not measured."""
     if job.engine.kind == "echo":
         return f"about {clock_time(START_S + num_rows * ROW_OVERHEAD_S)}: the echo engine computes nothing"
-    if job.engine.device.startswith("cuda") or (job.engine.device == "auto" and shutil.which("nvidia-smi")):
+    if job.engine.device.startswith("cuda") or (job.engine.device == "auto" and has_cuda_device()):
         return f"not estimated: {short(estimate.flops / 1e12)} TFLOP on a GPU, whose rate was not measured"
     rate = measure_gemm()
     seconds = START_S + estimate.flops / (GEMM_SHARE * rate) + num_rows * ROW_OVERHEAD_S

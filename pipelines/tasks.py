@@ -133,6 +133,11 @@ def problem_type(config: ModelConfig) -> ProblemType:
     return "regression" if config.num_labels == 1 else "single_label_classification"
 
 
+def longest_context(config: ModelConfig) -> int:
+    """The most tokens, prompt and answer together, that a checkpoint was made for, or was stretched to by its rope."""
+    return max(config.max_position_embeddings, int(config.rope.original_max_position_embeddings * config.rope.factor))
+
+
 class TaskRunner:
     """One job's task on one worker: built once from the job and its checkpoint, then asked row by row.
 
@@ -149,7 +154,7 @@ class TaskRunner:
         self._tokenizer = self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
         self.work: Work = self._build_work()
         limit = job.engine.max_model_len
-        self._max_model_len = self._config.max_position_embeddings if limit == "auto" else limit
+        self._max_model_len = longest_context(self._config) if limit == "auto" else limit
         self._reserved = self._tokens_after_prompt()
         self._null_columns: Columns = dict.fromkeys((*TASK_COLUMNS[job.task.kind], *TOKEN_COLUMNS))
 
@@ -253,6 +258,11 @@ class TaskRunner:
             case "generate":
                 return Generate(sampling=self._job.sampling)
             case "extract":
+                if not self._tokenizer.eos_token_ids:
+                    raise ConfigError(
+                        "model: generation_config.json and config.json name no eos_token_id, so that the end of a JSON "
+                        "text cannot be told; add it"
+                    )
                 constraint = Constraint(kind="json_schema", text=json.dumps(task.schema))
                 return Generate(sampling=self._job.sampling, constraint=constraint)
             case "classify":
@@ -419,7 +429,8 @@ def check_schema(schema: dict[str, Any]) -> None:
 
     problem = llguidance.LLMatcher.validate_grammar(llguidance.grammar_from("json_schema", json.dumps(schema)))
     if problem:
-        raise ConfigError(f"task.schema: not a JSON schema that decoding can follow: {problem}")
+        reason = " ".join(problem.split())
+        raise ConfigError(f"task.schema: not a JSON schema that decoding can follow: {reason}")
 
 
 def row_seed(seed: int, row_key: str) -> int:

@@ -86,6 +86,10 @@ BAD: list[tuple[str, Change, list[str]]] = [
     ("vllm", top(engine={"kind": "vllm"}), ["job.yaml:17: engine.kind", "use torch"]),
     ("tensor parallel", top(engine={"tensor_parallel_size": 2}), ["engine.tensor_parallel_size", "engine.replicas"]),
     ("device", top(engine={"device": "gpu"}), ["engine.device", "auto, cpu or cuda"]),
+    ("context", top(engine={"max_model_len": 129}), ["engine.max_model_len", "at most 128 tokens", "lower it"]),
+    ("float16", top(engine={"dtype": "float16"}), ["engine.dtype", "use bfloat16 or float32"]),
+    ("input remote", top(input=["s3://bucket/x"]), ["input", "s3://bucket/x", "only local paths"]),
+    ("storage", top(storage={"anon": True}), ["storage.anon", "use local paths"]),
     ("replicas", top(engine={"replicas": 0}), ["engine.replicas", "at least 1"]),
     ("unit rows", top(commit={"unit_rows": 0}), ["commit.unit_rows", "at least 1"]),
     ("every seconds", top(commit={"every_seconds": 0}), ["commit.every_seconds", "above 0"]),
@@ -240,6 +244,21 @@ def test_an_unreadable_checkpoint_names_the_file(work: Any, file: str, content: 
     message = refusal(work)
     assert message.startswith("job.yaml:1: model: ")
     assert said in message
+
+
+def test_cuda_is_refused_where_there_is_no_such_device(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("jobs.checks.has_cuda_device", lambda: False)
+    message = refusal(work, top(engine={"device": "cuda"}))
+    assert "engine.device: this machine has no NVIDIA device; use auto or cpu" in message
+
+
+def test_extract_needs_to_know_how_an_answer_ends(work: Any) -> None:
+    work.write_config(eos_token_id=None)
+    tokenizer_config = json.loads(Path("model/tokenizer_config.json").read_text())
+    Path("model/tokenizer_config.json").write_text(json.dumps(tokenizer_config | {"eos_token": None}))
+    message = refusal(work, task(kind="extract", labels=None, schema={"type": "object"}))
+    assert "eos_token_id" in message
 
 
 def test_labels_that_the_prompt_would_swallow_are_refused(work: Any) -> None:
