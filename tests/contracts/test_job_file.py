@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import yaml
+
 from jobs.config import describe, job_keys
 
 SECTION = "a section of keys"
@@ -73,3 +77,16 @@ def test_keys_types_and_defaults() -> None:
 
 def test_sections_may_be_left_out() -> None:
     assert {name for name, key in job_keys().items() if name in SECTIONS and key.default != "required"} == SECTIONS
+
+
+def test_the_readme_shows_every_key_with_its_default() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = yaml.safe_load(text.split("## The job file")[1].split("```yaml\n")[1].split("```")[0])
+    flat = {key: value for key, value in shown.items() if not isinstance(value, dict)}
+    flat |= {f"{section}.{key}": value for section in shown if isinstance(shown[section], dict)
+             for key, value in shown[section].items()}  # fmt: skip
+    assert flat.keys() | {"task"} == KEYS.keys()
+    example = {"task.prompt", "task.labels", "key", "carry"}
+    for key, (_, default) in KEYS.items():
+        if default != "required" and key not in example:
+            assert flat[key] == (list(default) if isinstance(default, tuple) else default), key
