@@ -46,10 +46,13 @@ def build_engine(config: EngineConfig) -> Engine:
     Raises ConfigError for a checkpoint or option that cannot run.
     """
     if config.kind == "echo":
+        from models.config import load_config
         from models.engine.echo import EchoEngine
         from models.processing.tokenizer import Tokenizer
 
-        return EchoEngine(tokenizer=Tokenizer.from_dir(config.model))
+        model = load_config(config.model)
+        tokenizer = Tokenizer.from_dir(config.model)
+        return EchoEngine(tokenizer=tokenizer, hidden_size=model.hidden_size, num_labels=model.num_labels)
     if config.kind == "vllm":
         raise ConfigError("engine.kind=vllm: this version runs engine.kind torch or echo; use one of these")
     from models.engine.engine import TorchEngine

@@ -24,7 +24,7 @@ from models.engine.request import (
 )
 from models.errors import RowError
 
-ECHO_WIDTH = 8  # length of EchoEngine's vectors, class logits and hidden states
+ECHO_WIDTH = 8  # length of vectors, class logits and hidden states where no checkpoint says otherwise
 
 
 class Decoder(Protocol):
@@ -36,9 +36,18 @@ class Decoder(Protocol):
 class EchoEngine:
     """Completes everything in the step after it was submitted."""
 
-    def __init__(self, *, max_model_len: int = 1 << 20, tokenizer: Decoder | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_model_len: int = 1 << 20,
+        tokenizer: Decoder | None = None,
+        hidden_size: int = ECHO_WIDTH,
+        num_labels: int = ECHO_WIDTH,
+    ) -> None:
         self._max_model_len = max_model_len
         self._tokenizer = tokenizer
+        self._hidden_size = hidden_size
+        self._num_labels = num_labels
         self._waiting: dict[str, Request] = {}
         self._aborted: list[Completion] = []
 
@@ -92,9 +101,11 @@ class EchoEngine:
                 scores = tuple(math.log(0.8 if i == picked else rest) for i in range(len(choices)))
                 return Completion(id=request.id, finish_reason="scored", prompt_tokens=len(ids), choice_logprobs=scores)
             case Classify() | Embed():
-                array = np.cos(np.arange(ECHO_WIDTH, dtype=np.float32) + digest % 97)
+                width = self._hidden_size if isinstance(request.work, Embed) else self._num_labels
+                array = np.cos(np.arange(width, dtype=np.float32) + digest % 97)
             case Tag() | Inspect():
-                array = np.cos(np.arange(ECHO_WIDTH, dtype=np.float32) + np.array(ids, np.float32)[:, None])
+                width = self._hidden_size if isinstance(request.work, Inspect) else self._num_labels
+                array = np.cos(np.arange(width, dtype=np.float32) + np.array(ids, np.float32)[:, None])
         return Completion(id=request.id, finish_reason="scored", prompt_tokens=len(ids), array=array.astype(np.float32))
 
     def _length_error(self, num_tokens: int) -> RowError:

@@ -17,11 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.config import load_config
+from models.engine import EngineConfig, build_engine
 from models.engine.request import Choose, Completion, Embed, Generate, Output, SamplingParams
 from models.errors import ConfigError, RowError
 from pipelines.job import EngineSection, Job, TaskConfig
 from pipelines.schema import output_schema
-from pipelines.tasks import JsonValidator, PromptTemplate, TaskRunner, check_schema, input_columns, row_seed
+from pipelines.tasks import (
+    TASK_COLUMNS,
+    JsonValidator,
+    PromptTemplate,
+    TaskRunner,
+    check_schema,
+    input_columns,
+    row_seed,
+)
 
 ORDER = {
     "type": "object",
@@ -344,6 +353,24 @@ def test_an_errored_row_has_the_same_columns(checkpoint: Path, kind: str) -> Non
     schema = output_schema(a_job, load_config(checkpoint), {})
     assert set(columns) | {"row_key", "attempts"} == set(schema.names)
     pa.Table.from_pylist([{"row_key": "k", "attempts": 1, **columns}], schema)
+
+
+@pytest.mark.parametrize("kind", ["choose", "generate", "classify", "tag", "embed"])
+def test_from_row_to_arrow_through_an_engine(checkpoint: Path, kind: str) -> None:
+    """The echo engine once answered in a width of its own, so that a dry run failed on every row of these kinds."""
+    write_config(checkpoint, id2label={"0": "a", "1": "b", "2": "c"})
+    a_job = job(kind, prompt="{text}")
+    task = runner(checkpoint, a_job)
+    engine = build_engine(EngineConfig(model=str(checkpoint), kind="echo"))
+    rows = {"k1": {"text": "hello"}, "k2": {"text": "world, you"}}
+    engine.submit([task.to_request(key, row) for key, row in rows.items()])
+    records = [{"row_key": each.id, "attempts": 1, **task.to_columns(each, rows[each.id])} for each in engine.step()]
+    schema = output_schema(a_job, load_config(checkpoint), {})
+    write_config(checkpoint)
+    table = pa.Table.from_pylist(records, schema)
+    assert table["status"].to_pylist() == ["ok", "ok"]
+    assert sorted(table["row_key"].to_pylist()) == ["k1", "k2"]
+    assert all(table[name].null_count == 0 for name in TASK_COLUMNS[kind] if name not in ("reasoning", "logprobs"))
 
 
 # ---- gold
