@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import MemoryWatch, describe
+from benchmarks.machine import MemoryWatch, describe, end_tree
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.workload import DEFAULT_ROWS, OUTPUT_TOKENS, WorkKind, arithmetic, write_rows
 
@@ -171,9 +171,9 @@ def _run(name: str, plan: dict[str, Any], timeout: float) -> dict[str, Any]:
             try:
                 output, _ = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
                 return {"failed": f"no answer within {timeout:.0f} s, see {log_path}"}
+            finally:
+                end_tree(process)
     if process.returncode != 0:
         last_line = (log_path.read_text().strip().splitlines() or ["no output"])[-1]
         return {"failed": f"exit status {process.returncode}: {last_line} (see {log_path})"}

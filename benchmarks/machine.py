@@ -1,9 +1,11 @@
-"""Describes the machine a measurement was made on, and watches the memory of a process and its children."""
+"""Describes the machine a measurement was made on; watches the memory of a process and its children, and ends them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import subprocess
 import threading
 from types import TracebackType
 from typing import Any
@@ -74,3 +76,21 @@ def tree_rss(pid: int) -> dict[int, int]:
         except psutil.NoSuchProcess:
             continue
     return sizes
+
+
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """Kills a process and all its descendants: engines keep processes of their own, which outlive a killed parent.
+
+    Does nothing to one that has ended by itself: its number may be another process's by now.
+    """
+    if process.poll() is not None:
+        return
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    process.kill()
+    for child in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()

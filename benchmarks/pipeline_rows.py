@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compare import BUILD, ROOT
-from benchmarks.machine import describe
+from benchmarks.machine import describe, end_tree
 from benchmarks.make_mid_model import LABELS, make_mid_model, make_words
 
 MARKS = (0.1, 0.5, 1.0)
@@ -98,7 +98,7 @@ def _run(job_path: Path, folder: Path, timeout: float) -> tuple[list[Sample], fl
     with log_path.open("w") as log:
         begin = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", "label", str(job_path)], cwd=ROOT, stdout=log, stderr=log
+            [sys.executable, "-m", "jobs", "label", str(job_path)], cwd=ROOT, stdout=log, stderr=log, text=True
         )
         try:
             while process.poll() is None:
@@ -109,7 +109,7 @@ def _run(job_path: Path, folder: Path, timeout: float) -> tuple[list[Sample], fl
                 time.sleep(SAMPLE_EVERY_S)
             total_s = time.perf_counter() - begin
         finally:
-            process.kill()
+            end_tree(process)
     if process.returncode != 0:
         raise SystemExit(f"glm-batch label ended with exit status {process.returncode}, see {log_path}")
     return samples, total_s

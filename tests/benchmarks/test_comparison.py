@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.compare import summarise
+from benchmarks.machine import end_tree
 from benchmarks.systems.harness import Answer, FirstResult, Plan, measure
 from benchmarks.workload import Row, RowSet, arithmetic
 
@@ -111,3 +115,21 @@ def test_summary_puts_ratios_the_right_way_round() -> None:
     assert ours["times_vllm_end_to_end"] == 5.0
     assert ours["share_of_gemm_limit"] == pytest.approx(arithmetic("choose", 512).prefill / 4e11 / 10.0)
     assert systems["vllm"]["agreement"] == "dlogprob 0.250"
+
+
+def test_a_system_that_overruns_its_time_leaves_no_process_behind() -> None:
+    """A killed vLLM once left its engine running, which then disturbed every later measurement."""
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    end_tree(parent)
+    parent.stdout.close()
+    assert parent.returncode != 0
+    _, alive = psutil.wait_procs([child], timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
