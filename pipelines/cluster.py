@@ -25,6 +25,7 @@ OBJECT_STORE_SHARE = 0.1
 MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 PREPROCESSORS_PER_CORE = 0.25
 MAX_COMMITTERS = 2
+MAX_CPUS_EACH = 0.25
 
 
 @contextmanager
@@ -49,17 +50,19 @@ def job_workers(job: Job, num_units: int) -> Workers:
     from pipelines.stages import Workers
 
     cores = os.cpu_count() or 1
-    replicas = job.engine.replicas
-    auto = max(1, int(cores * PREPROCESSORS_PER_CORE))
-    wants_gpu = job.engine.device.startswith("cuda") or job.engine.device == "auto"
+    replicas, wanted = job.engine.replicas, job.preprocess.workers
+    preprocessors = max(1, int(cores * PREPROCESSORS_PER_CORE)) if wanted == "auto" else wanted
+    committers = min(MAX_COMMITTERS, num_units)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    wants_gpu = job.engine.device != "cpu" and job.engine.kind != "echo"
     has_gpus = resources.get("GPU", 0) >= replicas * job.engine.tensor_parallel_size
-    gpus = job.engine.tensor_parallel_size if wants_gpu and has_gpus and job.engine.kind != "echo" else 0
     return Workers(
-        preprocessors=auto if job.preprocess.workers == "auto" else job.preprocess.workers,
-        committers=min(MAX_COMMITTERS, num_units),
+        preprocessors=preprocessors,
+        committers=committers,
         replicas=replicas,
-        gpus_per_replica=gpus,
+        # All of them must fit at once: a stage that finds no CPU left would stall the others.
+        cpus_each=min(MAX_CPUS_EACH, round(resources["CPU"] / (preprocessors + committers + replicas + 1), 3)),
+        gpus_per_replica=job.engine.tensor_parallel_size if wants_gpu and has_gpus else 0,
         threads_per_replica=max(1, cores // replicas),
     )
 

@@ -32,6 +32,8 @@ from pipelines.tasks import TaskRunner
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+    from pipelines.stages import Workers
+
 OnProgress = Callable[[Progress], None]
 
 
@@ -77,7 +79,8 @@ def build_dataset(job: Job) -> Dataset:
 
     prepared = prepare(job, None)
     units = list(prepared.plan.units())
-    return stages.without_own_columns(_labelled(job, prepared, units), prepared.spec.schema)
+    workers = job_workers(job, len(units))
+    return stages.without_own_columns(_labelled(job, prepared, units, workers), prepared.spec.schema, workers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +111,11 @@ def prepare(job: Job, output: Output | None) -> Prepared:
     return Prepared(plan=plan, spec=TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id), facts=facts)
 
 
-def _labelled(job: Job, prepared: Prepared, units: Sequence[Unit]) -> Dataset:
+def _labelled(job: Job, prepared: Prepared, units: Sequence[Unit], workers: Workers) -> Dataset:
     """The graph, as in the diagram above, up to the commit."""
     from pipelines import stages
 
-    workers = job_workers(job, len(units))
-    dataset = stages.read(job_source(job), prepared.plan, units)
+    dataset = stages.read(job_source(job), prepared.plan, units, workers)
     dataset = stages.render(dataset, prepared.spec, workers)
     dataset = stages.infer(dataset, engine_config(job), workers)
     return stages.parse(dataset, prepared.spec, workers)
@@ -139,7 +141,7 @@ def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit]
     from pipelines import stages
 
     workers = job_workers(job, len(units))
-    dataset = stages.commit(_labelled(job, prepared, units), output, prepared.plan, workers)
+    dataset = stages.commit(_labelled(job, prepared, units, workers), output, prepared.plan, workers)
     work.start()
     try:
         for record in stages.committed(dataset):

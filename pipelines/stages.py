@@ -24,19 +24,20 @@ from pipelines.plan import Plan, Unit
 from pipelines.rows import RIGHT, UNIT, TaskSpec, count_rows, parse_unit, render_unit, task_runner, unit_table
 from pipelines.source import InputFile, Source
 
-# Logical CPUs, which only tell Ray how many processes to run at once; the engine's threads use the real cores.
-SMALL_CPUS = 0.25
-ENGINE_CPUS = 0.25
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workers:
-    """How many processes a stage gets, and what each of them may use."""
+    """How many processes a stage gets, and what each of them may use.
+
+    `cpus_each` are logical CPUs, which only tell Ray how many processes fit; the engine's threads use the real cores.
+    """
 
     preprocessors: int
     committers: int
     replicas: int
+    cpus_each: float
     gpus_per_replica: int
     threads_per_replica: int
 
@@ -67,12 +68,12 @@ class UnitDatasource(Datasource):
         return tasks
 
 
-def read(source: Source, plan: Plan, units: Sequence[Unit]) -> Dataset:
+def read(source: Source, plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
     """Units as blocks: see pipelines.rows.unit_table."""
     dataset: Dataset = ray.data.read_datasource(
         UnitDatasource(source, plan, units),
         override_num_blocks=len(units),
-        num_cpus=SMALL_CPUS,
+        num_cpus=workers.cpus_each,
     )
     context = dataset.context
     context.target_max_block_size = None  # Ray would split blocks over 128 MiB; a unit must stay whole
@@ -90,7 +91,7 @@ def render(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers.preprocessors),
-        num_cpus=SMALL_CPUS,
+        num_cpus=workers.cpus_each,
     )
 
 
@@ -109,7 +110,7 @@ def infer(dataset: Dataset, engine: EngineConfig, workers: Workers) -> Dataset:
             max_tasks_in_flight_per_actor=UNITS_IN_ENGINE + 2,
             enable_true_multi_threading=True,
         ),
-        num_cpus=ENGINE_CPUS,
+        num_cpus=workers.cpus_each,
         num_gpus=workers.gpus_per_replica,
     )
 
@@ -121,7 +122,7 @@ def parse(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
         batch_size=None,
         batch_format="pyarrow",
         compute=TaskPoolStrategy(workers.committers),
-        num_cpus=SMALL_CPUS,
+        num_cpus=workers.cpus_each,
     )
 
 
@@ -132,14 +133,14 @@ def commit(dataset: Dataset, output: Output, plan: Plan, workers: Workers) -> Da
         batch_size=None,
         batch_format="pyarrow",
         compute=TaskPoolStrategy(workers.committers),
-        num_cpus=SMALL_CPUS,
+        num_cpus=workers.cpus_each,
     )
 
 
-def without_own_columns(dataset: Dataset, schema: pa.Schema) -> Dataset:
+def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -> Dataset:
     """Output columns alone, for those who go on with the rows instead of committing them."""
     return dataset.map_batches(
-        partial(_select, list(schema.names)), batch_size=None, batch_format="pyarrow", num_cpus=SMALL_CPUS
+        partial(_select, list(schema.names)), batch_size=None, batch_format="pyarrow", num_cpus=workers.cpus_each
     )
 
 
