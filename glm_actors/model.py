@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from models.engine import EngineConfig, build_engine
 from models.errors import ConfigError, EngineError
 
 DEAD_ENGINE_EXIT_CODE = 70
+SECONDS = "engine_seconds"  # column: how long the unit was in the engine, from submission to its last completion
 
 
 class ModelActor:
@@ -37,10 +39,11 @@ class ModelActor:
             self._refusal = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Completes a unit's requests: see glm_actors.batches for both tables."""
+        """Completes a unit's requests: see glm_actors.batches for both tables, to which this adds SECONDS."""
         if self._loop is None:
             assert self._refusal is not None
             raise self._refusal
+        begun = time.monotonic()
         try:
             completions = self._loop.submit(to_requests(table)).result()
         except EngineError as error:
@@ -48,7 +51,8 @@ class ModelActor:
                 raise  # one restart has not helped: another would not either, and the job's user should see why
             _exit_dead(error)
         self._has_worked = True
-        return with_completions(table, completions)
+        seconds = pa.array([time.monotonic() - begun] * table.num_rows, pa.float64())
+        return with_completions(table, completions).append_column(SECONDS, seconds)
 
 
 def _was_restarted() -> bool:

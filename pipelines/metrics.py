@@ -76,7 +76,8 @@ _INTEGERS = (
 class Progress:
     """A moment of a run: `counts` of everything committed so far, of which `resumed` was there when it began.
 
-    `elapsed_s` counts from the start of this run, `working_s` from the first unit handed to the workers.
+    `elapsed_s` counts from the start of this run, `working_s` from the moment when the engine was up and got its first
+    unit; it is 0 until that unit is committed.
     """
 
     phase: Phase

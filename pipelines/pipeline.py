@@ -141,11 +141,12 @@ def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit]
     from pipelines import stages
 
     workers = job_workers(job, len(units))
-    dataset = stages.commit(_labelled(job, prepared, units, workers), output, prepared.plan, workers)
-    work.start()
+    dataset = stages.commit(
+        _labelled(job, prepared, units, workers), output, prepared.plan, prepared.spec.schema, workers
+    )
     try:
-        for record in stages.committed(dataset):
-            work.add(record.counts)
+        for record, seconds in stages.committed(dataset):
+            work.add(record.counts, seconds)
     except (RayError, RuntimeError) as error:
         cause = _own_error(error)
         if cause is not None:
@@ -204,10 +205,10 @@ class _Work:
     def pending(self, plan: Plan) -> list[Unit]:
         return [unit for unit in plan.units() if unit.index not in self._done]
 
-    def start(self) -> None:
-        self._started = time.monotonic()
-
-    def add(self, counts: Counts) -> None:
+    def add(self, counts: Counts, seconds_in_engine: float) -> None:
+        """Counts a unit. The first one to come says when the engine began to work: what was before is start-up."""
+        if self._started is None:
+            self._started = time.monotonic() - seconds_in_engine
         self._counts += counts
         self._units_done += 1
         self.tell("running")

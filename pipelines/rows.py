@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glm_actors.batches import request_table, to_completions
+from glm_actors.model import SECONDS
 from models.engine.request import Request
 from models.errors import RowError
 from pipelines.job import Job
@@ -26,6 +27,7 @@ from pipelines.source import LINE, InputFile, Row, column_values, decode_rows, k
 from pipelines.tasks import TOKEN_COLUMNS, PromptTemplate, TaskRunner, cell_text
 
 UNIT, ROW, FIRST, GOLD, PROMPT, RIGHT = "#unit", "#row", "#first", "#gold", "#prompt", "#right"
+OWN_PARSED = ((UNIT, pa.int32()), (SECONDS, pa.float64()), (RIGHT, pa.bool_()))
 INPUT = "in."
 INPUT_LINE = INPUT + LINE
 
@@ -84,7 +86,7 @@ def render_unit(spec: TaskSpec, table: pa.Table) -> pa.Table:
 
 
 def parse_unit(spec: TaskSpec, table: pa.Table) -> pa.Table:
-    """Completions to the job's output columns, and RIGHT, which says whether a row agrees with its gold answer."""
+    """Completions to the job's output columns and OWN_PARSED; RIGHT says whether a row agrees with its gold answer."""
     runner = task_runner(spec)
     golds = _from_json(table, GOLD)
     prompts = _from_json(table, PROMPT)
@@ -103,8 +105,8 @@ def parse_unit(spec: TaskSpec, table: pa.Table) -> pa.Table:
         else pa.array([row[field.name] for row in outputs], field.type)
         for field in spec.schema
     }
-    own = {UNIT: table[UNIT], RIGHT: pa.array(right, pa.bool_())}
-    return pa.table(columns | own, schema=pa.schema([*spec.schema, (UNIT, pa.int32()), (RIGHT, pa.bool_())]))
+    own = {UNIT: table[UNIT], SECONDS: table[SECONDS], RIGHT: pa.array(right, pa.bool_())}
+    return pa.table(columns | own, schema=pa.schema([*spec.schema, *OWN_PARSED]))
 
 
 def count_rows(table: pa.Table) -> Counts:

@@ -16,12 +16,12 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
-from glm_actors.model import ModelActor
+from glm_actors.model import SECONDS, ModelActor
 from glm_actors.preprocess import Preprocessor
 from models.engine.interface import EngineConfig
 from pipelines.commit import CommitRecord, Output
 from pipelines.plan import Plan, Unit
-from pipelines.rows import RIGHT, UNIT, TaskSpec, count_rows, parse_unit, render_unit, task_runner, unit_table
+from pipelines.rows import UNIT, TaskSpec, count_rows, parse_unit, render_unit, task_runner, unit_table
 from pipelines.source import InputFile, Source
 
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
@@ -126,10 +126,10 @@ def parse(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
     )
 
 
-def commit(dataset: Dataset, output: Output, plan: Plan, workers: Workers) -> Dataset:
-    """Output columns -> one small row for each committed unit: its number and its commit record as JSON."""
+def commit(dataset: Dataset, output: Output, plan: Plan, schema: pa.Schema, workers: Workers) -> Dataset:
+    """Output columns -> one small row for each committed unit: its commit record as JSON, its seconds in the engine."""
     return dataset.map_batches(
-        partial(_commit_unit, output, _UnitRows(plan)),
+        partial(_commit_unit, output, _UnitRows(plan), schema),
         batch_size=None,
         batch_format="pyarrow",
         compute=TaskPoolStrategy(workers.committers),
@@ -144,12 +144,12 @@ def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -
     )
 
 
-def committed(dataset: Dataset) -> Iterable[CommitRecord]:
-    """Runs the graph and gives each commit record as it arrives; rows never come to the driver."""
+def committed(dataset: Dataset) -> Iterable[tuple[CommitRecord, float]]:
+    """Runs the graph; gives each commit record as it arrives, and the unit's seconds in the engine. Rows stay away."""
     batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     for batch in batches:
-        for text in batch["record"].to_pylist():
-            yield CommitRecord.from_json(text)
+        for row in batch.to_pylist():
+            yield CommitRecord.from_json(row["record"]), row["seconds"]
 
 
 class _UnitRows:
@@ -177,13 +177,13 @@ def _build_renderer(spec: TaskSpec) -> Callable[[pa.Table], pa.Table]:
     return partial(render_unit, spec)
 
 
-def _commit_unit(output: Output, unit_rows: _UnitRows, table: pa.Table) -> pa.Table:
+def _commit_unit(output: Output, unit_rows: _UnitRows, schema: pa.Schema, table: pa.Table) -> pa.Table:
     units = table[UNIT].unique().to_pylist()
     if len(units) != 1 or table.num_rows != unit_rows[units[0]]:
         raise RuntimeError(f"a block of {table.num_rows} rows of the units {units[:3]}: Ray did not keep a unit whole")
     counts = count_rows(table)
-    record = output.commit(units[0], table.drop_columns([UNIT, RIGHT]), counts)
-    return pa.table({"record": [record.to_json().decode()]})
+    record = output.commit(units[0], table.select(schema.names), counts)
+    return pa.table({"record": [record.to_json().decode()], "seconds": [table[SECONDS][0].as_py()]})
 
 
 def _select(names: list[str], table: pa.Table) -> pa.Table:

@@ -6,11 +6,12 @@ import base64
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -245,3 +246,46 @@ def test_keys_that_are_none(value: Any, code: str) -> None:
 
 def test_integer_keys_are_their_digits() -> None:
     assert key_text({"id": 7}, "id") == "7"
+
+
+# ---- s3
+
+
+class FakeS3(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Objects in memory under s3:// names, with the ETags of a store."""
+
+    protocol = "s3"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.removeprefix("s3://")))
+
+    def unstrip_protocol(self, name: str) -> str:
+        return "s3://" + name.removeprefix("s3://").lstrip("/")
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {**super().info(path), "ETag": '"abc"'}
+
+
+@pytest.mark.parametrize("pattern", ["s3://bucket/in", "s3://bucket/in/*", "s3://bucket/in/b.jsonl"])
+def test_objects_are_listed_and_read_like_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    """Listing yields names with s3://; reading asks for byte ranges. The store itself is s3fs's business."""
+    values = [str(n) for n in range(20)]
+    objects = {
+        "a.parquet": write_parquet(tmp_path / "a.parquet", values, row_group_size=6).read_bytes(),
+        "b.jsonl": write_jsonl(tmp_path / "b.jsonl", values).read_bytes(),
+    }
+    fake = FakeS3()
+    for name, data in objects.items():
+        fake.pipe_file(f"/bucket/in/{name}", data)
+    monkeypatch.setattr(Source, "_files", lambda self, path: fake)
+    source, plan = planned(make_job(pattern, unit_rows=8))
+    names = ["b.jsonl"] if pattern.endswith("jsonl") else ["a.parquet", "b.jsonl"]
+    assert [planned.file.name for planned in plan.files] == [f"s3://bucket/in/{name}" for name in names]
+    assert {planned.file.stamp for planned in plan.files} == {"abc"}
+    assert [text for unit in texts(source, plan) for text in unit] == values * len(names)
