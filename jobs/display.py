@@ -111,7 +111,7 @@ def summary_table(summary: Summary, *, name: str, max_error_rate: float) -> Tabl
     table.add_row("rows", f"{summary.counts.rows:,}{resumed}")
     for line in count_lines(summary.counts):
         table.add_row(*line)
-    table.add_row("time", f"{summary.elapsed_s:,.1f} s, of which {summary.working_s:,.1f} s with rows in the workers")
+    table.add_row("time", f"{summary.elapsed_s:,.1f} s, of which the engine had rows for {summary.working_s:,.1f} s")
     if summary.working_s > 0:
         done = summary.counts.rows - summary.resumed_rows
         table.add_row("rate", f"{done / summary.working_s:,.0f} rows/s")
