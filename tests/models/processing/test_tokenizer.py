@@ -181,6 +181,15 @@ def test_added_tokens_that_swallow_blanks_are_split_as_the_library_does() -> Non
         assert encode_pieces(tokenizer, text) == tokenizer.encode_control(text), text
 
 
+def test_added_tokens_outside_the_byte_alphabet_are_their_own_text() -> None:
+    library = build_tokenizer()
+    library.add_tokens([AddedToken("do not", normalized=False), AddedToken("答案", normalized=False)])
+    tokenizer = Tokenizer(library)
+    ids = tokenizer.encode_control("We do not say 答案.")
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert "".join(map(detokenizer.add, ids)) == tokenizer.decode(ids) == "We do not say 答案."
+
+
 END, USER = "<|endoftext|>", "<|user|>"
 
 
