@@ -254,6 +254,8 @@ def _shown(value: Any) -> str:
 
 
 def _hint(value: Any, expected: str) -> str:
+    if value is None:
+        return "; give it a value, or remove the line for the default"
     if "text" not in expected or not isinstance(value, bool | int | float):
         return ""
     if isinstance(value, bool):

@@ -52,6 +52,7 @@ BAD: list[tuple[str, Change, list[str]]] = [
     ("boolean label", task(labels=["red", True]), ["task.labels: item 2", "put the word in quotes"]),
     ("number label", task(labels=["red", 3]), ["task.labels: item 2", "in quotes"]),
     ("one string for a list", top(input="data"), ["input", "must be a list of text"]),
+    ("empty section", top(sampling=None), ["sampling", "it is null", "remove the line"]),
     ("unknown kind", task(kind="route"), ["job.yaml:10: task.kind", '"choose", "generate"']),
     ("bad sampling", generate(top_p=2.0), ["sampling.top_p", "it must be in (0, 1]"]),
     ("error rate above one", top(max_error_rate=2), ["max_error_rate", "0 to 1"]),
