@@ -18,11 +18,10 @@ from models.layers.attention_grouped import attend_grouped
 from models.layers.embedding import Embedding
 from models.layers.linear import Linear, QKVLinear
 from models.layers.norm import RMSNorm
-from models.layers.rope import RopeTable, rotate
+from models.layers.rope import RopeTable, rotate_
 from models.weights import Targets
 
 Pages = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values, each [K, num_slots, D]
-CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -30,9 +29,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.attend = attend
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, config.head_dim
+        self.attend = attend
         self.qkv_proj = QKVLinear(
             config.hidden_size,
             num_heads=heads,
@@ -44,32 +43,26 @@ class Attention(nn.Module):
         )
         self.o_proj = Linear(heads * config.head_dim, config.hidden_size, bias=False, dtype=dtype, device=device)
 
-    def forward(self, x: torch.Tensor, rope: CosSin, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
         """x [T, H] -> [T, H]; writes the keys and values of all T tokens first."""
-        q, k, v = self.qkv_proj.forward_split(x)
-        self._store(k, v, rope, pages, attn)
-        return self._output(rotate(self._heads(q), *rope), pages, attn.groups)
+        qk, v = self.qkv_proj.forward_qk_v(x)
+        q, k = torch.split(rotate_(self._heads(qk), turns), [self.num_heads, self.num_kv_heads], dim=1)
+        self._store(k, v, pages, attn)
+        return self._output(q, pages, attn.groups)
 
-    def forward_wanted(self, x: torch.Tensor, rope: CosSin, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
+    def forward_wanted(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
         """x [T, H] -> [W, H]: keys and values of all tokens, queries of the wanted rows alone."""
-        self._store(*self.qkv_proj.forward_kv(x), rope, pages, attn)
-        cos, sin = rope
-        wanted = attn.out_rows
-        q = rotate(self._heads(self.qkv_proj.forward_q(x[wanted])), cos[wanted], sin[wanted])
+        k, v = self.qkv_proj.forward_kv(x)
+        self._store(rotate_(self._heads(k), turns), v, pages, attn)
+        q = self.qkv_proj.forward_q(x[attn.out_rows])
+        q = rotate_(self._heads(q), turns[attn.out_rows])
         return self._output(q, pages, attn.out_groups)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(x.shape[0], -1, self.head_dim)  # [T, heads, D]
+        return x.view(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)  # [T, heads, D]; T may be 0
 
-    def _store(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rope: CosSin,
-        pages: Pages,
-        attn: AttentionBatch,
-    ) -> None:
-        store(pages[0], attn.slots, rotate(self._heads(k), *rope))
+    def _store(self, k: torch.Tensor, v: torch.Tensor, pages: Pages, attn: AttentionBatch) -> None:
+        store(pages[0], attn.slots, k)
         store(pages[1], attn.slots, self._heads(v))
 
     def _output(self, q: torch.Tensor, pages: Pages, groups: tuple[AttentionGroup, ...]) -> torch.Tensor:
@@ -113,7 +106,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        rope: CosSin,
+        turns: torch.Tensor,
         pages: Pages,
         attn: AttentionBatch,
         *,
@@ -121,7 +114,7 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """x [T, H] -> [T, H], or [W, H] with `wanted_only`: the last layer owes no output to anybody else."""
         attention = self.self_attn.forward_wanted if wanted_only else self.self_attn.forward
-        attended = attention(self.input_layernorm(x), rope, pages, attn)
+        attended = attention(self.input_layernorm(x), turns, pages, attn)
         if wanted_only:
             x = x[attn.out_rows]
         x = x + self.after_attention(attended)
@@ -152,7 +145,7 @@ class Backbone(nn.Module):
             self.layer_class(config, dtype=dtype, device=device, attend=attend) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.rope = RopeTable(config.rope, dtype=dtype, device=device)
+        self.rope = RopeTable(config.rope, device=device)
 
     def forward(
         self,
@@ -163,11 +156,11 @@ class Backbone(nn.Module):
         attn: AttentionBatch,
     ) -> torch.Tensor:
         """input_ids, positions [T] int64 -> hidden states after the final norm of the wanted rows [W, H]."""
-        rope = self.rope.lookup(positions, max_position)
+        turns = self.rope.lookup(positions, max_position)
         x = self.embed_tokens(input_ids)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, pages[i], attn, wanted_only=i == last)
+            x = layer(x, turns, pages[i], attn, wanted_only=i == last)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def targets(self) -> Targets:

@@ -30,7 +30,7 @@ class Part:
     rows: Ints
     keep: Ints | None
     own_slots: Ints
-    visible: NDArray[np.bool_]
+    hidden: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +198,7 @@ def _single(segment: Segment, prefix_len: int) -> Part:
         rows=segment.rows[None],
         keep=None,
         own_slots=segment.slots[None, prefix_len:],
-        visible=_visible(segment, prefix_len)[None],
+        hidden=~_visible(segment, prefix_len)[None],
     )
 
 
@@ -217,7 +217,7 @@ def _padded(segments: list[Segment], prefix_len: int) -> Part:
     counts = np.array([len(segment.rows) for segment in segments])
     real = np.arange(num_queries) < counts[:, None]
     keep = None if real.all() else np.flatnonzero(real)
-    return Part(rows=rows, keep=keep, own_slots=own_slots, visible=visible)
+    return Part(rows=rows, keep=keep, own_slots=own_slots, hidden=~visible)
 
 
 def _visible(segment: Segment, prefix_len: int) -> NDArray[np.bool_]:

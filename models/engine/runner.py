@@ -17,7 +17,6 @@ from models.config import ModelConfig
 from models.engine.batch import Batch, Group, Ints
 from models.engine.kv_cache import KVCache
 from models.errors import EngineError
-from models.heads import CausalLMHead
 from models.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
 from models.registry import Model
 
@@ -120,7 +119,8 @@ class TorchRunner:
                 rows=self._tensor(part.rows),
                 keep=None if part.keep is None else self._tensor(part.keep),
                 own_slots=self._tensor(part.own_slots),
-                visible=self._tensor(part.visible),
+                hidden=self._tensor(part.hidden),
+                span=_span(part.rows),
             )
             for part in group.parts
         )
@@ -129,6 +129,8 @@ class TorchRunner:
     def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._model.device)
 
-    @property
-    def is_causal_lm(self) -> bool:
-        return isinstance(self._model.head, CausalLMHead)
+
+def _span(rows: Ints) -> slice | None:
+    """The rows of a single sequence as a slice, where they are neighbours."""
+    first, last = int(rows[0, 0]), int(rows[0, -1])
+    return slice(first, last + 1) if len(rows) == 1 and last - first == rows.shape[1] - 1 else None

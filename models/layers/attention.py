@@ -20,13 +20,15 @@ class AttentionPart:
     rows [R, n]: the queries, as rows of the step's packed tensors; short sequences repeat one of their rows.
     keep [M]: flat places in [R, n] that hold real queries; None when all do.
     own_slots [R, L]: cache slots of each sequence after the group's prefix, padded with slot 0.
-    visible [R, n, L]: bool, which of its own slots a query sees; at least one is visible to every query.
+    hidden [R, n, L]: bool, which of its own slots a query must not see; every query sees at least one.
+    span: the rows as a slice where they are the neighbouring rows of a single sequence.
     """
 
     rows: torch.Tensor
     keep: torch.Tensor | None
     own_slots: torch.Tensor
-    visible: torch.Tensor
+    hidden: torch.Tensor
+    span: slice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +82,9 @@ def _attend_sequence(
     r: int,
     out: torch.Tensor,
 ) -> None:
-    rows, visible = part.rows[r], part.visible[r]
+    rows, hidden = part.rows[r], part.hidden[r]
     slots = torch.cat([prefix_slots, part.own_slots[r]])
-    mask = torch.cat([visible.new_ones(len(rows), len(prefix_slots)), visible], dim=1)
+    mask = ~torch.cat([hidden.new_zeros(len(rows), len(prefix_slots)), hidden], dim=1)
     result = F.scaled_dot_product_attention(
         q[rows].transpose(0, 1)[None], k_cache[:, slots][None], v_cache[:, slots][None], attn_mask=mask, enable_gqa=True
     )[0].transpose(0, 1)  # [queries, K * G, D]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from models.layers.attention import AttentionGroup
+from models.layers.attention import AttentionGroup, AttentionPart
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -20,44 +20,62 @@ def attend_grouped(
     """q [rows, K * G, D], caches [K, num_slots, D] -> [rows, K * G, D]."""
     num_rows, num_heads, head_dim = q.shape
     kv_heads = k_cache.shape[0]
-    by_kv_head = q.view(num_rows, kv_heads, num_heads // kv_heads, head_dim).transpose(0, 1).contiguous()
-    out = torch.empty_like(by_kv_head)  # [K, rows, G, D]
+    q = q.view(num_rows, kv_heads, num_heads // kv_heads, head_dim).transpose(0, 1).contiguous()
+    out = torch.empty_like(q)  # [K, rows, G, D]
     for group in groups:
         prefix = _pick(k_cache, group.prefix_slots), _pick(v_cache, group.prefix_slots)  # each [K, P, D]
         for part in group.parts:
-            rows, own = part.rows.flatten(), part.own_slots.flatten()
-            result = _attend_part(
-                _pick(by_kv_head, rows), prefix, (_pick(k_cache, own), _pick(v_cache, own)), part.visible
-            )
-            if part.keep is not None:
-                rows, result = rows[part.keep], _pick(result, part.keep)
-            out.index_copy_(1, rows, result)
+            own_slots = part.own_slots.flatten()
+            own = _pick(k_cache, own_slots), _pick(v_cache, own_slots)  # each [K, R * L, D]
+            if len(part.rows) == 1:
+                _attend_one(q, out, prefix, own, part)
+            else:
+                _attend_many(q, out, prefix, own, part)
     return out.transpose(0, 1).reshape(num_rows, num_heads, head_dim)
 
 
-def _attend_part(q: torch.Tensor, prefix: KeysValues, own: KeysValues, visible: torch.Tensor) -> torch.Tensor:
-    """q [K, R * n, G, D], prefix [K, P, D], own [K, R * L, D], visible [R, n, L] -> [K, R * n, G, D]."""
+def _attend_one(q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: KeysValues, part: AttentionPart) -> None:
+    """A single sequence: its keys are few beside its queries' scores, so prefix and own keys are simply joined."""
     kv_heads, _, group_size, head_dim = q.shape
-    num_sequences, num_queries, own_len = visible.shape
+    num_queries, own_len = part.hidden.shape[1:]
+    k, v = torch.cat((prefix[0], own[0]), dim=1), torch.cat((prefix[1], own[1]), dim=1)
+    mine = _pick(q, part.rows[0]) if part.span is None else q[:, part.span]  # [K, n, G, D]
+    scores = _scores(mine.reshape(kv_heads, -1, head_dim), k).float()
+    _hide(scores.view(kv_heads, 1, num_queries, group_size, -1)[..., -own_len:], part.hidden)
+    result = torch.bmm(torch.softmax(scores, dim=-1).to(q.dtype), v).view(mine.shape)
+    if part.span is None:
+        out.index_copy_(1, part.rows[0], result)
+    else:
+        out[:, part.span] = result
+
+
+def _attend_many(q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: KeysValues, part: AttentionPart) -> None:
+    """Few queries of each of many sequences: the prefix is one product for all of them, the rest one for each."""
+    kv_heads, _, group_size, head_dim = q.shape
+    num_sequences, num_queries, own_len = part.hidden.shape
     prefix_len = prefix[0].shape[1]
-    prefix_q = q.view(kv_heads, -1, head_dim)
-    own_q = q.view(kv_heads * num_sequences, -1, head_dim)
-    own_k, own_v = (part.view(kv_heads * num_sequences, own_len, head_dim) for part in own)
+    rows = part.rows.flatten()
+    prefix_q = _pick(q, rows).view(kv_heads, -1, head_dim)
+    own_q = prefix_q.view(kv_heads * num_sequences, -1, head_dim)
+    own_k, own_v = (tensor.view(kv_heads * num_sequences, own_len, head_dim) for tensor in own)
 
     shape = (kv_heads, num_sequences, num_queries, group_size)
     scores = q.new_empty((*shape, prefix_len + own_len), dtype=torch.float32)
-    own_scores = scores[..., prefix_len:]
-    own_scores.copy_(_scores(own_q, own_k).view(*shape, own_len))
-    own_scores.masked_fill_(~visible[None, :, :, None, :], float("-inf"))
-    if prefix_len:
-        scores[..., :prefix_len] = _scores(prefix_q, prefix[0]).view(*shape, prefix_len)
-
+    scores[..., :prefix_len] = _scores(prefix_q, prefix[0]).view(*shape, prefix_len)
+    scores[..., prefix_len:] = _scores(own_q, own_k).view(*shape, own_len)
+    _hide(scores[..., prefix_len:], part.hidden)
     probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
-    out = torch.bmm(probabilities[..., prefix_len:].reshape(*own_q.shape[:2], own_len), own_v)
-    if prefix_len:
-        by_prefix = probabilities[..., :prefix_len].reshape(*prefix_q.shape[:2], prefix_len)
-        out = out.view(prefix_q.shape).baddbmm_(by_prefix, prefix[1])
-    return out.view(q.shape)
+    result = torch.bmm(probabilities[..., prefix_len:].reshape(*own_q.shape[:2], own_len), own_v)
+    by_prefix = probabilities[..., :prefix_len].reshape(*prefix_q.shape[:2], prefix_len)
+    result = torch.baddbmm(result.view(prefix_q.shape), by_prefix, prefix[1]).view(kv_heads, -1, group_size, head_dim)
+    if part.keep is not None:
+        rows, result = rows[part.keep], _pick(result, part.keep)
+    out.index_copy_(1, rows, result)
+
+
+def _hide(scores: torch.Tensor, hidden: torch.Tensor) -> None:
+    """scores [K, R, n, G, L], hidden [R, n, L]."""
+    scores.masked_fill_(hidden[None, :, :, None, :], float("-inf"))
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -62,10 +62,11 @@ class QKVLinear(Linear):
                     found[f"{name}.{part}.{kind}"] = view
         return found
 
-    def forward_split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x: [tokens, in_features] -> q [tokens, q size], k and v [tokens, kv size] (views of one product)."""
-        q, k, v = torch.split(self(x), self.sizes, dim=-1)
-        return q, k, v
+    def forward_qk_v(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [tokens, in_features] -> q and k side by side [tokens, q + kv size], v [tokens, kv size]."""
+        q_size, k_size, v_size = self.sizes
+        qk, v = torch.split(self(x), [q_size + k_size, v_size], dim=-1)
+        return qk, v
 
     def forward_kv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values alone, for rows whose output nobody wants."""

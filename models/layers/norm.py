@@ -17,5 +17,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size] -> [..., size], same dtype."""
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype).mul_(self.weight)
+        # The norm reads once and writes one number a row; a squared copy of the activations would leave the caches.
+        mean_square: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale: torch.Tensor = mean_square.add_(self.eps).rsqrt_()
+        if wide is x:
+            return torch.mul(x, scale).mul_(self.weight)
+        return wide.mul_(scale).to(x.dtype).mul_(self.weight)

@@ -56,32 +56,28 @@ def _attention_factor(rope: RopeConfig) -> float:
 
 
 class RopeTable:
-    """cos and sin by position, grown on demand in float32 and handed out in the activations' dtype."""
+    """Turns by position as complex numbers cos + i sin, grown on demand."""
 
-    def __init__(self, rope: RopeConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rope: RopeConfig, *, device: torch.device) -> None:
         self._inv_freq, self._factor = inverse_frequencies(rope)
-        self._dtype, self._device = dtype, device
-        self._cos = self._sin = torch.empty(0, rope.rotary_dim // 2, dtype=dtype, device=device)
+        self._turns = torch.empty(0, rope.rotary_dim // 2, dtype=torch.complex64, device=device)
 
-    def lookup(self, positions: torch.Tensor, max_position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions: [tokens] int64, none above `max_position` -> cos, sin: [tokens, 1, rotary_dim / 2]."""
-        if max_position >= self._cos.shape[0]:
-            self._grow(max_position + 1)
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-
-    def _grow(self, length: int) -> None:
-        length = 1 << (length - 1).bit_length()
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * self._inv_freq
-        self._cos = (angles.cos() * self._factor).to(self._device, self._dtype)
-        self._sin = (angles.sin() * self._factor).to(self._device, self._dtype)
+    def lookup(self, positions: torch.Tensor, max_position: int) -> torch.Tensor:
+        """positions: [tokens] int64, none above `max_position` -> complex64 [tokens, 1, rotary_dim / 2]."""
+        if max_position >= self._turns.shape[0]:
+            length = 1 << max_position.bit_length()
+            angles = torch.arange(length, dtype=torch.float32)[:, None] * self._inv_freq
+            turns = torch.complex(angles.cos() * self._factor, angles.sin() * self._factor)
+            self._turns = turns.to(self._turns.device)
+        return self._turns[positions].unsqueeze(1)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the leading dimensions of every head of x [tokens, heads, head_dim]; cos, sin: [tokens, 1, rotary / 2]."""
-    rotary_dim = 2 * cos.shape[-1]
-    even, odd = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
-    out = torch.empty_like(x)
-    out[..., 0:rotary_dim:2] = even * cos - odd * sin
-    out[..., 1:rotary_dim:2] = odd * cos + even * sin
-    out[..., rotary_dim:] = x[..., rotary_dim:]
-    return out
+def rotate_(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Turns the leading dimensions of every head of x [tokens, heads, head_dim] in place, computing in float32.
+
+    turns: complex64 [tokens, 1, rotary_dim / 2]. A neighbouring pair is one complex number: (a + ib)(cos + i sin).
+    """
+    leading = x[..., : 2 * turns.shape[-1]]
+    pairs = torch.view_as_complex(leading.float().reshape(*x.shape[:-1], turns.shape[-1], 2))
+    leading.copy_(torch.view_as_real(pairs * turns).flatten(-2))
+    return x
