@@ -20,6 +20,7 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
 EXIT_ROW_ERRORS = 3
+SHOWN_LINES = 6
 
 app = typer.Typer(
     help="Run GLM models over large tables: one committed record for every input row.",
@@ -112,10 +113,17 @@ def _fail(what: str, error: Exception, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     lines = str(error).splitlines() or [""]
-    print(f"glm-batch: {what}:", *lines, sep="\n  ", file=sys.stderr)
     if code == EXIT_FAILED and not debug:
-        print("  (--debug shows the traceback)", file=sys.stderr)
+        lines = [*_shortened(lines), "(--debug shows the traceback)"]
+    print(f"glm-batch: {what}:", *lines, sep="\n  ", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    """A worker's error may carry its whole traceback: its first line says where, its last ones what."""
+    if len(lines) <= SHOWN_LINES:
+        return lines
+    return [lines[0], f"... {len(lines) - SHOWN_LINES + 1} lines more ...", *lines[2 - SHOWN_LINES :]]
 
 
 if __name__ == "__main__":

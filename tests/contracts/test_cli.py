@@ -63,6 +63,18 @@ def test_errors_become_exit_codes_and_short_text(
     assert "Traceback" not in captured.err
 
 
+def test_a_workers_traceback_is_shortened_and_debug_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    error = RuntimeError("\n".join(["in the worker", *(f"frame {n}" for n in range(50)), "NameError: x"]))
+    with pytest.raises(SystemExit), cli.errors_for_people(debug=False):
+        raise error
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert lines[1:3] == ["in the worker", "... 47 lines more ..."]
+    assert lines[3:] == ["frame 47", "frame 48", "frame 49", "NameError: x", "(--debug shows the traceback)"]
+    with pytest.raises(SystemExit), cli.errors_for_people(debug=True):
+        raise error
+    assert "frame 20" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("within_limit", "code"), [(True, 0), (False, 3)])
 def test_label_tells_too_many_row_errors(within_limit: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.label.label", lambda path, overrides: within_limit)
