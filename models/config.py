@@ -45,6 +45,7 @@ CLASS_DEFAULTS: dict[str, Any] = {
     "problem_type": None,
     "dtype": "float32",
 }
+NULLABLE = ("pad_token_id", "problem_type")  # an explicit null is a value; elsewhere it is a missing key
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_PARTIAL_ROTARY_FACTOR = 0.5
 DTYPES = ("float32", "bfloat16", "float16")
@@ -187,10 +188,10 @@ class _Resolver:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(self._get("rms_norm_eps")),
+            rms_norm_eps=self._positive("rms_norm_eps", self._get("rms_norm_eps")),
             max_position_embeddings=max_positions,
-            attention_bias=bool(self._get("attention_bias")),
-            tie_word_embeddings=bool(self._get("tie_word_embeddings")),
+            attention_bias=self._bool("attention_bias"),
+            tie_word_embeddings=self._bool("tie_word_embeddings"),
             rope=self._rope(head_dim, max_positions),
             dtype=self._dtype(),
             pad_token_id=self._get("pad_token_id"),
@@ -198,7 +199,7 @@ class _Resolver:
             num_labels=len(id2label),
             id2label=id2label,
             problem_type=self._problem_type(),
-            token_classification_bias=bool(self._get("token_classification_bias")),
+            token_classification_bias=self._bool("token_classification_bias"),
         )
 
     def _architecture(self) -> tuple[str, Literal["glm", "glm4"], Head]:
@@ -220,16 +221,29 @@ class _Resolver:
         return name, "glm4" if family == "glm4" else "glm", head
 
     def _get(self, name: str) -> Any:
-        if name in self.raw and (self.raw[name] is not None or CLASS_DEFAULTS.get(name) is None):
+        if name in self.raw and (self.raw[name] is not None or name in NULLABLE):
             self.sources[name] = f"{self.path.name}: {name}"
             return self.raw[name]
         self.sources[name] = "class default"
         return CLASS_DEFAULTS[name]
 
     def _int(self, name: str) -> int:
+        return self._positive_int(name, self._get(name))
+
+    def _positive_int(self, where: str, value: Any) -> int:
+        if not _is_int(value) or value < 1:
+            raise ConfigError(f"{self.path}: {where} is {value!r}; it must be a positive integer")
+        return int(value)
+
+    def _positive(self, where: str, value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise ConfigError(f"{self.path}: {where} is {value!r}; it must be a positive number")
+        return float(value)
+
+    def _bool(self, name: str) -> bool:
         value = self._get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.path}: {name} is {value!r}; it must be a positive integer")
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self.path}: {name} is {value!r}; it must be true or false")
         return value
 
     def _dtype(self) -> Literal["float32", "bfloat16", "float16"]:
@@ -241,25 +255,31 @@ class _Resolver:
         return value  # type: ignore[return-value]
 
     def _eos(self) -> tuple[int, ...]:
-        if (ids := self.generation.get("eos_token_id")) is not None:
-            self.sources["eos_token_ids"] = "generation_config.json: eos_token_id"
+        path = self.path
+        if (value := self.generation.get("eos_token_id")) is not None:
+            path = path.with_name("generation_config.json")
+            self.sources["eos_token_ids"] = f"{path.name}: eos_token_id"
         else:
-            ids = self._get("eos_token_id")
+            value = self._get("eos_token_id")
             self.sources["eos_token_ids"] = self.sources["eos_token_id"]
-        return tuple(ids) if isinstance(ids, list) else (ids,)
+        ids = value if isinstance(value, list) else [value]
+        if not all(map(_is_int, ids)):
+            raise ConfigError(f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them")
+        return tuple(ids)
 
     def _labels(self) -> tuple[str, ...]:
         if raw := self.raw.get("id2label"):
-            labels = {int(key): str(value) for key, value in raw.items()}
-            if sorted(labels) != list(range(len(labels))):
-                raise ConfigError(f"{self.path}: id2label must number its labels 0 to {len(labels) - 1} without gaps")
+            numbers = [str(i) for i in range(len(raw))]
+            if not isinstance(raw, dict) or sorted(raw) != sorted(numbers):
+                raise ConfigError(f"{self.path}: id2label must number its labels 0 to {len(raw) - 1} without gaps")
+            labels = [str(raw[number]) for number in numbers]
             source = f"{self.path.name}: id2label"
         else:
-            count = self.raw.get("num_labels") or 2
-            labels = {i: f"LABEL_{i}" for i in range(count)}
+            count = self._positive_int("num_labels", self.raw.get("num_labels") or 2)
+            labels = [f"LABEL_{i}" for i in range(count)]
             source = f"{self.path.name}: num_labels" if self.raw.get("num_labels") else "class default"
         self.sources["id2label"] = self.sources["num_labels"] = source
-        return tuple(labels[i] for i in range(len(labels)))
+        return tuple(labels)
 
     def _problem_type(self) -> ProblemType | None:
         value = self._get("problem_type")
@@ -269,44 +289,78 @@ class _Resolver:
         return value  # type: ignore[no-any-return]
 
     def _rope(self, head_dim: int, max_positions: int) -> RopeConfig:
-        """The v4 flat, v5 nested and mixed forms; keys inside the rope dictionary win over top-level keys."""
-        inner: dict[str, Any] = (self.raw.get("rope_scaling") or {}) | (self.raw.get("rope_parameters") or {})
-        inner_name = "rope_parameters" if self.raw.get("rope_parameters") else "rope_scaling"
-
-        def find(name: str, default: Any) -> Any:
-            for source, where in ((inner, f"{inner_name}."), (self.raw, "")):
-                if source.get(name) is not None:
-                    self.sources[f"rope.{name}"] = f"{self.path.name}: {where}{name}"
-                    return source[name]
-            self.sources[f"rope.{name}"] = "class default"
-            return default
-
-        rope_type = find("rope_type", inner.get("type") or "default")
+        """The v4 flat, v5 nested and mixed forms; keys inside a rope dictionary win over top-level keys."""
+        rope_type = self._rope_get("rope_type", "default")
         if rope_type not in ("default", "linear", "yarn"):
-            raise ConfigError(
-                f"{self.path}: {inner_name}.rope_type {rope_type!r} is not supported; one of default, linear, yarn"
-            )
-        partial = float(find("partial_rotary_factor", DEFAULT_PARTIAL_ROTARY_FACTOR))
-        self.sources["rope.rotary_dim"] = self.sources["rope.partial_rotary_factor"] + " x head_dim"
-        theta = float(find("rope_theta", DEFAULT_ROPE_THETA))
+            where = self._rope_where("rope_type")
+            raise ConfigError(f"{self.path}: {where} {rope_type!r} is not supported; one of default, linear, yarn")
+        theta = self._rope_positive("rope_theta", DEFAULT_ROPE_THETA)
+        rotary_dim = self._rotary_dim(head_dim)
         if rope_type == "default":
-            return RopeConfig(rope_type="default", rope_theta=theta, rotary_dim=int(head_dim * partial))
-        original = int(find("original_max_position_embeddings", max_positions))
-        factor = find("factor", max_positions / original if rope_type == "yarn" else None)
+            return RopeConfig(rope_type="default", rope_theta=theta, rotary_dim=rotary_dim)
+        name = "original_max_position_embeddings"
+        original = self._rope_get(name, max_positions, default_source=self.sources["max_position_embeddings"])
+        original = self._positive_int(self._rope_where(name), original)
+        factor = self._rope_get("factor", max_positions / original if rope_type == "yarn" else None)
         if not isinstance(factor, int | float) or factor < 1:
-            raise ConfigError(
-                f"{self.path}: {inner_name}.factor is {factor!r}; {rope_type} scaling needs a number >= 1"
-            )
+            where = self._rope_where("factor")
+            raise ConfigError(f"{self.path}: {where} is {factor!r}; {rope_type} scaling needs a number >= 1")
+        attention_factor, mscale, mscale_all_dim = (
+            None if self._rope_get(name, None) is None else self._rope_positive(name, None)
+            for name in ("attention_factor", "mscale", "mscale_all_dim")
+        )
         return RopeConfig(
             rope_type=rope_type,
             rope_theta=theta,
-            rotary_dim=int(head_dim * partial),
+            rotary_dim=rotary_dim,
             factor=float(factor),
             original_max_position_embeddings=original,
-            attention_factor=inner.get("attention_factor"),
-            beta_fast=float(inner.get("beta_fast") or 32.0),
-            beta_slow=float(inner.get("beta_slow") or 1.0),
-            mscale=inner.get("mscale"),
-            mscale_all_dim=inner.get("mscale_all_dim"),
-            truncate=bool(inner.get("truncate", True)),
+            attention_factor=attention_factor,
+            beta_fast=self._rope_positive("beta_fast", 32.0),
+            beta_slow=self._rope_positive("beta_slow", 1.0),
+            mscale=mscale,
+            mscale_all_dim=mscale_all_dim,
+            truncate=bool(self._rope_get("truncate", True)),
         )
+
+    def _rotary_dim(self, head_dim: int) -> int:
+        share = self._rope_get("partial_rotary_factor", DEFAULT_PARTIAL_ROTARY_FACTOR)
+        where = self._rope_where("partial_rotary_factor")
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"{self.path}: {where} is {share!r}; it must be a number above 0 and at most 1")
+        rotary_dim = int(head_dim * share)
+        if not rotary_dim or rotary_dim % 2:
+            raise ConfigError(
+                f"{self.path}: {where} {share} of head_dim {head_dim} is {rotary_dim}; it must be an even number of "
+                "dimensions, for they turn in pairs"
+            )
+        self.sources["rope.rotary_dim"] = self.sources["rope.partial_rotary_factor"] + " x head_dim"
+        return rotary_dim
+
+    def _rope_positive(self, name: str, default: float | None) -> float:
+        value = self._rope_get(name, default)
+        return self._positive(self._rope_where(name), value)
+
+    def _rope_get(self, name: str, default: Any, *, default_source: str = "class default") -> Any:
+        """Advice to scale a model is to add a rope_scaling, so that it wins over a rope_parameters beside it."""
+        for section in ("rope_scaling", "rope_parameters", ""):
+            keys = self.raw.get(section) or {} if section else self.raw
+            if not isinstance(keys, dict):
+                raise ConfigError(f"{self.path}: {section} is {keys!r}; it must be an object")
+            for key in (name, "type") if section and name == "rope_type" else (name,):
+                if keys.get(key) is not None:
+                    self.sources[f"rope.{name}"] = f"{self.path.name}: {section}{section and '.'}{key}"
+                    return keys[key]
+        self.sources[f"rope.{name}"] = default_source
+        return default
+
+    def _rope_where(self, name: str) -> str:
+        """The key that a value came from or would belong to."""
+        found = self.sources[f"rope.{name}"].removeprefix(f"{self.path.name}: ")
+        if found.endswith(("." + name, ".type")) or found == name:
+            return found
+        return f"{'rope_scaling' if self.raw.get('rope_scaling') else 'rope_parameters'}.{name}"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
