@@ -264,30 +264,40 @@ class TorchEngine:
                 pending.end_logprobs[node] = float(np.logaddexp.reduce(ends))
 
     def _sample(self, samples: list[tuple[_Pending, Sequence]], logits: torch.Tensor) -> None:
-        rows = [self._sample_row(pending, sequence) for pending, sequence in samples]
+        errors: dict[int, RowError] = {}
+        rows = [self._sample_row(i, *each, errors) for i, each in enumerate(samples)]
         sampled = sample(logits, rows, vocab_size=min(self.tokenizer.vocab_size, self.config.vocab_size))
+        errors |= sampled.errors
         for i, (pending, sequence) in enumerate(samples):
             if pending.request.id not in self._pending:
                 continue  # another sample of the same request has failed in this step
-            if i in sampled.errors:
-                self._fail(pending, sampled.errors[i])
-                continue
             decoding = pending.decodings[sequence.sample_index]
-            token_id = sampled.token_ids[i]
-            forced = decoding.add(token_id, sampled.logprobs[i], sampled.top_logprobs[i])
-            sequence.tokens += [token_id, *forced]
+            try:
+                if i in errors:
+                    raise errors[i]
+                forced = decoding.add(sampled.token_ids[i], sampled.logprobs[i], sampled.top_logprobs[i])
+            except RowError as error:
+                self._fail(pending, error)
+                continue
+            sequence.tokens += [sampled.token_ids[i], *forced]
             if decoding.finish_reason:
                 self._finish_sequence(pending, sequence, decoding.finish_reason)
 
-    def _sample_row(self, pending: _Pending, sequence: Sequence) -> SampleRow:
+    def _sample_row(self, i: int, pending: _Pending, sequence: Sequence, errors: dict[int, RowError]) -> SampleRow:
+        """What the sampler must know; a constraint that can no longer be followed is noted in `errors`."""
         decoding = pending.decodings[sequence.sample_index]
+        bitmask = None
+        try:
+            bitmask = decoding.matcher.bitmask() if decoding.matcher else None
+        except RowError as error:
+            errors[i] = error
         return SampleRow(
             params=decoding.params,
             prompt_ids=pending.request.input_ids,
             output_ids=decoding.token_ids,
             sample_index=sequence.sample_index,
             end_ids=decoding.end_ids,
-            bitmask=decoding.matcher.bitmask() if decoding.matcher else None,
+            bitmask=bitmask,
         )
 
     def _finish_sequence(self, pending: _Pending, sequence: Sequence, reason: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from models.engine import Choose, Completion, Embed, EngineConfig, Generate, Inspect, Request, SamplingParams
 from models.engine.engine import TorchEngine
+from models.errors import RowError
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
 
 ATOL = 5e-5
@@ -161,3 +162,37 @@ def test_output_that_reaches_the_models_length_says_so(path: Path) -> None:
     assert len(found["r0"].outputs[0].token_ids) == 10
     assert found["r1"].error is not None
     assert found["r1"].error.code == "prompt_too_long"
+
+
+class BrokenMatcher:
+    """A constraint that gives up after two tokens, as a grammar beyond its resource limits does."""
+
+    is_done = False
+
+    def __init__(self) -> None:
+        self.left = 2
+
+    def bitmask(self) -> None:
+        if not self.left:
+            raise RowError("constraint_failed", "too complex")
+
+    def accept(self, token_id: int) -> None:
+        self.left -= 1
+
+    def forced_tokens(self) -> list[int]:
+        return []
+
+
+def test_a_constraint_that_fails_costs_its_own_request_only(path: Path) -> None:
+    """A matcher's RowError once escaped step() and took every other request with it."""
+    engine = build(path)
+    ids = prompts(3, shared=10)
+    engine.submit(requests(GREEDY, ids))
+    engine._pending["r1"].decodings[0].matcher = BrokenMatcher()  # type: ignore[assignment]
+    done = {}
+    while engine.has_work():
+        done |= {completion.id: completion for completion in engine.step()}
+    assert done["r1"].error is not None
+    assert done["r1"].error.code == "constraint_failed"
+    assert len(done["r0"].outputs[0].token_ids) == len(done["r2"].outputs[0].token_ids) == 24
+    assert engine.scheduler.blocks.num_free == engine.limits.num_blocks
