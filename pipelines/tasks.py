@@ -183,7 +183,10 @@ class TaskRunner:
         if self._chat is None:
             ids = self._tokenizer.encode_raw(self.text(row))
         else:
-            ids = self._chat.prompt_ids(self.messages(row), thinking=self._task.thinking)
+            # The grammar of a JSON text begins at "{": what the template puts before an answer must stand already.
+            start_answer = self._task.kind == "extract"
+            messages = self.messages(row)
+            ids = self._chat.prompt_ids(messages, thinking=self._task.thinking, start_answer=start_answer)
         self._check_length(len(ids))
         return ids
 
