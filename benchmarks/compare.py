@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -97,11 +98,14 @@ def main(
     model_dir = make_mid_model(BUILD / "mid")
     report: dict[str, Any] = {"machine": describe(), "repeats": repeats, "works": {}}
     console.print(f"{report['machine']['cpu']}, {report['machine']['usable_cores']} cores")
+    path = BUILD / f"compare-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed comparison ends its systems too
     report["gemm_before"] = _measure_gemm()
     for work_kind in work_kinds:
         num_rows = rows or DEFAULT_ROWS[work_kind]
         row_files = [str(write_rows(model_dir, work_kind, num_rows, i, BUILD)) for i in range(repeats + 1)]
-        results = {}
+        results: dict[str, Any] = {}
+        report["works"][work_kind] = {"rows": num_rows, "systems": results}
         for name in names:
             console.print(f"{work_kind}: {name} ...")
             plan = {
@@ -111,10 +115,9 @@ def main(
                 "options": system_options.get(name, {}),
             }
             results[name] = _run(name, plan, timeout)
-        report["works"][work_kind] = {"rows": num_rows, "systems": results}
+            path.write_text(json.dumps(report, indent=1))
     report["gemm_after"] = _measure_gemm()
     summarise(report)
-    path = BUILD / f"compare-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(report, indent=1))
     _show(console, report)
     console.print(f"written to {path}")
