@@ -41,6 +41,15 @@ def test_label_status_and_a_rerun(work: Any) -> None:
     assert "task.prompt" in other.err
 
 
+def test_what_a_worker_refuses_is_told_without_its_traceback(work: Any) -> None:
+    """Ray's wrapper once put a page of frames in front of the reason."""
+    done = work.run("label", work.write_job().name, "--set", "engine.kind=torch")
+    assert done.code == EXIT_BAD_CONFIG, done.err
+    assert "Traceback" not in done.err
+    assert "model: the tensors do not fit config.json (missing: " in done.err
+    assert len(done.err.splitlines()) < 8
+
+
 def read(part: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(Path("out") / part).to_pylist()
     return rows
