@@ -26,6 +26,47 @@ class Split:
         return {sentence for pool in pools for sentence in pool}
 
 
+# Cue phrases of each label, for the short training tickets below. EVAL uses the same words in other sentences.
+_CUES = {
+    "billing": "an invoice|a bill|a refund|the payment|a wrong charge|my credit card|a fee|the VAT|a receipt|a voucher"
+    "|the price|a debit|my bank|the amount|a bank transfer|a payment reminder|money that you charged|what I paid"
+    "|a discount|a card payment|being billed twice",
+    "shipping": "a parcel|the delivery|the courier|the tracking|a package|the carrier|the tracking number|a shipment"
+    "|customs|the driver|the depot|express delivery|the delivery address|the postman|a damaged box|shipping"
+    "|what was delivered|a neighbour who took the parcel|the shipping date|a lost package|a late delivery",
+    "account": "my password|my login|my account|my profile|my user name|the email address of my account|signing in"
+    "|a locked account|the two-factor code|my registration|closing my account|deleting my account|the reset mail"
+    "|my personal data|two profiles|the verification mail|logging in|a stranger in my account|a new email address"
+    "|a new password|my user profile|a mail to reset the password",
+    "technical": "the app|a crash|an error message|the firmware|Bluetooth|the battery|the screen|the display|the motor"
+    "|the wifi|the website|my browser|installing the software|a loud noise|a red light|an update|the power button"
+    "|the {item}, which does not work|the {item}, which stopped working|the {item}, which overheats|a cable"
+    "|a {device} that does not connect",
+    "other": "your opening hours|your shop in {city}|a job|your catalogue|an interview|a magazine|sponsoring"
+    "|a conference|a gift|your founder|a school visit|the next sale|recycled material|a suggestion|a new colour"
+    "|your company|friendly advice|your wonderful service|where it is made|a present|a recommendation|a compliment"
+    "|a lovely card|a student job|an open shop|five stars",
+}
+_CUE_FRAMES = (
+    "I have a question about ({cue}).",
+    "It is about ({cue}).",
+    "({cue}): what can you do for me?",
+    "I write because of ({cue}).",
+    "Who can talk to me about ({cue})?",
+    "({cue})!",
+    "My message is about ({cue}), and also ({cue}).",
+    "({cue}), please.",
+    "Can you say something about ({cue}) and {ref}?",
+    "What about ({cue})? And what about ({cue})?",
+    "({cue}), ({cue}), since {day}.",
+    "Tell me more about ({cue}).",
+)
+
+
+def _cue_sentences(label: str) -> tuple[str, ...]:
+    return tuple(frame.replace("{cue}", _CUES[label]) for frame in _CUE_FRAMES)
+
+
 TRAIN = Split(
     openings=(
         "Hi,",
@@ -46,6 +87,7 @@ TRAIN = Split(
     ),
     problems={
         "billing": (
+            *_cue_sentences("billing"),
             "I was (charged|billed) twice for {ref}.",
             "My credit card was charged {amount} euros (two|three) times for the {item}.",
             "The invoice for {ref} shows (the wrong amount|a wrong total|{amount} too much).",
@@ -80,6 +122,7 @@ TRAIN = Split(
             "Two payments of {amount} left my bank for a single {item}.",
         ),
         "shipping": (
+            *_cue_sentences("shipping"),
             "My parcel has (not|never) arrived.",
             "Where is {ref}? It should have been delivered on {day}.",
             "The tracking page has shown no movement since {day}.",
@@ -114,6 +157,7 @@ TRAIN = Split(
             "Your warehouse sent the {item} to my old address.",
         ),
         "account": (
+            *_cue_sentences("account"),
             "I forgot my password.",
             "I cannot log in to my profile (any more|since {day}).",
             "The password reset mail never (comes|arrives).",
@@ -148,6 +192,7 @@ TRAIN = Split(
             "Can I use the same email for two user profiles?",
         ),
         "technical": (
+            *_cue_sentences("technical"),
             "The {item} does not (turn|switch) on.",
             "Your app crashes on my {device} (every time|after a minute).",
             "The {item} shows error E-{number}.",
@@ -182,6 +227,7 @@ TRAIN = Split(
             "Your website is (very slow|not loading) on a {device}.",
         ),
         "other": (
+            *_cue_sentences("other"),
             "What are the opening hours of your shop in {city}?",
             "I just want to say thank you for the great service.",
             "Are you hiring in {city}?",
@@ -231,6 +277,11 @@ TRAIN = Split(
         "(#|Nr. |No. ){order}.",
         "I placed order {order} in {month}.",
         "See order {order} from {day}.",
+        "My number is {order}.",
+        "Your mail of {day} speaks of {order}.",
+        "Please check {order} for me.",
+        "The number {order} is on my paper.",
+        "{order}",
         "{order} is the number of the order.",
         "For your records: {order}.",
     ),
@@ -244,7 +295,7 @@ TRAIN = Split(
     ),
     fillers=(
         "My phone number is {phone}.",
-        "I have been a customer for {number} days.",
+        "I have been your customer for {number} days.",
         "I already called on {day}.",
         "Nobody answered my last message.",
         "I was told to write to you.",
@@ -259,6 +310,18 @@ TRAIN = Split(
         "You can reach me at {phone} on {day}.",
         "Case {number} was closed without an answer.",
         "This is quite important to me.",
+        "I am not at home before {day}.",
+        "I waited for some days before I wrote this.",
+        "{phone} is my number at home.",
+        "Call {phone} at any time.",
+        "I had the number {number} in the queue.",
+        "I came home on {day} and thought of writing.",
+        "I would like a quick answer.",
+        "In {city} it is {number} degrees today.",
+        "I also have a {item} from you, and I like it.",
+        "My {item} is fine, by the way.",
+        "I write this on my {device}.",
+        "In {month} I bought a {item} for {name}.",
     ),
     closings=(
         "Thanks!",

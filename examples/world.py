@@ -21,7 +21,7 @@ CONTROL_STRINGS = (
 )  # fmt: skip
 
 _TEAMS = {label: label for label in LABELS} | {"other": "support"}
-_ORDER_LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
+_ORDER_LETTERS = "ABCDEF"
 _ALTERNATIVES = re.compile(r"\(([^()]*\|[^()]*)\)")
 _SLOT = re.compile(r"\{(\w+)\}")
 
