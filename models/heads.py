@@ -34,6 +34,10 @@ class CausalLMHead(nn.Module):
     def targets(self) -> Targets:
         return {} if self.tied else {"lm_head.weight": self.weight}
 
+    def copies(self) -> Targets:
+        """Some checkpoints store a tied weight a second time."""
+        return {"lm_head.weight": self.weight} if self.tied else {}
+
 
 class ClassificationHead(nn.Module):
     """Class logits for sequence or token classification; only the latter may have a bias."""
@@ -49,3 +53,6 @@ class ClassificationHead(nn.Module):
 
     def targets(self) -> Targets:
         return self.score.targets("score")
+
+    def copies(self) -> Targets:
+        return {}

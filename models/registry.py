@@ -46,5 +46,5 @@ def build_model(
         head = CausalLMHead(config, backbone, dtype=dtype, device=device)
     else:
         head = ClassificationHead(config, dtype=dtype, device=device)
-    load_weights(model_dir, backbone.targets() | head.targets())
+    load_weights(model_dir, backbone.targets() | head.targets(), copies=head.copies())
     return Model(config=config, backbone=backbone, head=head, dtype=dtype, device=device)

@@ -17,25 +17,52 @@ from models.errors import ConfigError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Targets = dict[str, torch.Tensor]
 
 
-def load_weights(model_dir: str | Path, targets: Targets) -> None:
+def load_weights(model_dir: str | Path, targets: Targets, *, copies: Targets | None = None) -> None:
     """Fills every target from the checkpoint, converting to the target's dtype and device.
 
-    Raises ConfigError naming the first missing, unexpected or wrongly shaped tensors.
+    `copies` are names that a checkpoint may store besides, with the targets that they must then equal (tied weights).
+    Raises ConfigError naming the first missing, unexpected, quantised or wrongly shaped tensors.
     """
-    shards = find_shards(Path(model_dir))
-    stored = {_canonical(name, targets): (name, shard) for name, shard in shards.items()}
-    _compare(Path(model_dir), set(stored), set(targets))
-    for name, (stored_name, shard) in sorted(stored.items(), key=lambda item: (item[1][1], item[0])):
-        tensor = _read(shard, stored_name)
-        target = targets[name]
-        if tensor.shape != target.shape:
+    copies = copies or {}
+    known = targets | copies
+    stored = _by_target(find_shards(Path(model_dir)), known)
+    _compare(Path(model_dir), set(stored) - set(copies), set(targets))
+    in_file_order = sorted(stored.items(), key=lambda item: (item[0] in copies, item[1][1], item[0]))
+    for name, (stored_name, shard) in in_file_order:
+        tensor, target = _read(shard, stored_name), known[name]
+        _check_tensor(shard, stored_name, tensor, target)
+        if name not in copies:
+            target.copy_(tensor)
+        elif not torch.equal(tensor.to(target.device, target.dtype), target):
             raise ConfigError(
-                f"{shard}: tensor {stored_name} is {list(tensor.shape)}, config.json asks for {list(target.shape)}"
+                f"{shard}: tensor {stored_name} differs from the one that config.json ties it to; set "
+                "tie_word_embeddings to false if both are meant, or remove the tensor"
             )
-        target.copy_(tensor)
+
+
+def _by_target(shards: dict[str, Path], known: Targets) -> dict[str, tuple[str, Path]]:
+    """Target name -> the stored tensor's name and file."""
+    found: dict[str, tuple[str, Path]] = {}
+    for stored_name, shard in shards.items():
+        name = _canonical(stored_name, known)
+        if name in found:
+            raise ConfigError(f"{shard}: stores both {found[name][0]} and {stored_name}, which are the same tensor")
+        found[name] = stored_name, shard
+    return found
+
+
+def _check_tensor(shard: Path, name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
+    if tensor.shape != target.shape:
+        raise ConfigError(f"{shard}: tensor {name} is {list(tensor.shape)}, config.json asks for {list(target.shape)}")
+    if tensor.dtype not in STORED_DTYPES:
+        raise ConfigError(
+            f"{shard}: tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; quantised checkpoints "
+            "are not read: use the float32, bfloat16 or float16 one"
+        )
 
 
 def find_shards(model_dir: Path) -> dict[str, Path]:
@@ -57,16 +84,18 @@ def find_shards(model_dir: Path) -> dict[str, Path]:
 
 def _indexed(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{index}: weight_map is missing or empty")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ConfigError(f"{index}: weight_map must name a file for each tensor; copy the index again")
     found: dict[str, Path] = {}
     for file_name in sorted(set(weight_map.values())):
         shard = index.parent / file_name
-        if shard.parent != index.parent or not shard.exists():
-            raise ConfigError(f"{index}: names the shard {file_name!r}, which is not in {index.parent}")
-        found |= dict.fromkeys(_names(shard), shard)
+        if shard.parent != index.parent or not shard.is_file():
+            raise ConfigError(f"{index}: names the shard {file_name!r}, which is not in {index.parent}; copy it there")
+        for name in _names(shard):
+            if weight_map.get(name, file_name) == file_name:  # one that no index names is reported as unexpected
+                found[name] = shard
     if lost := sorted(set(weight_map) - set(found)):
-        raise ConfigError(f"{index}: promises tensors that no shard holds: {_some(lost)}")
+        raise ConfigError(f"{index}: promises tensors that their shards do not hold: {_some(lost)}")
     return found
 
 
