@@ -24,7 +24,7 @@ MIN_LOGICAL_CPUS = 2
 OBJECT_STORE_SHARE = 0.1
 MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 PREPROCESSORS_PER_CORE = 0.25
-MAX_COMMITTERS = 2
+COMMITTERS_PER_CORE = 0.125
 MAX_CPUS_EACH = 0.25
 
 
@@ -43,7 +43,7 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def job_workers(job: Job, num_units: int) -> Workers:
+def job_workers(job: Job) -> Workers:
     """How many processes each stage gets on this cluster."""
     import ray
 
@@ -52,7 +52,7 @@ def job_workers(job: Job, num_units: int) -> Workers:
     cores = os.cpu_count() or 1
     replicas, wanted = job.engine.replicas, job.preprocess.workers
     preprocessors = max(1, int(cores * PREPROCESSORS_PER_CORE)) if wanted == "auto" else wanted
-    committers = min(MAX_COMMITTERS, num_units)
+    committers = max(1, int(cores * COMMITTERS_PER_CORE))
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     wants_gpu = job.engine.device != "cpu" and job.engine.kind != "echo"
     has_gpus = resources.get("GPU", 0) >= replicas * job.engine.tensor_parallel_size

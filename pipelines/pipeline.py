@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pipelines.stages import Workers
 
 OnProgress = Callable[[Progress], None]
+RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data adds a word on its own retries to the errors of a stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ def build_dataset(job: Job) -> Dataset:
 
     prepared = prepare(job, None)
     units = list(prepared.plan.units())
-    workers = job_workers(job, len(units))
+    workers = job_workers(job)
     return stages.without_own_columns(_labelled(job, prepared, units, workers), prepared.spec.schema, workers)
 
 
@@ -140,10 +141,8 @@ def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit]
 
     from pipelines import stages
 
-    workers = job_workers(job, len(units))
-    dataset = stages.commit(
-        _labelled(job, prepared, units, workers), output, prepared.plan, prepared.spec.schema, workers
-    )
+    workers = job_workers(job)
+    dataset = stages.commit(_labelled(job, prepared, units, workers), output, prepared.plan, prepared.spec, workers)
     try:
         for record, seconds in stages.committed(dataset):
             work.add(record.counts, seconds)
@@ -158,9 +157,13 @@ def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit]
 
 def _own_error(error: BaseException | None) -> GlmBatchError | None:
     """Our own error under what Ray has wrapped around it, if there is one."""
+    from ray.exceptions import RayError
+
     while error is not None:
-        if isinstance(error, GlmBatchError):
-            return error
+        # Ray's wrapper is an instance of the wrapped error's class too, but its text is a traceback.
+        if isinstance(error, GlmBatchError) and not isinstance(error, RayError):
+            text, advice, _ = str(error).partition(RAY_ADVICE)
+            return type(error)(text) if advice else error
         error = getattr(error, "cause", None) or error.__cause__
     return None
 

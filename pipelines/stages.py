@@ -13,14 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from glm_actors.model import SECONDS, ModelActor
 from glm_actors.preprocess import Preprocessor
 from models.engine.interface import EngineConfig
 from pipelines.commit import CommitRecord, Output
-from pipelines.plan import Plan, Unit
+from pipelines.plan import Plan, Unit, UnitSizes
 from pipelines.rows import UNIT, TaskSpec, count_rows, parse_unit, render_unit, task_runner, unit_table
 from pipelines.source import InputFile, Source
 
@@ -110,29 +110,26 @@ def infer(dataset: Dataset, engine: EngineConfig, workers: Workers) -> Dataset:
             max_tasks_in_flight_per_actor=UNITS_IN_ENGINE + 2,
             enable_true_multi_threading=True,
         ),
-        num_cpus=workers.cpus_each,
+        num_cpus=None if workers.gpus_per_replica else workers.cpus_each,
         num_gpus=workers.gpus_per_replica,
     )
 
 
 def parse(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
-    """Completions -> output columns. Ray fuses the next stage into the same tasks."""
+    """Completions -> output columns. Ray fuses this into the processes of the stage that follows."""
     return dataset.map_batches(
-        partial(parse_unit, spec),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=TaskPoolStrategy(workers.committers),
-        num_cpus=workers.cpus_each,
+        partial(parse_unit, spec), batch_size=None, batch_format="pyarrow", num_cpus=workers.cpus_each
     )
 
 
-def commit(dataset: Dataset, output: Output, plan: Plan, schema: pa.Schema, workers: Workers) -> Dataset:
+def commit(dataset: Dataset, output: Output, plan: Plan, spec: TaskSpec, workers: Workers) -> Dataset:
     """Output columns -> one small row for each committed unit: its commit record as JSON, its seconds in the engine."""
     return dataset.map_batches(
-        partial(_commit_unit, output, _UnitRows(plan), schema),
+        Committer,
+        fn_constructor_args=(output, plan.unit_sizes, spec),
         batch_size=None,
         batch_format="pyarrow",
-        compute=TaskPoolStrategy(workers.committers),
+        compute=ActorPoolStrategy(size=workers.committers),
         num_cpus=workers.cpus_each,
     )
 
@@ -152,20 +149,19 @@ def committed(dataset: Dataset) -> Iterable[tuple[CommitRecord, float]]:
             yield CommitRecord.from_json(row["record"]), row["seconds"]
 
 
-class _UnitRows:
-    """How many rows each unit has, for the check at the commit: a few bytes for each file, not for each unit."""
+class Committer:
+    """Commits units on a worker. An actor, because a task's process would start only when the first unit is ready."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._unit_rows = plan.unit_rows
-        self._file_rows = [planned.num_rows for planned in plan.files]
+    def __init__(self, output: Output, unit_sizes: UnitSizes, spec: TaskSpec) -> None:
+        self._output, self._unit_sizes, self._names = output, unit_sizes, spec.schema.names
+        task_runner(spec)  # for the parsing that Ray fuses into this process
 
-    def __getitem__(self, unit: int) -> int:
-        for num_rows in self._file_rows:
-            units = -(-num_rows // self._unit_rows)
-            if unit < units:
-                return min(self._unit_rows, num_rows - unit * self._unit_rows)
-            unit -= units
-        raise IndexError(unit)
+    def __call__(self, table: pa.Table) -> pa.Table:
+        units = table[UNIT].unique().to_pylist()
+        if len(units) != 1 or table.num_rows != self._unit_sizes[units[0]]:
+            raise RuntimeError(f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged units")
+        record = self._output.commit(units[0], table.select(self._names), count_rows(table))
+        return pa.table({"record": [record.to_json().decode()], "seconds": [table[SECONDS][0].as_py()]})
 
 
 def _read_unit(source: Source, file: InputFile, unit: Unit, earlier: dict[int, str]) -> list[pa.Table]:
@@ -175,15 +171,6 @@ def _read_unit(source: Source, file: InputFile, unit: Unit, earlier: dict[int, s
 def _build_renderer(spec: TaskSpec) -> Callable[[pa.Table], pa.Table]:
     task_runner(spec)  # the tokenizer is loaded while the actor starts
     return partial(render_unit, spec)
-
-
-def _commit_unit(output: Output, unit_rows: _UnitRows, schema: pa.Schema, table: pa.Table) -> pa.Table:
-    units = table[UNIT].unique().to_pylist()
-    if len(units) != 1 or table.num_rows != unit_rows[units[0]]:
-        raise RuntimeError(f"a block of {table.num_rows} rows of the units {units[:3]}: Ray did not keep a unit whole")
-    counts = count_rows(table)
-    record = output.commit(units[0], table.select(schema.names), counts)
-    return pa.table({"record": [record.to_json().decode()], "seconds": [table[SECONDS][0].as_py()]})
 
 
 def _select(names: list[str], table: pa.Table) -> pa.Table:

@@ -93,6 +93,7 @@ def test_units_cover_all_rows_exactly_once(
     assert all(0 < len(unit) <= unit_rows for unit in units)
     assert plan.num_units == len(units)
     assert [unit.index for unit in plan.units()] == list(range(len(units)))
+    assert [plan.unit_sizes[unit.index] for unit in plan.units()] == [len(unit) for unit in units]
 
 
 def test_units_can_be_read_in_any_order(tmp_path: Path) -> None:
