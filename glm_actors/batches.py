@@ -75,7 +75,7 @@ def request_table(row_keys: Sequence[str], requests: Sequence[Request | RowError
         {
             "row_key": pa.array(row_keys, pa.string()),
             "error_code": pa.array([error and error.code for error in errors], pa.string()),
-            "error_message": pa.array([error and error.message for error in errors], pa.string()),
+            "error_message": pa.array([error and _valid_text(error.message) for error in errors], pa.string()),
             "input_ids": _int_lists([None if request is None else request.input_ids for request in good]),
             "work": _work_column(good),
         }
@@ -144,8 +144,13 @@ def _merged_errors(table: pa.Table, rows: list[Completion | None]) -> tuple[pa.A
     codes, messages = table["error_code"].to_pylist(), table["error_message"].to_pylist()
     for index, row in enumerate(rows):
         if row is not None and row.error is not None:
-            codes[index], messages[index] = row.error.code, row.error.message
+            codes[index], messages[index] = row.error.code, _valid_text(row.error.message)
     return pa.array(codes, pa.string()), pa.array(messages, pa.string())
+
+
+def _valid_text(message: str) -> str:
+    """An error's text, which may quote what is wrong with a row: a lone surrogate, for which UTF-8 has no bytes."""
+    return message.encode(errors="backslashreplace").decode()
 
 
 def _completion_columns(rows: list[Completion | None]) -> dict[str, pa.Array]:

@@ -56,7 +56,7 @@ def run(job: Job, on_progress: OnProgress | None = None) -> Result:
 
     Raises ConfigError before anything starts for a job that cannot run, and EngineError when the engine gives up.
     """
-    work = _Work(job, on_progress)
+    work = _Work(on_progress)
     output = Output.at(job.output)
     work.tell("planning")
     prepared = prepare(job, output)
@@ -171,8 +171,7 @@ def _own_error(error: BaseException | None) -> GlmBatchError | None:
 class _Work:
     """Adds up what is committed, and reports it."""
 
-    def __init__(self, job: Job, on_progress: OnProgress | None) -> None:
-        self._job = job
+    def __init__(self, on_progress: OnProgress | None) -> None:
         self._on_progress = on_progress
         self._begun = time.monotonic()
         self._started: float | None = None

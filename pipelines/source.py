@@ -51,6 +51,11 @@ class InputFile:
         return SUFFIXES[os.path.splitext(self.path)[1]]
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that Python cannot hold: a date after the year 9999, a list with text that is not UTF-8."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowRange:
     """Rows [start, stop) of one file; for JSONL also the bytes [start_byte, stop_byte) they lie in."""
@@ -303,11 +308,11 @@ def decode_rows(table: pa.Table) -> list[Row | RowError]:
 
 
 def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Python values; a text that is not UTF-8 comes as its bytes."""
+    """Python values; a text that is not UTF-8 comes as its bytes, and what Python cannot hold as Unreadable."""
     try:
         values: list[Any] = column.to_pylist()
         return values
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         if not _is_text(column.type):
             return [_scalar_value(value) for value in column]
         raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
@@ -362,8 +367,8 @@ def _text_or_bytes(value: bytes | None) -> str | bytes | None:
 def _scalar_value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
-    except UnicodeDecodeError:
-        return b"\xff"  # nested text that is not UTF-8: whoever reads it sees bytes and says so
+    except (ValueError, OverflowError):
+        return Unreadable()
 
 
 def _complete(table: pa.Table, file: InputFile, rows: RowRange) -> pa.Table:

@@ -59,6 +59,11 @@ def test_failed_rows_are_passed_over_and_keep_their_place() -> None:
     assert str(found[0]) == "[bad_json] no"
 
 
+def test_an_error_may_quote_what_has_no_utf8() -> None:
+    table = request_table(["a"], [RowError("bad_json", "at \ud800")])
+    assert table["error_message"].to_pylist() == ["at \\ud800"]
+
+
 def test_a_table_of_errors_alone_has_the_same_types() -> None:
     error = RowError("bad_json", "no")
     bad, good = request_table(["a"], [error]), request_table(["k1"], [make_request(1)])

@@ -19,6 +19,7 @@ from models.errors import ConfigError, RowError
 from pipelines.job import CommitSection, Job, StorageSection, TaskConfig
 from pipelines.plan import Plan, choose_unit_rows, make_plan
 from pipelines.source import Source, decode_rows, key_text
+from pipelines.tasks import cell_text
 
 
 def make_job(*inputs: Path | str, unit_rows: Any = "auto", key: str | None = None, **changes: Any) -> Job:
@@ -234,6 +235,16 @@ def test_parquet_text_that_is_no_utf8_comes_as_bytes(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
     source, plan = planned(make_job(tmp_path / "a.parquet"))
     assert texts(source, plan) == [["good", b"\xff", None]]
+
+
+def test_a_date_that_python_cannot_hold_harms_its_own_row(tmp_path: Path) -> None:
+    dates = pa.array([0, 2**40, None], pa.timestamp("s"))
+    pq.write_table(pa.table({"text": dates}), tmp_path / "a.parquet", version="2.6")
+    source, plan = planned(make_job(tmp_path / "a.parquet"))
+    ((first, late, nothing),) = texts(source, plan)
+    assert (str(first), nothing) == ("1970-01-01 00:00:00", None)
+    with pytest.raises(RowError, match="wrong_type"):
+        cell_text({"text": late}, "text")
 
 
 @pytest.mark.parametrize(
