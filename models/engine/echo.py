@@ -52,7 +52,10 @@ class EchoEngine:
         self._aborted: list[Completion] = []
 
     def submit(self, requests: list[Request]) -> None:
+        """Queues requests; raises ValueError for an id that is in flight already."""
         for request in requests:
+            if request.id in self._waiting or any(request.id == completion.id for completion in self._aborted):
+                raise ValueError(f"request id {request.id!r} is in flight already")
             self._waiting[request.id] = request
 
     def step(self) -> list[Completion]:
