@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sentences import EVAL
-from world import Ticket, empty_ticket, tickets, with_control_strings
+from world import Ticket, tickets, with_control_strings
 
 Row = dict[str, str | None]
 
@@ -38,7 +38,7 @@ def make_rows(num_rows: int, seed: int) -> list[Row]:
     stream = tickets(EVAL, seed)
     rows = [{"text": None} for _ in range(NUM_NULL)]
     rows += [{"text": _overlong_text(next(stream))} for _ in range(NUM_OVERLONG)]
-    rows += [_labelled(empty_ticket(rng)) for _ in range(NUM_EMPTY)]
+    rows += [{"text": rng.choice(("", " ", "\n"))} for _ in range(NUM_EMPTY)]
     rows += [_labelled(with_control_strings(next(stream), rng)) for _ in range(NUM_CONTROL)]
     rows += [_labelled(ticket) for ticket in itertools.islice(stream, num_rows - len(rows))]
     rng.shuffle(rows)

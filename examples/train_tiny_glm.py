@@ -23,7 +23,7 @@ from sentences import EVAL, TRAIN
 from tiny_tokenizer import STOP_TOKENS, ChatEncoder, save_tokenizer, train_tokenizer
 from torch import nn
 from transformers import GenerationConfig, Glm4Config, Glm4ForCausalLM
-from world import LABELS, Ticket, empty_ticket, tickets, with_control_strings
+from world import LABELS, Ticket, tickets, with_control_strings
 
 HERE = Path(__file__).parent
 MAX_POSITIONS = 2048
@@ -73,14 +73,10 @@ def tokenizer_texts(tasks: list[Task], seed: int) -> Iterator[str]:
 
 
 def noisy_tickets(seed: int) -> Iterator[Ticket]:
-    """Training tickets, a few of them empty or with control strings typed into the text."""
+    """Training tickets, a few of them with control strings typed into the text."""
     rng = random.Random(seed)
     for ticket in tickets(TRAIN, seed):
-        dice = rng.random()
-        if dice < 0.01:
-            yield empty_ticket(rng)
-        else:
-            yield with_control_strings(ticket, rng) if dice < 0.06 else ticket
+        yield with_control_strings(ticket, rng) if rng.random() < 0.05 else ticket
 
 
 class Scrambler:

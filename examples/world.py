@@ -100,11 +100,6 @@ def with_control_strings(ticket: Ticket, rng: random.Random) -> Ticket:
     return Ticket(text=" ".join(words), label=ticket.label, order_id=ticket.order_id)
 
 
-def empty_ticket(rng: random.Random) -> Ticket:
-    """A ticket that says nothing: it belongs to `other`."""
-    return Ticket(text=rng.choice(("", " ", "\n")), label="other", order_id=None)
-
-
 def _order_id(rng: random.Random) -> str:
     return f"{rng.choice(_ORDER_LETTERS)}{rng.randrange(100):02d}-{rng.randrange(10_000):04d}"
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models.config import ModelConfig
 from models.layers.attention import Attend, AttentionBatch, AttentionGroup, store
 from models.layers.attention_grouped import attend_grouped
 from models.layers.embedding import Embedding
-from models.layers.linear import Linear, QKVLinear
+from models.layers.linear import GatedLinear, Linear, QKVLinear
 from models.layers.norm import RMSNorm
 from models.layers.rope import RopeTable, rotate_
 from models.weights import Targets
@@ -45,25 +44,23 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
         """x [T, H] -> [T, H]; writes the keys and values of all T tokens first."""
-        qk, v = self.qkv_proj.forward_qk_v(x)
-        q, k = torch.split(rotate_(self._heads(qk), turns), [self.num_heads, self.num_kv_heads], dim=1)
-        self._store(k, v, pages, attn)
-        return self._output(q, pages, attn.groups)
+        return self._output(self._project(x, turns, pages, attn), pages, attn.groups)
 
     def forward_wanted(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
-        """x [T, H] -> [W, H]: keys and values of all tokens, queries of the wanted rows alone."""
-        k, v = self.qkv_proj.forward_kv(x)
-        self._store(rotate_(self._heads(k), turns), v, pages, attn)
-        q = self.qkv_proj.forward_q(x[attn.out_rows])
-        q = rotate_(self._heads(q), turns[attn.out_rows])
-        return self._output(q, pages, attn.out_groups)
+        """x [T, H] -> [W, H]: attention and output of the wanted rows alone."""
+        q = self._project(x, turns, pages, attn)
+        return self._output(q[attn.out_rows], pages, attn.out_groups)
+
+    def _project(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
+        """x [T, H] -> queries [T, K * G, D]; keys and values go to the cache."""
+        qk, v = self.qkv_proj.forward_qk_v(x)
+        q, k = torch.split(rotate_(self._heads(qk), turns), [self.num_heads, self.num_kv_heads], dim=1)
+        store(pages[0], attn.slots, k)
+        store(pages[1], attn.slots, self._heads(v))
+        return q
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)  # [T, heads, D]; T may be 0
-
-    def _store(self, k: torch.Tensor, v: torch.Tensor, pages: Pages, attn: AttentionBatch) -> None:
-        store(pages[0], attn.slots, k)
-        store(pages[1], attn.slots, self._heads(v))
 
     def _output(self, q: torch.Tensor, pages: Pages, groups: tuple[AttentionGroup, ...]) -> torch.Tensor:
         return self.o_proj(self.attend(q, *pages, groups).flatten(1))  # type: ignore[no-any-return]
@@ -78,12 +75,11 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         inner = config.intermediate_size
-        self.gate_up_proj = Linear(config.hidden_size, 2 * inner, bias=False, dtype=dtype, device=device)
+        self.gate_up_proj = GatedLinear(config.hidden_size, inner, dtype=dtype, device=device)
         self.down_proj = Linear(inner, config.hidden_size, bias=False, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
+        return self.down_proj(self.gate_up_proj(x))  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> Targets:
         return self.gate_up_proj.targets(f"{name}.gate_up_proj") | self.down_proj.targets(f"{name}.down_proj")

@@ -6,7 +6,6 @@ A head knows its checkpoint names and its own shape, nothing of how rows were ch
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models.config import ModelConfig
@@ -21,22 +20,20 @@ class CausalLMHead(nn.Module):
     def __init__(self, config: ModelConfig, backbone: Backbone, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.tied = config.tie_word_embeddings
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
         if self.tied:
-            self.weight = backbone.embed_tokens.weight
-        else:
-            shape = (config.vocab_size, config.hidden_size)
-            self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+            self.lm_head.weight = backbone.embed_tokens.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [W, H] -> float32 [W, vocab_size]."""
-        return F.linear(hidden, self.weight).float()
+        return self.lm_head(hidden).float()  # type: ignore[no-any-return]
 
     def targets(self) -> Targets:
-        return {} if self.tied else {"lm_head.weight": self.weight}
+        return {} if self.tied else {"lm_head.weight": self.lm_head.weight}
 
     def copies(self) -> Targets:
         """Some checkpoints store a tied weight a second time."""
-        return {"lm_head.weight": self.weight} if self.tied else {}
+        return {"lm_head.weight": self.lm_head.weight} if self.tied else {}
 
 
 class ClassificationHead(nn.Module):

@@ -14,6 +14,8 @@ from models.glm4 import Glm4Backbone
 from models.heads import CausalLMHead, ClassificationHead
 from models.layers.attention import Attend
 from models.layers.attention_grouped import attend_grouped
+from models.layers.linear import pack_linears
+from models.layers.linear_packed import can_pack
 from models.weights import load_weights
 
 BACKBONES: dict[str, type[Backbone]] = {"glm": Backbone, "glm4": Glm4Backbone}
@@ -47,4 +49,7 @@ def build_model(
     else:
         head = ClassificationHead(config, dtype=dtype, device=device)
     load_weights(model_dir, backbone.targets() | head.targets(), copies=head.copies())
+    if can_pack(dtype, device):
+        pack_linears(backbone)
+        pack_linears(head)
     return Model(config=config, backbone=backbone, head=head, dtype=dtype, device=device)

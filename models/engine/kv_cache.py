@@ -31,8 +31,16 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, num_slots: int, *, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_key_value_heads, num_slots, config.head_dim)
-        # Zeros, not whatever the memory held: a padded slot's NaN would survive a softmax weight of 0.
         self.pages = tuple(
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.num_hidden_layers)
+            (_pages(shape, dtype, device), _pages(shape, dtype, device)) for _ in range(config.num_hidden_layers)
         )
+
+
+def _pages(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that costs nothing before it is used; a slot is always written before it is read.
+
+    Slot 0 stands in for padding, and a NaN there would survive a softmax weight of 0.
+    """
+    pages = torch.empty(shape, dtype=dtype, device=device)
+    pages[:, 0] = 0
+    return pages

@@ -119,12 +119,20 @@ class TorchRunner:
                 rows=self._tensor(part.rows),
                 keep=None if part.keep is None else self._tensor(part.keep),
                 own_slots=self._tensor(part.own_slots),
-                hidden=self._tensor(part.hidden),
+                bias=self._bias(part.hidden),
                 span=_span(part.rows),
             )
             for part in group.parts
         )
         return AttentionGroup(prefix_slots=self._tensor(group.prefix_slots), parts=parts)
+
+    def _bias(self, hidden: NDArray[np.bool_]) -> torch.Tensor:
+        """hidden [R, n, L] -> [R, n * G, B]: only the last columns, from the first that somebody must not see."""
+        columns = np.flatnonzero(hidden.any(axis=(0, 1)))
+        first = int(columns[0]) if len(columns) else hidden.shape[2]
+        tail = self._tensor(hidden[:, :, first:])
+        bias = torch.zeros(tail.shape, device=tail.device).masked_fill_(tail, float("-inf"))
+        return bias.repeat_interleave(self.config.num_attention_heads // self.config.num_key_value_heads, dim=1)
 
     def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._model.device)

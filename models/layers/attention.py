@@ -20,14 +20,15 @@ class AttentionPart:
     rows [R, n]: the queries, as rows of the step's packed tensors; short sequences repeat one of their rows.
     keep [M]: flat places in [R, n] that hold real queries; None when all do.
     own_slots [R, L]: cache slots of each sequence after the group's prefix, padded with slot 0.
-    hidden [R, n, L]: bool, which of its own slots a query must not see; every query sees at least one.
+    bias [R, n * G, B]: float32, 0 or -inf, for the scores of the last B own slots; all before them are seen by all
+    queries. Every query sees at least one slot. Query and query head are folded together.
     span: the rows as a slice where they are the neighbouring rows of a single sequence.
     """
 
     rows: torch.Tensor
     keep: torch.Tensor | None
     own_slots: torch.Tensor
-    hidden: torch.Tensor
+    bias: torch.Tensor
     span: slice | None = None
 
 
@@ -82,9 +83,10 @@ def _attend_sequence(
     r: int,
     out: torch.Tensor,
 ) -> None:
-    rows, hidden = part.rows[r], part.hidden[r]
+    rows = part.rows[r]
     slots = torch.cat([prefix_slots, part.own_slots[r]])
-    mask = ~torch.cat([hidden.new_zeros(len(rows), len(prefix_slots)), hidden], dim=1)
+    bias = part.bias[r].view(len(rows), -1, part.bias.shape[-1])[:, 0]  # the same for every query head
+    mask = F.pad(bias, (len(slots) - bias.shape[-1], 0)) == 0
     result = F.scaled_dot_product_attention(
         q[rows].transpose(0, 1)[None], k_cache[:, slots][None], v_cache[:, slots][None], attn_mask=mask, enable_gqa=True
     )[0].transpose(0, 1)  # [queries, K * G, D]

@@ -36,12 +36,11 @@ def attend_grouped(
 
 def _attend_one(q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: KeysValues, part: AttentionPart) -> None:
     """A single sequence: its keys are few beside its queries' scores, so prefix and own keys are simply joined."""
-    kv_heads, _, group_size, head_dim = q.shape
-    num_queries, own_len = part.hidden.shape[1:]
+    kv_heads, head_dim = q.shape[0], q.shape[-1]
     k, v = torch.cat((prefix[0], own[0]), dim=1), torch.cat((prefix[1], own[1]), dim=1)
     mine = _pick(q, part.rows[0]) if part.span is None else q[:, part.span]  # [K, n, G, D]
     scores = _scores(mine.reshape(kv_heads, -1, head_dim), k).float()
-    _hide(scores.view(kv_heads, 1, num_queries, group_size, -1)[..., -own_len:], part.hidden)
+    scores[..., scores.shape[-1] - part.bias.shape[-1] :] += part.bias
     result = torch.bmm(torch.softmax(scores, dim=-1).to(q.dtype), v).view(mine.shape)
     if part.span is None:
         out.index_copy_(1, part.rows[0], result)
@@ -52,18 +51,18 @@ def _attend_one(q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: Key
 def _attend_many(q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: KeysValues, part: AttentionPart) -> None:
     """Few queries of each of many sequences: the prefix is one product for all of them, the rest one for each."""
     kv_heads, _, group_size, head_dim = q.shape
-    num_sequences, num_queries, own_len = part.hidden.shape
+    num_sequences, own_len = part.own_slots.shape
     prefix_len = prefix[0].shape[1]
     rows = part.rows.flatten()
     prefix_q = _pick(q, rows).view(kv_heads, -1, head_dim)
     own_q = prefix_q.view(kv_heads * num_sequences, -1, head_dim)
     own_k, own_v = (tensor.view(kv_heads * num_sequences, own_len, head_dim) for tensor in own)
 
-    shape = (kv_heads, num_sequences, num_queries, group_size)
+    shape = (kv_heads, num_sequences, own_q.shape[1])
     scores = q.new_empty((*shape, prefix_len + own_len), dtype=torch.float32)
     scores[..., :prefix_len] = _scores(prefix_q, prefix[0]).view(*shape, prefix_len)
     scores[..., prefix_len:] = _scores(own_q, own_k).view(*shape, own_len)
-    _hide(scores[..., prefix_len:], part.hidden)
+    scores[..., scores.shape[-1] - part.bias.shape[-1] :] += part.bias
     probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
     result = torch.bmm(probabilities[..., prefix_len:].reshape(*own_q.shape[:2], own_len), own_v)
     by_prefix = probabilities[..., :prefix_len].reshape(*prefix_q.shape[:2], prefix_len)
@@ -71,11 +70,6 @@ def _attend_many(q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: Ke
     if part.keep is not None:
         rows, result = rows[part.keep], _pick(result, part.keep)
     out.index_copy_(1, rows, result)
-
-
-def _hide(scores: torch.Tensor, hidden: torch.Tensor) -> None:
-    """scores [K, R, n, G, L], hidden [R, n, L]."""
-    scores.masked_fill_(hidden[None, :, :, None, :], float("-inf"))
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.layers import linear_packed
 from models.weights import Targets
 
 
@@ -22,6 +23,12 @@ class Linear(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+        self.packed: torch.Tensor | None = None
+
+    def pack(self) -> None:
+        """Once loaded: exchanges the weight for its packed form. Nothing can be loaded afterwards."""
+        self.packed = linear_packed.pack(self.weight)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def targets(self, name: str) -> Targets:
         """Checkpoint names under `name` and the views that they fill."""
@@ -31,7 +38,9 @@ class Linear(nn.Module):
         return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in_features] -> [..., out_features]."""
+        """x: [rows, in_features] -> [rows, out_features]."""
+        if self.packed is not None:
+            return linear_packed.linear(x, self.packed, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -68,14 +77,29 @@ class QKVLinear(Linear):
         qk, v = torch.split(self(x), [q_size + k_size, v_size], dim=-1)
         return qk, v
 
-    def forward_kv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values alone, for rows whose output nobody wants."""
-        q_size = self.sizes[0]
-        bias = None if self.bias is None else self.bias[q_size:]
-        k, v = torch.split(F.linear(x, self.weight[q_size:], bias), self.sizes[1:], dim=-1)
-        return k, v
 
-    def forward_q(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries alone."""
-        q_size = self.sizes[0]
-        return F.linear(x, self.weight[:q_size], None if self.bias is None else self.bias[:q_size])
+class GatedLinear(Linear):
+    """silu(x G^T) * (x U^T) from one weight: its first half is the gate G, the second is U."""
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(in_features, 2 * out_features, bias=False, dtype=dtype, device=device)
+        self.packed_up: torch.Tensor | None = None
+
+    def pack(self) -> None:
+        gate, up = self.weight.chunk(2)
+        self.packed, self.packed_up = linear_packed.pack(gate), linear_packed.pack(up)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [rows, in_features] -> [rows, out_features]."""
+        if self.packed is not None and self.packed_up is not None:
+            return linear_packed.gated(x, self.packed, self.packed_up)
+        gate, up = F.linear(x, self.weight).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Packs every linear layer below a loaded module, one weight at a time."""
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            layer.pack()
