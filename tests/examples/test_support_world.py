@@ -114,7 +114,7 @@ def test_every_file_holds_bad_rows_and_only_those_lack_gold(shards: dict[Path, l
     for part in shards.values():
         for row in part:
             text, gold = row["text"], [row["gold_label"], row["gold_order"], row["gold_reply"]]
-            must_fail = text is None or len(text) > make_shards.OVERLONG_CHARS
+            must_fail = not (text or "").strip() or len(text or "") > make_shards.OVERLONG_CHARS
             assert gold == [None] * 3 if must_fail else None not in gold, row["id"]
             kinds["null"] += text is None
             kinds["overlong"] += must_fail and text is not None
