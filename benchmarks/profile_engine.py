@@ -19,7 +19,7 @@ from benchmarks.compare import BUILD
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.systems.harness import Plan
 from benchmarks.systems.torch_engine import TorchSystem
-from benchmarks.workload import DEFAULT_ROWS, WorkKind, read_rows, write_rows
+from benchmarks.workload import WorkKind, read_rows, write_rows
 
 PURPOSES = {
     "linear layers": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
@@ -34,12 +34,12 @@ PURPOSE_OF = {operator: purpose for purpose, operators in PURPOSES.items() for o
 
 def main(
     work: Annotated[str, typer.Option(help="choose or generate")] = "choose",
-    rows: Annotated[int | None, typer.Option(min=2, help="rows instead of 512 (choose) and 64 (generate)")] = None,
+    rows: Annotated[int, typer.Option(min=2)] = 64,
 ) -> None:
     """Profiles one pass with fresh rows after a warm-up pass and prints the shares."""
     kind: WorkKind = "generate" if work == "generate" else "choose"
     model_dir = make_mid_model(BUILD / "mid")
-    files = [write_rows(model_dir, kind, rows or DEFAULT_ROWS[kind], i, BUILD) for i in range(2)]
+    files = [write_rows(model_dir, kind, rows, i, BUILD) for i in range(2)]
     system = TorchSystem(Plan(work=kind, model_dir=str(model_dir), row_files=list(map(str, files)), options={}))
     system.run(read_rows(files[0]))
     begin = time.perf_counter()
