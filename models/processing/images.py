@@ -114,10 +114,15 @@ def _check_pixels(width: int, height: int, limit: int) -> None:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:
-    """(width, height) of an extended WEBP file, for which Pillow sets up its canvas while it opens; else (0, 0)."""
-    if len(data) < 30 or data[:4] != b"RIFF" or data[8:16] != b"WEBPVP8X":
+    """(width, height) of a WEBP file, for which Pillow sets up its canvas while it opens; (0, 0) of other files."""
+    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return 0, 0
-    return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if data[12:16] == b"VP8X":  # extended: 24 bits each, less one
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if data[12:16] == b"VP8L":  # lossless: 14 bits each, less one
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
 
 
 def _orientation(image: Image.Image) -> int:

@@ -73,6 +73,7 @@ class PatchWriter:
 
 def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Frame:
     """The frame at another size, by the bicubic filter with antialiasing; itself when it has that size."""
+    frame = np.require(frame, requirements=["C_CONTIGUOUS", "WRITEABLE"])  # torch takes no other memory; may copy
     if frame.shape[:2] == (height, width):
         return frame
     if resampling == "pil":
