@@ -24,12 +24,13 @@ def smart_resize(num_frames: int, height: int, width: int, config: ImageProcesso
     one side is more than 200 times the other.
     """
     factor = config.factor
+    source = f"{width}x{height}"
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise RowError(
-            "media_aspect_ratio", f"one side is more than {MAX_ASPECT_RATIO} times the other at {width}x{height} pixels"
+            "media_aspect_ratio", f"at {source} pixels one side is more than {MAX_ASPECT_RATIO} times the other; cut it"
         )
     even_frames = round(num_frames / config.temporal_patch_size) * config.temporal_patch_size
     rounded = round(height / factor) * factor, round(width / factor) * factor

@@ -90,12 +90,14 @@ class ImageProcessorConfig:
 class VideoProcessorConfig(ImageProcessorConfig):
     """How videos become patches: all sampled frames share one budget.
 
-    `fps` frames are taken of each second; of a clip longer than `max_duration_s`, max_duration_s * fps in all.
+    `fps` frames are taken of each second; of a clip longer than `max_duration_s`, max_duration_s * fps in all. A decoder
+    holds several source frames, so their limit is lower than an image's: 8K.
     """
 
     max_pixels: int = 28 * 28 * 2 * 30000
     fps: float = 2
     max_duration_s: float = 300
+    max_source_pixels: int = DEFAULT_MAX_SOURCE_PIXELS // 2
 
     def __post_init__(self) -> None:
         # No super(): the decorator's slots make a new class, which the implicit form does not find in Python 3.11.

@@ -114,10 +114,15 @@ def scan_video(data: bytes, *, max_source_pixels: int) -> VideoInfo:
         for packet in _packets(container, stream):
             times.append(_UNKNOWN if packet.pts is None else packet.pts)
             flags.append(_KEY * packet.is_keyframe | _HIDDEN * packet.is_discard)
-        if any(entry.pos + entry.size > len(data) for entry in stream.index_entries):
+        if _cut_off(container, stream, len(data)):
             raise RowError("bad_video", "the video is cut off: its index points past its end")
         rate = stream.average_rate or stream.guessed_rate
     return _info(np.array(times, np.int64), np.frombuffer(flags, np.uint8), float(rate or 0))
+
+
+def _cut_off(container: InputContainer, stream: VideoStream, size: int) -> bool:
+    """Whether an MP4 or MOV file lacks the end of what its index lists; other containers have no such index."""
+    return "mp4" in container.format.name and any(entry.pos + entry.size > size for entry in stream.index_entries)
 
 
 def _info(times: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8], fps: float) -> VideoInfo:
