@@ -90,8 +90,8 @@ class ImageProcessorConfig:
 class VideoProcessorConfig(ImageProcessorConfig):
     """How videos become patches: all sampled frames share one budget.
 
-    `fps` frames are taken of each second; of a clip longer than `max_duration_s`, max_duration_s * fps in all. A decoder
-    holds several source frames, so their limit is lower than an image's: 8K.
+    `fps` frames are taken of each second; of a clip longer than `max_duration_s`, max_duration_s * fps in all. A
+    decoder holds several source frames, so their limit is lower than an image's: 8K.
     """
 
     max_pixels: int = 28 * 28 * 2 * 30000

@@ -65,9 +65,7 @@ def hf_expand(text: str, images: list[Grid], videos: list[Grid], metadata: list[
     video_inputs = {"video_grid_thw": np.array(videos), "video_metadata": metadata}
     image_texts = (Glm4vProcessor.replace_image_token(processor, image_inputs, k) for k in range(len(images)))
     video_texts = (Glm4vProcessor.replace_video_token(processor, video_inputs, k) for k in range(len(videos)))
-    return re.sub(
-        r"<\|(image|video)\|>", lambda match: next(image_texts if match[1] == "image" else video_texts), text
-    )
+    return re.sub(r"<\|(image|video)\|>", lambda match: next(image_texts if match[1] == "image" else video_texts), text)
 
 
 def random_media(chance: random.Random) -> tuple[str, list[Grid], list[Grid], list[VideoMetadata]]:
@@ -97,9 +95,7 @@ def spans_of(videos: list[Grid], metadata: list[VideoMetadata]) -> list[VideoSpa
     ]
 
 
-def hf_positions(
-    types: list[int], images: list[Grid], videos: list[Grid], padding: int = 0
-) -> tuple[np.ndarray, int]:
+def hf_positions(types: list[int], images: list[Grid], videos: list[Grid], padding: int = 0) -> tuple[np.ndarray, int]:
     """Positions and rope_delta by the published model, for a prompt with `padding` tokens before it."""
     model: Any = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)))
     model.get_vision_position_ids = MethodType(Glm4vModel.get_vision_position_ids, model)
