@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from models.processing.patches import Frame, MediaPatches, PatchWriter
 
 # Containers that hold their own data; playlists, image sequences and devices are not among them.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
+OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}  # nothing beyond the bytes can be opened
 FPS_OF_A_STILL = 24.0  # one frame may come without a rate; it is shown at second 0 at any
 
 _KEY, _HIDDEN = 1, 2  # a packet's flags; an edit list hides what is decoded only because later frames need it
@@ -198,19 +199,12 @@ def _open(data: bytes, max_source_pixels: int) -> Iterator[tuple[InputContainer,
     """The container and its first real video stream; failures inside become RowErrors."""
     if not data:
         raise RowError("bad_video", "the video has zero bytes")
-    options = {"protocol_whitelist": "", "format_whitelist": CONTAINERS}
     try:
-        with av.open(
-            io.BytesIO(data), "r", container_options=options, metadata_errors="replace", io_open=_refuse
-        ) as container:
+        with av.open(io.BytesIO(data), "r", container_options=OPEN_OPTIONS, metadata_errors="replace") as container:
             yield container, _video_stream(container, max_source_pixels)
     except av.FFmpegError as error:
         text = error.strerror or str(error)
         raise RowError("bad_video", f"the video is damaged, cut off, or in no known container: {text}") from error
-
-
-def _refuse(url: str, flags: int, options: Mapping[str, str]) -> None:
-    raise PermissionError(f"a video may not open other files: {url}")
 
 
 def _video_stream(container: InputContainer, max_source_pixels: int) -> VideoStream:
