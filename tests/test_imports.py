@@ -26,7 +26,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 TORCH_FREE = [
     "models", "models.config", "models.errors", "models.engine", "models.engine.request", "models.engine.interface",
     "models.engine.scheduler", "models.engine.block_manager", "models.engine.echo", "models.processing.tokenizer",
-    "models.processing.chat",
+    "models.processing.chat", "models.processing.media_config", "models.processing.budget",
+    "models.processing.positions", "models.processing.images", "models.processing.video",
 ]  # fmt: skip
 DRIVER = sorted(
     ".".join(path.with_suffix("").parts) for path in FILES if path.parts[0] == "jobs" and path.name != "__init__.py"

@@ -1,0 +1,106 @@
+"""RGB frames to the patches that travel to the model: resized, cut, one byte per value, each frame once.
+
+Owns the resampling arithmetic, the order of the patches and their normalisation. Knows nothing of files and formats.
+Torch is imported where it is used: only the processes that handle media need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from models.processing.budget import Grid
+from models.processing.media_config import NUM_CHANNELS, ImageProcessorConfig, Resampling
+
+if TYPE_CHECKING:
+    import torch
+
+Frame = npt.NDArray[np.uint8]  # [height, width, 3]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaPatches:
+    """One image or video, ready for the vision tower.
+
+    `patches` is uint8 [t * h * w, 3 * frames * patch * patch] for the grid (t, h, w), merge block by merge block; an
+    image holds its frame once, a group of a video its temporal_patch_size frames. `digest` names the content and the
+    processor's configuration. `timestamps` are the seconds of a video's groups, empty for an image.
+    """
+
+    patches: npt.NDArray[np.uint8]
+    grid: Grid
+    digest: str
+    timestamps: tuple[float, ...] = ()
+
+
+class PatchWriter:
+    """Resizes frames and cuts them into place, one at a time: no more than one source frame is held.
+
+    `frames_per_patch` is 1 for an image and temporal_patch_size for a video.
+    """
+
+    def __init__(self, grid: Grid, frames_per_patch: int, config: ImageProcessorConfig) -> None:
+        groups, height, width = grid
+        self._config = config
+        self._grid = grid
+        self._frames_per_patch = frames_per_patch
+        merge, patch = config.merge_size, config.patch_size
+        blocks = (height // merge, width // merge, merge, merge)
+        self._patches = np.empty((groups, *blocks, NUM_CHANNELS, frames_per_patch, patch, patch), np.uint8)
+
+    def write(self, position: int, frame: Frame) -> None:
+        """Takes over the frame that comes at `position` (from 0) in its clip."""
+        _, height, width = self._grid
+        merge, patch = self._config.merge_size, self._config.patch_size
+        frame = resize(frame, height * patch, width * patch, self._config.resampling)
+        group, slot = divmod(position, self._frames_per_patch)
+        pieces = frame.reshape(height // merge, merge, patch, width // merge, merge, patch, NUM_CHANNELS)
+        self._patches[group, ..., slot, :, :] = pieces.transpose(0, 3, 1, 4, 6, 2, 5)
+
+    def finish(self, timestamps: tuple[float, ...] = ()) -> MediaPatches:
+        """The patches of all frames written."""
+        groups, height, width = self._grid
+        patches = self._patches.reshape(groups * height * width, -1)
+        digest = hashlib.sha256(f"{self._grid} {self._config.fingerprint}".encode())
+        digest.update(patches.data)
+        return MediaPatches(patches=patches, grid=self._grid, digest=digest.hexdigest(), timestamps=timestamps)
+
+
+def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Frame:
+    """The frame at another size, by the bicubic filter with antialiasing; itself when it has that size."""
+    frame = np.require(frame, requirements=["C_CONTIGUOUS", "WRITEABLE"])  # torch takes no other memory; may copy
+    if frame.shape[:2] == (height, width):
+        return frame
+    if resampling == "pil":
+        return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+    import torch
+
+    source = torch.from_numpy(frame).permute(2, 0, 1)[None]  # [1, 3, height, width], a view
+    resized = torch.nn.functional.interpolate(
+        source, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    result: Frame = resized[0].permute(1, 2, 0).numpy()
+    return result
+
+
+def pixel_values(patches: torch.Tensor, config: ImageProcessorConfig) -> torch.Tensor:
+    """uint8 patches, as in MediaPatches, to the published processor's float32 [patches, 3 * frames * patch * patch].
+
+    Normalised by mean and standard deviation, in one step on values from 0 to 255; an image's frame is repeated
+    temporal_patch_size times.
+    """
+    import torch
+
+    area = config.patch_size**2
+    values = patches.view(len(patches), NUM_CHANNELS, -1, area).to(torch.float32)
+    mean, std = (
+        (torch.tensor(numbers, device=patches.device) * (1.0 / config.rescale_factor)).view(1, -1, 1, 1)
+        for numbers in (config.image_mean, config.image_std)
+    )
+    values = ((values - mean) / std).expand(-1, -1, config.temporal_patch_size, -1)
+    return values.reshape(len(patches), -1)
