@@ -23,7 +23,7 @@ from models.errors import ConfigError
 from pipelines.job import Job, TaskConfig
 from pipelines.schema import output_schema
 from pipelines.source import InputFile, Source
-from pipelines.tasks import PromptTemplate, TaskRunner, check_schema, input_columns, longest_context, problem_type
+from pipelines.tasks import PromptTemplate, TaskRunner, check_schema, input_columns
 
 HEADS = {
     "choose": "causal_lm",
@@ -282,7 +282,7 @@ def column_uses(job: Job) -> Iterator[tuple[str, str]]:
 
 def _limit_problems(job: Job, config: ModelConfig) -> Iterator[Problem]:
     """Engine settings that this checkpoint does not take."""
-    limit, longest = job.engine.max_model_len, longest_context(config)
+    limit, longest = job.engine.max_model_len, config.longest_context
     if limit != "auto" and limit > longest:
         message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
         yield Problem(key="engine.max_model_len", message=message)
@@ -298,9 +298,9 @@ def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:
     if config.head != wanted:
         kinds = [name for name, head in HEADS.items() if head == config.head]
         yield f"{file} says {config.architecture}, which can {_listing((*kinds, 'embed'))}, but not {kind}"
-    elif kind == "classify" and problem_type(config) == "regression" and config.num_labels > 1:
+    elif kind == "classify" and config.inferred_problem_type == "regression" and config.num_labels > 1:
         yield f"{file}: a regression with {config.num_labels} values is not supported, only with one"
-    elif kind == "classify" and problem_type(config) == "regression" and job.task.gold is not None:
+    elif kind == "classify" and config.inferred_problem_type == "regression" and job.task.gold is not None:
         yield f"{file}: a regression has no right and wrong, so that accuracy cannot be told; remove task.gold"
 
 

@@ -202,6 +202,18 @@ class ModelConfig:
     media_tokens: MediaTokens | None = None
 
     @property
+    def longest_context(self) -> int:
+        """The most tokens, prompt and answer together, that it was made for, or was stretched to by its rope."""
+        return max(self.max_position_embeddings, int(self.rope.original_max_position_embeddings * self.rope.factor))
+
+    @property
+    def inferred_problem_type(self) -> ProblemType:
+        """As config.json says; else by the number of labels, as training would have inferred it."""
+        if self.problem_type is not None:
+            return self.problem_type
+        return "regression" if self.num_labels == 1 else "single_label_classification"
+
+    @property
     def num_parameters(self) -> int:
         """Weights of the whole network, the head included."""
         hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads

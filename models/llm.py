@@ -69,11 +69,12 @@ class LLM:
         self._chat: Chat | None = None
         self._ids = itertools.count()
 
-    def chat(self, messages: Messages, *, thinking: bool = False, **sampling: Any) -> str:
-        """The assistant's answer; without its reasoning when `thinking`."""
-        ids = self._chat_template().prompt_ids(_messages(messages), thinking=thinking)
-        (output,) = self.generate(ids, **{"n": 1, **sampling})
-        return self._chat_template().split_reasoning(output.text, thinking=thinking)[1]
+    def chat(self, messages: Messages, *, thinking: bool = False, **options: Any) -> str:
+        """The assistant's answer, without its reasoning when `thinking`; `options` are those of `generate`."""
+        chat = self._chat_template()
+        start_answer = "schema" in options or "regex" in options
+        ids = chat.prompt_ids(_messages(messages), thinking=thinking, start_answer=start_answer)
+        return chat.split_reasoning(self.generate(ids, **options, n=1)[0].text, thinking=thinking)[1]
 
     def generate(
         self,
@@ -113,12 +114,13 @@ class LLM:
     def classify(self, text: Prompt) -> dict[str, float]:
         """Class probabilities (or the raw value for regression) of raw text by a sequence-classification head."""
         logits = self._array(text, Classify()).astype(np.float64)
-        if self.config.problem_type == "regression" or len(logits) == 1:
-            scores = logits
-        elif self.config.problem_type == "multi_label_classification":
-            scores = 1 / (1 + np.exp(-logits))
-        else:
-            scores = _softmax(logits)
+        match self.config.inferred_problem_type:
+            case "regression":
+                scores = logits
+            case "multi_label_classification":
+                scores = 1 / (1 + np.exp(-logits))
+            case "single_label_classification":
+                scores = _softmax(logits)
         return dict(zip(self.config.id2label, scores.tolist(), strict=True))
 
     def tag(self, text: str) -> list[TaggedToken]:
@@ -149,7 +151,7 @@ class LLM:
         """Runs requests together, in their order. Raises the RowError of the first that failed."""
         self.engine.submit(requests)
         done: dict[str, Completion] = {}
-        while len(done) < len(requests):
+        while not all(request.id in done for request in requests):  # others may be left of an interrupted call
             done |= {completion.id: completion for completion in self.engine.step()}
         completions = [done[request.id] for request in requests]
         for completion in completions:

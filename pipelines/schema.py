@@ -13,7 +13,7 @@ import pyarrow as pa
 from models.config import ModelConfig
 from models.errors import ConfigError
 from pipelines.job import Job
-from pipelines.tasks import TASK_COLUMNS, TOKEN_COLUMNS, problem_type
+from pipelines.tasks import TASK_COLUMNS, TOKEN_COLUMNS
 
 ROW_COLUMNS: dict[str, pa.DataType] = {
     "row_key": pa.string(),
@@ -61,7 +61,7 @@ def _types(job: Job, config: ModelConfig) -> tuple[pa.DataType, ...]:
             return (pa.string(),)
         case "classify":
             label = {"regression": pa.float64(), "multi_label_classification": pa.list_(pa.string())}
-            return pa.list_(pa.float64()), label.get(problem_type(config), pa.string())
+            return pa.list_(pa.float64()), label.get(config.inferred_problem_type, pa.string())
         case "tag":
             return (pa.list_(TOKEN),)
         case "embed":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.config import ModelConfig, ProblemType, load_config
+from models.config import load_config
 from models.engine.request import (
     Choose,
     Classify,
@@ -126,18 +126,6 @@ def uses_chat(task: TaskConfig) -> bool:
     return task.kind in CHAT_KINDS or task.system is not None or task.messages is not None
 
 
-def problem_type(config: ModelConfig) -> ProblemType:
-    """As config.json says; else by the number of labels, as training would have inferred it."""
-    if config.problem_type is not None:
-        return config.problem_type
-    return "regression" if config.num_labels == 1 else "single_label_classification"
-
-
-def longest_context(config: ModelConfig) -> int:
-    """The most tokens, prompt and answer together, that a checkpoint was made for, or was stretched to by its rope."""
-    return max(config.max_position_embeddings, int(config.rope.original_max_position_embeddings * config.rope.factor))
-
-
 class TaskRunner:
     """One job's task on one worker: built once from the job and its checkpoint, then asked row by row.
 
@@ -148,13 +136,13 @@ class TaskRunner:
         self._job = job
         self._task = job.task
         self._config = load_config(model_dir)
-        self._problem_type = problem_type(self._config)
+        self._problem_type = self._config.inferred_problem_type
         self._template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
         self._chat = Chat.from_dir(model_dir) if uses_chat(job.task) else None
         self._tokenizer = self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
         self.work: Work = self._build_work()
         limit = job.engine.max_model_len
-        self._max_model_len = longest_context(self._config) if limit == "auto" else limit
+        self._max_model_len = self._config.longest_context if limit == "auto" else limit
         self._reserved = self._tokens_after_prompt()
         self._null_columns: Columns = dict.fromkeys((*TASK_COLUMNS[job.task.kind], *TOKEN_COLUMNS))
 

@@ -194,20 +194,21 @@ def _parts(segments: list[Segment], prefix_len: int, num_heads: int) -> Iterator
                 yield _single(piece, prefix_len)
     short.sort(key=lambda segment: len(segment.slots))
     bunch: list[Segment] = []
+    num_queries = 0
     for segment in short:
-        if bunch and not _fits(bunch, segment, prefix_len, num_heads):
+        num_queries = max(num_queries, len(segment.rows))
+        if bunch and not _fits(bunch, num_queries, len(segment.slots), prefix_len, num_heads):
             yield _padded(bunch, prefix_len)
-            bunch = []
+            bunch, num_queries = [], len(segment.rows)
         bunch.append(segment)
     if bunch:
         yield _padded(bunch, prefix_len)
 
 
-def _fits(bunch: list[Segment], segment: Segment, prefix_len: int, num_heads: int) -> bool:
-    """Padding may cost a quarter (or 64 keys), and the scores must stay small."""
-    first, now = len(bunch[0].slots) - prefix_len, len(segment.slots) - prefix_len
-    num_queries = max(len(other.rows) for other in (*bunch, segment))
-    scores = (len(bunch) + 1) * num_queries * num_heads * len(segment.slots)
+def _fits(bunch: list[Segment], num_queries: int, num_keys: int, prefix_len: int, num_heads: int) -> bool:
+    """Whether one more may join: padding may cost a quarter (or 64 keys), and the scores must stay small."""
+    first, now = len(bunch[0].slots) - prefix_len, num_keys - prefix_len
+    scores = (len(bunch) + 1) * num_queries * num_heads * num_keys
     return now <= max(first * 5 // 4, first + 64) and scores <= MAX_SCORES
 
 

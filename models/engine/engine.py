@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.config import ModelConfig
+from models.config import ModelConfig, load_config
 from models.engine.batch import Wanted, build_batch
 from models.engine.block_manager import BlockManager
 from models.engine.choice_tree import ChoiceTree
@@ -78,7 +78,6 @@ class TorchEngine:
         self._runner = runner
         blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching)
         self.scheduler = Scheduler(blocks, max_step_tokens=limits.max_step_tokens, max_num_seqs=limits.max_num_seqs)
-        self._trees: dict[Choose, ChoiceTree] = {}
         self._pending: dict[str, _Pending] = {}
         self._ready: deque[Completion] = deque()
 
@@ -95,6 +94,7 @@ class TorchEngine:
         dtype = resolve_dtype(config, device)
         model = build_model(config.model, dtype=dtype, device=device)
         limits = resolve_limits(config, model.config, dtype, device)
+        tokenizer.eos_token_ids = _end_ids(tokenizer, model.config)
         encoder = None
         if model.vision:
             encoder = MediaEncoder(model.vision, device=device, max_bytes=limits.media_cache_bytes)
@@ -102,10 +102,13 @@ class TorchEngine:
         return cls(runner, tokenizer, limits)
 
     def submit(self, requests: list[Request]) -> None:
-        """Queues requests; raises ValueError for an id that is in flight already."""
+        """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
+        known = self._pending.keys() | {completion.id for completion in self._ready}
         for request in requests:
-            if request.id in self._pending:
+            if request.id in known:
                 raise ValueError(f"request id {request.id!r} is in flight already")
+            known.add(request.id)
+        for request in requests:
             try:
                 pending = self._admit(request)
             except RowError as error:
@@ -147,12 +150,12 @@ class TorchEngine:
         return bool(self._pending or self._ready)
 
     def close(self) -> None:
-        """Ends everything in flight without completions and lets the model's memory go."""
+        """Ends everything in flight without completions and lets the model's memory go; once more does nothing."""
         for pending in self._pending.values():
             self._drop(pending)
         self._pending.clear()
         self._ready.clear()
-        del self._runner
+        self.__dict__.pop("_runner", None)
 
     # From a request to sequences
 
@@ -171,7 +174,7 @@ class TorchEngine:
                     pending.sequences.append(self._sequence(request, prompt, media, sample_index=i))
                 return pending
             case Choose():
-                tree = self._tree(request.work)
+                tree = choice_tree(request.work)
                 tokens = prompt + list(tree.tokens)
                 sequence = self._sequence(request, tokens, media, num_prompt=len(prompt), tree=tree)
             case _:
@@ -215,11 +218,6 @@ class TorchEngine:
     def _constraints(self) -> Constraints:
         return Constraints(self.tokenizer)
 
-    def _tree(self, work: Choose) -> ChoiceTree:
-        if work not in self._trees:
-            self._trees[work] = ChoiceTree.build(work.choices, count_end=work.count_end)
-        return self._trees[work]
-
     def _check(self, request: Request, prompt: list[int]) -> None:
         """Refuses what can never run, so that everything admitted finishes."""
         _check_head(self.config, request)
@@ -233,7 +231,7 @@ class TorchEngine:
                 longest += 1  # at least one token must fit
                 held += min(params.max_tokens, self.limits.max_model_len - len(prompt))
             case Choose():
-                tree = self._tree(request.work)
+                tree = choice_tree(request.work)
                 _check_choices(tree, self.config.vocab_size)
                 longest += max(tree.depths, default=0)
                 held += len(tree.tokens)
@@ -259,6 +257,8 @@ class TorchEngine:
         for want in wanted:
             pending = self._pending[want.sequence.request.id]
             count = len(want.indices)
+            if want.indices[:1] == [0]:  # perhaps once more: it may have lost its cache to an older sequence
+                pending.arrays.clear()
             match want.sequence.request.work:
                 case Generate():
                     if count:
@@ -366,6 +366,12 @@ class TorchEngine:
         )
 
 
+@lru_cache(maxsize=256)
+def choice_tree(work: Choose) -> ChoiceTree:
+    """A job's requests all have the same choices: their tree is built once."""
+    return ChoiceTree.build(work.choices, count_end=work.count_end)
+
+
 class _Rows:
     """Hands a step's numbers out in the order in which build_batch asked for them."""
 
@@ -439,6 +445,17 @@ def pooled_index(tokens: list[int], pad_token_id: int | None) -> int:
     return index
 
 
+def _end_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+    """As the checkpoint's files say, else the family's own. Raises ConfigError for ids that the model cannot write."""
+    ids = tokenizer.eos_token_ids or tuple(i for i in config.eos_token_ids if i < config.vocab_size)
+    if any(not 0 <= i < config.vocab_size for i in ids):
+        raise ConfigError(
+            f"generation_config.json: eos_token_id {list(ids)} exceeds vocab_size {config.vocab_size} of config.json; "
+            "correct it"
+        )
+    return ids
+
+
 def resolve_device(device: str) -> torch.device:
     """ "auto" is CUDA where there is one. Raises ConfigError for a device that this machine has not."""
     if device == "auto":
@@ -456,8 +473,6 @@ def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     """ "auto" is the checkpoint's own dtype, but float32 where bfloat16 products would be slow."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
-    from models.config import load_config
-
     stored = load_config(config.model).dtype
     if stored == "float32" or (device.type == "cpu" and not _cpu_has_bfloat16()):
         return torch.float32
@@ -470,8 +485,7 @@ def _cpu_has_bfloat16() -> bool:
 
 def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Limits:
     """Numbers for every "auto". Raises ConfigError when max_model_len exceeds what the checkpoint was made for."""
-    rope = model.rope
-    longest = max(model.max_position_embeddings, int(rope.original_max_position_embeddings * rope.factor))
+    longest = model.longest_context
     max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
     if max_model_len > longest:
         raise ConfigError(f"engine.max_model_len={max_model_len}: the checkpoint takes at most {longest} tokens")

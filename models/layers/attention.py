@@ -85,7 +85,7 @@ def _attend_sequence(
 ) -> None:
     rows = part.rows[r]
     slots = torch.cat([prefix_slots, part.own_slots[r]])
-    bias = part.bias[r].view(len(rows), -1, part.bias.shape[-1])[:, 0]  # the same for every query head
+    bias = part.bias[r, :: q.shape[1] // k_cache.shape[0]]  # the same for every query head
     mask = F.pad(bias, (len(slots) - bias.shape[-1], 0)) == 0
     result = F.scaled_dot_product_attention(
         q[rows].transpose(0, 1)[None], k_cache[:, slots][None], v_cache[:, slots][None], attn_mask=mask, enable_gqa=True

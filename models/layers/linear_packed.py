@@ -11,8 +11,12 @@ import torch
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where packing pays: low precision on a CPU whose torch was built with oneDNN."""
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    """True where packing pays: low precision on a CPU that oneDNN has products of that precision for."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

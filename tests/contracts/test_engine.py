@@ -262,6 +262,16 @@ def test_an_id_in_flight_is_refused(engine: Engine) -> None:
     assert len(done["a"].outputs) == 1  # the first of the two
 
 
+@pytest.mark.parametrize("end", ["refused", "aborted"])
+def test_an_id_is_in_flight_until_its_completion_is_out(engine: Engine, end: str) -> None:
+    engine.submit([request("a", generate(), 0 if end == "refused" else 20)])
+    if end == "aborted":
+        engine.abort(["a"])
+    with pytest.raises(ValueError, match="'a' is in flight already"):
+        engine.submit([request("a", generate())])
+    assert set(drain(engine)) == {"a"}
+
+
 def test_work_can_be_added_while_other_work_runs(engine: Engine) -> None:
     done: dict[str, Completion] = {}
     for i, (name, work) in enumerate(WORKS.items()):
@@ -477,7 +487,7 @@ def test_ids_outside_the_vocabulary(torch_engine: TorchEngine, token: int) -> No
 # Too little memory for everybody
 
 
-@pytest.mark.parametrize("work", ["choose"])
+@pytest.mark.parametrize("work", ["mean", "hidden", "logits", "choose"])
 def test_a_half_computed_prompt_that_loses_its_cache_is_right(make_checkpoint: MakeCheckpoint, work: str) -> None:
     path = make_checkpoint("glm4")
     engine = build_torch(path, kv_cache_tokens=60, block_size=4, max_step_tokens=4)

@@ -114,11 +114,12 @@ def test_every_file_holds_bad_rows_and_only_those_lack_gold(shards: dict[Path, l
     for part in shards.values():
         for row in part:
             text, gold = row["text"], [row["gold_label"], row["gold_order"], row["gold_reply"]]
-            must_fail = text is None or len(text) > make_shards.OVERLONG_CHARS
+            overlong, empty = len(text or "") > make_shards.OVERLONG_CHARS, text is not None and not text.strip()
+            must_fail = text is None or overlong or empty
             assert gold == [None] * 3 if must_fail else None not in gold, row["id"]
             kinds["null"] += text is None
-            kinds["overlong"] += must_fail and text is not None
-            kinds["empty"] += text is not None and not text.strip()
+            kinds["overlong"] += overlong
+            kinds["empty"] += empty
             kinds["control"] += text is not None and any(control in text for control in CONTROL_STRINGS)
         assert any(row["gold_label"] is None for row in part)
     assert kinds == {

@@ -119,6 +119,6 @@ def test_only_the_overlong_rows_exceed_the_positions(encoder: ChatEncoder) -> No
     task = load_tasks()[0]
     room = MAX_POSITIONS - 100  # what a longer prompt and the longest answer may take
     for row in make_shards.make_rows(2400, make_shards.SEED):
-        if row["text"] is not None:
+        if (row["text"] or "").strip():
             num_tokens = len(encoder.prompt(task.system, task.prompt.replace("{text}", row["text"])))
             assert num_tokens > MAX_POSITIONS if row["gold_label"] is None else num_tokens <= room

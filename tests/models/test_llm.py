@@ -223,6 +223,20 @@ def test_one_failure_does_not_keep_others_from_finishing(llm: LLM) -> None:
     assert not llm.engine.has_work()
 
 
+def test_an_interrupted_call_does_not_disturb_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = load(path, max_step_tokens=16)
+    expected = llm.embed([9, 9])
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.embed([7] * 16)
+    np.testing.assert_allclose(llm.embed([9, 9]), expected, atol=ATOL)
+
+
 def test_run_keeps_the_order_of_its_requests(llm: LLM) -> None:
     lengths = [9, 2, 30, 1, 17]
     requests = [Request(id=f"r{n}", input_ids=[7] * n, work=Embed()) for n in lengths]
