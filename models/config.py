@@ -81,8 +81,11 @@ VISION_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
 }
 NULLABLE = ("pad_token_id", "problem_type")  # an explicit null is a value; elsewhere it is a missing key
-OUTER = ("pad_token_id", "eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype")  # beside or in text_config
-ROOT = ("problem_type", "id2label", "num_labels", *(name for name in GLM4V_DEFAULTS if name.endswith("_token_id")))
+BESIDE = ("pad_token_id", "eos_token_id")  # in text_config or at the root beside it
+ROOT = (
+    "problem_type",
+    *(name for name in GLM4V_DEFAULTS if name.startswith(("image_", "video_"))),
+)  # at the root alone
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_PARTIAL_ROTARY_FACTOR = 0.5
 GLM4V_PARTIAL_ROTARY_FACTOR = 1.0  # the published class's; real checkpoints state 0.5
@@ -357,11 +360,12 @@ class _Resolver:
 
     def _get(self, name: str) -> Any:
         """A text model's key from `text_config` where there is one; what belongs to the whole model from the root."""
-        places = [("text_config.", self.text)] if self.text is not self.raw and name not in ROOT else [("", self.raw)]
-        if name in OUTER and self.text is not self.raw:
+        places = [("", self.raw)] if self.text is self.raw or name in ROOT else [("text_config.", self.text)]
+        if self.text is not self.raw and name in BESIDE:
             places.append(("", self.raw))
         for prefix, keys in places:
-            if name in keys and (keys[name] is not None or name in NULLABLE):
+            null_counts = name in NULLABLE and len(places) == 1
+            if name in keys and (keys[name] is not None or null_counts):
                 self.sources[name] = f"{self.path.name}: {prefix}{name}"
                 return keys[name]
         self.sources[name] = "class default"
