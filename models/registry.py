@@ -53,8 +53,12 @@ def build_model(
     else:
         head = ClassificationHead(config, dtype=dtype, device=device)
     vision = VisionTower(config.vision, dtype=dtype, device=device) if config.vision else None
-    targets = backbone.targets() | head.targets() | (vision.targets() if vision else {})
-    load_weights(model_dir, targets, copies=head.copies())
+    # No name for the targets: they would keep every weight alive while it is packed.
+    load_weights(
+        model_dir,
+        backbone.targets() | head.targets() | (vision.targets() if vision else {}),
+        copies=head.copies(),
+    )
     if vision:
         channels = vision.config.in_channels
         vision.patch_embed.fold(
