@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 TORCH_FREE = [
     "models", "models.config", "models.errors", "models.engine", "models.engine.request", "models.engine.interface",
     "models.engine.scheduler", "models.engine.block_manager", "models.engine.echo", "models.processing.tokenizer",
-    "models.processing.chat",
+    "models.processing.chat", "models.normalization", "models.engine.media", "models.engine.sequence",
 ]  # fmt: skip
 DRIVER = sorted(
     ".".join(path.with_suffix("").parts) for path in FILES if path.parts[0] == "jobs" and path.name != "__init__.py"
