@@ -384,60 +384,61 @@ class _Resolver:
         return hidden // heads  # whatever a head_dim says
 
     def _tied(self) -> bool:
-        """Saves from before transformers 5 may state it in text_config while the root holds its default."""
-        outer, inner = (keys.get("tie_word_embeddings") for keys in (self.raw, self.text))
-        self.sources["tie_word_embeddings"] = "class default"
-        for prefix, value in (("text_config.", inner), ("", outer)):
-            if value is not None:
-                prefix = "" if self.text is self.raw else prefix
-                self._flag(prefix + "tie_word_embeddings", value)
-                self.sources["tie_word_embeddings"] = f"{self.path.name}: {prefix}tie_word_embeddings"
-                if value:
-                    return True
-        return False
+        """True where it is stated: old saves say so in text_config while the root holds its default."""
+        name = "tie_word_embeddings"
+        self.sources[name] = "class default"
+        tied = False
+        for prefix, keys in (("", self.raw), (self._prefix, self.text)):
+            if not tied and keys.get(name) is not None:
+                tied = self._flag(prefix + name, keys[name])
+                self.sources[name] = f"{self.path.name}: {prefix}{name}"
+        return tied
 
     def _vision(self, hidden: int) -> VisionConfig:
         """`vision_config`; always axial rotary embedding, whatever type it names."""
         section = self._section("vision_config")
-        rope = section.get("rope_parameters") or {}
-        values: dict[str, Any] = {}
-        for name, default in VISION_DEFAULTS.items():
-            where, value = f"vision_config.{name}", section.get(name)
-            self.sources[f"vision.{name}"] = "class default" if value is None else f"{self.path.name}: {where}"
-            value = default if value is None else value
-            if name == "rms_norm_eps":
-                value = self._positive(where, value)
-            elif isinstance(default, bool):
-                value = self._flag(where, value)
-            elif isinstance(default, int):
-                value = self._positive_int(where, value)
-            elif value != default:
-                raise ConfigError(f"{self.path}: {where} {value!r} is not supported; GLM models use {default!r}")
-            values[name] = value
-        del values["hidden_act"]
+        values = {name: self._vision_value(section, name, default) for name, default in VISION_DEFAULTS.items()}
+        if (act := values.pop("hidden_act")) != "silu":
+            raise ConfigError(f"{self.path}: vision_config.hidden_act {act!r} is not supported; GLM models use 'silu'")
+        rope = section.get("rope_parameters")
         theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-        self.sources["vision.rope_theta"] = (
-            "class default" if theta is None else f"{self.path.name}: vision_config.rope_parameters.rope_theta"
-        )
-        theta = (
-            DEFAULT_ROPE_THETA if theta is None else self._positive("vision_config.rope_parameters.rope_theta", theta)
-        )
+        where = "vision_config.rope_parameters.rope_theta"
+        self.sources["vision.rope_theta"] = "class default" if theta is None else f"{self.path.name}: {where}"
+        theta = self._positive(where, DEFAULT_ROPE_THETA if theta is None else theta)
         vision = VisionConfig(rope_theta=theta, **values)
-        if vision.hidden_size % (4 * vision.num_heads):
-            raise ConfigError(
-                f"{self.path}: vision_config.hidden_size {vision.hidden_size} is no multiple of 4 * num_heads "
-                f"({4 * vision.num_heads}); a head turns in pairs along two axes"
-            )
-        if vision.out_hidden_size != hidden:
-            raise ConfigError(
-                f"{self.path}: vision_config.out_hidden_size is {vision.out_hidden_size}, hidden_size {hidden}; they "
-                "must be equal, for features take the place of embeddings"
-            )
-        if not vision.grid_size:
-            raise ConfigError(
-                f"{self.path}: vision_config.image_size {vision.image_size} is less than a patch ({vision.patch_size})"
-            )
+        self._check_vision(vision, hidden)
         return vision
+
+    def _vision_value(self, section: dict[str, Any], name: str, default: Any) -> Any:
+        where, value = f"vision_config.{name}", section.get(name)
+        self.sources[f"vision.{name}"] = "class default" if value is None else f"{self.path.name}: {where}"
+        if value is None:
+            return default
+        match default:
+            case bool():
+                return self._flag(where, value)
+            case int():
+                return self._positive_int(where, value)
+            case float():
+                return self._positive(where, value)
+        return value
+
+    def _check_vision(self, vision: VisionConfig, hidden: int) -> None:
+        problem = ""
+        if vision.hidden_size % (4 * vision.num_heads):
+            problem = (
+                f"hidden_size {vision.hidden_size} is no multiple of 4 * num_heads ({4 * vision.num_heads}); a head "
+                "turns in pairs along two axes"
+            )
+        elif vision.out_hidden_size != hidden:
+            problem = (
+                f"out_hidden_size is {vision.out_hidden_size}, hidden_size {hidden}; they must be equal, for features "
+                "take the place of embeddings"
+            )
+        elif not vision.grid_size:
+            problem = f"image_size {vision.image_size} is less than a patch ({vision.patch_size})"
+        if problem:
+            raise ConfigError(f"{self.path}: vision_config.{problem}")
 
     def _media_tokens(self, vocab_size: int) -> MediaTokens:
         ids: dict[str, int] = {}
@@ -473,13 +474,12 @@ class _Resolver:
         return value
 
     def _dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        keys = self.raw if self.raw.get("dtype") or self.raw.get("torch_dtype") else self.text
-        key = "dtype" if keys.get("dtype") else "torch_dtype"  # v5 and v4 names
-        value = str(keys.get(key) or CLASS_DEFAULTS["dtype"]).removeprefix("torch.")
-        key = key if keys is self.raw else f"text_config.{key}"
-        self.sources["dtype"] = (
-            f"{self.path.name}: {key}" if any(map(keys.get, ("dtype", "torch_dtype"))) else "class default"
-        )
+        names = ("dtype", "torch_dtype")  # v5 and v4; beside or in text_config
+        places = [("", self.raw, name) for name in names] + [(self._prefix, self.text, name) for name in names]
+        prefix, keys, name = next((place for place in places if place[1].get(place[2])), places[0])
+        key, stated = prefix + name, keys.get(name)
+        value = str(stated or CLASS_DEFAULTS["dtype"]).removeprefix("torch.")
+        self.sources["dtype"] = f"{self.path.name}: {key}" if stated else "class default"
         if value not in DTYPES:
             raise ConfigError(f"{self.path}: {key} {value!r} is not supported; one of {', '.join(DTYPES)}")
         return value  # type: ignore[return-value]
