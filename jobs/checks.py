@@ -286,7 +286,7 @@ def _limit_problems(job: Job, config: ModelConfig) -> Iterator[Problem]:
     if limit != "auto" and limit > longest:
         message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
         yield Problem(key="engine.max_model_len", message=message)
-    if job.engine.dtype == "float16" and config.family == "glm4":
+    if job.engine.dtype == "float16" and config.family != "glm":
         message = "GLM-4 outgrows the numbers that float16 can hold; use bfloat16 or float32"
         yield Problem(key="engine.dtype", message=message)
 

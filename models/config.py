@@ -1,7 +1,7 @@
 """ModelConfig: what a checkpoint directory says about its network, resolved once, with the source of every value.
 
-Reads config.json (and generation_config.json for the end ids) in all the shapes in which GLM checkpoints occur. Knows
-nothing of torch, weights or tokenizers.
+Reads config.json (and generation_config.json for the end ids) in all the shapes in which GLM checkpoints occur:
+GLM-4.1V's text keys stand at the root or in a `text_config`. Knows nothing of torch, weights or tokenizers.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ from typing import Any, Literal
 
 from models.errors import ConfigError
 
+Family = Literal["glm", "glm4", "glm4v"]
 Head = Literal["causal_lm", "sequence_classification", "token_classification"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
-ARCHITECTURES: dict[str, tuple[str, Head]] = {
+ARCHITECTURES: dict[str, tuple[Family, Head]] = {
     "GlmForCausalLM": ("glm", "causal_lm"),
     "Glm4ForCausalLM": ("glm4", "causal_lm"),
     "GlmForSequenceClassification": ("glm", "sequence_classification"),
     "Glm4ForSequenceClassification": ("glm4", "sequence_classification"),
     "GlmForTokenClassification": ("glm", "token_classification"),
     "Glm4ForTokenClassification": ("glm4", "token_classification"),
+    "Glm4vForConditionalGeneration": ("glm4v", "causal_lm"),
+    "Glm4vForSequenceClassification": ("glm4v", "sequence_classification"),
+}
+MODEL_TYPES = {
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "glm4v": "Glm4vForConditionalGeneration",
 }
 
 # What a missing key means: the defaults of the published configuration classes (glm and glm4 agree on these).
@@ -45,9 +53,43 @@ CLASS_DEFAULTS: dict[str, Any] = {
     "problem_type": None,
     "dtype": "float32",
 }
+GLM4V_DEFAULTS: dict[str, Any] = {
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32768,
+    "pad_token_id": None,
+    "eos_token_id": [],
+    "image_token_id": 151343,
+    "video_token_id": 151344,
+    "image_start_token_id": 151339,
+    "image_end_token_id": 151340,
+    "video_start_token_id": 151341,
+    "video_end_token_id": 151342,
+}
+VISION_DEFAULTS: dict[str, Any] = {
+    "depth": 24,
+    "hidden_size": 1536,
+    "num_heads": 12,
+    "in_channels": 3,
+    "image_size": 336,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 4096,
+    "intermediate_size": 13696,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
 NULLABLE = ("pad_token_id", "problem_type")  # an explicit null is a value; elsewhere it is a missing key
+BESIDE = ("pad_token_id", "eos_token_id")  # in text_config or at the root beside it
+ROOT = (
+    "problem_type",
+    *(name for name in GLM4V_DEFAULTS if name.startswith(("image_", "video_"))),
+)  # at the root alone
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_PARTIAL_ROTARY_FACTOR = 0.5
+GLM4V_PARTIAL_ROTARY_FACTOR = 1.0  # the published class's; real checkpoints state 0.5
+DEFAULT_MROPE_SECTION = [8, 12, 12]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,12 +97,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 class RopeConfig:
     """Rotary embedding: `rotary_dim` leading dimensions of each head turn; the rest pass through.
 
-    The fields after `factor` belong to YaRN (arXiv 2309.00071) alone.
+    `mrope_section` deals the pairs of dimensions to the position axes time, height, width in turn; empty where there is
+    one axis. The fields after `factor` belong to YaRN (arXiv 2309.00071) alone.
     """
 
     rope_type: Literal["default", "linear", "yarn"]
     rope_theta: float
     rotary_dim: int
+    mrope_section: tuple[int, ...] = ()
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     attention_factor: float | None = None
@@ -72,11 +116,71 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """The vision tower of a GLM-4.1V, with the checkpoint's own names.
+
+    The width of a block's MLP is `out_hidden_size`; `intermediate_size` is that of the merger.
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    in_channels: int
+    image_size: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    out_hidden_size: int
+    intermediate_size: int
+    attention_bias: bool
+    rms_norm_eps: float
+    rope_theta: float
+
+    @property
+    def frame_values(self) -> int:
+        """Values of one patch of a single frame."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def grid_size(self) -> int:
+        """Rows, and columns, of the learned position table."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_parameters(self) -> int:
+        hidden, out = self.hidden_size, self.out_hidden_size
+        embeddings = (self.temporal_patch_size * self.frame_values + 1 + self.grid_size**2) * hidden
+        attention = 4 * hidden * hidden + (3 * hidden if self.attention_bias else 0)
+        block = attention + 3 * hidden * out + 2 * hidden
+        downsample = out * hidden * self.spatial_merge_size**2 + out
+        merger = out * out + 2 * out + 3 * out * self.intermediate_size
+        return embeddings + self.depth * block + 2 * hidden + downsample + merger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaTokens:
+    """The ids that stand for images and videos in a prompt: each feature takes the place of one `image_token_id`.
+
+    Those between `video_start_token_id` and `video_end_token_id` are frames of a video.
+    """
+
+    image_token_id: int
+    video_token_id: int
+    image_start_token_id: int
+    image_end_token_id: int
+    video_start_token_id: int
+    video_end_token_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One text model with its head. `num_labels`, `id2label`, `problem_type` matter to classification heads only."""
+    """One model with its head. `num_labels`, `id2label`, `problem_type` matter to classification heads only.
+
+    `vision` and `media_tokens` are None where the model reads nothing but text.
+    """
 
     architecture: str
-    family: Literal["glm", "glm4"]
+    family: Family
     head: Head
     vocab_size: int
     hidden_size: int
@@ -97,6 +201,8 @@ class ModelConfig:
     id2label: tuple[str, ...]
     problem_type: ProblemType | None
     token_classification_bias: bool
+    vision: VisionConfig | None = None
+    media_tokens: MediaTokens | None = None
 
     @property
     def longest_context(self) -> int:
@@ -116,9 +222,10 @@ class ModelConfig:
         hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         qkv = (heads + 2 * kv_heads) * self.head_dim
         attention = qkv * hidden + heads * self.head_dim * hidden + (qkv if self.attention_bias else 0)
-        norms = (4 if self.family == "glm4" else 2) * hidden
+        norms = (2 if self.family == "glm" else 4) * hidden
         layer = attention + 3 * hidden * self.intermediate_size + norms
         total = self.num_hidden_layers * layer + self.vocab_size * hidden + hidden
+        total += self.vision.num_parameters if self.vision else 0
         if self.head == "causal_lm":
             return total + (0 if self.tie_word_embeddings else self.vocab_size * hidden)
         bias = self.head == "token_classification" and self.token_classification_bias
@@ -143,8 +250,13 @@ def resolve(model_dir: str | Path) -> list[Resolved]:
     """Every value of `load_config` with its source, for people."""
     resolver = _Resolver(Path(model_dir))
     config = resolver.config()
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "rope"}
+    values = {
+        f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("rope", "vision", "media_tokens")
+    }
     values |= {f"rope.{f.name}": getattr(config.rope, f.name) for f in fields(config.rope)}
+    if config.vision and config.media_tokens:
+        values |= {f"vision.{f.name}": getattr(config.vision, f.name) for f in fields(config.vision)}
+        values |= {f.name: getattr(config.media_tokens, f.name) for f in fields(config.media_tokens)}
     values["num_parameters"] = config.num_parameters
     return [
         Resolved(name=name, value=value, source=resolver.sources.get(name, "computed"))
@@ -173,38 +285,44 @@ class _Resolver:
     def __init__(self, model_dir: Path) -> None:
         self.path = model_dir / "config.json"
         self.raw = read_json(self.path)
+        self.text = self._section("text_config") or self.raw
+        self.defaults = CLASS_DEFAULTS
         generation = model_dir / "generation_config.json"
         self.generation = read_json(generation) if generation.exists() else {}
         self.sources: dict[str, str] = {}
 
     def config(self) -> ModelConfig:
         architecture, family, head = self._architecture()
+        is_glm4v = family == "glm4v"
+        if is_glm4v:
+            self.defaults = CLASS_DEFAULTS | GLM4V_DEFAULTS
         heads, hidden = self._int("num_attention_heads"), self._int("hidden_size")
-        kv_heads, head_dim = self._int("num_key_value_heads"), self._int("head_dim")
+        kv_heads, head_dim = self._int("num_key_value_heads"), self._head_dim(family, hidden, heads)
         if heads % kv_heads:
             raise ConfigError(
                 f"{self.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
             )
         if (act := self._get("hidden_act")) != "silu":
-            raise ConfigError(f"{self.path}: hidden_act {act!r} is not supported; GLM models use 'silu'")
+            raise ConfigError(f"{self.path}: {self._key('hidden_act')} {act!r} is not supported; GLM models use 'silu'")
         max_positions = self._int("max_position_embeddings")
+        vocab_size = self._int("vocab_size")
         id2label = self._labels()
         return ModelConfig(
             architecture=architecture,
             family=family,
             head=head,
-            vocab_size=self._int("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden,
             intermediate_size=self._int("intermediate_size"),
             num_hidden_layers=self._int("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=self._positive("rms_norm_eps", self._get("rms_norm_eps")),
+            rms_norm_eps=self._positive(self._key("rms_norm_eps"), self._get("rms_norm_eps")),
             max_position_embeddings=max_positions,
-            attention_bias=self._bool("attention_bias"),
-            tie_word_embeddings=self._bool("tie_word_embeddings"),
-            rope=self._rope(head_dim, max_positions),
+            attention_bias=is_glm4v or self._bool("attention_bias"),
+            tie_word_embeddings=self._tied(),
+            rope=self._rope(family, head_dim, max_positions),
             dtype=self._dtype(),
             pad_token_id=self._get("pad_token_id"),
             eos_token_ids=self._eos(),
@@ -212,13 +330,15 @@ class _Resolver:
             id2label=id2label,
             problem_type=self._problem_type(),
             token_classification_bias=self._bool("token_classification_bias"),
+            vision=self._vision(hidden) if is_glm4v else None,
+            media_tokens=self._media_tokens(vocab_size) if is_glm4v else None,
         )
 
-    def _architecture(self) -> tuple[str, Literal["glm", "glm4"], Head]:
+    def _architecture(self) -> tuple[str, Family, Head]:
         names = self.raw.get("architectures") or []
         model_type = self.raw.get("model_type")
-        if not names and model_type in ("glm", "glm4"):
-            names, source = ["GlmForCausalLM" if model_type == "glm" else "Glm4ForCausalLM"], "model_type"
+        if not names and model_type in MODEL_TYPES:
+            names, source = [MODEL_TYPES[model_type]], "model_type"
         else:
             source = "architectures"
         name = names[0] if names else None
@@ -230,17 +350,109 @@ class _Resolver:
         family, head = ARCHITECTURES[name]
         for key in ("architecture", "family", "head"):
             self.sources[key] = f"{self.path.name}: {source}"
-        return name, "glm4" if family == "glm4" else "glm", head
+        return name, family, head
+
+    def _section(self, name: str) -> dict[str, Any]:
+        section = self.raw.get(name)
+        if section is not None and not isinstance(section, dict):
+            raise ConfigError(f"{self.path}: {name} is {section!r}; it must be an object")
+        return section or {}
 
     def _get(self, name: str) -> Any:
-        if name in self.raw and (self.raw[name] is not None or name in NULLABLE):
-            self.sources[name] = f"{self.path.name}: {name}"
-            return self.raw[name]
+        """A text model's key from `text_config` where there is one; what belongs to the whole model from the root."""
+        places = [("", self.raw)] if self.text is self.raw or name in ROOT else [("text_config.", self.text)]
+        if self.text is not self.raw and name in BESIDE:
+            places.append(("", self.raw))
+        for prefix, keys in places:
+            null_counts = name in NULLABLE and len(places) == 1
+            if name in keys and (keys[name] is not None or null_counts):
+                self.sources[name] = f"{self.path.name}: {prefix}{name}"
+                return keys[name]
         self.sources[name] = "class default"
-        return CLASS_DEFAULTS[name]
+        return self.defaults.get(name)
+
+    def _key(self, name: str) -> str:
+        """Where a value of `_get` stands in the file, or would stand."""
+        source = self.sources.get(name, "class default")
+        return name if source == "class default" else source.removeprefix(f"{self.path.name}: ")
+
+    def _head_dim(self, family: Family, hidden: int, heads: int) -> int:
+        if family != "glm4v":
+            return self._int("head_dim")
+        if hidden % heads:
+            raise ConfigError(f"{self.path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        return hidden // heads  # whatever a head_dim says
+
+    def _tied(self) -> bool:
+        """True where it is stated: old saves say so in text_config while the root holds its default."""
+        name = "tie_word_embeddings"
+        self.sources[name] = "class default"
+        tied = False
+        for prefix, keys in (("", self.raw), (self._prefix, self.text)):
+            if not tied and keys.get(name) is not None:
+                tied = self._flag(prefix + name, keys[name])
+                self.sources[name] = f"{self.path.name}: {prefix}{name}"
+        return tied
+
+    def _vision(self, hidden: int) -> VisionConfig:
+        """`vision_config`; always axial rotary embedding, whatever type it names."""
+        section = self._section("vision_config")
+        values = {name: self._vision_value(section, name, default) for name, default in VISION_DEFAULTS.items()}
+        if (act := values.pop("hidden_act")) != "silu":
+            raise ConfigError(f"{self.path}: vision_config.hidden_act {act!r} is not supported; GLM models use 'silu'")
+        rope = section.get("rope_parameters")
+        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+        where = "vision_config.rope_parameters.rope_theta"
+        self.sources["vision.rope_theta"] = "class default" if theta is None else f"{self.path.name}: {where}"
+        theta = self._positive(where, DEFAULT_ROPE_THETA if theta is None else theta)
+        vision = VisionConfig(rope_theta=theta, **values)
+        self._check_vision(vision, hidden)
+        return vision
+
+    def _vision_value(self, section: dict[str, Any], name: str, default: Any) -> Any:
+        where, value = f"vision_config.{name}", section.get(name)
+        self.sources[f"vision.{name}"] = "class default" if value is None else f"{self.path.name}: {where}"
+        if value is None:
+            return default
+        match default:
+            case bool():
+                return self._flag(where, value)
+            case int():
+                return self._positive_int(where, value)
+            case float():
+                return self._positive(where, value)
+        return value
+
+    def _check_vision(self, vision: VisionConfig, hidden: int) -> None:
+        problem = ""
+        if vision.hidden_size % (4 * vision.num_heads):
+            problem = (
+                f"hidden_size {vision.hidden_size} is no multiple of 4 * num_heads ({4 * vision.num_heads}); a head "
+                "turns in pairs along two axes"
+            )
+        elif vision.out_hidden_size != hidden:
+            problem = (
+                f"out_hidden_size is {vision.out_hidden_size}, hidden_size {hidden}; they must be equal, for features "
+                "take the place of embeddings"
+            )
+        elif not vision.grid_size:
+            problem = f"image_size {vision.image_size} is less than a patch ({vision.patch_size})"
+        if problem:
+            raise ConfigError(f"{self.path}: vision_config.{problem}")
+
+    def _media_tokens(self, vocab_size: int) -> MediaTokens:
+        ids: dict[str, int] = {}
+        for name in (f.name for f in fields(MediaTokens)):
+            ids[name] = value = self._get(name)
+            if not _is_int(value) or not 0 <= value < vocab_size:
+                raise ConfigError(
+                    f"{self.path}: {name} is {value!r}; it must be a token id below vocab_size ({vocab_size})"
+                )
+        return MediaTokens(**ids)
 
     def _int(self, name: str) -> int:
-        return self._positive_int(name, self._get(name))
+        value = self._get(name)
+        return self._positive_int(self._key(name), value)
 
     def _positive_int(self, where: str, value: Any) -> int:
         if not _is_int(value) or value < 1:
@@ -254,14 +466,20 @@ class _Resolver:
 
     def _bool(self, name: str) -> bool:
         value = self._get(name)
+        return self._flag(self._key(name), value)
+
+    def _flag(self, where: str, value: Any) -> bool:
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.path}: {name} is {value!r}; it must be true or false")
+            raise ConfigError(f"{self.path}: {where} is {value!r}; it must be true or false")
         return value
 
     def _dtype(self) -> Literal["float32", "bfloat16", "float16"]:
-        key = "dtype" if self.raw.get("dtype") else "torch_dtype"  # v5 and v4 names
-        value = str(self.raw.get(key) or CLASS_DEFAULTS["dtype"]).removeprefix("torch.")
-        self.sources["dtype"] = f"{self.path.name}: {key}" if self.raw.get(key) else "class default"
+        names = ("dtype", "torch_dtype")  # v5 and v4; beside or in text_config
+        places = [("", self.raw, name) for name in names] + [(self._prefix, self.text, name) for name in names]
+        prefix, keys, name = next((place for place in places if place[1].get(place[2])), places[0])
+        key, stated = prefix + name, keys.get(name)
+        value = str(stated or CLASS_DEFAULTS["dtype"]).removeprefix("torch.")
+        self.sources["dtype"] = f"{self.path.name}: {key}" if stated else "class default"
         if value not in DTYPES:
             raise ConfigError(f"{self.path}: {key} {value!r} is not supported; one of {', '.join(DTYPES)}")
         return value  # type: ignore[return-value]
@@ -300,16 +518,17 @@ class _Resolver:
             raise ConfigError(f"{self.path}: problem_type {value!r} is not one of {', '.join(known)}")
         return value  # type: ignore[no-any-return]
 
-    def _rope(self, head_dim: int, max_positions: int) -> RopeConfig:
+    def _rope(self, family: Family, head_dim: int, max_positions: int) -> RopeConfig:
         """The v4 flat, v5 nested and mixed forms; keys inside a rope dictionary win over top-level keys."""
         rope_type = self._rope_get("rope_type", "default")
         if rope_type not in ("default", "linear", "yarn"):
             where = self._rope_where("rope_type")
             raise ConfigError(f"{self.path}: {where} {rope_type!r} is not supported; one of default, linear, yarn")
         theta = self._rope_positive("rope_theta", DEFAULT_ROPE_THETA)
-        rotary_dim = self._rotary_dim(head_dim)
+        rotary_dim = self._rotary_dim(family, head_dim)
+        sections = self._mrope_section(rotary_dim) if family == "glm4v" else ()
         if rope_type == "default":
-            return RopeConfig(rope_type="default", rope_theta=theta, rotary_dim=rotary_dim)
+            return RopeConfig(rope_type="default", rope_theta=theta, rotary_dim=rotary_dim, mrope_section=sections)
         name = "original_max_position_embeddings"
         original = self._rope_get(name, max_positions, default_source=self.sources["max_position_embeddings"])
         original = self._positive_int(self._rope_where(name), original)
@@ -325,6 +544,7 @@ class _Resolver:
             rope_type=rope_type,
             rope_theta=theta,
             rotary_dim=rotary_dim,
+            mrope_section=sections,
             factor=float(factor),
             original_max_position_embeddings=original,
             attention_factor=attention_factor,
@@ -335,8 +555,21 @@ class _Resolver:
             truncate=bool(self._rope_get("truncate", True)),
         )
 
-    def _rotary_dim(self, head_dim: int) -> int:
-        share = self._rope_get("partial_rotary_factor", DEFAULT_PARTIAL_ROTARY_FACTOR)
+    def _mrope_section(self, rotary_dim: int) -> tuple[int, ...]:
+        sections = self._rope_get("mrope_section", DEFAULT_MROPE_SECTION)
+        where = self._rope_where("mrope_section")
+        if not isinstance(sections, list) or not all(_is_int(count) and count >= 0 for count in sections):
+            raise ConfigError(f"{self.path}: {where} is {sections!r}; it must be a list of numbers of pairs")
+        if sum(sections) != rotary_dim // 2:
+            raise ConfigError(
+                f"{self.path}: {where} {sections} adds up to {sum(sections)} pairs, but {rotary_dim // 2} turn; check "
+                "it and partial_rotary_factor, which means 1 in this model where it is missing"
+            )
+        return tuple(sections)
+
+    def _rotary_dim(self, family: Family, head_dim: int) -> int:
+        default = GLM4V_PARTIAL_ROTARY_FACTOR if family == "glm4v" else DEFAULT_PARTIAL_ROTARY_FACTOR
+        share = self._rope_get("partial_rotary_factor", default)
         where = self._rope_where("partial_rotary_factor")
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"{self.path}: {where} is {share!r}; it must be a number above 0 and at most 1")
@@ -356,22 +589,27 @@ class _Resolver:
     def _rope_get(self, name: str, default: Any, *, default_source: str = "class default") -> Any:
         """Advice to scale a model is to add a rope_scaling, so that it wins over a rope_parameters beside it."""
         for section in ("rope_scaling", "rope_parameters", ""):
-            keys = self.raw.get(section) or {} if section else self.raw
+            keys = self.text.get(section) or {} if section else self.text
             if not isinstance(keys, dict):
-                raise ConfigError(f"{self.path}: {section} is {keys!r}; it must be an object")
+                raise ConfigError(f"{self.path}: {self._prefix}{section} is {keys!r}; it must be an object")
             for key in (name, "type") if section and name == "rope_type" else (name,):
                 if keys.get(key) is not None:
-                    self.sources[f"rope.{name}"] = f"{self.path.name}: {section}{section and '.'}{key}"
+                    place = f"{self._prefix}{section}{section and '.'}"
+                    self.sources[f"rope.{name}"] = f"{self.path.name}: {place}{key}"
                     return keys[key]
         self.sources[f"rope.{name}"] = default_source
         return default
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.text is self.raw else "text_config."
 
     def _rope_where(self, name: str) -> str:
         """The key that a value came from or would belong to."""
         found = self.sources[f"rope.{name}"].removeprefix(f"{self.path.name}: ")
         if found.endswith(("." + name, ".type")) or found == name:
             return found
-        return f"{'rope_scaling' if self.raw.get('rope_scaling') else 'rope_parameters'}.{name}"
+        return f"{self._prefix}{'rope_scaling' if self.text.get('rope_scaling') else 'rope_parameters'}.{name}"
 
 
 def _is_int(value: Any) -> bool:

@@ -7,6 +7,7 @@ Knows nothing of engines, requests or heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,6 +22,18 @@ from models.layers.rope import RopeTable, rotate_
 from models.weights import Targets
 
 Pages = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values, each [K, num_slots, D]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaRows:
+    """Rows of a step that are not text: rows [M] int64 and the features [M, H] that stand for them."""
+
+    rows: torch.Tensor
+    features: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.rows) != len(self.features):
+            raise ValueError(f"{len(self.rows)} placeholder tokens, but {len(self.features)} features to put there")
 
 
 class Attention(nn.Module):
@@ -131,6 +144,7 @@ class Backbone(nn.Module):
     """Embedding -> layers -> final norm."""
 
     layer_class: type[DecoderLayer] = DecoderLayer
+    prefix = "model"  # of the checkpoint's names
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend = attend_grouped
@@ -150,10 +164,17 @@ class Backbone(nn.Module):
         max_position: int,
         pages: Sequence[Pages],
         attn: AttentionBatch,
+        media: MediaRows | None = None,
     ) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> hidden states after the final norm of the wanted rows [W, H]."""
+        """input_ids, positions [T] int64 -> hidden states after the final norm of the wanted rows [W, H].
+
+        positions may be [3, T] where the rotary embedding has three axes. The rows of `media` take its features for
+        their embeddings.
+        """
         turns = self.rope.lookup(positions, max_position)
         x = self.embed_tokens(input_ids)
+        if media is not None:
+            x.index_copy_(0, media.rows, media.features)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = layer(x, turns, pages[i], attn, wanted_only=i == last)
@@ -162,9 +183,9 @@ class Backbone(nn.Module):
     def targets(self) -> Targets:
         """Checkpoint names of the whole backbone and the views that they fill."""
         found: Targets = {
-            "model.embed_tokens.weight": self.embed_tokens.weight,
-            "model.norm.weight": self.norm.weight,
+            f"{self.prefix}.embed_tokens.weight": self.embed_tokens.weight,
+            f"{self.prefix}.norm.weight": self.norm.weight,
         }
         for i, layer in enumerate(self.layers):
-            found |= layer.targets(f"model.layers.{i}")  # type: ignore[operator]
+            found |= layer.targets(f"{self.prefix}.layers.{i}")  # type: ignore[operator]
         return found

@@ -11,22 +11,26 @@ from models.config import ModelConfig, load_config
 from models.errors import ConfigError
 from models.glm import Backbone
 from models.glm4 import Glm4Backbone
+from models.glm4v import Glm4vBackbone
+from models.glm4v_vision import VisionTower
 from models.heads import CausalLMHead, ClassificationHead
 from models.layers.attention import Attend
 from models.layers.attention_grouped import attend_grouped
 from models.layers.linear import pack_linears
 from models.layers.linear_packed import can_pack
+from models.normalization import load_normalization
 from models.weights import load_weights
 
-BACKBONES: dict[str, type[Backbone]] = {"glm": Backbone, "glm4": Glm4Backbone}
+BACKBONES: dict[str, type[Backbone]] = {"glm": Backbone, "glm4": Glm4Backbone, "glm4v": Glm4vBackbone}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A loaded network."""
+    """A loaded network; `vision` is None where it reads nothing but text."""
 
     config: ModelConfig
     backbone: Backbone
+    vision: VisionTower | None
     head: CausalLMHead | ClassificationHead
     dtype: torch.dtype
     device: torch.device
@@ -37,10 +41,10 @@ def build_model(
 ) -> Model:
     """Loads a checkpoint. Raises ConfigError for what cannot be loaded or is unsafe in `dtype`."""
     config = load_config(model_dir)
-    if config.family == "glm4" and dtype == torch.float16:
+    if config.family != "glm" and dtype == torch.float16:
         raise ConfigError(
-            f"{model_dir}: glm4 in float16 is refused: its residual stream outgrows float16's largest number (65504), "
-            "and the norms after each sublayer turn that into NaN; use bfloat16 or float32"
+            f"{model_dir}: {config.family} in float16 is refused: its residual stream outgrows float16's largest "
+            "number (65504), and the norms after each sublayer turn that into NaN; use bfloat16 or float32"
         )
     backbone = BACKBONES[config.family](config, dtype=dtype, device=device, attend=attend)
     head: CausalLMHead | ClassificationHead
@@ -48,8 +52,20 @@ def build_model(
         head = CausalLMHead(config, backbone, dtype=dtype, device=device)
     else:
         head = ClassificationHead(config, dtype=dtype, device=device)
-    load_weights(model_dir, backbone.targets() | head.targets(), copies=head.copies())
+    vision = VisionTower(config.vision, dtype=dtype, device=device) if config.vision else None
+    # No name for the targets: they would keep every weight alive while it is packed.
+    load_weights(
+        model_dir,
+        backbone.targets() | head.targets() | (vision.targets() if vision else {}),
+        copies=head.copies(),
+    )
+    if vision:
+        channels = vision.config.in_channels
+        vision.patch_embed.fold(
+            load_normalization(model_dir, "image", channels=channels),
+            load_normalization(model_dir, "video", channels=channels),
+        )
     if can_pack(dtype, device):
-        pack_linears(backbone)
-        pack_linears(head)
-    return Model(config=config, backbone=backbone, head=head, dtype=dtype, device=device)
+        for module in filter(None, (backbone, head, vision)):
+            pack_linears(module)
+    return Model(config=config, backbone=backbone, head=head, vision=vision, dtype=dtype, device=device)

@@ -117,8 +117,11 @@ def _read(shard: Path, name: str) -> torch.Tensor:
 
 
 def _canonical(name: str, targets: Targets) -> str:
-    """A base model saved alone lacks the `model.` prefix."""
-    return f"model.{name}" if name not in targets and f"model.{name}" in targets else name
+    """A base model saved alone lacks the `model.` prefix; old saves of GLM-4.1V lack `model.` or `language_model.`."""
+    for candidate in (name, f"model.{name}", f"model.language_model.{name.removeprefix('model.')}"):
+        if candidate in targets:
+            return candidate
+    return name
 
 
 def _compare(model_dir: Path, stored: set[str], wanted: set[str]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from models.engine.media import Span
 from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Tag
 from models.engine.scheduler import Chunk, Scheduler
 from models.engine.sequence import Sequence
@@ -43,7 +44,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One step. input_ids, positions, slots: [tokens]; out_rows [W]: the packed rows whose hidden state is wanted.
+    """One step. input_ids, slots: [tokens]; out_rows [W]: the packed rows whose hidden state is wanted.
+
+    positions: [tokens], or [3, tokens] where media are among them. media: what takes the place of embeddings, with
+    tokens counted as packed rows.
 
     The rest says what becomes of the W wanted rows, each an index into them: `sample_rows` give logits to sample from,
     `class_rows` class logits, `logit_rows` and `hidden_rows` everything; pairs (score_rows[pair_rows[i]],
@@ -63,6 +67,7 @@ class Batch:
     class_rows: Ints
     logit_rows: Ints
     hidden_rows: Ints
+    media: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +104,35 @@ def build_batch(
         input_ids=np.concatenate(
             [np.array(chunk.sequence.tokens[chunk.start : chunk.end], dtype=np.int64) for chunk in chunks]
         ),
-        positions=np.concatenate([chunk.sequence.positions(chunk.start, chunk.end) for chunk in chunks]),
+        positions=_positions(chunks),
         slots=np.concatenate([segment.slots[segment.indices] for segment in segments]),
         groups=groups,
         out_rows=out_rows,
         out_groups=groups if all_wanted else _groups(wanted_segments, shared, block_size, num_heads),
+        media=tuple(_media(chunks)),
         **_outputs(wanted, eos_token_ids),
     )
     return batch, wanted
+
+
+def _positions(chunks: list[Chunk]) -> Ints:
+    """One axis for all while nobody needs three: text stands at the same place on each of them."""
+    found = [chunk.sequence.positions(chunk.start, chunk.end) for chunk in chunks]
+    if any(positions.ndim == 2 for positions in found):
+        found = [np.broadcast_to(positions, (3, positions.shape[-1])) for positions in found]
+    return np.concatenate(found, axis=-1)
+
+
+def _media(chunks: list[Chunk]) -> Iterator[Span]:
+    """The spans, cut where their chunks end."""
+    row = 0
+    for chunk in chunks:
+        for span in chunk.sequence.media.spans if chunk.sequence.media else ():
+            here = span.cut(chunk.start, chunk.end)
+            if here:
+                shift = row - chunk.start
+                yield Span(here.item, here.start + shift, here.end + shift, here.first)
+        row += chunk.end - chunk.start
 
 
 def _segments(chunks: list[Chunk], block_size: int) -> Iterator[Segment]:

@@ -23,6 +23,8 @@ from models.engine.constraints import Constraints
 from models.engine.decoding import Decoding
 from models.engine.interface import EngineConfig
 from models.engine.kv_cache import default_kv_tokens
+from models.engine.media import PlacedMedia, place
+from models.engine.media_encoder import MediaEncoder
 from models.engine.request import Choose, Classify, Completion, Embed, Generate, Inspect, Request, Tag
 from models.engine.runner import Runner, StepOutput, TorchRunner
 from models.engine.sampler import SampleRow, sample
@@ -37,6 +39,7 @@ from models.registry import build_model
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 NUM_SEQS = {"cpu": 256, "cuda": 512}
 BLOCK_SIZE = {"cpu": 4, "cuda": 16}
+MEDIA_CACHE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,7 @@ class Limits:
     num_blocks: int
     block_size: int
     prefix_caching: bool
+    media_cache_bytes: int
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -91,7 +95,11 @@ class TorchEngine:
         model = build_model(config.model, dtype=dtype, device=device)
         limits = resolve_limits(config, model.config, dtype, device)
         tokenizer.eos_token_ids = _end_ids(tokenizer, model.config)
-        return cls(TorchRunner(model, num_slots=limits.num_blocks * limits.block_size), tokenizer, limits)
+        encoder = None
+        if model.vision:
+            encoder = MediaEncoder(model.vision, device=device, max_bytes=limits.media_cache_bytes)
+        runner = TorchRunner(model, num_slots=limits.num_blocks * limits.block_size, encoder=encoder)
+        return cls(runner, tokenizer, limits)
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
@@ -154,6 +162,7 @@ class TorchEngine:
     def _admit(self, request: Request) -> _Pending:
         prompt = list(map(int, request.input_ids))
         self._check(request, prompt)
+        media = self._place(request, prompt)
         match request.work:
             case Generate(sampling=params, constraint=constraint):
                 pending = _Pending(request=request)
@@ -162,19 +171,21 @@ class TorchEngine:
                     matcher = self._constraints.start(constraint) if constraint else None
                     max_tokens = min(params.max_tokens, room)
                     pending.decodings.append(Decoding(params, self.tokenizer, max_tokens=max_tokens, matcher=matcher))
-                    pending.sequences.append(self._sequence(request, prompt, sample_index=i))
+                    pending.sequences.append(self._sequence(request, prompt, media, sample_index=i))
                 return pending
             case Choose():
                 tree = choice_tree(request.work)
-                sequence = self._sequence(request, prompt + list(tree.tokens), num_prompt=len(prompt), tree=tree)
+                tokens = prompt + list(tree.tokens)
+                sequence = self._sequence(request, tokens, media, num_prompt=len(prompt), tree=tree)
             case _:
-                sequence = self._sequence(request, prompt)
+                sequence = self._sequence(request, prompt, media)
         return _Pending(request=request, sequences=[sequence])
 
     def _sequence(
         self,
         request: Request,
         tokens: list[int],
+        media: PlacedMedia | None,
         *,
         num_prompt: int | None = None,
         sample_index: int = 0,
@@ -187,7 +198,21 @@ class TorchEngine:
             num_prompt=len(tokens) if num_prompt is None else num_prompt,
             pooled_index=pooled_index(tokens, self.config.pad_token_id),
             tree=tree,
+            media=media,
         )
+
+    def _place(self, request: Request, prompt: list[int]) -> PlacedMedia | None:
+        """Matches the request's media with its placeholders; a prompt without both costs one look."""
+        vision, tokens = self.config.vision, self.config.media_tokens
+        if vision is None or tokens is None:
+            if request.media is None:
+                return None
+            raise RowError(
+                "unsupported_media", f"the prompt shows media; the checkpoint, a {self.config.architecture}, reads text"
+            )
+        if request.media is None and tokens.image_token_id not in prompt:
+            return None
+        return place(request.media, prompt, tokens, vision)
 
     @cached_property
     def _constraints(self) -> Constraints:
@@ -337,6 +362,7 @@ class TorchEngine:
             choice_logprobs=choice_logprobs,
             array=_assemble(pending) if scored else None,
             num_preemptions=sum(sequence.num_preemptions for sequence in pending.sequences),
+            media_tokens=first.media.num_tokens if first.media else 0,
         )
 
 
@@ -475,4 +501,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype,
         num_blocks=max(1, -(-kv_tokens // block_size)),
         block_size=block_size,
         prefix_caching=config.prefix_caching,
+        media_cache_bytes=(
+            MEDIA_CACHE_BYTES[device.type] if config.media_cache_bytes == "auto" else config.media_cache_bytes
+        ),
     )

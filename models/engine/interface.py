@@ -44,7 +44,8 @@ class EngineConfig:
 
     `max_step_tokens` bounds the tokens of one forward pass, `max_num_seqs` the sequences in flight, `kv_cache_tokens`
     the size of the paged KV cache in tokens, `block_size` the tokens of one block of it. `max_model_len` bounds prompt
-    plus output; "auto" takes the checkpoint's max_position_embeddings.
+    plus output; "auto" takes the checkpoint's max_position_embeddings. `media_cache_bytes` bounds the features of
+    images and videos that are remembered.
     """
 
     model: str
@@ -57,10 +58,13 @@ class EngineConfig:
     max_model_len: int | Auto = "auto"
     kv_cache_tokens: int | Auto = "auto"
     block_size: int | Auto = "auto"
+    media_cache_bytes: int | Auto = "auto"
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_step_tokens", "max_num_seqs", "max_model_len", "kv_cache_tokens", "block_size"):
+        for name in (
+            "max_step_tokens", "max_num_seqs", "max_model_len", "kv_cache_tokens", "block_size", "media_cache_bytes",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or value < 1):
                 raise ValueError(f'engine.{name}={value!r}: it must be a positive integer or "auto"')

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import RowError
+from models.normalization import MediaKind
 
 FinishReason = Literal["stop", "length", "scored", "error", "abort"]
 
@@ -121,13 +122,54 @@ class Inspect:
 Work = Generate | Choose | Classify | Tag | Embed | Inspect
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MediaItem:
+    """One image or video, cut into patches but not yet normalised.
+
+    `grid_thw` counts frames (1 for an image, the temporal groups of a video), rows and columns of patches. `patches`
+    are uint8 [t * h * w, values] in storage order: an image's hold its frame once [channels * patch * patch], a video's
+    the frames of the group [channels * temporal_patch_size * patch * patch]. Items with equal kind, grid and `digest`
+    are taken for the same.
+    """
+
+    kind: MediaKind
+    patches: NDArray[np.uint8]
+    grid_thw: tuple[int, int, int]
+    digest: bytes
+
+    @property
+    def key(self) -> tuple[str, tuple[int, int, int], bytes]:
+        """What tells items apart."""
+        return self.kind, self.grid_thw, self.digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Media:
+    """What a prompt shows. The images stand in the order of their placeholders, and so do the videos.
+
+    `positions` int64 [3, tokens] are the prompt's rotary positions along time, height and width.
+    """
+
+    items: tuple[MediaItem, ...]
+    positions: NDArray[np.int64]
+
+    @property
+    def rope_delta(self) -> int:
+        """The first generated token stands at position (number of prompt tokens) + rope_delta."""
+        return int(self.positions.max()) + 1 - len(self.positions[0])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and the work to do on it. `id` is unique among the requests in flight."""
+    """One prompt and the work to do on it. `id` is unique among the requests in flight.
+
+    In a prompt with media each feature of an image or of a video's frame has a placeholder token of its own.
+    """
 
     id: str
     input_ids: SequenceOf[int]
     work: Work
+    media: Media | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +200,7 @@ class Completion:
     choices) to Choose, `array` to the rest: float32 [num_labels] for Classify, [tokens, num_labels] for Tag,
     [hidden_size] for Embed, [tokens, vocab_size | hidden_size] for Inspect. `error` is set when finish_reason is
     "error". `num_preemptions` counts how often the request lost its KV cache to an older one and was recomputed.
+    `media_tokens` are those of the prompt's tokens that stand for images and videos.
     """
 
     id: str
@@ -170,3 +213,4 @@ class Completion:
     array: NDArray[np.float32] | None = None
     error: RowError | None = None
     num_preemptions: int = 0
+    media_tokens: int = 0

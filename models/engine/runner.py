@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from models.config import ModelConfig
 from models.engine.batch import Batch, Group, Ints
 from models.engine.kv_cache import KVCache
+from models.engine.media_encoder import MediaEncoder
 from models.errors import EngineError
+from models.glm import MediaRows
 from models.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
 from models.registry import Model
 
@@ -49,10 +51,11 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """The runner of a single process."""
+    """The runner of a single process; `encoder` is None where the model reads nothing but text."""
 
-    def __init__(self, model: Model, *, num_slots: int) -> None:
+    def __init__(self, model: Model, *, num_slots: int, encoder: MediaEncoder | None = None) -> None:
         self.config = model.config
+        self.encoder = encoder
         self._model = model
         self._cache = KVCache(model.config, num_slots, dtype=model.dtype, device=model.device)
 
@@ -65,6 +68,7 @@ class TorchRunner:
                 int(batch.positions.max()),
                 self._cache.pages,
                 self._attention(batch),
+                self._media(batch),
             )
             return StepOutput(
                 sample_logits=self._head(hidden, batch.sample_rows),
@@ -75,6 +79,16 @@ class TorchRunner:
             )
         except torch.OutOfMemoryError as error:
             raise EngineError(f"out of memory in a step of {len(batch.input_ids)} tokens: {error}") from error
+
+    def _media(self, batch: Batch) -> MediaRows | None:
+        """Every item of the step encoded or found, and the features that its rows take."""
+        if not batch.media:
+            return None
+        assert self.encoder is not None, "media are refused where there is no vision tower"
+        features = self.encoder.features(span.item for span in batch.media)
+        taken = [features[span.item.key][span.first : span.first + span.end - span.start] for span in batch.media]
+        rows = np.concatenate([np.arange(span.start, span.end, dtype=np.int64) for span in batch.media])
+        return MediaRows(rows=self._tensor(rows), features=torch.cat(taken))
 
     def _head(self, hidden: torch.Tensor, rows: Ints) -> torch.Tensor:
         if not len(rows):

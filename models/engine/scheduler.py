@@ -123,7 +123,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int) -> int:
         """Reserves blocks for all tokens of a waiting sequence; the number to compute now, 0 if there is no room."""
         blocks = self.blocks
-        hits = blocks.find_prefix(sequence.tokens, sequence.num_skippable) if blocks.prefix_caching else []
+        hits = blocks.find_prefix(sequence.prompt_keys, sequence.num_skippable) if blocks.prefix_caching else []
         missing = blocks.num_blocks_for(sequence.num_tokens) - len(hits)
         spare = len(self.running)
         if missing + spare > blocks.num_free - blocks.num_unheld(hits):
@@ -146,7 +146,7 @@ class Scheduler:
         size = self.blocks.block_size
         if self.blocks.prefix_caching:
             for i in range(sequence.num_registered, min(end, sequence.num_shareable) // size):
-                tokens = sequence.tokens[i * size : (i + 1) * size]
-                sequence.contents = self.blocks.register(sequence.block_table[i], sequence.contents, tokens)
+                keys = sequence.keys(i * size, (i + 1) * size)
+                sequence.contents = self.blocks.register(sequence.block_table[i], sequence.contents, keys)
                 sequence.num_registered = i + 1
         return Chunk(sequence, start, end)

@@ -5,6 +5,8 @@ Owns the tokens, how far they are computed and the blocks they hold. Knows nothi
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.engine.block_manager import ROOT
 from models.engine.choice_tree import ChoiceTree
+from models.engine.media import PlacedMedia
 from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Request, Tag
 
 
@@ -30,6 +33,7 @@ class Sequence:
     num_prompt: int
     pooled_index: int = 0
     tree: ChoiceTree | None = None
+    media: PlacedMedia | None = None
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     num_registered: int = 0
@@ -80,8 +84,29 @@ class Sequence:
                 candidates = [len(self.tokens) - 1]
         return [index for index in candidates if start <= index < end]
 
+    @property
+    def prompt_keys(self) -> SequenceOf[Hashable]:
+        """What identifies each token of the prompt; what follows the prompt may come after it."""
+        return self.media.keys if self.media else self.tokens
+
+    def keys(self, start: int, end: int) -> SequenceOf[Hashable]:
+        """What identifies tokens [start, end) to the prefix index: their ids, or their features if they have some."""
+        if self.media is None or start >= self.num_prompt:
+            return self.tokens[start:end]
+        return [*self.media.keys[start:end], *self.tokens[self.num_prompt : end]]
+
     def positions(self, start: int, end: int) -> NDArray[np.int64]:
-        """Rotary positions of tokens [start, end): a tree's node stands where its depth puts it."""
+        """Rotary positions of tokens [start, end), [tokens], or [3, tokens] where a prompt with media is among them."""
+        if self.media is None:
+            return self._text_positions(start, end)
+        following = self._text_positions(max(start, self.num_prompt), end) + self.media.rope_delta
+        if start >= self.num_prompt:
+            return following
+        prompt = self.media.positions[:, start : min(end, self.num_prompt)]
+        return np.concatenate((prompt, np.broadcast_to(following, (3, len(following)))), axis=1)
+
+    def _text_positions(self, start: int, end: int) -> NDArray[np.int64]:
+        """Where tokens stand without media: a tree's node where its depth puts it."""
         positions = np.arange(start, end, dtype=np.int64)
         if self.tree and end > self.num_prompt:
             first = max(start, self.num_prompt)

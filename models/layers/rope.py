@@ -1,7 +1,8 @@
 """Rotary position embedding of GLM: partial and interleaved.
 
 Only the first `rotary_dim` dimensions of a head turn, and they turn in neighbouring pairs (2j, 2j+1), unlike the
-half-split form of most other models. Knows nothing of M-RoPE's position ids.
+half-split form of most other models. With M-RoPE each pair follows one of three position axes; where the positions
+come from is not known here.
 """
 
 from __future__ import annotations
@@ -55,21 +56,33 @@ def _attention_factor(rope: RopeConfig) -> float:
     return scale(1.0)
 
 
+def axis_of_pair(mrope_section: tuple[int, ...]) -> list[int]:
+    """Which position axis (0 time, 1 height, 2 width) each pair follows: section i belongs to axis i % 3."""
+    return [i % 3 for i, count in enumerate(mrope_section) for _ in range(count)]
+
+
 class RopeTable:
     """Turns by position as complex numbers cos + i sin, grown on demand."""
 
     def __init__(self, rope: RopeConfig, *, device: torch.device) -> None:
         self._inv_freq, self._factor = inverse_frequencies(rope)
         self._turns = torch.empty(0, rope.rotary_dim // 2, dtype=torch.complex64, device=device)
+        self._axes = torch.tensor(axis_of_pair(rope.mrope_section), dtype=torch.int64, device=device)
+        self._pairs = torch.arange(rope.rotary_dim // 2, device=device)
 
     def lookup(self, positions: torch.Tensor, max_position: int) -> torch.Tensor:
-        """positions: [tokens] int64, none above `max_position` -> complex64 [tokens, 1, rotary_dim / 2]."""
+        """positions: [tokens] or [3, tokens] int64, none above `max_position` -> complex64 [tokens, 1, rotary_dim / 2].
+
+        Frequencies do not start anew with each section: three equal axes are the same as one.
+        """
         if max_position >= self._turns.shape[0]:
             length = 1 << max_position.bit_length()
             angles = torch.arange(length, dtype=torch.float32)[:, None] * self._inv_freq
             turns = torch.complex(angles.cos() * self._factor, angles.sin() * self._factor)
             self._turns = turns.to(self._turns.device)
-        return self._turns[positions].unsqueeze(1)
+        if positions.ndim == 1:
+            return self._turns[positions].unsqueeze(1)
+        return self._turns[positions.T[:, self._axes], self._pairs].unsqueeze(1)
 
 
 def rotate_(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

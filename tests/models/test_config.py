@@ -310,3 +310,119 @@ def test_resolve_tells_two_rope_dictionaries_apart(write: WriteConfig) -> None:
     found = {resolved.name: resolved.source for resolved in resolve(path)}
     assert found["rope.rope_theta"] == "config.json: rope_scaling.rope_theta"
     assert found["rope.rotary_dim"] == "config.json: rope_parameters.partial_rotary_factor x head_dim"
+
+
+# GLM-4.1V: text keys in text_config or at the root, and a vision tower
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+V4_ROPE = {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "default", "mrope_section": [8, 12, 12]}}
+GLM4V: dict[str, dict[str, Any]] = {
+    "nested": {"text_config": {"rope_parameters": ROPE}, "vision_config": {}},
+    "nested, v4 rope": {"text_config": V4_ROPE, "vision_config": {"rope_parameters": {"rope_type": "default"}}},
+    "flat": {**V4_ROPE, "vision_config": {}},
+    "flat without vision_config": {"rope_parameters": ROPE},
+}
+
+
+@pytest.fixture
+def write_glm4v(write: WriteConfig) -> WriteConfig:
+    def write_config(**keys: Any) -> Path:
+        return write(**({"architectures": ["Glm4vForConditionalGeneration"], "model_type": "glm4v"} | keys))
+
+    return write_config
+
+
+def nested(**keys: Any) -> dict[str, Any]:
+    return {"text_config": {"rope_parameters": ROPE} | keys}
+
+
+@pytest.mark.parametrize("form", GLM4V)
+def test_glm4v_in_every_form(write_glm4v: WriteConfig, form: str) -> None:
+    config = load_config(write_glm4v(**GLM4V[form]))
+    assert (config.family, config.head, config.head_dim, config.rms_norm_eps) == ("glm4v", "causal_lm", 128, 1e-5)
+    assert (config.rope.rotary_dim, config.rope.mrope_section) == (64, (8, 12, 12))
+    assert (config.max_position_embeddings, config.pad_token_id, config.eos_token_ids) == (32768, None, ())
+    assert config.vision is not None
+    assert config.media_tokens is not None
+    assert (config.vision.depth, config.vision.grid_size, config.vision.rope_theta) == (24, 24, 1e4)
+    assert (config.media_tokens.image_token_id, config.media_tokens.video_end_token_id) == (151343, 151342)
+    assert config.num_parameters == 10_292_777_472
+    assert config.vision.num_parameters == 892_498_432
+
+
+@pytest.mark.parametrize("form", GLM4V)
+def test_glm4v_is_read_as_transformers_does(write_glm4v: WriteConfig, form: str) -> None:
+    path = write_glm4v(**GLM4V[form])
+    ours, theirs = load_config(path), transformers.Glm4vConfig.from_pretrained(path)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"):
+        assert getattr(ours, name) == getattr(theirs.text_config, name), name
+    for name in ("depth", "hidden_size", "num_heads", "out_hidden_size", "intermediate_size", "rms_norm_eps"):
+        assert getattr(ours.vision, name) == getattr(theirs.vision_config, name), name
+    assert theirs.text_config.rope_parameters["partial_rotary_factor"] == 0.5
+    for name in ("image_token_id", "video_start_token_id"):
+        assert getattr(ours.media_tokens, name) == getattr(theirs, name), name
+
+
+def test_glm4v_always_has_biases_and_no_head_dim_of_its_own(write_glm4v: WriteConfig) -> None:
+    keys = nested(attention_bias=False, head_dim=64, hidden_size=2048, num_attention_heads=16)
+    config = load_config(write_glm4v(**keys, vision_config={"out_hidden_size": 2048}))
+    assert (config.attention_bias, config.head_dim) == (True, 128)
+
+
+def test_ids_stand_beside_or_in_text_config(write_glm4v: WriteConfig) -> None:
+    inside = load_config(write_glm4v(**nested(pad_token_id=5, eos_token_id=[6, 7])))
+    beside = load_config(write_glm4v(**nested(pad_token_id=None), pad_token_id=5, eos_token_id=[6, 7]))
+    assert (inside.pad_token_id, inside.eos_token_ids) == (beside.pad_token_id, beside.eos_token_ids) == (5, (6, 7))
+
+
+@pytest.mark.parametrize("place", ["root", "text_config"])
+def test_tied_embeddings_and_dtype_in_both_places(write_glm4v: WriteConfig, place: str) -> None:
+    stated = {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    keys = {**nested(), **stated} if place == "root" else {**nested(**stated), "tie_word_embeddings": False}
+    config = load_config(write_glm4v(**keys))
+    assert (config.tie_word_embeddings, config.dtype) == (True, "bfloat16")
+
+
+def test_glm4v_classifier(write_glm4v: WriteConfig) -> None:
+    config = load_config(
+        write_glm4v(architectures=["Glm4vForSequenceClassification"], id2label={"0": "a", "1": "b"}, **nested())
+    )
+    assert (config.head, config.id2label) == ("sequence_classification", ("a", "b"))
+    assert config.num_parameters == 10_292_777_472 - 151552 * 4096 + 2 * 4096
+
+
+def test_glm4v_sources_name_the_section(write_glm4v: WriteConfig) -> None:
+    path = write_glm4v(**nested(hidden_size=4096), vision_config={"depth": 3}, image_token_id=9)
+    found = {resolved.name: resolved.source for resolved in resolve(path)}
+    assert found["hidden_size"] == "config.json: text_config.hidden_size"
+    assert found["rope.mrope_section"] == "config.json: text_config.rope_parameters.mrope_section"
+    assert found["vision.depth"] == "config.json: vision_config.depth"
+    assert (found["image_token_id"], found["video_token_id"]) == ("config.json: image_token_id", "class default")
+    assert found["vision.hidden_size"] == "class default"
+
+
+REFUSED_GLM4V: dict[str, tuple[dict[str, Any], str]] = {
+    "no partial_rotary_factor": (
+        {"text_config": {}}, r"mrope_section \[8, 12, 12\] adds up to 32 pairs, but 64 turn; .*partial_rotary_factor",
+    ),
+    "sections": (nested(rope_parameters=ROPE | {"mrope_section": "8"}), r"mrope_section is '8'; .*list of numbers"),
+    "text": (nested(hidden_size=0), r"text_config\.hidden_size is 0; it must be a positive integer"),
+    "text section": ({"text_config": [1]}, r"text_config is \[1\]; it must be an object"),
+    "vision number": ({**nested(), "vision_config": {"depth": -1}}, r"vision_config\.depth is -1; .*positive integer"),
+    "vision flag": ({**nested(), "vision_config": {"attention_bias": 1}}, r"vision_config\.attention_bias is 1; "),
+    "vision activation": (
+        {**nested(), "vision_config": {"hidden_act": "gelu"}}, r"vision_config\.hidden_act 'gelu' is not supported",
+    ),
+    "vision heads": ({**nested(), "vision_config": {"num_heads": 7}}, r"hidden_size 1536 is no multiple of 4"),
+    "widths": ({**nested(), "vision_config": {"out_hidden_size": 64}}, r"out_hidden_size is 64, hidden_size 4096"),
+    "small image": ({**nested(), "vision_config": {"image_size": 13}}, r"vision_config\.image_size 13 is less than"),
+    "ids": ({**nested(), "image_token_id": 151552}, r"image_token_id is 151552; .* below vocab_size \(151552\)"),
+    "heads": (nested(num_attention_heads=24), r"hidden_size 4096 is no multiple of num_attention_heads 24"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_GLM4V)
+def test_a_glm4v_that_cannot_run_is_refused(write_glm4v: WriteConfig, case: str) -> None:
+    keys, message = REFUSED_GLM4V[case]
+    with pytest.raises(ConfigError, match=r"config\.json: (text_config\.)?(rope_\w+\.)?(vision_config\.)?" + message):
+        load_config(write_glm4v(**keys))

@@ -11,7 +11,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from models.config import RopeConfig
-from models.layers.rope import RopeTable, inverse_frequencies, rotate_
+from models.layers.rope import RopeTable, axis_of_pair, inverse_frequencies, rotate_
 
 CPU = torch.device("cpu")
 PLAIN = RopeConfig(rope_type="default", rope_theta=1e4, rotary_dim=8)
@@ -142,3 +142,37 @@ def test_the_attention_factor_stretches_what_turns() -> None:
     found = turned(x, [0, 5, 70], rope)
     torch.testing.assert_close(found[..., :8].norm(dim=-1), 1.5 * x[..., :8].norm(dim=-1))
     assert torch.equal(found[..., 8:], x[..., 8:])
+
+
+# M-RoPE
+
+
+MROPE = RopeConfig(rope_type="default", rope_theta=1e4, rotary_dim=16, mrope_section=(2, 3, 3))
+
+
+def test_sections_deal_pairs_to_axes_in_turn() -> None:
+    assert axis_of_pair((8, 12, 12)) == [0] * 8 + [1] * 12 + [2] * 12
+    assert axis_of_pair((1, 2, 1, 3)) == [0, 1, 1, 2, 0, 0, 0]
+    assert axis_of_pair(()) == []
+
+
+def test_each_pair_turns_by_its_own_axis_without_starting_anew() -> None:
+    positions = torch.tensor([[3, 0, 900], [3, 7, 902], [3, 2, 905]])
+    x = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(0))
+    found = rotate_(x.clone(), RopeTable(MROPE, device=CPU).lookup(positions, 905))
+    for row in range(3):
+        for j, axis in enumerate([0, 0, 1, 1, 1, 2, 2, 2]):
+            angle = int(positions[axis, row]) * 1e4 ** (-2 * j / 16)
+            a, b = x[row, :, 2 * j].double(), x[row, :, 2 * j + 1].double()
+            torch.testing.assert_close(
+                found[row, :, 2 * j].double(), a * math.cos(angle) - b * math.sin(angle), atol=1e-4, rtol=0
+            )
+            torch.testing.assert_close(
+                found[row, :, 2 * j + 1].double(), b * math.cos(angle) + a * math.sin(angle), atol=1e-4, rtol=0
+            )
+    assert torch.equal(found[..., 16:], x[..., 16:])
+
+
+def test_equal_axes_are_one_axis() -> None:
+    table, positions = RopeTable(MROPE, device=CPU), torch.tensor([0, 5, 77])
+    assert torch.equal(table.lookup(positions.expand(3, -1), 77), table.lookup(positions, 77))

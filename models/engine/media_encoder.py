@@ -1,0 +1,90 @@
+"""MediaEncoder: images and videos to features, each once. Owns the features remembered on the model's device.
+
+Knows nothing of prompts and steps; whoever asks names the items that it needs now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.byte_cache import ByteCache
+from models.engine.request import MediaItem
+from models.glm4v_vision import Grid, VisionTower
+from models.normalization import MediaKind
+
+ENCODE_PATCHES = {"cpu": 4096, "cuda": 32768}  # of one forward pass of the tower; a single frame may have more
+Key = tuple[str, tuple[int, int, int], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The unit that the tower computes: no frame sees another."""
+
+    item: MediaItem
+    patches: NDArray[np.uint8]
+
+    @property
+    def grid(self) -> Grid:
+        return 1, *self.item.grid_thw[1:]
+
+
+class MediaEncoder:
+    """Features by item, the least recently used forgotten beyond `max_bytes`."""
+
+    def __init__(self, tower: VisionTower, *, device: torch.device, max_bytes: int) -> None:
+        self.num_encoded = 0  # items that went through the tower
+        self._tower = tower
+        self._device = device
+        self._max_patches = ENCODE_PATCHES[device.type]
+        self._features: ByteCache[torch.Tensor] = ByteCache(max_bytes)
+
+    def features(self, items: Iterable[MediaItem]) -> dict[Key, torch.Tensor]:
+        """Each item's features [t * h * w / merge^2, hidden_size]; what is asked for last is forgotten last."""
+        wanted = {item.key: item for item in items}
+        found = {key: self._features.get(key) for key in wanted}
+        missing = [item for key, item in wanted.items() if found[key] is None]
+        found |= self._encode(missing) if missing else {}
+        features = {key: value for key, value in found.items() if value is not None}
+        for key, value in features.items():
+            self._features.put(key, value, value.nbytes)
+        return features
+
+    def _encode(self, items: Sequence[MediaItem]) -> dict[Key, torch.Tensor]:
+        self.num_encoded += len(items)
+        pieces: dict[Key, list[torch.Tensor]] = {item.key: [] for item in items}
+        for bunch in self._bunches(items):
+            # Frames of one kind and size side by side: one matrix product each, and one attention.
+            bunch.sort(key=lambda frame: (frame.item.kind, frame.grid))
+            kinds: list[MediaKind] = ["image", "video"]
+            patches = [
+                torch.from_numpy(np.concatenate(mine)).to(self._device)
+                for kind in kinds
+                if (mine := [frame.patches for frame in bunch if frame.item.kind == kind])
+            ]
+            encoded = self._tower.forward_uint8(patches, [frame.grid for frame in bunch])
+            merged = self._tower.config.spatial_merge_size**2
+            start = 0
+            for frame in bunch:
+                end = start + len(frame.patches) // merged
+                pieces[frame.item.key].append(encoded[start:end])
+                start = end
+        return {key: torch.cat(frames) for key, frames in pieces.items()}
+
+    def _bunches(self, items: Sequence[MediaItem]) -> Iterator[list[_Frame]]:
+        """All frames, as many at a time as one forward pass takes."""
+        bunch: list[_Frame] = []
+        size = 0
+        for item in items:
+            for patches in item.patches.reshape(item.grid_thw[0], -1, item.patches.shape[1]):
+                if bunch and size + len(patches) > self._max_patches:
+                    yield bunch
+                    bunch, size = [], 0
+                bunch.append(_Frame(item, patches))
+                size += len(patches)
+        if bunch:
+            yield bunch
