@@ -18,7 +18,7 @@ from models.layers.attention import Attend
 from models.layers.attention_grouped import attend_grouped
 from models.layers.linear import pack_linears
 from models.layers.linear_packed import can_pack
-from models.normalization import load_normalization
+from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
 from models.weights import load_weights
 
 BACKBONES: dict[str, type[Backbone]] = {"glm": Backbone, "glm4": Glm4Backbone, "glm4v": Glm4vBackbone}
@@ -60,10 +60,9 @@ def build_model(
         copies=head.copies(),
     )
     if vision:
-        channels = vision.config.in_channels
         vision.patch_embed.fold(
-            load_normalization(model_dir, "image", channels=channels),
-            load_normalization(model_dir, "video", channels=channels),
+            ImageProcessorConfig.from_dir(model_dir).normalization,
+            VideoProcessorConfig.from_dir(model_dir).normalization,
         )
     if can_pack(dtype, device):
         for module in filter(None, (backbone, head, vision)):

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from models.errors import ConfigError
+from models.normalization import Normalization
 from models.processing.tokenizer import read_json
 
 Resampling = Literal["torch", "pil"]
 
+PUBLISHED = Normalization()
 NUM_CHANNELS = 3
 BICUBIC = 3  # Pillow's number, which the files use
 # An 8192x8192 source; a decoded frame of it takes 200 MB, and Pillow needs a third more while it decodes.
@@ -38,9 +40,9 @@ class ImageProcessorConfig:
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
-    rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = PUBLISHED.rescale_factor
+    image_mean: tuple[float, ...] = PUBLISHED.mean
+    image_std: tuple[float, ...] = PUBLISHED.std
     resampling: Resampling = "torch"
     max_source_pixels: int = DEFAULT_MAX_SOURCE_PIXELS
 
@@ -62,6 +64,11 @@ class ImageProcessorConfig:
     def factor(self) -> int:
         """Both sides of a resized frame are multiples of it: the pixels along one side of a token."""
         return self.patch_size * self.merge_size
+
+    @property
+    def normalization(self) -> Normalization:
+        """What the model folds into its patch embedding."""
+        return Normalization(mean=self.image_mean, std=self.image_std, rescale_factor=self.rescale_factor)
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +153,7 @@ def _common_values(values: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {key: values[key] for key in keys if values.get(key) is not None}
     for key in ("image_mean", "image_std"):
         if values.get(key) is not None:
-            found[key] = tuple(values[key]) if isinstance(values[key], list) else (values[key],)
+            found[key] = tuple(values[key]) if isinstance(values[key], list) else (values[key],) * NUM_CHANNELS
     if values.get("do_rescale") is False:
         found["rescale_factor"] = 1.0
     if values.get("do_normalize") is False:

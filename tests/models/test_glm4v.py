@@ -25,7 +25,8 @@ from models.errors import ConfigError
 from models.glm4v_vision import VisionTower
 from models.layers.rope import axis_of_pair
 from models.llm import LLM
-from models.normalization import Normalization, load_normalization
+from models.normalization import Normalization
+from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
 from models.registry import build_model
 from tests.models.conftest import random_ids
 from tests.models.media_cases import (
@@ -361,31 +362,34 @@ def test_normalisation_is_read_from_where_transformers_reads_it(tmp_path: Path) 
     def write(name: str, **keys: Any) -> None:
         (tmp_path / name).write_text(json.dumps(keys))
 
-    assert load_normalization(tmp_path, "image") == load_normalization(tmp_path, "video") == Normalization()
+    def load(config: type[ImageProcessorConfig]) -> Normalization:
+        return config.from_dir(tmp_path).normalization
+
+    assert load(ImageProcessorConfig) == load(VideoProcessorConfig) == Normalization()
     write("preprocessor_config.json", image_mean=[0.1, 0.2, 0.3], rescale_factor=0.5)
-    assert load_normalization(tmp_path, "video").mean == (0.1, 0.2, 0.3)
+    assert load(VideoProcessorConfig).mean == (0.1, 0.2, 0.3)
     write("video_preprocessor_config.json", image_std=0.5, do_rescale=False)
-    assert load_normalization(tmp_path, "image").rescale_factor == 0.5
-    video = load_normalization(tmp_path, "video")
+    assert load(ImageProcessorConfig).rescale_factor == 0.5
+    video = load(VideoProcessorConfig)
     assert (video.mean, video.std, video.rescale_factor) == (Normalization().mean, (0.5, 0.5, 0.5), 1.0)
     write("processor_config.json", image_processor={"do_normalize": False})
-    image = load_normalization(tmp_path, "image")
+    image = load(ImageProcessorConfig)
     assert (image.mean, image.std, image.rescale_factor) == ((0.0,) * 3, (1.0,) * 3, 1 / 255)
-    assert load_normalization(tmp_path, "video") == video
+    assert load(VideoProcessorConfig) == video
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"image_mean": [0.1, 0.2]}, r"image_mean is \[0\.1, 0\.2\]; it must be a number or 3 of them"),
-        ({"image_std": [0.1, 0.2, 0]}, r"image_std is .*; it must not be 0"),
-        ({"rescale_factor": "1/255"}, r"rescale_factor is '1/255'; it must be a number"),
+        ({"image_mean": [0.1, 0.2]}, r"image_mean: \(0\.1, 0\.2\); it must be three numbers"),
+        ({"image_std": [0.1, 0.2, 0]}, r"rescale_factor and image_std must be above 0"),
+        ({"rescale_factor": "1/255"}, r"rescale_factor and image_std must be above 0"),
     ],
 )
 def test_a_broken_normalisation_is_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(keys))
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: " + message):
-        load_normalization(tmp_path, "image")
+        ImageProcessorConfig.from_dir(tmp_path)
 
 
 def test_another_normalisation_of_videos_is_folded_apart(make_glm4v: MakeGlm4v) -> None:

@@ -188,7 +188,7 @@ def test_switched_off_steps_are_folded_into_the_arithmetic(tmp_path: Path) -> No
         {"size": {"shortest_edge": "many", "longest_edge": 400}},
         {"patch_size": 0},
         {"image_mean": [0.5, 0.5]},
-        {"image_std": 0.5},
+        {"image_std": [0.5]},
         {"image_std": [0.5, 0.5, 0]},
         {"rescale_factor": 0},
         {"image_processor_type": "Qwen2VLImageProcessor"},
