@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.config import Place, Problem, job_keys
-from models.config import ModelConfig, load_config
+from models.config import ModelConfig
+from models.config_reader import load_config
 from models.engine.request import SamplingParams
 from models.errors import ConfigError
 from pipelines.job import Job, TaskConfig

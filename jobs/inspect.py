@@ -1,6 +1,6 @@
 """`glm-batch inspect`: what a checkpoint resolves to, value by value, each with the file and key it comes from.
 
-Owns the table alone; models.config resolves, and the checks of a job say what is wrong with the weight files.
+Owns the table alone; models.config_reader resolves, and the checks of a job say what is wrong with the weight files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.checks import weight_problems
-from models.config import resolve
+from models.config_reader import resolve
 from models.errors import ConfigError
 from models.processing.chat import Chat
 from models.processing.tokenizer import Tokenizer

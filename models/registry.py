@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from models.config import ModelConfig, load_config
+from models.config import ModelConfig
+from models.config_reader import load_config
 from models.errors import ConfigError
 from models.glm import Backbone
 from models.glm4 import Glm4Backbone

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from models.config import read_json
+from models.config_reader import read_json
 from models.errors import ConfigError
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from models.config import load_config
+from models.config_reader import load_config
 from models.engine.interface import EngineConfig
 from models.errors import EngineError, GlmBatchError
 from pipelines.cluster import cluster, job_workers

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.config import load_config
+from models.config_reader import load_config
 from models.engine.request import (
     Choose,
     Classify,

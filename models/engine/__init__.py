@@ -50,7 +50,7 @@ def build_engine(config: EngineConfig) -> Engine:
     Raises ConfigError for a checkpoint or option that cannot run.
     """
     if config.kind == "echo":
-        from models.config import load_config
+        from models.config_reader import load_config
         from models.engine.echo import EchoEngine
         from models.processing.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jobs.checks import check_job
 from jobs.config import load_job
 from jobs.plan import estimate_job, excerpt, measure_gemm, plan, shared_prefix_share, take_sample
-from models.config import load_config
+from models.config_reader import load_config
 from models.engine.request import Choose, Embed, Generate, SamplingParams
 from pipelines.plan import make_plan
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import transformers
 
-from models.config import load_config, resolve
+from models.config_reader import load_config, resolve
 from models.errors import ConfigError
 
 WriteConfig = Callable[..., Path]

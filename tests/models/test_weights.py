@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from models.config import load_config
+from models.config_reader import load_config
 from models.errors import ConfigError
 from models.heads import CausalLMHead
 from models.registry import BACKBONES, build_model

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.config import load_config
+from models.config_reader import load_config
 from models.engine import EngineConfig, build_engine
 from models.engine.request import Choose, Completion, Embed, Generate, Output, SamplingParams
 from models.errors import ConfigError, RowError

@@ -1,0 +1,99 @@
+"""What "auto" means: device, dtype and sizes of a TorchEngine, resolved from its EngineConfig and the checkpoint.
+
+Knows nothing of requests or scheduling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from models.config import ModelConfig
+from models.config_reader import load_config
+from models.engine.interface import EngineConfig
+from models.engine.kv_cache import default_kv_tokens
+from models.errors import ConfigError
+from models.processing.tokenizer import Tokenizer
+
+# Throughput settings: on a CPU activations of a step should stay near the caches, and small blocks waste few shared
+# tokens; a GPU wants many rows in flight.
+STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
+NUM_SEQS = {"cpu": 256, "cuda": 512}
+BLOCK_SIZE = {"cpu": 4, "cuda": 16}
+MEDIA_CACHE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The resolved "auto"s of an EngineConfig."""
+
+    max_model_len: int
+    max_step_tokens: int
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int
+    prefix_caching: bool
+    media_cache_bytes: int
+
+
+def resolve_end_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+    """As the checkpoint's files say, else the family's own. Raises ConfigError for ids that the model cannot write."""
+    ids = tokenizer.eos_token_ids or tuple(i for i in config.eos_token_ids if i < config.vocab_size)
+    if any(not 0 <= i < config.vocab_size for i in ids):
+        raise ConfigError(
+            f"generation_config.json: eos_token_id {list(ids)} exceeds vocab_size {config.vocab_size} of config.json; "
+            "correct it"
+        )
+    return ids
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises ConfigError for a device that this machine has not."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"engine.device={device!r}: no such kind of device; use auto, cpu or cuda") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device={device!r}: torch finds no CUDA device here; use auto or cpu")
+    return resolved
+
+
+def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's own dtype, but float32 where bfloat16 products would be slow."""
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    stored = load_config(config.model).dtype
+    if stored == "float32" or (device.type == "cpu" and not _cpu_has_bfloat16()):
+        return torch.float32
+    return torch.bfloat16
+
+
+def _cpu_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Limits:
+    """Numbers for every "auto". Raises ConfigError when max_model_len exceeds what the checkpoint was made for."""
+    longest = model.longest_context
+    max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
+    if max_model_len > longest:
+        raise ConfigError(f"engine.max_model_len={max_model_len}: the checkpoint takes at most {longest} tokens")
+    block_size = BLOCK_SIZE[device.type] if config.block_size == "auto" else config.block_size
+    max_num_seqs = NUM_SEQS[device.type] if config.max_num_seqs == "auto" else config.max_num_seqs
+    kv_tokens = config.kv_cache_tokens
+    if kv_tokens == "auto":
+        kv_tokens = default_kv_tokens(model, dtype, device, max_useful=max_num_seqs * max_model_len)
+    return Limits(
+        max_model_len=max_model_len,
+        max_step_tokens=STEP_TOKENS[device.type] if config.max_step_tokens == "auto" else config.max_step_tokens,
+        max_num_seqs=max_num_seqs,
+        num_blocks=max(1, -(-kv_tokens // block_size)),
+        block_size=block_size,
+        prefix_caching=config.prefix_caching,
+        media_cache_bytes=(
+            MEDIA_CACHE_BYTES[device.type] if config.media_cache_bytes == "auto" else config.media_cache_bytes
+        ),
+    )
