@@ -6,7 +6,7 @@ Owns the hand-over of requests and completions between threads. Knows nothing of
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -25,22 +25,25 @@ class _Group:
 
 
 class EngineLoop:
-    """Steps `engine` in a thread of its own while it has work. It owns the engine from here on.
+    """Builds an engine in a thread of its own and steps it there while it has work.
 
-    The first exception out of the engine ends the loop: every waiting future fails with EngineError, and so does
+    One thread does both because an OpenMP library keeps a team of workers for each thread that computes: with a second
+    team about, there are more of them than cores, and all go to sleep between two operators instead of spinning.
+    The constructor returns once the engine is built, and raises what building it raised. The first exception out of the engine ends the loop: every waiting future fails with EngineError, and so does
     every later `submit`.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, build: Callable[[], Engine]) -> None:
+        built: Future[Engine] = Future()
         self._condition = threading.Condition()
         self._arrived: list[_Group] = []
         self._waiting: dict[str, _Group] = {}
         self._open: set[_Group] = set()
         self._failure: EngineError | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(build, built), name="engine-loop", daemon=True)
         self._thread.start()
+        self._engine = built.result()
 
     @property
     def failure(self) -> EngineError | None:
@@ -79,7 +82,13 @@ class EngineLoop:
             known = sorted(ids & self._waiting.keys()) or [request.id for request in requests]
             raise ValueError(f"request ids must be unique among those in flight: {known[:5]}")
 
-    def _run(self) -> None:
+    def _run(self, build: Callable[[], Engine], built: Future[Engine]) -> None:
+        try:
+            self._engine = build()
+            built.set_result(self._engine)
+        except Exception as error:  # a thread's border: the constructor waits for it
+            built.set_exception(error)
+            return
         try:
             while self._take_arrivals():
                 self._deliver(self._engine.step())

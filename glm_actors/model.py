@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 from typing import NoReturn
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ class ModelActor:
         self._has_worked = False
         self._refusal: ConfigError | None = None
         try:
-            self._loop = EngineLoop(build_engine(config))
+            self._loop = EngineLoop(partial(build_engine, config))
         except ConfigError as error:
             # Raised from the first call instead: Ray would wrap it here into the death of an actor.
             self._refusal = error

@@ -267,6 +267,6 @@ def _dying_actor() -> type:
                 def step(self) -> Any:
                     raise EngineError("the device is lost")
 
-            self._loop = EngineLoop(DeadEngine())
+            self._loop = EngineLoop(DeadEngine)
 
     return DyingActor
