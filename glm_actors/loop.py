@@ -29,8 +29,8 @@ class EngineLoop:
 
     One thread does both because an OpenMP library keeps a team of workers for each thread that computes: with a second
     team about, there are more of them than cores, and all go to sleep between two operators instead of spinning.
-    The constructor returns once the engine is built, and raises what building it raised. The first exception out of the engine ends the loop: every waiting future fails with EngineError, and so does
-    every later `submit`.
+    The constructor returns once the engine is built, and raises what building it raised. The first exception out of
+    the engine ends the loop: every waiting future fails with EngineError, and so does every later `submit`.
     """
 
     def __init__(self, build: Callable[[], Engine]) -> None:

@@ -24,7 +24,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # No torch, not even through another module.
 TORCH_FREE = [
-    "models", "models.config", "models.config_reader", "models.errors", "models.engine", "models.engine.request", "models.engine.interface",
+    "models", "models.config", "models.config_reader", "models.errors", "models.engine", "models.engine.request",
+    "models.engine.interface",
     "models.engine.scheduler", "models.engine.block_manager", "models.engine.echo", "models.processing.tokenizer",
     "models.processing.chat", "models.processing.media_config", "models.processing.budget",
     "models.processing.positions", "models.processing.images", "models.processing.video",
