@@ -22,9 +22,10 @@ from models.config_reader import load_config
 from models.engine.request import SamplingParams
 from models.errors import ConfigError
 from pipelines.job import Job, TaskConfig
+from pipelines.prompts import PromptTemplate, input_columns, media_columns
 from pipelines.schema import output_schema
 from pipelines.source import InputFile, Source
-from pipelines.tasks import PromptTemplate, TaskRunner, check_schema, input_columns
+from pipelines.tasks import TaskRunner, check_schema
 
 HEADS = {
     "choose": "causal_lm",
@@ -42,13 +43,15 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
     "task.pooling": ("embed",),
     "task.normalize": ("embed",),
     "task.gold": ("choose", "generate", "extract", "classify"),
+    "task.image": ("choose", "generate", "extract", "classify", "embed"),
+    "task.video": ("choose", "generate", "extract", "classify", "embed"),
 }
+# Keys that mean something for images and videos only.
+OF_MEDIA = (
+    "preprocess.min_pixels", "preprocess.max_pixels", "preprocess.fps",
+    "media.root", "media.hosts", "media.private_hosts", "media.max_bytes",
+)  # fmt: skip
 NOT_YET: dict[str, str] = {
-    "task.image": "images are not available in this version; leave the key out and ask about text columns",
-    "task.video": "videos are not available in this version; leave the key out and ask about text columns",
-    "preprocess.min_pixels": "images are not available in this version; leave the key out",
-    "preprocess.max_pixels": "images are not available in this version; leave the key out",
-    "preprocess.fps": "videos are not available in this version; leave the key out",
     "storage.endpoint_url": "s3:// is not available in this version; leave the key out and use local paths",
     "storage.anon": "s3:// is not available in this version; leave the key out and use local paths",
 }
@@ -103,6 +106,7 @@ def check_keys(job: Job) -> Iterator[Problem]:
         if task.kind not in kinds and value_of(job, key) != job_keys()[key].default:
             yield Problem(key=key, message=f"only {_listing(kinds)} takes it; remove it from this {task.kind} task")
     yield from _check_prompt(task)
+    yield from _check_media(job)
     yield from _check_answer(task)
     yield from _check_sampling(job)
     yield from _check_engine(job)
@@ -125,10 +129,34 @@ def _check_prompt(task: TaskConfig) -> Iterator[Problem]:
         except ConfigError as error:
             yield Problem(key="task.prompt", message=str(error).removeprefix("task.prompt: "))
             return
-        if not columns:
+        if not columns and not media_columns(task):
             yield Problem(
                 key="task.prompt", message="it names no column, so every row would ask the same; add a {column}"
             )
+
+
+def _check_media(job: Job) -> Iterator[Problem]:
+    task, media = job.task, job.media
+    for key in ("task.image", "task.video"):
+        if value_of(job, key) is not None and task.messages is not None:
+            yield Problem(key=key, message="with task.messages, media stand in the messages themselves; remove it")
+    for column in sorted({column for column in media_columns(task) if media_columns(task).count(column) > 1}):
+        yield Problem(key="task.image", message=f"the column {column!r} is named twice; keep one")
+    if task.messages is None and not media_columns(task):
+        for key in OF_MEDIA:
+            if value_of(job, key) != job_keys()[key].default:
+                yield Problem(key=key, message="the task names no task.image or task.video, so it has no effect")
+    if job.preprocess.fps is not None and not 0 < job.preprocess.fps < float("inf"):
+        yield Problem(key="preprocess.fps", message=f"it is {job.preprocess.fps}, but it must be above 0")
+    if media.root is not None and not os.path.isdir(media.root):
+        yield Problem(key="media.root", message=f"{media.root}: no such directory; name the one that holds the media")
+    if media.max_bytes < 1:
+        yield Problem(key="media.max_bytes", message=f"it is {media.max_bytes}, but it must be at least 1")
+    for key in ("media.hosts", "media.private_hosts"):
+        for host in value_of(job, key):
+            if not re.fullmatch(r"[^\s/:@]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", host):
+                message = f"{host!r} is no host name; write it like images.example.com, without https:// and path"
+                yield Problem(key=key, message=message)
 
 
 def _check_answer(task: TaskConfig) -> Iterator[Problem]:
@@ -253,7 +281,8 @@ def check_input(job: Job, source: Source) -> tuple[list[InputFile], pa.Schema, l
     """The files, the types of the columns that the job reads, and what is wrong with either."""
     try:
         files = source.list_files(job.input)
-        return files, source.schema(files), []
+        schema = source.schema(files)
+        return files, schema, list(_media_type_problems(job, schema))
     except ConfigError as error:
         columns = list(_column_problems(job, source))
         return [], pa.schema([]), columns or [_problem_from(error, "input")]
@@ -278,7 +307,32 @@ def column_uses(job: Job) -> Iterator[tuple[str, str]]:
     for key, column in (("task.messages", task.messages), ("key", job.key), ("task.gold", task.gold)):
         if column is not None:
             yield key, column
+    for key in ("task.image", "task.video"):
+        names = value_of(job, key)
+        yield from ((key, column) for column in ([names] if isinstance(names, str) else names or []))
     yield from (("carry", column) for column in job.carry)
+
+
+def _media_type_problems(job: Job, schema: pa.Schema) -> Iterator[Problem]:
+    for key, column in column_uses(job):
+        if key in ("task.image", "task.video") and not _holds_media(schema.field(column).type):
+            yield Problem(
+                key=key,
+                message=f"column {column!r} has type {schema.field(column).type}; media are bytes, text (a path or "
+                "URL), a struct of bytes and path, or a list of these",
+            )
+
+
+def _holds_media(dtype: pa.DataType) -> bool:
+    types = pa.types
+    if types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype):
+        return _holds_media(dtype.value_type)
+    if types.is_dictionary(dtype):
+        return _holds_media(dtype.value_type)
+    if types.is_struct(dtype):
+        return bool({"bytes", "path"} & {field.name for field in dtype})
+    text = types.is_string(dtype) or types.is_large_string(dtype)
+    return bool(text or types.is_binary(dtype) or types.is_large_binary(dtype))
 
 
 def _limit_problems(job: Job, config: ModelConfig) -> Iterator[Problem]:
@@ -301,6 +355,8 @@ def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:
         yield f"{file} says {config.architecture}, which can {_listing((*kinds, 'embed'))}, but not {kind}"
     elif kind == "classify" and config.inferred_problem_type == "regression" and config.num_labels > 1:
         yield f"{file}: a regression with {config.num_labels} values is not supported, only with one"
+    elif media_columns(job.task) and config.vision is None:
+        yield f"{file} says {config.architecture}, which reads text only; images and videos need a GLM-4.1V"
     elif kind == "classify" and config.inferred_problem_type == "regression" and job.task.gold is not None:
         yield f"{file}: a regression has no right and wrong, so that accuracy cannot be told; remove task.gold"
 

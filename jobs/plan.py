@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,16 +23,18 @@ from rich.text import Text
 from jobs.checks import Checked, check_job, has_cuda_device
 from jobs.config import load_job
 from jobs.display import clock_time, short
+from jobs.media_plan import MediaSize, media_lines, media_tokens
 from models.config import ModelConfig
 from models.engine.request import Choose, Generate, Work
 from models.errors import RowError
 from pipelines.job import Job
 from pipelines.plan import Plan, Unit, make_plan
 from pipelines.source import Row, decode_rows
-from pipelines.tasks import TaskRunner
+from pipelines.tasks import Prompt, TaskRunner
 
 SAMPLED_UNITS = 8
 ROWS_PER_UNIT = 64
+MEDIA_ROWS_PER_UNIT = 8  # each of them is loaded and decoded
 SHOWN_PROMPTS = 3
 SHOWN_FILES = 10
 SHOWN_CHARS = 1200
@@ -44,12 +47,17 @@ START_S = 12.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Sampled rows: token ids and rendered text of the good ones, (place, error) of the others."""
+    """Sampled rows: token ids and rendered text of the good ones, (place, error) of the others, and all media.
+
+    `row_seconds` is what a row took to become a prompt, its media loaded, on one worker.
+    """
 
     ids: list[list[int]]
     prompts: list[tuple[str, str]]
     errors: list[tuple[str, RowError]]
+    media: list[MediaSize]
     units: int
+    row_seconds: float
 
     @property
     def rows(self) -> int:
@@ -89,22 +97,42 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
     units = _spread(plan)
     good: list[tuple[str, Row]] = []
     ids: list[list[int]] = []
+    media: list[MediaSize] = []
     errors: list[tuple[str, RowError]] = []
-    for unit in units:
-        file = plan.files[unit.file].file
-        table = checked.source.read(file, unit.rows).slice(0, ROWS_PER_UNIT)
-        for number, row in enumerate(decode_rows(table), unit.rows.start):
-            where = f"{file.name}, row {number}"
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                ids.append(checked.runner.encode(row))
+    seconds: list[float] = []
+    with closing(checked.runner):
+        for unit in units:
+            begun = time.perf_counter()
+            sampled = list(_sampled(checked, plan, unit))
+            seconds.append((time.perf_counter() - begun) / len(sampled))
+            for where, row, prompt in sampled:
+                if isinstance(prompt, RowError):
+                    errors.append((where, prompt))
+                    continue
+                ids.append(prompt.input_ids)
+                media += map(MediaSize.of, prompt.patches)
                 good.append((where, row))
-            except RowError as error:
-                errors.append((where, error))
     shown = {round(index) for index in np.linspace(0, len(good) - 1, SHOWN_PROMPTS)} if good else set()
     prompts = [(good[index][0], checked.runner.render(good[index][1])) for index in sorted(shown)]
-    return Sample(ids=ids, prompts=prompts, errors=errors, units=len(units))
+    return Sample(
+        ids=ids,
+        prompts=prompts,
+        errors=errors,
+        media=media,
+        units=len(units),
+        row_seconds=statistics.median(seconds) if seconds else 0.0,  # the first one waits for the decoder to start
+    )
+
+
+def _sampled(checked: Checked, plan: Plan, unit: Unit) -> Iterator[tuple[str, Row, Prompt | RowError]]:
+    """(place, row, prompt or error) of the first rows of a unit."""
+    file = plan.files[unit.file].file
+    num_rows = MEDIA_ROWS_PER_UNIT if checked.runner.reads_media else ROWS_PER_UNIT
+    rows = decode_rows(checked.source.read(file, unit.rows).slice(0, num_rows))
+    prompts = iter(checked.runner.prompts([row for row in rows if not isinstance(row, RowError)]))
+    for number, row in enumerate(rows, unit.rows.start):
+        where = f"{file.name}, row {number}"
+        yield (where, {}, row) if isinstance(row, RowError) else (where, row, next(prompts))
 
 
 def files_table(plan: Plan) -> Table:
@@ -138,15 +166,17 @@ def report_lines(job: Job, checked: Checked, plan: Plan, sample: Sample) -> Iter
         f"min {min(lengths)}, median {statistics.median(lengths):.0f}, "
         f"p95 {np.percentile(lengths, 95):.0f}, max {max(lengths)}",
     )
+    yield from media_lines(job, sample.media, sum(lengths))
     yield "shared prefix", f"{share:.0%} of the prompt tokens repeat the beginning of another sampled prompt"
-    estimate = estimate_job(checked.config, checked.runner.work, lengths, share, plan.num_rows)
+    of_media = sum(media_tokens(job, job.preprocess, sample.media)) / len(lengths)
+    estimate = estimate_job(checked.config, checked.runner.work, lengths, share, plan.num_rows, of_media)
     at_most = "at most " if isinstance(checked.runner.work, Generate) else ""
     yield (
         "estimate",
         f"{short(estimate.prompt_tokens)} prompt tokens, of which {short(estimate.computed_prompt_tokens)} to compute; "
         f"{at_most}{short(estimate.output_tokens)} {'label' if job.task.kind == 'choose' else 'output'} tokens",
     )
-    yield "time", time_text(job, estimate, plan.num_rows)
+    yield "time", time_text(job, estimate, plan.num_rows, sample.row_seconds)
 
 
 def shared_prefix_share(prompts: Sequence[list[int]]) -> float:
@@ -160,11 +190,14 @@ def shared_prefix_share(prompts: Sequence[list[int]]) -> float:
     return shared / total if total else 0.0
 
 
-def estimate_job(config: ModelConfig, work: Work, lengths: Sequence[int], share: float, num_rows: int) -> Estimate:
+def estimate_job(
+    config: ModelConfig, work: Work, lengths: Sequence[int], share: float, num_rows: int, media_tokens: float = 0.0
+) -> Estimate:
     """Scales the sample to the whole job.
 
     A token costs 2 operations for each weight of the layers, plus attention over half of its prompt; the vocabulary
     projection is paid at the positions that are read: one for a prompt with an answer, one for each output token.
+    `media_tokens` of a row cost the vision tower's weights for each of their patches.
     """
     mean = statistics.fmean(lengths)
     outputs = 0.0
@@ -177,9 +210,11 @@ def estimate_job(config: ModelConfig, work: Work, lengths: Sequence[int], share:
     has_projection = config.head == "causal_lm"
     tables = vocabulary * (2 if has_projection and not config.tie_word_embeddings else 1)
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * mean / 2
-    per_token = 2 * (config.num_parameters - tables) + attention
+    tower = config.vision.num_parameters if config.vision else 0
+    patches = media_tokens * (config.vision.spatial_merge_size**2 if config.vision else 0)
+    per_token = 2 * (config.num_parameters - tables - tower) + attention
     read = outputs + 1 if isinstance(work, Generate | Choose) else 0
-    flops = (computed + outputs) * per_token + 2 * vocabulary * read
+    flops = (computed + outputs) * per_token + 2 * vocabulary * read + 2 * tower * patches
     return Estimate(
         prompt_tokens=mean * num_rows,
         computed_prompt_tokens=computed * num_rows,
@@ -188,18 +223,19 @@ def estimate_job(config: ModelConfig, work: Work, lengths: Sequence[int], share:
     )
 
 
-def time_text(job: Job, estimate: Estimate, num_rows: int) -> str:
+def time_text(job: Job, estimate: Estimate, num_rows: int, row_seconds: float = 0.0) -> str:
     """A rough time with its basis; none where the job would run on hardware that was not measured."""
     if job.engine.kind == "echo":
         return f"about {clock_time(START_S + num_rows * ROW_OVERHEAD_S)}: the echo engine computes nothing"
     if job.engine.device.startswith("cuda") or (job.engine.device == "auto" and has_cuda_device()):
         return f"not estimated: {short(estimate.flops / 1e12)} TFLOP on a GPU, whose rate was not measured"
     rate = measure_gemm()
-    seconds = START_S + estimate.flops / (GEMM_SHARE * rate) + num_rows * ROW_OVERHEAD_S
+    each = ROW_OVERHEAD_S + row_seconds / (os.cpu_count() or 1)
+    seconds = START_S + estimate.flops / (GEMM_SHARE * rate) + num_rows * each
     return (
         f"very roughly {clock_time(seconds)}: {short(estimate.flops / 1e9)} GFLOP at {GEMM_SHARE:.0%} of "
         f"{rate / 1e9:,.0f} GFLOP/s (float32 matrix product, measured just now on {os.cpu_count()} cores), "
-        f"{ROW_OVERHEAD_S * 1e3:.0f} ms for each row, {START_S:.0f} s to start; be ready for three times as much"
+        f"{each * 1e3:.1f} ms for each row, {START_S:.0f} s to start; be ready for three times as much"
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from pipelines.job import Job
+from pipelines.media import reads_media
 
 if TYPE_CHECKING:
     from pipelines.stages import Workers
@@ -24,6 +25,8 @@ MIN_LOGICAL_CPUS = 2
 OBJECT_STORE_SHARE = 0.1
 MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 PREPROCESSORS_PER_CORE = 0.25
+MEDIA_PREPROCESSORS_PER_CORE = 0.5  # beside an engine on the same cores; beside one on a GPU, all cores but
+CORES_PER_GPU_REPLICA = 2
 COMMITTERS_PER_CORE = 0.125
 MAX_CPUS_EACH = 0.25
 
@@ -50,12 +53,12 @@ def job_workers(job: Job) -> Workers:
     from pipelines.stages import Workers
 
     cores = os.cpu_count() or 1
-    replicas, wanted = job.engine.replicas, job.preprocess.workers
-    preprocessors = max(1, int(cores * PREPROCESSORS_PER_CORE)) if wanted == "auto" else wanted
+    replicas = job.engine.replicas
     committers = max(1, int(cores * COMMITTERS_PER_CORE))
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     wants_gpu = job.engine.device != "cpu" and job.engine.kind != "echo"
     has_gpus = resources.get("GPU", 0) >= replicas * job.engine.tensor_parallel_size
+    preprocessors = _preprocessors(job, cores, on_gpu=wants_gpu and has_gpus)
     return Workers(
         preprocessors=preprocessors,
         committers=committers,
@@ -65,6 +68,15 @@ def job_workers(job: Job) -> Workers:
         gpus_per_replica=job.engine.tensor_parallel_size if wants_gpu and has_gpus else 0,
         threads_per_replica=max(1, cores // replicas),
     )
+
+
+def _preprocessors(job: Job, cores: int, *, on_gpu: bool) -> int:
+    if job.preprocess.workers != "auto":
+        return job.preprocess.workers
+    if not reads_media(job):
+        return max(1, int(cores * PREPROCESSORS_PER_CORE))
+    free = cores - CORES_PER_GPU_REPLICA * job.engine.replicas if on_gpu else int(cores * MEDIA_PREPROCESSORS_PER_CORE)
+    return max(1, free)
 
 
 def _start() -> None:

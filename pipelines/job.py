@@ -53,12 +53,29 @@ class EngineSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessSection:
-    """The `preprocess:` section: CPU workers, and pixel and frame budgets for media."""
+    """The `preprocess:` section: CPU workers, and pixel and frame budgets for media; None is the checkpoint's own.
+
+    `min_pixels` and `max_pixels` bound height x width of an image after resizing, and frames x height x width of a
+    video, all its frames together. `fps` is the number of frames taken of each second.
+    """
 
     workers: int | Auto = "auto"
     min_pixels: int | None = None
     max_pixels: int | None = None
     fps: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaSection:
+    """The `media:` section: where images and videos may come from, beside the bytes in the rows.
+
+    Paths must lie below `root`; URLs must name one of `hosts`, whose addresses must be public, or of `private_hosts`.
+    """
+
+    root: str | None = None
+    hosts: list[str] = field(default_factory=list)
+    private_hosts: list[str] = field(default_factory=list)
+    max_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +107,7 @@ class Job:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineSection = field(default_factory=EngineSection)
     preprocess: PreprocessSection = field(default_factory=PreprocessSection)
+    media: MediaSection = field(default_factory=MediaSection)
     commit: CommitSection = field(default_factory=CommitSection)
     max_error_rate: float = 0.0
     storage: StorageSection = field(default_factory=StorageSection)

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from models.errors import ConfigError
+from models.errors import ConfigError, RowError
 from pipelines.job import Job
 from pipelines.keys import Place, find_duplicates
-from pipelines.source import InputFile, RowRange, Source, row_key, split_lines
-from pipelines.tasks import input_columns
+from pipelines.media import media_row_bytes, reads_media
+from pipelines.prompts import input_columns
+from pipelines.source import InputFile, Row, RowRange, Source, decode_rows, parse_line, row_key, split_lines
 
 FORMAT = 1
 MAX_UNIT_ROWS = 1000
@@ -31,6 +32,8 @@ MIN_UNIT_ROWS = 16
 WANTED_UNITS = 32  # fewer rows than this many full units: smaller units, for progress one can watch
 SCORED_ROWS_PER_S = 50.0  # a careful guess at one CPU replica's speed, for commit.every_seconds
 GENERATED_TOKENS_PER_S = 640.0
+MEDIA_UNIT_BYTES = 32 << 20  # a unit travels as one block: several of them wait between two stages
+SAMPLED_ROWS = 16
 WHOLE_HASH_BYTES = 64 << 20
 SAMPLES_PER_FILE = 64
 
@@ -181,7 +184,7 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
         _check_key_type(job.key, schema.field(job.key).type)
     rows = {file: source.parquet_rows(file) for file in files if file.format == "parquet"}
     estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
-    unit_rows = choose_unit_rows(job, sum(estimates))
+    unit_rows = choose_unit_rows(job, sum(estimates), _media_bytes(job, source, files[0]))
     planned = tuple(
         PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
         for file in files
@@ -190,10 +193,11 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
     return Plan(identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema)
 
 
-def choose_unit_rows(job: Job, num_rows: int) -> int:
+def choose_unit_rows(job: Job, num_rows: int, media_bytes: float = 0.0) -> int:
     """commit.unit_rows, or where it is "auto" the most rows that `every_seconds` may cost, by a guess at the speed.
 
-    Few rows are cut into smaller units, so that progress shows; MAX_UNIT_ROWS bounds a unit's memory.
+    Few rows are cut into smaller units, so that progress shows; MAX_UNIT_ROWS and, with `media_bytes` a row,
+    MEDIA_UNIT_BYTES bound a unit's memory.
     """
     if job.commit.unit_rows != "auto":
         return job.commit.unit_rows
@@ -201,7 +205,8 @@ def choose_unit_rows(job: Job, num_rows: int) -> int:
     if job.task.kind in ("generate", "extract"):
         speed = min(speed, GENERATED_TOKENS_PER_S / (job.sampling.max_tokens * job.sampling.n))
     most = min(int(speed * job.commit.every_seconds), MAX_UNIT_ROWS, num_rows // WANTED_UNITS)
-    return max(most, MIN_UNIT_ROWS)
+    most = max(most, MIN_UNIT_ROWS)
+    return max(min(most, int(MEDIA_UNIT_BYTES / media_bytes)), 1) if media_bytes else most
 
 
 def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
@@ -215,6 +220,7 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
         "sampling": asdict(job.sampling),
         "engine": engine,
         "preprocess": preprocess,
+        "media": asdict(job.media),
         "key": job.key,
         "carry": job.carry,
         "input": {file.name: {"size": file.size, "modified": file.stamp} for file in files},
@@ -253,6 +259,20 @@ def model_digest(model_dir: str) -> str:
                 stream.seek(start)
                 digest.update(stream.read(size if whole else 1 << 14))
     return digest.hexdigest()[:32]
+
+
+def _media_bytes(job: Job, source: Source, file: InputFile) -> float:
+    """Bytes of media in a row, by the first rows of the first file; 0 for text."""
+    if not reads_media(job):
+        return 0.0
+    rows: list[Row | RowError]
+    if file.format == "parquet":
+        num_rows = min(SAMPLED_ROWS, source.parquet_rows(file))
+        rows = decode_rows(source.read(file, RowRange(start=0, stop=num_rows)))
+    else:
+        _, block = next(source.line_blocks(file), (0, b""))
+        rows = [parse_line(line) for line in split_lines(block)[:SAMPLED_ROWS]]
+    return media_row_bytes(job, rows)
 
 
 def _duplicates(source: Source, files: list[InputFile], key: str) -> dict[Place, Place]:

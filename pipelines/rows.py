@@ -23,8 +23,9 @@ from models.engine.request import Request
 from models.errors import RowError
 from pipelines.job import Job
 from pipelines.metrics import Counts
+from pipelines.prompts import cell_text, prompt_columns
 from pipelines.source import LINE, InputFile, Row, column_values, decode_rows, key_text, parse_line, row_key
-from pipelines.tasks import TOKEN_COLUMNS, PromptTemplate, TaskRunner, cell_text
+from pipelines.tasks import TOKEN_COLUMNS, TaskRunner
 
 UNIT, ROW, FIRST, GOLD, PROMPT, RIGHT = "#unit", "#row", "#first", "#gold", "#prompt", "#right"
 OWN_PARSED = ((UNIT, pa.int32()), (SECONDS, pa.float64()), (RIGHT, pa.bool_()))
@@ -72,13 +73,10 @@ def render_unit(spec: TaskSpec, table: pa.Table) -> pa.Table:
     runner = task_runner(spec)
     rows = _rows(spec.job, table)
     carried, misfits = _carried(spec, table, rows)
-    keys: list[str] = []
-    requests: list[Request | RowError] = []
     names = zip(rows, table[ROW].to_pylist(), table[FIRST].to_pylist(), misfits, strict=True)
-    for row, default, first, misfit in names:
-        key, request = _request(runner, spec.job, row, default, first, misfit)
-        keys.append(key)
-        requests.append(request)
+    checked = [_checked(spec.job, *name) for name in names]
+    keys = [key for key, _ in checked]
+    requests = _requests(runner, checked)
     result = request_table(keys, requests).append_column(UNIT, table[UNIT])
     for name, column in (_beside(spec.job, rows) | carried).items():
         result = result.append_column(name, column)
@@ -127,10 +125,10 @@ def count_rows(table: pa.Table) -> Counts:
     )
 
 
-def _request(
-    runner: TaskRunner, job: Job, row: Row | RowError, default: str, first: str | None, misfit: RowError | None
-) -> tuple[str, Request | RowError]:
-    """A row's key, and its request or what is wrong with it."""
+def _checked(
+    job: Job, row: Row | RowError, default: str, first: str | None, misfit: RowError | None
+) -> tuple[str, Row | RowError]:
+    """A row's key, and the row or what is wrong with it before its prompt is looked at."""
     key = default
     try:
         if isinstance(row, RowError):
@@ -141,23 +139,28 @@ def _request(
             raise RowError("duplicate_key", f"{job.key} {key!r} is the key of an earlier row: {first}")
         if misfit is not None:
             raise misfit
-        return key, runner.to_request(key, row)
+        return key, row
     except RowError as error:
         return key, error
+
+
+def _requests(runner: TaskRunner, rows: Sequence[tuple[str, Row | RowError]]) -> list[Request | RowError]:
+    prompts = iter(runner.prompts([row for _, row in rows if not isinstance(row, RowError)]))
+    requests: list[Request | RowError] = []
+    for key, row in rows:
+        prompt = row if isinstance(row, RowError) else next(prompts)
+        requests.append(prompt if isinstance(prompt, RowError) else runner.request(key, prompt))
+    return requests
 
 
 def _rows(job: Job, table: pa.Table) -> list[Row | RowError]:
     """The rows with the columns that are looked at here: carried columns of Parquet are not."""
     if INPUT_LINE in table.column_names:
         return [parse_line(line) for line in table[INPUT_LINE].to_pylist()]
-    looked_at = set(_prompt_columns(job)) | {job.task.messages, job.task.gold, job.key}
+    looked_at = {*prompt_columns(job.task), job.task.gold, job.key}
     names = [name for name in table.column_names if name.removeprefix(INPUT) in looked_at]
     picked = table.select(names).rename_columns([name.removeprefix(INPUT) for name in names])
     return decode_rows(picked) if names else [{} for _ in range(table.num_rows)]
-
-
-def _prompt_columns(job: Job) -> tuple[str, ...]:
-    return PromptTemplate.parse(job.task.prompt).columns if job.task.prompt is not None else ()
 
 
 def _beside(job: Job, rows: Sequence[Row | RowError]) -> dict[str, pa.Array]:
@@ -167,8 +170,7 @@ def _beside(job: Job, rows: Sequence[Row | RowError]) -> dict[str, pa.Array]:
         values = [None if isinstance(row, RowError) else row.get(gold) for row in rows]
         columns[GOLD] = pa.array([None if value is None else _json_text(value) for value in values], pa.string())
     if job.task.kind == "tag":
-        prompt_columns = _prompt_columns(job)
-        columns[PROMPT] = pa.array([_cells(row, prompt_columns) for row in rows], pa.string())
+        columns[PROMPT] = pa.array([_cells(row, prompt_columns(job.task)) for row in rows], pa.string())
     return columns
 
 

@@ -169,7 +169,7 @@ def _read_unit(source: Source, file: InputFile, unit: Unit, earlier: dict[int, s
 
 
 def _build_renderer(spec: TaskSpec) -> Callable[[pa.Table], pa.Table]:
-    task_runner(spec)  # the tokenizer is loaded while the actor starts
+    task_runner(spec).start()  # the tokenizer is loaded, the decoder started, while the actor starts
     return partial(render_unit, spec)
 
 

@@ -1,24 +1,24 @@
 """Tasks: what a row becomes for the model, and what the model's answer becomes for the reader.
 
-Owns prompt templates, the Request of each task kind and the typed output columns of its Completion. Rows are plain
-dicts. Knows nothing of Ray, files or where an engine runs.
+Owns the Request of each task kind and the typed output columns of its Completion. Rows are plain dicts. Knows nothing
+of Ray, files or where an engine runs.
 """
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import hashlib
 import json
 import math
-import re
-import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from glm_actors.media import MediaLoader
+from models.processing.messages import MediaPart, media_parts
+from models.processing.prompt import MediaPrompts
 from numpy.typing import NDArray
 
 from models.config_reader import load_config
@@ -29,6 +29,7 @@ from models.engine.request import (
     Constraint,
     Embed,
     Generate,
+    Media,
     Output,
     Request,
     Tag,
@@ -36,11 +37,13 @@ from models.engine.request import (
 )
 from models.errors import ConfigError, RowError
 from models.processing.chat import Chat
+from models.processing.patches import MediaPatches
 from models.processing.tokenizer import Tokenizer
-from pipelines.job import Job, TaskConfig
+from pipelines.job import Job
+from pipelines.media import media_loader, reads_media
+from pipelines.prompts import Message, PromptTemplate, Row, conversation, uses_chat
 
 MULTI_LABEL_THRESHOLD = 0.5
-CHAT_KINDS = frozenset({"choose", "generate", "extract"})
 TASK_COLUMNS: dict[str, tuple[str, ...]] = {
     "choose": ("label", "probability", "label_probs", "off_set_mass"),
     "generate": ("text", "reasoning", "finish_reason", "logprobs"),
@@ -50,86 +53,31 @@ TASK_COLUMNS: dict[str, tuple[str, ...]] = {
     "embed": ("vector",),
 }
 
-Row = Mapping[str, Any]
 Columns = dict[str, Any]
 
-_COLUMN_NAME = re.compile(r"\w[\w \-]*")
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """A row ready for the engine: token ids, and with images or videos their patches in the prompt's order."""
+
+    input_ids: list[int]
+    media: Media | None = None
+    patches: tuple[MediaPatches, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class PromptTemplate:
-    """A text with "{column}" fields; "{{" and "}}" stand for literal braces."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Draft:
+    """A prompt whose media are not loaded yet: one placeholder stands for each."""
 
-    parts: tuple[tuple[str, str | None], ...]
-
-    @classmethod
-    def parse(cls, text: str) -> PromptTemplate:
-        """Raises ConfigError for stray braces and for fields that are more than a plain column name."""
-        try:
-            parsed = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise ConfigError(f"task.prompt: {error}; write {{{{ and }}}} for literal braces") from error
-        for _, field, spec, conversion in parsed:
-            if field is not None and (spec or conversion or not _COLUMN_NAME.fullmatch(field)):
-                raise ConfigError(
-                    f"task.prompt: the field {{{field}}} is not a plain column name; "
-                    "write {{ and }} for literal braces, and {column} for a column's value"
-                )
-        return cls(tuple((literal, field) for literal, field, _, _ in parsed))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that the template reads, each once, in the order of their first use."""
-        return tuple(dict.fromkeys(column for _, column in self.parts if column is not None))
-
-    def format(self, row: Row) -> str:
-        """The prompt of one row. Raises RowError for a value that cannot stand in a text, or if all are blank."""
-        values = {column: cell_text(row, column) for column in self.columns}
-        if values and not any(value.strip() for value in values.values()):
-            raise RowError("empty_text", f"nothing but white space in {_quoted(values)}: there is nothing to ask about")
-        return "".join(literal + (values[column] if column is not None else "") for literal, column in self.parts)
-
-
-def cell_text(row: Row, column: str) -> str:
-    """A cell as prompt text. Text, numbers, booleans, dates and UTF-8 bytes have one; anything else is a RowError."""
-    if column not in row:
-        raise RowError("missing_column", f"the row has no column {column!r}")
-    value = row[column]
-    match value:
-        case None:
-            raise RowError("null_prompt", f"column {column!r} is null: a prompt needs its value")
-        case str():
-            return _valid_text(value, column)
-        case bytes():
-            return _decoded(value, column)
-        case float() if not math.isfinite(value):
-            raise RowError("not_a_number", f"column {column!r} is {value}: a prompt needs a finite number")
-        case bool() | int() | float() | decimal.Decimal():
-            return str(value)
-        case datetime.date() | datetime.time():
-            return value.isoformat()
-    raise RowError(
-        "wrong_type", f"column {column!r} holds {type(value).__name__}; a prompt takes text, numbers and dates"
-    )
-
-
-def input_columns(job: Job) -> tuple[str, ...]:
-    """Every input column that the job reads, each once: prompt or messages, key, carried columns, gold."""
-    task = job.task
-    prompt = PromptTemplate.parse(task.prompt).columns if task.prompt is not None else ()
-    single = tuple(column for column in (task.messages, job.key, task.gold) if column is not None)
-    return tuple(dict.fromkeys((*prompt, *single, *job.carry)))
-
-
-def uses_chat(task: TaskConfig) -> bool:
-    """True where the prompt goes through the chat template; classification, tags and vectors take raw text."""
-    return task.kind in CHAT_KINDS or task.system is not None or task.messages is not None
+    input_ids: list[int]
+    parts: list[MediaPart]
 
 
 class TaskRunner:
-    """One job's task on one worker: built once from the job and its checkpoint, then asked row by row.
+    """One job's task on one worker: built once from the job and its checkpoint, then asked unit by unit.
 
-    The labels' continuations, the constraint and the token limit are computed here, once.
+    The labels' continuations, the constraint and the token limit are computed here, once. Media are decoded in a
+    process of their own, which starts with `start` or when the first is asked for.
     """
 
     def __init__(self, job: Job, model_dir: str) -> None:
@@ -140,19 +88,25 @@ class TaskRunner:
         self._template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
         self._chat = Chat.from_dir(model_dir) if uses_chat(job.task) else None
         self._tokenizer = self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
+        self._model_dir = model_dir
+        self.reads_media = reads_media(job)
+        if self.reads_media:
+            _ = self._media_prompts, self._loader  # what is wrong with either should be known before rows come
         self.work: Work = self._build_work()
         limit = job.engine.max_model_len
         self._max_model_len = self._config.longest_context if limit == "auto" else limit
         self._reserved = self._tokens_after_prompt()
         self._null_columns: Columns = dict.fromkeys((*TASK_COLUMNS[job.task.kind], *TOKEN_COLUMNS))
 
-    def messages(self, row: Row) -> list[dict[str, Any]]:
-        """The row's conversation as the chat template gets it. Raises RowError."""
-        if self._task.messages is not None:
-            given = _messages_cell(row, self._task.messages)
-        else:
-            given = [{"role": "user", "content": self.text(row)}]
-        return given if self._task.system is None else _with_system(self._task.system, given)
+    def start(self) -> None:
+        """Begins to start the process that decodes media, where the job names any."""
+        if self.reads_media:
+            self._loader.start()
+
+    def close(self) -> None:
+        """Ends that process."""
+        if "_loader" in self.__dict__:
+            self._loader.close()
 
     def text(self, row: Row) -> str:
         """The row's filled-in prompt template. Raises RowError."""
@@ -160,34 +114,35 @@ class TaskRunner:
             raise ConfigError("task.prompt is not set: this task takes its conversation from task.messages")
         return self._template.format(row)
 
+    def messages(self, row: Row) -> list[Message]:
+        """The row's conversation as the chat template gets it. Raises RowError."""
+        return conversation(self._task, self._template, row)
+
     def render(self, row: Row) -> str:
-        """What the model reads, as text for people. Raises RowError."""
+        """What the model reads, as text for people; one placeholder stands for each image. Raises RowError."""
         if self._chat is None:
             return self.text(row)
         return self._chat.render(self.messages(row), thinking=self._task.thinking)
 
-    def encode(self, row: Row) -> list[int]:
-        """The row's prompt as token ids, checked against the model's limit. Raises RowError."""
-        if self._chat is None:
-            ids = self._tokenizer.encode_raw(self.text(row))
-        else:
-            # The grammar of a JSON text begins at "{": what the template puts before an answer must stand already.
-            start_answer = self._task.kind == "extract"
-            messages = self.messages(row)
-            ids = self._chat.prompt_ids(messages, thinking=self._task.thinking, start_answer=start_answer)
-        self._check_length(len(ids))
-        return ids
+    def prompts(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
+        """Each row's prompt, checked against the model's limit, or what is wrong with the row.
 
-    def request(self, row_key: str, input_ids: Sequence[int]) -> Request:
-        """The request for a tokenized row. Sampling draws from a seed of the row's own: see `row_seed`."""
+        The media of all rows are loaded together, so that those behind URLs come at once.
+        """
+        drafts = [self._draft(row) for row in rows]
+        parts = [part for draft in drafts if isinstance(draft, _Draft) for part in draft.parts]
+        loaded = iter(self._loader.load([(part.kind, part.source) for part in parts]) if parts else ())
+        return [
+            self._prompt(draft, list(islice(loaded, len(draft.parts)))) if isinstance(draft, _Draft) else draft
+            for draft in drafts
+        ]
+
+    def request(self, row_key: str, prompt: Prompt) -> Request:
+        """The request for a prompt. Sampling draws from a seed of the row's own: see `row_seed`."""
         work = self.work
         if isinstance(work, Generate) and work.sampling.temperature > 0:
             work = replace(work, sampling=replace(work.sampling, seed=row_seed(work.sampling.seed, row_key)))
-        return Request(id=row_key, input_ids=input_ids, work=work)
-
-    def to_request(self, row_key: str, row: Row) -> Request:
-        """Row to request in one go. Raises RowError."""
-        return self.request(row_key, self.encode(row))
+        return Request(id=row_key, input_ids=prompt.input_ids, work=work, media=prompt.media)
 
     def to_columns(self, completion: Completion, row: Row) -> Columns:
         """The row's output: status, error, task columns and token counts. Never raises RowError: it records it.
@@ -198,7 +153,7 @@ class TaskRunner:
             "prompt_tokens": completion.prompt_tokens,
             "cached_tokens": completion.cached_tokens,
             "output_tokens": completion.output_tokens,
-            "media_tokens": 0,
+            "media_tokens": completion.media_tokens,
         }
         try:
             columns = self._answer(completion, row)
@@ -271,13 +226,53 @@ class TaskRunner:
                 return max(len(choice) for choice in choices)
         return 0
 
-    def _check_length(self, num_tokens: int) -> None:
+    @cached_property
+    def _media_prompts(self) -> MediaPrompts:
+        return MediaPrompts.from_dir(self._model_dir, self._tokenizer)
+
+    @cached_property
+    def _loader(self) -> MediaLoader:
+        return media_loader(self._job, self._model_dir)
+
+    def _draft(self, row: Row) -> _Draft | RowError:
+        try:
+            if self._chat is None:
+                return _Draft(input_ids=self._tokenizer.encode_raw(self.text(row)), parts=[])
+            messages = self.messages(row)
+            parts = media_parts(messages)
+            if parts and self._config.vision is None:
+                raise RowError("unsupported_media", f"{self._config.architecture} reads text only: leave out its media")
+            # The grammar of a JSON text begins at "{": what the template puts before an answer must stand already.
+            start_answer = self._task.kind == "extract"
+            ids = self._chat.prompt_ids(messages, thinking=self._task.thinking, start_answer=start_answer)
+            return _Draft(input_ids=ids, parts=parts)
+        except RowError as error:
+            return error
+
+    def _prompt(self, draft: _Draft, loaded: list[MediaPatches | RowError]) -> Prompt | RowError:
+        patches = tuple(media for media in loaded if isinstance(media, MediaPatches))
+        try:
+            for number, media in enumerate(loaded, start=1):
+                if isinstance(media, RowError):
+                    which = f"{draft.parts[number - 1].kind} {number} of {len(loaded)}: " if len(loaded) > 1 else ""
+                    raise RowError(media.code, which + media.message)
+            if not patches:
+                self._check_length(len(draft.input_ids))
+                return Prompt(input_ids=draft.input_ids)
+            ids, placed = self._media_prompts.place(draft.input_ids, patches)
+            self._check_length(len(ids), self._media_prompts.num_tokens(patches))
+        except RowError as error:
+            return error
+        return Prompt(input_ids=ids, media=placed, patches=patches)
+
+    def _check_length(self, num_tokens: int, of_media: int = 0) -> None:
         most = self._max_model_len - self._reserved
         if num_tokens > most:
             kept = f", {self._reserved} of them kept for the answer" if self._reserved else ""
+            media = f", {of_media} of them for media: lower preprocess.max_pixels" if of_media else ""
             raise RowError(
                 "prompt_too_long",
-                f"the prompt has {num_tokens} tokens and at most {most} fit "
+                f"the prompt has {num_tokens} tokens{media}; at most {most} fit "
                 f"(the limit is {self._max_model_len} tokens{kept})",
             )
 
@@ -430,48 +425,6 @@ def row_seed(seed: int, row_key: str) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _valid_text(value: str, column: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "not_utf8", f"column {column!r} holds a lone surrogate at character {error.start}: it is no valid text"
-        ) from error
-    return value
-
-
-def _decoded(value: bytes, column: str) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise RowError("not_utf8", f"column {column!r} is not UTF-8 at byte {error.start}") from error
-
-
-def _messages_cell(row: Row, column: str) -> list[dict[str, Any]]:
-    """A column of chat messages: a list of structs, or a JSON text of the same."""
-    if column not in row:
-        raise RowError("missing_column", f"the row has no column {column!r}")
-    value = row[column]
-    if value is None:
-        raise RowError("null_prompt", f"column {column!r} is null: a prompt needs its messages")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError("bad_messages", f"column {column!r} is text but not JSON: {error}") from error
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise RowError("bad_messages", f"column {column!r} must hold a list of messages with role and content")
-    return value
-
-
-def _with_system(system: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if messages and messages[0].get("role") == "system":
-        raise RowError(
-            "bad_messages", "the messages begin with a system message and the job sets task.system: keep one of them"
-        )
-    return [{"role": "system", "content": system}, *messages]
-
-
 def _finite(array: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArray[np.float64]:
     if array is None or array.shape != shape:
         got = None if array is None else array.shape
@@ -497,7 +450,3 @@ def _same_json(text: str, gold: object) -> bool:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
-
-
-def _quoted(columns: Mapping[str, str]) -> str:
-    return " and ".join(repr(column) for column in columns)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from models.errors import ConfigError, RowError
 from pipelines.job import CommitSection, Job, StorageSection, TaskConfig
 from pipelines.plan import Plan, choose_unit_rows, make_plan
+from pipelines.prompts import cell_text
 from pipelines.source import Source, decode_rows, key_text
-from pipelines.tasks import cell_text
 
 
 def make_job(*inputs: Path | str, unit_rows: Any = "auto", key: str | None = None, **changes: Any) -> Job:
