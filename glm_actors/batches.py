@@ -1,8 +1,8 @@
 """The actors' batch contract: Arrow tables to Requests and Completions and back, and nowhere else.
 
 A unit's table has one row for each input row, in the input's order, from beginning to end: rows that failed carry
-`error_code` and `error_message` and are passed over. Columns not named here travel along untouched. Knows nothing of
-prompts, tasks, files or Ray.
+`error_code` and `error_message` and are passed over. Columns not named here travel along untouched. An image or video
+that several prompts of a table show travels in it once. Knows nothing of prompts, tasks, files or Ray.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from glm_actors.media_columns import media_columns, read_media
 from models.engine.request import (
     Choose,
     Classify,
@@ -34,13 +35,14 @@ from models.engine.request import (
 )
 from models.errors import RowError
 
-REQUEST_COLUMNS = ("input_ids", "work")
+REQUEST_COLUMNS = ("input_ids", "work", "media", "positions")
 COMPLETION_SCHEMA = pa.schema(
     {
         "finish_reason": pa.string(),
         "prompt_tokens": pa.int32(),
         "cached_tokens": pa.int32(),
         "output_tokens": pa.int32(),
+        "media_tokens": pa.int32(),
         "num_preemptions": pa.int32(),
         "outputs": pa.list_(
             pa.struct(
@@ -68,29 +70,36 @@ _WORKS: dict[str, Callable[..., Work]] = {
 
 
 def request_table(row_keys: Sequence[str], requests: Sequence[Request | RowError]) -> pa.Table:
-    """One row for each request or row error: row_key, error_code, error_message, input_ids, work."""
+    """One row for each request or row error: row_key, error_code, error_message, input_ids, work.
+
+    Where a request has media, also media and positions: see glm_actors.media_columns.
+    """
     errors = [request if isinstance(request, RowError) else None for request in requests]
     good = [request if isinstance(request, Request) else None for request in requests]
-    return pa.table(
-        {
-            "row_key": pa.array(row_keys, pa.string()),
-            "error_code": pa.array([error and error.code for error in errors], pa.string()),
-            "error_message": pa.array([error and _valid_text(error.message) for error in errors], pa.string()),
-            "input_ids": _int_lists([None if request is None else request.input_ids for request in good]),
-            "work": _work_column(good),
-        }
-    )
+    columns = {
+        "row_key": pa.array(row_keys, pa.string()),
+        "error_code": pa.array([error and error.code for error in errors], pa.string()),
+        "error_message": pa.array([error and _valid_text(error.message) for error in errors], pa.string()),
+        "input_ids": _int_lists([None if request is None else request.input_ids for request in good]),
+        "work": _work_column(good),
+    }
+    media = [None if request is None else request.media for request in good]
+    return pa.table(columns | (media_columns(media) if any(media) else {}))
 
 
 def to_requests(table: pa.Table) -> list[Request]:
-    """The requests of the rows that have not failed, in the order of the rows; a request's id is its row key."""
+    """The requests of the rows that have not failed, in the order of the rows; a request's id is its row key.
+
+    Patches are views into the table's memory, read-only, which they keep alive.
+    """
     works = table["work"].combine_chunks()
     decoded = [_work_from_json(text) for text in works.dictionary.to_pylist()]
     keys = table["row_key"].to_pylist()
     all_ids = table["input_ids"].to_pylist()
+    media = read_media(table)
     return [
-        Request(id=key, input_ids=ids, work=decoded[work])
-        for key, ids, work in zip(keys, all_ids, works.indices.to_pylist(), strict=True)
+        Request(id=key, input_ids=ids, work=decoded[work], media=shown)
+        for key, ids, work, shown in zip(keys, all_ids, works.indices.to_pylist(), media, strict=True)
         if work is not None
     ]
 
@@ -131,6 +140,7 @@ def _completion(row: dict[str, Any]) -> Completion | RowError:
         prompt_tokens=row["prompt_tokens"],
         cached_tokens=row["cached_tokens"],
         output_tokens=row["output_tokens"],
+        media_tokens=row["media_tokens"],
         outputs=tuple(_output(output) for output in row["outputs"] or ()),
         choice_logprobs=None if scores is None else tuple(scores),
         array=row["array"],
@@ -162,6 +172,7 @@ def _completion_columns(rows: list[Completion | None]) -> dict[str, pa.Array]:
         "prompt_tokens": column("prompt_tokens", lambda row: row.prompt_tokens),
         "cached_tokens": column("cached_tokens", lambda row: row.cached_tokens),
         "output_tokens": column("output_tokens", lambda row: row.output_tokens),
+        "media_tokens": column("media_tokens", lambda row: row.media_tokens),
         "num_preemptions": column("num_preemptions", lambda row: row.num_preemptions),
         "outputs": column("outputs", lambda row: [_output_struct(output) for output in row.outputs] or None),
         "choice_logprobs": column("choice_logprobs", lambda row: row.choice_logprobs),

@@ -56,7 +56,12 @@ def build_engine(config: EngineConfig) -> Engine:
 
         model = load_config(config.model)
         tokenizer = Tokenizer.from_dir(config.model)
-        return EchoEngine(tokenizer=tokenizer, hidden_size=model.hidden_size, num_labels=model.num_labels)
+        return EchoEngine(
+            tokenizer=tokenizer,
+            hidden_size=model.hidden_size,
+            num_labels=model.num_labels,
+            merge_size=model.vision.spatial_merge_size if model.vision else None,
+        )
     if config.kind == "vllm":
         raise ConfigError("engine.kind=vllm: this version runs engine.kind torch or echo; use one of these")
     from models.engine.engine import TorchEngine

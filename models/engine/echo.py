@@ -1,12 +1,14 @@
 """EchoEngine: answers every request at once from its prompt alone. No model, no torch; for dry runs and tests.
 
-Answers are a function of the prompt's token ids and the work, so that reruns agree. A generated text is the prompt's
-last tokens (decoded by the tokenizer when one is given); the label scores favour a choice picked by the prompt's sum.
+Answers are a function of the prompt's token ids, its media and the work, so that reruns agree. A generated text is the
+prompt's last tokens (decoded by the tokenizer when one is given) and the first bytes of its media's digests; the label
+scores favour a choice picked by the sum of the prompt and of these bytes.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +27,7 @@ from models.engine.request import (
 from models.errors import RowError
 
 ECHO_WIDTH = 8  # length of vectors, class logits and hidden states where no checkpoint says otherwise
+DIGEST_BYTES = 4  # of each item's digest, as much as answers depend on
 
 
 class Decoder(Protocol):
@@ -43,11 +46,14 @@ class EchoEngine:
         tokenizer: Decoder | None = None,
         hidden_size: int = ECHO_WIDTH,
         num_labels: int = ECHO_WIDTH,
+        merge_size: int | None = None,
     ) -> None:
+        """`merge_size` is that of the checkpoint's vision tower; without one, prompts with media are refused."""
         self._max_model_len = max_model_len
         self._tokenizer = tokenizer
         self._hidden_size = hidden_size
         self._num_labels = num_labels
+        self._merge_size = merge_size
         self._waiting: dict[str, Request] = {}
         self._aborted: list[Completion] = []
 
@@ -80,40 +86,46 @@ class EchoEngine:
 
     def _answer(self, request: Request) -> Completion:
         ids = list(request.input_ids)
-        if not ids or len(ids) >= self._max_model_len:
-            return Completion(
-                id=request.id, finish_reason="error", prompt_tokens=len(ids), error=self._length_error(len(ids))
-            )
-        digest = sum(ids)
+        error = self._error(request)
+        if error is not None:
+            return Completion(id=request.id, finish_reason="error", prompt_tokens=len(ids), error=error)
+        items = request.media.items if request.media else ()
+        seen = [item.digest[:DIGEST_BYTES] for item in items]
+        digest = sum(ids) + sum(int.from_bytes(each) for each in seen)
+        media_tokens = sum(math.prod(item.grid_thw) // (self._merge_size or 1) ** 2 for item in items)
+        done = Completion(id=request.id, finish_reason="scored", prompt_tokens=len(ids), media_tokens=media_tokens)
         match request.work:
             case Generate(sampling=sampling):
                 echoed = ids[-sampling.max_tokens :]
                 text = self._tokenizer.decode(echoed) if self._tokenizer else " ".join(map(str, echoed))
+                text += "".join(f" {item.kind} {each.hex()}" for item, each in zip(items, seen, strict=True))
                 logprobs = (0.0,) * len(echoed) if sampling.logprobs else None
                 output = Output(token_ids=tuple(echoed), text=text, finish_reason="stop", logprobs=logprobs)
-                return Completion(
-                    id=request.id,
-                    finish_reason="stop",
-                    prompt_tokens=len(ids),
-                    output_tokens=len(echoed) * sampling.n,
-                    outputs=(output,) * sampling.n,
-                )
+                outputs = (output,) * sampling.n
+                return replace(done, finish_reason="stop", output_tokens=len(echoed) * sampling.n, outputs=outputs)
             case Choose(choices=choices):
                 rest = 0.1 / max(len(choices) - 1, 1)
                 picked = digest % len(choices)
                 scores = tuple(math.log(0.8 if i == picked else rest) for i in range(len(choices)))
-                return Completion(id=request.id, finish_reason="scored", prompt_tokens=len(ids), choice_logprobs=scores)
+                return replace(done, choice_logprobs=scores)
             case Classify() | Embed():
                 width = self._hidden_size if isinstance(request.work, Embed) else self._num_labels
                 array = np.cos(np.arange(width, dtype=np.float32) + digest % 97)
             case Tag() | Inspect():
                 width = self._hidden_size if isinstance(request.work, Inspect) else self._num_labels
-                array = np.cos(np.arange(width, dtype=np.float32) + np.array(ids, np.float32)[:, None])
-        return Completion(id=request.id, finish_reason="scored", prompt_tokens=len(ids), array=array.astype(np.float32))
+                shift = (digest - sum(ids)) % 97
+                array = np.cos(np.arange(width, dtype=np.float32) + np.array(ids, np.float32)[:, None] + shift)
+        return replace(done, array=array.astype(np.float32))
 
-    def _length_error(self, num_tokens: int) -> RowError:
+    def _error(self, request: Request) -> RowError | None:
+        num_tokens = len(request.input_ids)
         if num_tokens == 0:
             return RowError("empty_prompt", "the prompt has no tokens")
-        return RowError(
-            "prompt_too_long", f"the prompt has {num_tokens} tokens, the model takes fewer than {self._max_model_len}"
-        )
+        if num_tokens >= self._max_model_len:
+            return RowError(
+                "prompt_too_long",
+                f"the prompt has {num_tokens} tokens, the model takes fewer than {self._max_model_len}",
+            )
+        if request.media is not None and self._merge_size is None:
+            return RowError("unsupported_media", "the prompt shows media; the checkpoint reads text")
+        return None

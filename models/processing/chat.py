@@ -22,12 +22,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.errors import ConfigError, RowError
+from models.processing.messages import Message, check_messages, plain_value
 from models.processing.tokenizer import Tokenizer, read_json
 
-Message = Mapping[str, Any]
 ThinkingForm = Literal["none", "open", "tags", "switch"]
 
-ROLES = ("system", "user", "assistant", "observation", "tool")
+PLACEHOLDERS = {"image": "<|image|>", "video": "<|video|>"}
 REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MAX_RENDERED_CHARS = 1 << 24
 # What a template written for a checkpoint may raise while it reads data of an unexpected shape.
@@ -166,20 +166,45 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> tuple[str, dict[str, str]]:
         """The rendered text with stand-ins in its content, and the table that puts the originals back."""
-        if not messages:
-            raise RowError("bad_messages", "the conversation has no messages")
         try:
-            conversation = [_check_message(index, message) for index, message in enumerate(messages)]
-            plain_tools = _plain_value("tools", list(tools)) if tools else None
+            conversation = check_messages(messages)
+            shown = self._shown(conversation)
+            plain_tools = plain_value("tools", list(tools)) if tools else None
             protect, restore = self._stand_ins(conversation, plain_tools)
             if protect:
                 conversation = [_protect_message(message, protect) for message in conversation]
                 plain_tools = _replace_all(plain_tools, protect)
             text = self._run(conversation, thinking, add_generation_prompt, plain_tools)
+            if shown:
+                self._check_placeholders(text, shown)
         except RecursionError as error:
             raise RowError("template_error", "the messages or tools are nested too deeply to be rendered") from error
         closing = _CLOSING[self.thinking_form] if add_generation_prompt and not thinking else ""
         return text + closing, restore
+
+    def _shown(self, conversation: Sequence[Message]) -> list[str]:
+        """The kinds of the media that the conversation shows, in order."""
+        contents = [message["content"] for message in conversation if isinstance(message["content"], list)]
+        shown = [part["type"] for content in contents for part in content if part["type"] in PLACEHOLDERS]
+        for kind in shown:
+            if PLACEHOLDERS[kind] not in self.tokenizer.control_tokens:
+                raise RowError(
+                    "unsupported_media",
+                    f"the messages show {', '.join(shown)}, but this checkpoint reads text: its tokenizer has no "
+                    f"{PLACEHOLDERS[kind]}",
+                )
+        return shown
+
+    def _check_placeholders(self, text: str, shown: list[str]) -> None:
+        """Each image and video must stand in the prompt once and in order: a template may not know of them."""
+        kinds = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
+        controls = (piece.strip() for piece, id in self.tokenizer.split_control(text) if id is not None)
+        found = [kinds[control] for control in controls if control in kinds]
+        if found != shown:
+            raise RowError(
+                "template_error",
+                f"the messages show {', '.join(shown)}, the chat template writes {', '.join(found) or 'nothing of it'}",
+            )
 
     def _stand_ins(self, *values: Any) -> tuple[dict[str, str], dict[str, str]]:
         """Replacements there and back for the characters with which control tokens begin.
@@ -348,51 +373,6 @@ def _read_templates(folder: Path) -> tuple[str, str | None, Path]:
     )
 
 
-def _check_message(index: int, message: Any) -> dict[str, Any]:
-    """The message as plain JSON values: absent fields dropped, text parts joined. Raises RowError."""
-    where = f"message {index}"
-    if not isinstance(message, Mapping):
-        raise RowError(
-            "bad_messages", f"{where} is {type(message).__name__}; it must be an object with role and content"
-        )
-    if message.get("role") not in ROLES:
-        raise RowError("bad_messages", f"{where}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
-    # Arrow fills the fields that a message lacks with nulls.
-    checked = {key: _plain_value(where, value) for key, value in message.items() if value is not None}
-    if "content" not in checked and message["role"] == "assistant" and checked.get("tool_calls"):
-        return {**checked, "content": ""}
-    return {**checked, "content": _text_of(where, checked.get("content"))}
-
-
-def _text_of(where: str, content: Any) -> str:
-    """A content as one text. GLM templates write the parts of a content one after the other, with nothing between."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        kind = "missing" if content is None else type(content).__name__
-        raise RowError("bad_messages", f"{where}: content is {kind}; it must be a string or a list of text parts")
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
-        if not isinstance(text, str):
-            raise RowError("bad_messages", f'{where}: a content part must be {{"type": "text", "text": ...}}')
-        texts.append(text)
-    return "".join(texts)
-
-
-def _plain_value(where: str, value: Any) -> Any:
-    """A copy made of JSON's own types, so that a template meets nothing else. Raises RowError for other types."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain_value(where, item) for item in value]
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _plain_value(where, item) for key, item in value.items()}
-    raise RowError(
-        "bad_messages", f"{where}: a {type(value).__name__} is not JSON; use strings, numbers, lists, objects"
-    )
-
-
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -422,7 +402,11 @@ def _replace_all(value: Any, table: Mapping[str, str]) -> Any:
 def _protect_message(message: dict[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
     """Stand-ins everywhere but in the role and in the tags that part an assistant's reasoning from its answer."""
     protected = {key: value if key == "role" else _replace_all(value, table) for key, value in message.items()}
-    if message["role"] == "assistant":
+    if isinstance(message["content"], list):
+        protected["content"] = [
+            {**part, "text": _replace(part["text"], table)} if "text" in part else part for part in message["content"]
+        ]
+    elif message["role"] == "assistant":
         pieces = _TAG_PATTERN.split(message["content"])
         protected["content"] = "".join(p if p in REASONING_TAGS else _replace(p, table) for p in pieces)
     return protected
