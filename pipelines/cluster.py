@@ -73,7 +73,7 @@ def job_workers(job: Job) -> Workers:
 def _preprocessors(job: Job, cores: int, *, on_gpu: bool) -> int:
     if job.preprocess.workers != "auto":
         return job.preprocess.workers
-    if not reads_media(job):
+    if not reads_media(job, job.model):
         return max(1, int(cores * PREPROCESSORS_PER_CORE))
     free = cores - CORES_PER_GPU_REPLICA * job.engine.replicas if on_gpu else int(cores * MEDIA_PREPROCESSORS_PER_CORE)
     return max(1, free)

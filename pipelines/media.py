@@ -26,9 +26,9 @@ ASSUMED_IMAGE = 1080, 1920  # height and width of what cannot be looked at witho
 ASSUMED_CLIP = 32, 480, 640
 
 
-def reads_media(job: Job) -> bool:
+def reads_media(job: Job, model_dir: str) -> bool:
     """Whether rows may hold images or videos: by the job's columns, or in messages to a model that takes them."""
-    in_messages = job.task.messages is not None and load_config(job.model).vision is not None
+    in_messages = job.task.messages is not None and load_config(model_dir).vision is not None
     return bool(media_columns(job.task)) or in_messages
 
 
@@ -107,12 +107,15 @@ def _encoded_bytes(part: MediaPart) -> int:
 def _patch_bytes(part: MediaPart, image: ImageProcessorConfig, video: VideoProcessorConfig) -> int:
     try:
         if part.kind == "video":
-            grid, config, copies = video_grid(*ASSUMED_CLIP, video), video, video.temporal_patch_size
-        else:
-            grid, config, copies = image_grid(*_image_size(part, image), image), image, 1
+            return math.prod(video_grid(*ASSUMED_CLIP, video)) * video.temporal_patch_size * _frame_values(video)
+        return math.prod(image_grid(*_image_size(part, image), image)) * _frame_values(image)
     except RowError:
         return 0
-    return math.prod(grid) * copies * NUM_CHANNELS * config.patch_size**2
+
+
+def _frame_values(config: ImageProcessorConfig) -> int:
+    """Bytes of one patch of a single frame."""
+    return NUM_CHANNELS * config.patch_size**2
 
 
 def _image_size(part: MediaPart, config: ImageProcessorConfig) -> tuple[int, int]:

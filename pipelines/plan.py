@@ -263,7 +263,7 @@ def model_digest(model_dir: str) -> str:
 
 def _media_bytes(job: Job, source: Source, file: InputFile) -> float:
     """Bytes of media in a row, by the first rows of the first file; 0 for text."""
-    if not reads_media(job):
+    if not reads_media(job, job.model):
         return 0.0
     rows: list[Row | RowError]
     if file.format == "parquet":

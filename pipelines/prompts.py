@@ -123,7 +123,7 @@ def _media_parts(task: TaskConfig, row: Row) -> Iterator[Message]:
             values = value if isinstance(value, list) else [value]
             if not values:
                 raise RowError("null_media", f"column {column!r} is an empty list: the prompt needs its {kind}")
-            if any(each is None for each in values):
+            if any(each is None or each == {"bytes": None, "path": None} for each in values):
                 raise RowError("null_media", f"column {column!r} is null: the prompt needs its {kind}")
             yield from ({"type": kind, kind: each} for each in values)
 

@@ -89,7 +89,7 @@ class TaskRunner:
         self._chat = Chat.from_dir(model_dir) if uses_chat(job.task) else None
         self._tokenizer = self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
         self._model_dir = model_dir
-        self.reads_media = reads_media(job)
+        self.reads_media = reads_media(job, model_dir)
         if self.reads_media:
             _ = self._media_prompts, self._loader  # what is wrong with either should be known before rows come
         self.work: Work = self._build_work()

@@ -61,13 +61,17 @@ KEYS = {
     "preprocess.min_pixels": (WHOLE_OR_NULL, None),
     "preprocess.max_pixels": (WHOLE_OR_NULL, None),
     "preprocess.fps": ("a number or null", None),
+    "media.root": (TEXT_OR_NULL, None),
+    "media.hosts": (TEXTS, []),
+    "media.private_hosts": (TEXTS, []),
+    "media.max_bytes": (WHOLE, 1 << 30),
     "commit.unit_rows": (WHOLE_OR_AUTO, "auto"),
     "commit.every_seconds": (NUMBER, 30.0),
     "max_error_rate": (NUMBER, 0.0),
     "storage.endpoint_url": (TEXT_OR_NULL, None),
     "storage.anon": (SWITCH, False),
 }
-SECTIONS = {"sampling", "engine", "preprocess", "commit", "storage"}  # their defaults are those of their keys
+SECTIONS = {"sampling", "engine", "preprocess", "media", "commit", "storage"}  # their defaults are those of their keys
 
 
 def test_keys_types_and_defaults() -> None:

@@ -103,7 +103,7 @@ def test_media_stand_before_the_text_images_first_in_the_order_of_their_columns(
     ]
 
 
-@pytest.mark.parametrize("value", [None, [], [b"x", None]])
+@pytest.mark.parametrize("value", [None, [], [b"x", None], {"bytes": None, "path": None}])
 def test_a_row_without_its_image_is_an_error_and_not_a_question_about_nothing(value: object) -> None:
     with pytest.raises(RowError) as caught:
         parts({"photo": value}, prompt="What?", image="photo")

@@ -140,7 +140,7 @@ def test_the_limit_keeps_room_for_the_answer_and_the_error_gives_both_counts(che
     with pytest.raises(RowError) as caught:
         ids(task, {"text": fits + "x"})
     assert caught.value.code == "prompt_too_long"
-    assert "20 tokens and at most 19 fit" in caught.value.message
+    assert "20 tokens; at most 19 fit" in caught.value.message
 
 
 def test_without_a_limit_the_checkpoint_sets_it(checkpoint: Path) -> None:
