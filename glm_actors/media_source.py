@@ -15,29 +15,12 @@ from dataclasses import dataclass
 from typing import BinaryIO
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
+from glm_actors.media_rules import DEFAULT_PORTS, MediaRules
 from models.errors import RowError
 
 # Files up to this size are read at once; larger ones are handed on open.
 READ_AT_ONCE = 1 << 20
 SHOWN = 80  # characters of a cell in a message
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaRules:
-    """Where media may come from, and what reading one may cost.
-
-    Paths lie below `root`. URLs are read from `hosts`, at global addresses alone, and from `private_hosts` at any
-    address: names as in the URL, with a port only where it is not the scheme's own. `max_bytes` is the size of one
-    encoded image or clip, `decode_bytes` the memory that decoding it may take.
-    """
-
-    root: str | None = None
-    hosts: tuple[str, ...] = ()
-    private_hosts: tuple[str, ...] = ()
-    max_bytes: int = 1 << 30
-    fetch_timeout_s: float = 30.0
-    decode_timeout_s: float = 120.0
-    decode_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +35,34 @@ Source = bytes | memoryview | BinaryIO | Url
 
 def read_source(value: object, rules: MediaRules) -> Source:
     """What a cell stands for; an open file must be closed by the caller. Raises RowError."""
+    value = _unwrapped(value)
     if value is None:
         raise RowError("null_media", "the cell is null; it must hold bytes, a path or a URL")
-    if isinstance(value, Mapping):
-        value = _of_mapping(value)
     if isinstance(value, bytes | bytearray | memoryview):
-        data = value if isinstance(value, bytes) else memoryview(value).cast("B")
-        return _within(data, rules.max_bytes)
+        return _within(value if isinstance(value, bytes) else memoryview(value).cast("B"), rules.max_bytes)
     if isinstance(value, str):
         return _of_text(value, rules)
-    raise RowError("wrong_type", f"the cell holds {type(value).__name__}; it must be bytes, a path or a URL")
+    found = f"a struct of {sorted(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
+    raise RowError(
+        "wrong_type", f"the cell holds {found}; it must be bytes, a path, a URL or a struct of bytes and path"
+    )
 
 
-def _of_mapping(value: Mapping[str, object]) -> object:
-    """The layout of data sets: {"bytes": ..., "path": ...}, where bytes win."""
-    for key in ("bytes", "path"):
-        if value.get(key) is not None:
-            return value[key]
-    if {"bytes", "path"} & value.keys():
-        raise RowError("null_media", "both bytes and path are null; one of them must hold the image or clip")
-    raise RowError("wrong_type", f"the cell holds a struct of {sorted(map(str, value))}; it must have bytes or path")
+def url_of(value: object) -> str | None:
+    """The http or https URL that a cell stands for, if it is one."""
+    value = _unwrapped(value)
+    return value if isinstance(value, str) and _scheme(value) in DEFAULT_PORTS else None
+
+
+def _unwrapped(value: object) -> object:
+    """The layout of data sets, {"bytes": ..., "path": ...}, where bytes win; other values as they are."""
+    if not isinstance(value, Mapping) or not {"bytes", "path"} & value.keys():
+        return value
+    return value.get("path") if value.get("bytes") is None else value["bytes"]
+
+
+def _scheme(text: str) -> str:
+    return text.partition(":")[0].lower() if ":" in text[:SHOWN] else ""
 
 
 def _within(data: bytes | memoryview, max_bytes: int) -> bytes | memoryview:
@@ -91,10 +82,14 @@ def _of_text(text: str, rules: MediaRules) -> Source:
         raise RowError("null_media", "the cell is an empty text; it must hold bytes, a path or a URL")
     if "\0" in text:
         raise RowError("media_not_found", f"{_shown(text)} holds a NUL character; no path or URL does")
-    scheme = text[: text.find(":")].lower() if ":" in text else ""
+    scheme = _scheme(text)
     if scheme == "data":
         return _of_data_url(text, rules.max_bytes)
-    if scheme in ("http", "https"):
+    if scheme in DEFAULT_PORTS:
+        if not rules.allows_urls:
+            raise RowError(
+                "media_forbidden", f"{_shown(text)} is a URL, and no host is allowed; name it in media.hosts"
+            )
         return Url(text)
     if scheme == "file":
         return _open_below(_path_of(text), rules)
