@@ -5,7 +5,6 @@ Owns which formats are read and how large a source may be. Knows nothing of wher
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from models.errors import RowError
 from models.processing.budget import image_grid
 from models.processing.media_config import ImageProcessorConfig
-from models.processing.patches import Frame, MediaPatches, PatchWriter
+from models.processing.patches import Encoded, Frame, MediaPatches, PatchWriter, as_file, encoded_digest
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What Pillow's readers raise on damaged files, beside the OSError that they mean to.
@@ -26,6 +25,7 @@ DECODE_FAILURES = (
     struct.error, zlib.error,
 )  # fmt: skip
 
+WEBP_HEADER_BYTES = 30
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,20 +45,27 @@ class ImageProcessor:
     def __init__(self, config: ImageProcessorConfig) -> None:
         self.config = config
 
-    def from_bytes(self, data: bytes) -> MediaPatches:
-        """The patches of an encoded image. Raises RowError for bytes that are no readable image, or too large."""
-        return self.from_array(decode_image(data, max_source_pixels=self.config.max_source_pixels))
+    def from_bytes(self, data: Encoded, *, digest: str | None = None) -> MediaPatches:
+        """The patches of an encoded image. Raises RowError for bytes that are no readable image, or too large.
+
+        `digest` is that of encoded_digest, for callers who know it already.
+        """
+        frame = decode_image(data, max_source_pixels=self.config.max_source_pixels)
+        return self._patches(frame, digest or encoded_digest("image", data, self.config))
 
     def from_array(self, frame: Frame) -> MediaPatches:
         """The patches of uint8 [height, width, 3] in RGB. Raises RowError for any other array."""
         check_frame(frame, "bad_image")
+        return self._patches(frame, None)
+
+    def _patches(self, frame: Frame, digest: str | None) -> MediaPatches:
         grid = image_grid(frame.shape[0], frame.shape[1], self.config)
         writer = PatchWriter("image", (1, frame.shape[0], frame.shape[1]), grid, self.config)
         writer.write(0, frame)
-        return writer.finish()
+        return writer.finish(digest=digest)
 
 
-def decode_image(data: bytes, *, max_source_pixels: int) -> Frame:
+def decode_image(data: Encoded, *, max_source_pixels: int) -> Frame:
     """uint8 [height, width, 3] in RGB, upright as its EXIF says; of an animation, the first picture.
 
     Transparency is dropped, the colours under it stay; 16 bits per value become the upper 8. Raises RowError.
@@ -73,7 +80,7 @@ def decode_image(data: bytes, *, max_source_pixels: int) -> Frame:
         return np.array(image if turn is None else image.transpose(turn))
 
 
-def read_image_size(data: bytes, *, max_source_pixels: int) -> tuple[int, int]:
+def read_image_size(data: Encoded, *, max_source_pixels: int) -> tuple[int, int]:
     """(height, width) of the upright image, from its header alone. Raises RowError."""
     with _open(data, max_source_pixels) as image:
         width, height = image.size
@@ -87,18 +94,20 @@ def check_frame(frame: Frame, code: str) -> None:
 
 
 @contextmanager
-def _open(data: bytes, max_source_pixels: int) -> Iterator[Image.Image]:
+def _open(data: Encoded, max_source_pixels: int) -> Iterator[Image.Image]:
     """The image with its header read and checked and its pixels not yet decoded; failures inside become RowErrors."""
-    if not data:
+    file, size = as_file(data)
+    if not size:
         raise RowError("bad_image", "the image has zero bytes")
     try:
-        _check_pixels(*_webp_canvas(data), max_source_pixels)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        _check_pixels(*_webp_canvas(file.read(WEBP_HEADER_BYTES)), max_source_pixels)
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
             _check_pixels(*image.size, max_source_pixels)
             yield image
     except UnidentifiedImageError as error:
         allowed = ", ".join(FORMATS)
-        raise RowError("bad_image", f"these {len(data):,} bytes are no image in {allowed}") from error
+        raise RowError("bad_image", f"these {size:,} bytes are no image in {allowed}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowError("media_too_large", f"the image is too large: {error}") from error
     except DECODE_FAILURES as error:
@@ -115,7 +124,7 @@ def _check_pixels(width: int, height: int, limit: int) -> None:
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:
     """(width, height) of a WEBP file, for which Pillow sets up its canvas while it opens; (0, 0) of other files."""
-    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+    if len(data) < WEBP_HEADER_BYTES or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return 0, 0
     if data[12:16] == b"VP8X":  # extended: 24 bits each, less one
         return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1

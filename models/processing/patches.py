@@ -1,18 +1,18 @@
 """RGB frames to the patches that travel to the model: resized, cut, one byte per value, each frame once.
 
 Owns the resampling arithmetic, the order of the patches and their normalisation. Knows nothing of files and formats.
-Torch is imported where it is used: only the processes that handle media need it.
+Torch and Pillow are imported where they are used: only the processes that handle media need it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from models.engine.request import MediaItem
 from models.normalization import MediaKind
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 Frame = npt.NDArray[np.uint8]  # [height, width, 3]
+Encoded = bytes | memoryview | BinaryIO  # a file's bytes, or the file itself, opened for reading and seekable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +31,9 @@ class MediaPatches:
     """One image or video, ready for the vision tower.
 
     `patches` is uint8 [t * h * w, 3 * frames * patch * patch] for the grid (t, h, w), merge block by merge block; an
-    image holds its frame once, a group of a video its temporal_patch_size frames. `digest` names the content and the
-    processor's configuration. `source` is what was there before resizing: frames taken (1 for an image), height, width.
-    `timestamps` are the seconds of a video's groups, empty for an image.
+    image holds its frame once, a group of a video its temporal_patch_size frames. `digest` names the content, as it was
+    given (see encoded_digest), and the processor's configuration. `source` is what was there before resizing: frames
+    taken (1 for an image), height, width. `timestamps` are the seconds of a video's groups, empty for an image.
     """
 
     kind: MediaKind
@@ -72,20 +73,47 @@ class PatchWriter:
         pieces = frame.reshape(height // merge, merge, patch, width // merge, merge, patch, NUM_CHANNELS)
         self._patches[group, ..., slot, :, :] = pieces.transpose(0, 3, 1, 4, 6, 2, 5)
 
-    def finish(self, timestamps: tuple[float, ...] = ()) -> MediaPatches:
-        """The patches of all frames written."""
+    def finish(self, *, digest: str | None = None, timestamps: tuple[float, ...] = ()) -> MediaPatches:
+        """The patches of all frames written; without a digest of what they were decoded from, by one over them."""
         groups, height, width = self._grid
         patches = self._patches.reshape(groups * height * width, -1)
-        digest = hashlib.sha256(f"{self._grid} {self._config.fingerprint}".encode())
-        digest.update(patches.data)
         return MediaPatches(
             kind=self._kind,
             patches=patches,
             grid=self._grid,
-            digest=digest.hexdigest(),
+            digest=digest or self._pixel_digest(),
             source=self._source,
             timestamps=timestamps,
         )
+
+    def _pixel_digest(self) -> str:
+        state = hashlib.sha256(f"{self._kind} pixels {self._grid} {self._config.fingerprint}\n".encode())
+        state.update(self._patches.data)
+        return state.hexdigest()
+
+
+def encoded_digest(kind: MediaKind, data: Encoded, config: ImageProcessorConfig) -> str:
+    """The name of what an image's or clip's encoded bytes become under a configuration.
+
+    Equal bytes and an equal configuration make an equal name, and anything else another one, also the same pixels
+    encoded otherwise: a compressed image is a tenth of its patches, and so is the cost of hashing it.
+    """
+    state = hashlib.sha256(f"{kind} encoded {config.fingerprint}\n".encode())
+    if isinstance(data, bytes | memoryview):
+        state.update(data)
+        return state.hexdigest()
+    file, _ = as_file(data)
+    while piece := file.read(1 << 20):
+        state.update(piece)
+    return state.hexdigest()
+
+
+def as_file(data: Encoded) -> tuple[BinaryIO, int]:
+    """A file at its begin, and its size in bytes."""
+    file = io.BytesIO(data) if isinstance(data, bytes | memoryview) else data
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    return file, size
 
 
 def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Frame:
@@ -94,6 +122,8 @@ def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Fra
     if frame.shape[:2] == (height, width):
         return frame
     if resampling == "pil":
+        from PIL import Image
+
         return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
     import torch
 

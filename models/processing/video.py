@@ -6,7 +6,6 @@ models. A clip is read twice: first its packets, to count the frames, then the f
 
 from __future__ import annotations
 
-import io
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from models.errors import RowError
 from models.processing.budget import group_timestamps, sample_frames, video_grid
 from models.processing.images import check_frame
 from models.processing.media_config import VideoProcessorConfig
-from models.processing.patches import Frame, MediaPatches, PatchWriter
+from models.processing.patches import Encoded, Frame, MediaPatches, PatchWriter, as_file, encoded_digest
 
 # Containers that hold their own data; playlists, image sequences and devices are not among them.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
@@ -60,13 +59,18 @@ class VideoProcessor:
     def __init__(self, config: VideoProcessorConfig) -> None:
         self.config = config
 
-    def from_bytes(self, data: bytes) -> MediaPatches:
-        """The patches of an encoded clip, upright. Raises RowError for bytes that are no readable video."""
+    def from_bytes(self, data: Encoded, *, digest: str | None = None) -> MediaPatches:
+        """The patches of an encoded clip, upright. Raises RowError for bytes that are no readable video.
+
+        Of a file, no more is read into memory than a few packets. `digest` is that of encoded_digest, for callers who
+        know it already.
+        """
+        digest = digest or encoded_digest("video", data, self.config)
         info = scan_video(data, max_source_pixels=self.config.max_source_pixels)
-        patches = self._decode(data, info)
+        patches = self._decode(data, info, digest)
         if patches is None:  # packets and frames do not go one to one, or do not begin where they claim
             info = count_frames(data, info, max_source_pixels=self.config.max_source_pixels)
-            patches = self._decode(data, info)
+            patches = self._decode(data, info, digest)
         if patches is None:
             raise RowError("bad_video", "the clip's frames cannot all be decoded: it is damaged or cut off")
         return patches
@@ -81,18 +85,20 @@ class VideoProcessor:
         for frame in frames:
             check_frame(frame, "bad_video")
         indices = sample_frames(len(frames), fps, self.config, duration_s=duration_s)
-        patches = self._write(indices, fps, ((index, frames[index]) for index in dict.fromkeys(indices)))
+        patches = self._write(indices, fps, ((index, frames[index]) for index in dict.fromkeys(indices)), None)
         assert patches is not None  # every index is below len(frames)
         return patches
 
-    def _decode(self, data: bytes, info: VideoInfo) -> MediaPatches | None:
+    def _decode(self, data: Encoded, info: VideoInfo, digest: str) -> MediaPatches | None:
         """The sampled frames' patches, or None when some of them did not come out of the decoder."""
         indices = sample_frames(info.num_frames, info.fps, self.config, duration_s=info.num_frames / info.fps)
         wanted = sorted(set(indices))
         frames = decode_frames(data, info, wanted, max_source_pixels=self.config.max_source_pixels)
-        return self._write(indices, info.fps, frames)
+        return self._write(indices, info.fps, frames, digest)
 
-    def _write(self, indices: list[int], fps: float, frames: Iterable[tuple[int, Frame]]) -> MediaPatches | None:
+    def _write(
+        self, indices: list[int], fps: float, frames: Iterable[tuple[int, Frame]], digest: str | None
+    ) -> MediaPatches | None:
         positions: dict[int, list[int]] = {}
         for position, index in enumerate(indices):
             positions.setdefault(index, []).append(position)
@@ -105,17 +111,18 @@ class VideoProcessor:
                 writer.write(position, frame)
         if positions or writer is None:
             return None
-        return writer.finish(tuple(group_timestamps(indices, fps, self.config)))
+        return writer.finish(digest=digest, timestamps=tuple(group_timestamps(indices, fps, self.config)))
 
 
-def scan_video(data: bytes, *, max_source_pixels: int) -> VideoInfo:
+def scan_video(data: Encoded, *, max_source_pixels: int) -> VideoInfo:
     """Counts the frames without decoding any. Raises RowError for bytes that are no readable video."""
     times, flags = array("q"), bytearray()
+    _, size = as_file(data)
     with _open(data, max_source_pixels) as (container, stream):
         for packet in _packets(container, stream):
             times.append(_UNKNOWN if packet.pts is None else packet.pts)
             flags.append(_KEY * packet.is_keyframe | _HIDDEN * packet.is_discard)
-        if _cut_off(container, stream, len(data)):
+        if _cut_off(container, stream, size):
             raise RowError("bad_video", "the video is cut off: its index points past its end")
         rate = stream.average_rate or stream.guessed_rate
     return _info(np.array(times, np.int64), np.frombuffer(flags, np.uint8), float(rate or 0))
@@ -142,7 +149,7 @@ def _info(times: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8], fps: float
     return VideoInfo(num_frames=len(shown), fps=fps, shown=shown, keyframes=packets[flags & _KEY != 0])
 
 
-def count_frames(data: bytes, info: VideoInfo, *, max_source_pixels: int) -> VideoInfo:
+def count_frames(data: Encoded, info: VideoInfo, *, max_source_pixels: int) -> VideoInfo:
     """The same clip with its frames counted by decoding all of them. Raises RowError."""
     with _open(data, max_source_pixels) as (container, stream):
         num_frames = sum(1 for _ in _decoded(container, stream, None))
@@ -152,7 +159,7 @@ def count_frames(data: bytes, info: VideoInfo, *, max_source_pixels: int) -> Vid
 
 
 def decode_frames(
-    data: bytes, info: VideoInfo, wanted: Sequence[int], *, max_source_pixels: int
+    data: Encoded, info: VideoInfo, wanted: Sequence[int], *, max_source_pixels: int
 ) -> Iterator[tuple[int, Frame]]:
     """(number, frame) of the frames `wanted`, given in ascending order; those that cannot be found are left out.
 
@@ -195,13 +202,16 @@ def _runs(info: VideoInfo, wanted: Sequence[int]) -> list[Run] | None:
 
 
 @contextmanager
-def _open(data: bytes, max_source_pixels: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first real video stream; failures inside become RowErrors."""
-    if not data:
+def _open(data: Encoded, max_source_pixels: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first real video stream; failures inside become RowErrors, but for a lack of memory."""
+    file, size = as_file(data)
+    if not size:
         raise RowError("bad_video", "the video has zero bytes")
     try:
-        with av.open(io.BytesIO(data), "r", container_options=OPEN_OPTIONS, metadata_errors="replace") as container:
+        with av.open(file, "r", container_options=OPEN_OPTIONS, metadata_errors="replace") as container:
             yield container, _video_stream(container, max_source_pixels)
+    except MemoryError:  # FFmpeg's is an FFmpegError too
+        raise
     except av.FFmpegError as error:
         text = error.strerror or str(error)
         raise RowError("bad_video", f"the video is damaged, cut off, or in no known container: {text}") from error

@@ -22,7 +22,7 @@ from models.errors import ConfigError, RowError
 from models.processing.budget import image_grid, num_media_tokens, smart_resize, video_grid
 from models.processing.images import ImageProcessor, decode_image, read_image_size
 from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
-from models.processing.patches import pixel_values
+from models.processing.patches import encoded_digest, pixel_values
 from tests.models.processing.golden import CASES, DATA, budget, check_values
 
 HUB = ImageProcessorConfig(min_pixels=12544, max_pixels=9633792)
@@ -393,11 +393,10 @@ def test_other_arrays_are_refused(frame: np.ndarray) -> None:
 # ---- digests ----
 
 
-def test_a_digest_names_the_pixels_and_the_configuration() -> None:
+def test_the_digest_of_an_array_names_its_pixels_and_the_configuration() -> None:
     frame = picture(112, 112)
     digest = ImageProcessor(HUB).from_array(frame).digest
-    assert ImageProcessor(HUB).from_bytes(encoded(frame, "PNG")).digest == digest
-    assert ImageProcessor(HUB).from_bytes(encoded(frame, "BMP")).digest == digest
+    assert ImageProcessor(HUB).from_array(frame.copy()).digest == digest
     changed = frame.copy()
     changed[50, 50, 1] ^= 1
     turned = np.ascontiguousarray(frame.reshape(56, 224, 3))
@@ -407,3 +406,39 @@ def test_a_digest_names_the_pixels_and_the_configuration() -> None:
         ImageProcessor(replace(HUB, image_mean=(0.5, 0.5, 0.5))).from_array(frame).digest,
     ]
     assert len({digest, *others}) == 4
+
+
+def test_the_digest_of_a_file_names_its_bytes_and_the_configuration() -> None:
+    frame = picture(112, 112)
+    data = encoded(frame, "PNG")
+    media = ImageProcessor(HUB).from_bytes(data)
+    assert media.digest == encoded_digest("image", data, HUB)
+    assert media.digest == encoded_digest("image", memoryview(bytearray(data)), replace(HUB))
+    assert media.digest == encoded_digest("image", io.BytesIO(data), HUB)
+    changed = frame.copy()
+    changed[50, 50, 1] ^= 1
+    others = [
+        ImageProcessor(HUB).from_array(frame).digest,
+        ImageProcessor(HUB).from_bytes(encoded(frame, "BMP")).digest,  # the same pixels in other bytes
+        ImageProcessor(HUB).from_bytes(encoded(changed, "PNG")).digest,
+        ImageProcessor(replace(HUB, max_pixels=50_000)).from_bytes(data).digest,
+        ImageProcessor(replace(HUB, resampling="pil")).from_bytes(data).digest,
+        encoded_digest("video", data, HUB),
+    ]
+    assert len({media.digest, *others}) == 7
+
+
+def test_a_digest_that_is_known_is_taken_over() -> None:
+    assert ImageProcessor(HUB).from_bytes(encoded(picture(30, 30), "PNG"), digest="ab" * 32).digest == "ab" * 32
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_files_and_views_are_read_as_bytes_are(kind: str, tmp_path: Path) -> None:
+    data = encoded(picture(60, 90), kind)
+    (tmp_path / "file").write_bytes(data)
+    expected = ImageProcessor(HUB).from_bytes(data)
+    with (tmp_path / "file").open("rb") as file:
+        for source in (file, memoryview(data)):
+            media = ImageProcessor(HUB).from_bytes(source)
+            assert np.array_equal(media.patches, expected.patches)
+            assert media.digest == expected.digest
