@@ -136,4 +136,5 @@ def _views(column: pa.LargeBinaryArray) -> list[Bytes | None]:
         return [None] * len(column)
     edges = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
     flat = np.frombuffer(data, np.uint8)
+    flat.flags.writeable = False  # the process that made the table could write
     return [flat[edges[i] : edges[i + 1]] if valid[i] else None for i in range(len(column))]

@@ -1,14 +1,18 @@
 """LLM: the few-line Python door to one checkpoint, for one-off use and for tests.
 
-Wraps an engine with the checkpoint's tokenizer and chat template; each call runs until its own requests are done.
+Wraps an engine with the checkpoint's tokenizer and chat template; each call runs until its own requests are done. The
+caller is trusted: paths in messages are read wherever they lie, and media are decoded in this process.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +29,20 @@ from models.engine.request import (
     Embed,
     Generate,
     Inspect,
+    Media,
     Output,
     Request,
     SamplingParams,
     Tag,
     Work,
 )
+from models.errors import RowError
 from models.processing.chat import Chat
+from models.processing.images import ImageProcessor
+from models.processing.messages import MediaPart, media_parts
+from models.processing.patches import MediaPatches
+from models.processing.prompt import MediaPrompts
+from models.processing.video import VideoProcessor
 
 Prompt = str | Sequence[int]
 Messages = str | list[dict[str, Any]]
@@ -59,22 +70,25 @@ class TaggedToken:
 
 
 class LLM:
-    """A loaded checkpoint. Prompts are chat messages (a string is one user message) or, where named so, raw text."""
+    """A loaded checkpoint. Prompts are chat messages (a string is one user message) or, where named so, raw text.
+
+    The media that messages show are given as bytes or a local path, an image also as uint8 [height, width, 3] in RGB:
+    {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Which shape is it?"}]}.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.engine = TorchEngine.from_checkpoint(config)
         self.config: ModelConfig = self.engine.config
         self.tokenizer = self.engine.tokenizer
         self._model_dir = config.model
-        self._chat: Chat | None = None
         self._ids = itertools.count()
 
     def chat(self, messages: Messages, *, thinking: bool = False, **options: Any) -> str:
         """The assistant's answer, without its reasoning when `thinking`; `options` are those of `generate`."""
-        chat = self._chat_template()
         start_answer = "schema" in options or "regex" in options
-        ids = chat.prompt_ids(_messages(messages), thinking=thinking, start_answer=start_answer)
-        return chat.split_reasoning(self.generate(ids, **options, n=1)[0].text, thinking=thinking)[1]
+        work = _generation(**options, n=1)
+        request = self._conversation(messages, work, thinking=thinking, start_answer=start_answer)
+        return self._chat.split_reasoning(self.run([request])[0].outputs[0].text, thinking=thinking)[1]
 
     def generate(
         self,
@@ -86,20 +100,14 @@ class LLM:
         **params: Any,
     ) -> tuple[Output, ...]:
         """Continues raw text or token ids; `params` are fields of SamplingParams. Returns `n` outputs."""
-        constraint = None
-        if schema is not None or regex is not None:
-            constraint = Constraint(
-                kind="regex" if schema is None else "json_schema", text=str(regex if schema is None else schema)
-            )
-        work = Generate(sampling=replace(sampling or SamplingParams(), **params), constraint=constraint)
+        work = _generation(schema=schema, regex=regex, sampling=sampling, **params)
         return self.run([self._request(prompt, work)])[0].outputs
 
     def choose(self, messages: Messages, labels: Sequence[str], *, end_of_label: str = "auto") -> Choice:
         """Probabilities of the labels as answers, without decoding."""
-        chat = self._chat_template()
-        choices = tuple(chat.label_continuations(list(labels)))
-        work = Choose(choices=choices, count_end=chat.count_end(choices, end_of_label))
-        (completion,) = self.run([self._request(chat.prompt_ids(_messages(messages)), work)])
+        choices = tuple(self._chat.label_continuations(list(labels)))
+        work = Choose(choices=choices, count_end=self._chat.count_end(choices, end_of_label))
+        (completion,) = self.run([self._conversation(messages, work)])
         joint = np.array(completion.choice_logprobs, dtype=np.float64)
         total = float(np.logaddexp.reduce(joint))
         probs = np.exp(joint - total)
@@ -167,18 +175,66 @@ class LLM:
         assert array is not None
         return array
 
-    def _request(self, prompt: Prompt, work: Work) -> Request:
+    def _request(self, prompt: Prompt, work: Work, media: Media | None = None) -> Request:
         ids = self.tokenizer.encode_raw(prompt) if isinstance(prompt, str) else list(prompt)
-        return Request(id=f"llm-{next(self._ids)}", input_ids=ids, work=work)
+        return Request(id=f"llm-{next(self._ids)}", input_ids=ids, work=work, media=media)
 
-    def _chat_template(self) -> Chat:
-        if self._chat is None:
-            self._chat = Chat.from_dir(self._model_dir, self.tokenizer)
-        return self._chat
+    def _conversation(
+        self, messages: Messages, work: Work, *, thinking: bool = False, start_answer: bool = False
+    ) -> Request:
+        """Raises RowError for messages or media that cannot be used."""
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        ids = self._chat.prompt_ids(messages, thinking=thinking, start_answer=start_answer)
+        parts = media_parts(messages)
+        if not parts:
+            return self._request(ids, work)
+        prompts = self._media_prompts
+        ids, media = prompts.place(ids, [_patches(part, prompts) for part in parts])
+        return self._request(ids, work, media)
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat.from_dir(self._model_dir, self.tokenizer)
+
+    @cached_property
+    def _media_prompts(self) -> MediaPrompts:
+        return MediaPrompts.from_dir(self._model_dir, self.tokenizer)
 
 
-def _messages(messages: Messages) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+def _generation(
+    *, schema: str | None = None, regex: str | None = None, sampling: SamplingParams | None = None, **params: Any
+) -> Generate:
+    constraint = None
+    if schema is not None or regex is not None:
+        constraint = Constraint(
+            kind="regex" if schema is None else "json_schema", text=str(regex if schema is None else schema)
+        )
+    return Generate(sampling=replace(sampling or SamplingParams(), **params), constraint=constraint)
+
+
+def _patches(part: MediaPart, prompts: MediaPrompts) -> MediaPatches:
+    source = part.source
+    if isinstance(source, MediaPatches):
+        return source
+    images = ImageProcessor(prompts.image)
+    if isinstance(source, np.ndarray) and part.kind == "image":
+        return images.from_array(source)
+    data = _read(source)
+    return images.from_bytes(data) if part.kind == "image" else VideoProcessor(prompts.video).from_bytes(data)
+
+
+def _read(source: object) -> bytes:
+    if isinstance(source, Mapping):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if not isinstance(source, str | os.PathLike):
+        raise RowError("wrong_type", f"{type(source).__name__} is no image or video; give bytes or a local path")
+    try:
+        return Path(source).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RowError("media_not_found", f"{str(source)[:200]}: {reason}; give bytes or a local path") from error
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -29,7 +29,8 @@ TORCH_FREE = [
     "models.engine.scheduler", "models.engine.block_manager", "models.engine.echo", "models.processing.tokenizer",
     "models.processing.chat", "models.processing.media_config", "models.processing.budget",
     "models.processing.positions", "models.processing.images", "models.processing.video",
-    "models.normalization", "models.engine.media", "models.engine.sequence",
+    "models.normalization", "models.engine.media", "models.engine.sequence", "models.processing.messages",
+    "models.processing.prompt", "glm_actors.batches",
 ]  # fmt: skip
 DRIVER = sorted(
     ".".join(path.with_suffix("").parts) for path in FILES if path.parts[0] == "jobs" and path.name != "__init__.py"

@@ -81,7 +81,7 @@ def test_control_tokens_in_a_message_are_text(llm: LLM) -> None:
 
 
 def chat_ids(llm: LLM, text: str) -> list[int]:
-    return llm._chat_template().prompt_ids([{"role": "user", "content": text}])
+    return llm._chat.prompt_ids([{"role": "user", "content": text}])
 
 
 def test_generate_continues_text_or_ids(path: Path, llm: LLM) -> None:

@@ -21,6 +21,7 @@ SPECIAL_TOKENS = [
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 ]  # fmt: skip
+MEDIA_TOKENS = ["<|image|>", "<|video|>"]
 REASONING_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 CORPUS = [
@@ -95,7 +96,11 @@ GLM_41V = """[gMASK]<sop>
 {{ message['content'] }}
 {%- elif message['role'] == 'user' %}<|user|>
 {% if message['content'] is string %}{{ message['content'] }}{% else %}
-{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}
+{% for part in message['content'] %}
+{% if part['type'] == 'image' or 'image' in part %}<|begin_of_image|><|image|><|end_of_image|>
+{%- elif part['type'] == 'video' or 'video' in part %}<|begin_of_video|><|video|><|end_of_video|>
+{%- else %}{{ part['text'] }}{% endif %}
+{% endfor %}{% endif %}
 {%- elif message['role'] == 'assistant' %}<|assistant|>
 {{ message['content'] }}
 {%- endif %}
@@ -106,8 +111,8 @@ GLM_41V = """[gMASK]<sop>
 TEMPLATES = {"glm4_chat": GLM4_CHAT, "glm4_0414": GLM4_0414, "glm_z1": GLM_Z1, "glm41v": GLM_41V}
 
 
-def build_tokenizer(*, reasoning: bool = False, adds_prefix: bool = False) -> tokenizers.Tokenizer:
-    """`reasoning` adds GLM-4.1V's tags, `adds_prefix` the post-processor that writes `[gMASK]<sop>`."""
+def build_tokenizer(*, reasoning: bool = False, media: bool = False, adds_prefix: bool = False) -> tokenizers.Tokenizer:
+    """`reasoning` adds GLM-4.1V's tags, `media` its placeholders, `adds_prefix` what writes `[gMASK]<sop>`."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -121,6 +126,8 @@ def build_tokenizer(*, reasoning: bool = False, adds_prefix: bool = False) -> to
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    if media:
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in MEDIA_TOKENS])
     if reasoning:
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in REASONING_TOKENS])
     byte_level = processors.ByteLevel(trim_offsets=False)
@@ -137,7 +144,9 @@ def write_checkpoint(folder: Path, kind: str, *, adds_prefix: bool | None = None
     """The tokenizer and chat files of one of TEMPLATES; glm4_chat's post-processor adds the prefix unless told."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(
-        reasoning=kind == "glm41v", adds_prefix=kind == "glm4_chat" if adds_prefix is None else adds_prefix
+        reasoning=kind == "glm41v",
+        media=kind == "glm41v",
+        adds_prefix=kind == "glm4_chat" if adds_prefix is None else adds_prefix,
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

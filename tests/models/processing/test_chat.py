@@ -18,12 +18,20 @@ from models.errors import ConfigError, RowError
 from models.processing import chat as chat_module
 from models.processing.chat import Chat
 from models.processing.tokenizer import Tokenizer
-from tests.models.processing.conftest import REASONING_TOKENS, SPECIAL_TOKENS, TEMPLATES, build_tokenizer
+from tests.models.processing.conftest import (
+    GLM4_0414,
+    GLM_41V,
+    MEDIA_TOKENS,
+    REASONING_TOKENS,
+    SPECIAL_TOKENS,
+    TEMPLATES,
+    build_tokenizer,
+)
 
 Messages = list[dict[str, Any]]
 Checkpoint = Callable[[str], Path]
 
-CONTROL = SPECIAL_TOKENS + REASONING_TOKENS
+CONTROL = SPECIAL_TOKENS + MEDIA_TOKENS + REASONING_TOKENS
 PIECES = [
     "Which shape", " is it?", "circle", "你好，世界", "😀", "é", "\u3000", " ", "\n", "\n\n", "\t", "42",
     "{{ x }}", "{% if %}", '{"a": [1]}', "<b>", "<", "[", "]", "|>", "<|", "think>", "\U00013000", "\x00",
@@ -43,13 +51,15 @@ tools_of = st.lists(
 )
 
 
-def histories(kind: str, text: st.SearchStrategy[str]) -> st.SearchStrategy[Messages]:
-    """Conversations of the roles and fields that a template knows."""
+def histories(kind: str, text: st.SearchStrategy[str], *, media: bool = False) -> st.SearchStrategy[Messages]:
+    """Conversations of the roles and fields that a template knows, with `media` parts where it knows them."""
     user, system = message("user", text), message("system", text)
     observation = message("observation", text)
     if kind == "glm41v":
-        parts = st.lists(text.map(lambda t: {"type": "text", "text": t}), min_size=1, max_size=3)
-        turns = [user, system, message("assistant", text), message("user", parts)]
+        part = text.map(lambda t: {"type": "text", "text": t})
+        if media:
+            part |= st.sampled_from([{"type": "image", "image": "a.png"}, {"type": "video", "url": "b.mp4"}])
+        turns = [user, system, message("assistant", text), message("user", st.lists(part, min_size=1, max_size=4))]
     elif kind == "glm_z1":
         thought = st.tuples(text, text).map(lambda pair: f"<think>{pair[0]}</think>\n{pair[1]}")
         turns = [user, system, observation, message("assistant", text | thought)]
@@ -91,8 +101,8 @@ def chat_of(both: Callable[[str], tuple[Chat, Any]]) -> Callable[[str], Chat]:
     return lambda kind: both(kind)[0]
 
 
-def chat_with(template: str, *, reasoning: bool = False) -> Chat:
-    return Chat(template, Tokenizer(build_tokenizer(reasoning=reasoning)))
+def chat_with(template: str, **tokens: bool) -> Chat:
+    return Chat(template, Tokenizer(build_tokenizer(**tokens)))
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -100,7 +110,7 @@ def chat_with(template: str, *, reasoning: bool = False) -> Chat:
 @given(data=st.data())
 def test_prompts_are_those_of_transformers(kind: str, data: st.DataObject, both: Callable[[str], Any]) -> None:
     chat, oracle = both(kind)
-    messages = data.draw(histories(kind, innocent))
+    messages = data.draw(histories(kind, innocent, media=True))
     has_tools = kind in ("glm4_0414", "glm_z1") and data.draw(st.booleans())
     tools = data.draw(tools_of) if has_tools else None
     text = oracle.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
@@ -171,6 +181,92 @@ def test_no_content_of_any_role_writes_a_special_token(kind: str, data: st.DataO
             twin[key] = [{"function": {"name": "f"}}] * len(twin[key]) if key == "tools" else "x"
     specials = [id for id in chat.prompt_ids(messages) if id in chat.tokenizer.special_ids]
     assert specials == [id for id in chat.prompt_ids(harmless) if id in chat.tokenizer.special_ids]
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_no_text_beside_media_writes_a_special_token(data: st.DataObject, chat_of: Callable[[str], Chat]) -> None:
+    chat = chat_of("glm41v")
+    messages = data.draw(histories("glm41v", hostile, media=True))
+    harmless = json.loads(json.dumps(messages))
+    for twin in harmless:
+        if isinstance(twin["content"], str):
+            twin["content"] = "x"
+        for part in twin["content"] if isinstance(twin["content"], list) else ():
+            part |= {"text": "x"} if part["type"] == "text" else {}
+    ids, expected = chat.prompt_ids(messages), chat.prompt_ids(harmless)
+    special = chat.tokenizer.special_ids
+    assert [id for id in ids if id in special] == [id for id in expected if id in special]
+
+
+def test_a_typed_placeholder_beside_an_image_is_text(chat_of: Callable[[str], Chat]) -> None:
+    chat = chat_of("glm41v")
+    texts = ("<|image|>", "<|begin_of_image|><|image|><|end_of_image|>", "<|im")
+    parts = [{"type": "image", "image": b"x"}, *({"type": "text", "text": text} for text in texts)]
+    parts += [{"type": "text", "text": "age|>"}, {"type": "video", "path": "v.mp4"}]
+    ids = chat.prompt_ids([{"role": "user", "content": parts}])
+    image, video, begin = (
+        chat.tokenizer.encode_control(t)[0] for t in ("<|image|>", "<|video|>", "<|begin_of_image|>")
+    )
+    assert (ids.count(image), ids.count(video), ids.count(begin)) == (1, 1, 1)
+    assert chat.tokenizer.decode(ids, skip_special_tokens=False).count("<|image|>") == 4
+
+
+def test_the_published_ids_around_an_image(chat_of: Callable[[str], Chat]) -> None:
+    """The order of the special tokens that the published integration tests show."""
+    chat = chat_of("glm41v")
+    parts = [{"type": "image_url", "image_url": {"url": "https://a/b.png"}}, {"type": "text", "text": "What?"}]
+    text = "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>What?<|assistant|>\n"
+    messages = [{"role": "user", "content": parts}]
+    assert chat.prompt_ids(messages, thinking=True) == chat.tokenizer.encode_control(text)
+    answered = chat.prompt_ids(messages, start_answer=True)
+    assert answered == chat.tokenizer.encode_control(text + "<think></think><answer>")
+
+
+IMAGE = {"type": "image", "image": "a.png"}
+
+
+@pytest.mark.parametrize("kind", ["glm4_chat", "glm4_0414", "glm_z1"])
+def test_a_text_checkpoint_refuses_media(kind: str, chat_of: Callable[[str], Chat]) -> None:
+    with pytest.raises(RowError, match=r"this checkpoint reads text: its tokenizer has no <\|image\|>") as caught:
+        chat_of(kind).prompt_ids([{"role": "user", "content": [IMAGE]}])
+    assert caught.value.code == "unsupported_media"
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        pytest.param("{{ m['content'] }}", "nothing of it", id="writes the list as Python does"),
+        pytest.param("{{ m['content'] | tojson }}", "nothing of it", id="writes the list as JSON"),
+        pytest.param("{% for p in m['content'] %}{{ p['text'] }}{% endfor %}", "nothing of it", id="drops media"),
+        pytest.param("{% for p in m['content'] %}<|image|><|image|>{% endfor %}", "image, image", id="repeats media"),
+        pytest.param("<|video|>", "video", id="another kind"),
+    ],
+)
+def test_a_template_that_does_not_show_the_media_is_a_row_error(template: str, written: str) -> None:
+    chat = chat_with("{% for m in messages %}" + template + "{% endfor %}", media=True)
+    with pytest.raises(RowError, match=f"show image, the chat template writes {written}") as caught:
+        chat.prompt_ids([{"role": "user", "content": [IMAGE]}])
+    assert caught.value.code == "template_error"
+
+
+def test_a_text_template_that_adds_contents_up_is_a_row_error() -> None:
+    chat = chat_with(GLM4_0414.replace("{{ message['content'] }}", "{{ '\n' + message['content'] }}"), media=True)
+    with pytest.raises(RowError, match="can only concatenate") as caught:
+        chat.prompt_ids([{"role": "user", "content": [IMAGE]}])
+    assert caught.value.code == "template_error"
+
+
+def test_labels_do_not_depend_on_media() -> None:
+    """A template with parts whose generation prompt ends without a line break, as text models' do."""
+    chat = chat_with(GLM_41V.removesuffix("\n{% endif %}") + "{% endif %}", media=True)
+    assert (chat.thinking_form, chat.separator) == ("none", "\n")
+    messages = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "Which shape?"}]}]
+    (label,) = chat.label_continuations(["circle"])
+    told = chat.prompt_ids([*messages, {"role": "assistant", "content": "circle"}])
+    end = chat.tokenizer.encode_control("<|assistant|>")
+    assert [*chat.prompt_ids(messages), *label, *end] == told
+    assert chat.prompt_ids(messages, start_answer=True) == chat.prompt_ids(messages) + chat.tokenizer.encode("\n")
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)

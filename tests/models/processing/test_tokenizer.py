@@ -15,14 +15,22 @@ from tokenizers import AddedToken
 
 from models.errors import ConfigError, RowError
 from models.processing.tokenizer import IncrementalDetokenizer, Tokenizer
-from tests.models.processing.conftest import REASONING_TOKENS, SPECIAL_TOKENS, build_tokenizer, write_checkpoint
+from tests.models.processing.conftest import (
+    MEDIA_TOKENS,
+    REASONING_TOKENS,
+    SPECIAL_TOKENS,
+    build_tokenizer,
+    write_checkpoint,
+)
 
 PIECES = [
     "Which", " shape", "circle", "你好", "，世界", "😀", "👩\u200d👧", "é", "e\u0301", "\u3000", " ", "  ", "\n",
     "\r\n", "\t", "123456", "<", "[", "<|", "|>", "<b>", "don't", "\x00", "\ufffd", "\u200b", "ﬁ", "\U00013000",
 ]  # fmt: skip
 plain_text = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join)
-any_text = st.lists(st.sampled_from(PIECES + SPECIAL_TOKENS + REASONING_TOKENS), max_size=12).map("".join)
+any_text = st.lists(st.sampled_from(PIECES + SPECIAL_TOKENS + MEDIA_TOKENS + REASONING_TOKENS), max_size=12).map(
+    "".join
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,7 @@ def test_plain_text_is_bytes_whatever_it_says(text: str, tokenizer: Tokenizer) -
     assert b"".join(tokenizer.token_bytes(id) for id in ids) == text.encode()
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     control = {id for token in tokenizer.control_tokens for id in tokenizer.encode_control(token)}
-    assert len(control) == len(SPECIAL_TOKENS) + len(REASONING_TOKENS)
+    assert len(control) == len(SPECIAL_TOKENS + MEDIA_TOKENS + REASONING_TOKENS)
     assert not control & set(ids)
 
 
@@ -227,7 +235,7 @@ def test_end_and_padding_come_from_the_first_file_that_names_them(
 def test_vocab_size_counts_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.vocab_size == library.get_vocab_size(with_added_tokens=True)
-    assert tokenizer.special_ids == {library.token_to_id(token) for token in SPECIAL_TOKENS}
+    assert tokenizer.special_ids == {library.token_to_id(token) for token in SPECIAL_TOKENS + MEDIA_TOKENS}
 
 
 @pytest.mark.parametrize(
