@@ -53,7 +53,7 @@ class ImageProcessor:
         """The patches of uint8 [height, width, 3] in RGB. Raises RowError for any other array."""
         check_frame(frame, "bad_image")
         grid = image_grid(frame.shape[0], frame.shape[1], self.config)
-        writer = PatchWriter(grid, 1, self.config)
+        writer = PatchWriter("image", (1, frame.shape[0], frame.shape[1]), grid, self.config)
         writer.write(0, frame)
         return writer.finish()
 

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from models.engine.request import MediaItem
+from models.normalization import MediaKind
 from models.processing.budget import Grid
 from models.processing.media_config import NUM_CHANNELS, ImageProcessorConfig, Resampling
 
@@ -29,26 +31,34 @@ class MediaPatches:
 
     `patches` is uint8 [t * h * w, 3 * frames * patch * patch] for the grid (t, h, w), merge block by merge block; an
     image holds its frame once, a group of a video its temporal_patch_size frames. `digest` names the content and the
-    processor's configuration. `timestamps` are the seconds of a video's groups, empty for an image.
+    processor's configuration. `source` is what was there before resizing: frames taken (1 for an image), height, width.
+    `timestamps` are the seconds of a video's groups, empty for an image.
     """
 
+    kind: MediaKind
     patches: npt.NDArray[np.uint8]
     grid: Grid
     digest: str
+    source: Grid
     timestamps: tuple[float, ...] = ()
+
+    @property
+    def item(self) -> MediaItem:
+        """As the engine takes it."""
+        return MediaItem(kind=self.kind, patches=self.patches, grid_thw=self.grid, digest=bytes.fromhex(self.digest))
 
 
 class PatchWriter:
     """Resizes frames and cuts them into place, one at a time: no more than one source frame is held.
 
-    `frames_per_patch` is 1 for an image and temporal_patch_size for a video.
+    `source` is (frames, height, width) before resizing, `grid` what becomes of it.
     """
 
-    def __init__(self, grid: Grid, frames_per_patch: int, config: ImageProcessorConfig) -> None:
+    def __init__(self, kind: MediaKind, source: Grid, grid: Grid, config: ImageProcessorConfig) -> None:
         groups, height, width = grid
+        self._kind, self._source, self._grid = kind, source, grid
         self._config = config
-        self._grid = grid
-        self._frames_per_patch = frames_per_patch
+        self._frames_per_patch = frames_per_patch = 1 if kind == "image" else config.temporal_patch_size
         merge, patch = config.merge_size, config.patch_size
         blocks = (height // merge, width // merge, merge, merge)
         self._patches = np.empty((groups, *blocks, NUM_CHANNELS, frames_per_patch, patch, patch), np.uint8)
@@ -68,7 +78,14 @@ class PatchWriter:
         patches = self._patches.reshape(groups * height * width, -1)
         digest = hashlib.sha256(f"{self._grid} {self._config.fingerprint}".encode())
         digest.update(patches.data)
-        return MediaPatches(patches=patches, grid=self._grid, digest=digest.hexdigest(), timestamps=timestamps)
+        return MediaPatches(
+            kind=self._kind,
+            patches=patches,
+            grid=self._grid,
+            digest=digest.hexdigest(),
+            source=self._source,
+            timestamps=timestamps,
+        )
 
 
 def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Frame:

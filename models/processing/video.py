@@ -99,8 +99,8 @@ class VideoProcessor:
         writer: PatchWriter | None = None
         for index, frame in frames:
             if writer is None:
-                grid = video_grid(len(indices), frame.shape[0], frame.shape[1], self.config)
-                writer = PatchWriter(grid, self.config.temporal_patch_size, self.config)
+                source = len(indices), frame.shape[0], frame.shape[1]
+                writer = PatchWriter("video", source, video_grid(*source, self.config), self.config)
             for position in positions.pop(index):
                 writer.write(position, frame)
         if positions or writer is None:
