@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2.sandbox
@@ -26,8 +26,24 @@ _SPLIT = (
 )
 _CONTROL = re.compile("(" + "|".join(re.escape(token) for token in CONTROL_TOKENS) + ")")
 
-# The conversation format of GLM-4-0414: tools and system messages first, no line break after the generation prompt.
+# The conversation format of GLM-4-0414: tools and system messages first, no line break after the generation prompt. The
+# parts of a user's message follow each other with nothing between, images and videos as in GLM-4.1V.
 CHAT_TEMPLATE = """\
+{%- macro written(content) %}
+{%- if content is string %}
+{{- content }}
+{%- else %}
+{%- for part in content %}
+{%- if part.type == 'image' %}
+{{- '<|begin_of_image|><|image|><|end_of_image|>' }}
+{%- elif part.type == 'video' %}
+{{- '<|begin_of_video|><|video|><|end_of_video|>' }}
+{%- else %}
+{{- part.text }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{%- endmacro %}
 [gMASK]<sop>
 {%- if tools %}
 {{- '<|system|>\\n# 可用工具' }}
@@ -44,7 +60,7 @@ CHAT_TEMPLATE = """\
 {%- if message.role == 'assistant' and message.metadata %}
 {{- '<|assistant|>' + message.metadata + ' \\n' + message.content }}
 {%- else %}
-{{- '<|' + message.role + '|>\\n' + message.content }}
+{{- '<|' + message.role + '|>\\n' + written(message.content) }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -97,11 +113,13 @@ class ChatEncoder:
         """The ids of a text without control tokens, whatever it spells."""
         return self._plain.encode(text).ids
 
-    def prompt(self, system: str | None, user: str) -> list[int]:
-        """The ids of one question up to and including `<|assistant|>`."""
+    def prompt(self, system: str | None, user: str, media: Sequence[str] = ()) -> list[int]:
+        """The ids of one question up to and including `<|assistant|>`; `media` ("image", "video") go before `user`."""
         contents = {"\ue000": system, "\ue001": user}  # the template sees two private characters, never the texts
-        roles = {"\ue000": "system", "\ue001": "user"}
-        messages = [{"role": roles[mark], "content": mark} for mark, text in contents.items() if text is not None]
+        parts = [*({"type": kind} for kind in media), {"type": "text", "text": "\ue001"}]
+        messages: list[dict[str, object]] = [{"role": "user", "content": parts}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": "\ue000"})
         rendered = self._template.render(messages=messages, add_generation_prompt=True)
         ids: list[int] = []
         for piece in _CONTROL.split(rendered):
