@@ -21,7 +21,7 @@ from models.config import ModelConfig
 from models.config_reader import load_config
 from models.engine.request import SamplingParams
 from models.errors import ConfigError
-from pipelines.job import Job, TaskConfig
+from pipelines.job import Job, MediaSection, TaskConfig
 from pipelines.prompts import PromptTemplate, input_columns, media_columns
 from pipelines.schema import output_schema
 from pipelines.source import InputFile, Source
@@ -49,7 +49,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
 # Keys that mean something for images and videos only.
 OF_MEDIA = (
     "preprocess.min_pixels", "preprocess.max_pixels", "preprocess.fps",
-    "media.root", "media.hosts", "media.private_hosts", "media.max_bytes",
+    *(f"media.{field.name}" for field in fields(MediaSection)),
 )  # fmt: skip
 NOT_YET: dict[str, str] = {
     "storage.endpoint_url": "s3:// is not available in this version; leave the key out and use local paths",
@@ -150,8 +150,9 @@ def _check_media(job: Job) -> Iterator[Problem]:
         yield Problem(key="preprocess.fps", message=f"it is {job.preprocess.fps}, but it must be above 0")
     if media.root is not None and not os.path.isdir(media.root):
         yield Problem(key="media.root", message=f"{media.root}: no such directory; name the one that holds the media")
-    if media.max_bytes < 1:
-        yield Problem(key="media.max_bytes", message=f"it is {media.max_bytes}, but it must be at least 1")
+    for name in ("max_bytes", "fetch_timeout_s", "decode_timeout_s", "decode_bytes"):
+        if not 0 < getattr(media, name) < float("inf"):
+            yield Problem(key=f"media.{name}", message=f"it is {getattr(media, name)}, but it must be above 0")
     for key in ("media.hosts", "media.private_hosts"):
         for host in value_of(job, key):
             if not re.fullmatch(r"[^\s/:@]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", host):

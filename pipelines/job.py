@@ -70,12 +70,16 @@ class MediaSection:
     """The `media:` section: where images and videos may come from, beside the bytes in the rows.
 
     Paths must lie below `root`; URLs must name one of `hosts`, whose addresses must be public, or of `private_hosts`.
+    `max_bytes` bounds an encoded file, `decode_bytes` the memory that decoding one may take.
     """
 
     root: str | None = None
     hosts: list[str] = field(default_factory=list)
     private_hosts: list[str] = field(default_factory=list)
     max_bytes: int = 1 << 30
+    fetch_timeout_s: float = 30.0
+    decode_timeout_s: float = 120.0
+    decode_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TypeVar
 
 from glm_actors.media import MediaLoader, MediaRules
-from models.processing.messages import MediaPart, media_parts
-
 from models.config_reader import load_config
 from models.errors import ConfigError, RowError
 from models.processing.budget import image_grid, video_grid
 from models.processing.media_config import NUM_CHANNELS, ImageProcessorConfig, VideoProcessorConfig
+from models.processing.messages import MediaPart, media_parts
 from pipelines.job import Job, PreprocessSection
 from pipelines.prompts import PromptTemplate, Row, conversation, media_columns
 
@@ -39,13 +38,10 @@ def media_loader(job: Job, model_dir: str) -> MediaLoader:
 
 def media_rules(job: Job) -> MediaRules:
     """The job's section as the loader takes it."""
-    media = job.media
-    return MediaRules(
-        root=None if media.root is None else os.path.abspath(media.root),
-        hosts=tuple(media.hosts),
-        private_hosts=tuple(media.private_hosts),
-        max_bytes=media.max_bytes,
-    )
+    media = asdict(job.media)
+    root = media.pop("root")
+    hosts, private = tuple(media.pop("hosts")), tuple(media.pop("private_hosts"))
+    return MediaRules(root=root and os.path.abspath(root), hosts=hosts, private_hosts=private, **media)
 
 
 def media_budgets(preprocess: PreprocessSection, model_dir: str) -> tuple[ImageProcessorConfig, VideoProcessorConfig]:

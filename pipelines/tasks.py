@@ -16,11 +16,9 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from glm_actors.media import MediaLoader
-from models.processing.messages import MediaPart, media_parts
-from models.processing.prompt import MediaPrompts
 from numpy.typing import NDArray
 
+from glm_actors.media import MediaLoader
 from models.config_reader import load_config
 from models.engine.request import (
     Choose,
@@ -37,7 +35,9 @@ from models.engine.request import (
 )
 from models.errors import ConfigError, RowError
 from models.processing.chat import Chat
+from models.processing.messages import MediaPart, media_parts
 from models.processing.patches import MediaPatches
+from models.processing.prompt import MediaPrompts
 from models.processing.tokenizer import Tokenizer
 from pipelines.job import Job
 from pipelines.media import media_loader, reads_media
@@ -399,10 +399,11 @@ class JsonValidator:
         except (ValueError, RecursionError) as error:
             raise RowError("invalid_json", f"the output is not JSON: {error}; it began {text[:80]!r}") from error
         matcher = llguidance.LLMatcher(self._tokenizer, self._grammar)
-        data = list(text.encode())
+        spelled = text.replace("\x7f", "\\u007f").encode()  # which the library takes for a control character
+        data = list(spelled)
         accepted = matcher.validate_tokens(data)
         if accepted < len(data):
-            place = text.encode()[:accepted].decode(errors="replace")
+            place = spelled[:accepted].decode(errors="replace")
             raise RowError("invalid_json", f"the output leaves task.schema after {place[-80:]!r}")
         matcher.consume_tokens(data)
         if not matcher.is_accepting():
