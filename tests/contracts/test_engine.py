@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ from models.engine import (
     SamplingParams,
     Tag,
     Work,
+    build_engine,
 )
 from models.engine.echo import EchoEngine
 from models.engine.engine import TorchEngine
 from models.processing.tokenizer import Tokenizer
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
+from tests.models.media_cases import MakeGlm4v, make_glm4v, make_item, make_prompt
+
+__all__ = ["make_glm4v"]  # a fixture
 
 MAX_MODEL_LEN = 64
 PAST_ANY_END = {"ignore_eos": True}
@@ -289,6 +294,53 @@ def test_close_ends_everything(make_checkpoint: MakeCheckpoint, name: str) -> No
     engine.submit([request("c", generate())])
     engine.close()
     assert not engine.has_work()
+
+
+# Prompts with media, for every engine
+
+SHOWN = make_prompt([5, (1, 4, 6), 3, [(3, 2, 4)], 4])
+MEDIA_ENGINES: dict[str, Callable[[Path], Engine]] = {
+    name: lambda path, name=name: build_engine(EngineConfig(model=str(path), kind=name, kv_cache_tokens=1024))
+    for name in ENGINES
+}
+
+
+@pytest.mark.parametrize("name", MEDIA_ENGINES)
+def test_media_tokens_are_counted(make_glm4v: MakeGlm4v, name: str) -> None:
+    engine = MEDIA_ENGINES[name](make_glm4v())
+    text = request("text", generate())
+    shown = Request(id="shown", input_ids=SHOWN.ids, work=generate(), media=SHOWN.media)
+    done = run(engine, [text, shown])
+    counted = {id: (completion.error, completion.media_tokens) for id, completion in done.items()}
+    assert counted == {"text": (None, 0), "shown": (None, 6 + 3 * 2)}
+    engine.close()
+
+
+@pytest.mark.parametrize("name", MEDIA_ENGINES)
+@pytest.mark.parametrize("work", WORKS)
+def test_an_answer_depends_on_the_media(make_glm4v: MakeGlm4v, name: str, work: str) -> None:
+    engine = MEDIA_ENGINES[name](make_glm4v())
+    other = replace(SHOWN, items=[make_item(99, (1, 4, 6)), *SHOWN.items[1:]])
+    requests = [
+        Request(id=id, input_ids=SHOWN.ids, work=WORKS[work], media=prompt.media)
+        for id, prompt in (("a", SHOWN), ("again", SHOWN), ("b", other))
+    ]
+    done = run(engine, requests)
+    assert_same_answer(done["a"], done["again"])
+    with pytest.raises(AssertionError):
+        assert_same_answer(done["a"], done["b"])
+    engine.close()
+
+
+@pytest.mark.parametrize("name", MEDIA_ENGINES)
+def test_a_text_checkpoint_refuses_media(make_checkpoint: MakeCheckpoint, name: str) -> None:
+    engine = MEDIA_ENGINES[name](make_checkpoint("glm4"))
+    shown = Request(id="shown", input_ids=SHOWN.ids, work=generate(), media=SHOWN.media)
+    done = run(engine, [shown, request("text", generate())])
+    assert done["shown"].error is not None
+    assert done["shown"].error.code == "unsupported_media"
+    assert done["text"].error is None
+    engine.close()
 
 
 # Generated text

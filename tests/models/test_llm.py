@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from PIL import Image
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 
 import models
-from models.engine import Embed, Generate, Request, SamplingParams
+from models.engine import Embed, Generate, Inspect, Request, SamplingParams
 from models.errors import ConfigError, RowError
 from models.llm import LLM
-from tests.models.conftest import MakeCheckpoint, load_oracle
+from models.processing.media_config import VideoProcessorConfig
+from models.processing.patches import pixel_values
+from models.processing.video import VideoProcessor
+from tests.models.conftest import MakeCheckpoint, byte_tokenizer, load_oracle
+from tests.models.media_cases import PATCH, MakeGlm4v, load_glm4v, make_glm4v
+
+__all__ = ["make_glm4v"]  # a fixture
 
 ATOL = 5e-5
 TEXT = "Zürich 你好 ok"
@@ -250,3 +262,162 @@ def test_load_takes_engine_options_by_name(path: Path, tmp_path: Path) -> None:
         models.load(path, max_model_len=2000)
     with pytest.raises(ConfigError, match=str(tmp_path)):
         models.load(tmp_path)
+
+
+# Images and videos
+
+PLACEHOLDERS = ("image", "video", "begin_of_image", "end_of_image", "begin_of_video", "end_of_video")
+SIZE = {"shortest_edge": 12 * 12, "longest_edge": 60 * 60 * 2}
+PARTS_TEMPLATE = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}"
+    "{% else %}<|begin_of_{{ p['type'] }}|><|{{ p['type'] }}|><|end_of_{{ p['type'] }}|>{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def media_path(make_glm4v: MakeGlm4v, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GLM-4.1V with a tokenizer that knows its placeholders and a template that writes them."""
+    tokenizer = byte_tokenizer()
+    names = [f"<|{name}|>" for name in PLACEHOLDERS]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+    keys = ("image", "video", "image_start", "image_end", "video_start", "video_end")
+    ids = {f"{key}_token_id": tokenizer.token_to_id(name) for key, name in zip(keys, names, strict=True)}
+    path = tmp_path_factory.mktemp("media") / "checkpoint"
+    shutil.copytree(make_glm4v(**ids), path)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "chat_template.jinja").write_text(PARTS_TEMPLATE)
+    (path / "preprocessor_config.json").write_text(json.dumps({"patch_size": PATCH, "size": SIZE}))
+    return path
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+
+
+def oracle_next(path: Path, text: str, media: dict[str, Any]) -> Callable[[list[int]], torch.Tensor]:
+    """next(answer) -> logits at every position, by transformers' own forward of the prompt and the answer so far."""
+    model = load_glm4v(path)
+    ids = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    image, start, end = (getattr(model.config, f"{name}_token_id") for name in ("image", "video_start", "video_end"))
+    first = ids.index(start) if start in ids else len(ids)
+    last = ids.index(end) if end in ids else len(ids)
+    types = [(2 if first < i < last else 1) if id == image else 0 for i, id in enumerate(ids)]
+
+    def logits(answer: list[int]) -> torch.Tensor:
+        model.model.rope_deltas = None
+        with torch.no_grad():
+            return model(
+                input_ids=torch.tensor([ids + answer]),
+                attention_mask=torch.ones(1, len(ids + answer), dtype=torch.int64),
+                mm_token_type_ids=torch.tensor([types + [0] * len(answer)]),
+                **media,
+            ).logits[0]
+
+    return logits
+
+
+def greedy(logits: Callable[[list[int]], torch.Tensor], llm: LLM, count: int) -> list[int]:
+    answer: list[int] = []
+    while len(answer) < count and not set(answer) & set(llm.tokenizer.eos_token_ids):
+        answer.append(int(logits(answer)[-1, : llm.tokenizer.vocab_size].argmax()))
+    return answer
+
+
+def image_logits(path: Path, images: list[np.ndarray], text: str) -> Callable[[list[int]], torch.Tensor]:
+    """What transformers makes of images that need no resizing; `text` holds one <|image|> for each."""
+    processor = Glm4vImageProcessorPil(patch_size=PATCH, size=SIZE)
+    made = processor([Image.fromarray(image) for image in images], return_tensors="pt")
+    counts = iter(made["image_grid_thw"].prod(-1) // 4)
+    pieces = text.split("<|image|>")
+    text = pieces[0] + "".join("<|image|>" * int(next(counts)) + piece for piece in pieces[1:])
+    return oracle_next(path, text, dict(made))
+
+
+IMAGE_TAGS = "<|begin_of_image|><|image|><|end_of_image|>"
+
+
+def test_a_chat_about_images_says_what_transformers_says(media_path: Path, tmp_path: Path) -> None:
+    llm, images = load(media_path), [picture(24, 48), picture(36, 12, seed=1)]
+    (tmp_path / "b.png").write_bytes(as_png(images[1]))
+    first = {"type": "image_url", "image_url": {"url": str(tmp_path / "b.png")}}
+    messages = user({"type": "image", "bytes": as_png(images[0])}, "and ", first, "Which?")
+    text = f"[gMASK]<sop><|user|>\n{IMAGE_TAGS}and {IMAGE_TAGS}Which?<|assistant|>"
+    expected = image_logits(media_path, images, text)
+    found = llm.run([llm._conversation(messages, Inspect())])[0].array
+    np.testing.assert_allclose(found, expected([]), atol=1e-4)
+    answer = greedy(expected, llm, 20)
+    assert llm.chat(messages, max_tokens=20) == said(llm, answer)
+    assert llm.chat(user("and ", "Which?"), max_tokens=20) != said(llm, answer)
+
+
+def test_a_chat_about_a_video_says_what_transformers_says(media_path: Path) -> None:
+    llm = load(media_path)
+    frames = [picture(24, 36, seed) for seed in range(5)]
+    config = VideoProcessorConfig.from_dir(media_path)
+    clip = VideoProcessor(config).from_frames(frames, 2.0, duration_s=2.5)
+    assert clip.grid == (3, 4, 6)
+    seconds = "".join("<|begin_of_image|>" + "<|image|>" * 6 + f"<|end_of_image|>{s}" for s in (0, 1, 2))
+    text = f"[gMASK]<sop><|user|>\n<|begin_of_video|>{seconds}<|end_of_video|>Where to?<|assistant|>"
+    values = pixel_values(torch.from_numpy(clip.patches), config)
+    expected = oracle_next(
+        media_path, text, {"pixel_values_videos": values, "video_grid_thw": torch.tensor([clip.grid])}
+    )
+    messages = user({"type": "video", "video": clip}, "Where to?")
+    found = llm.run([llm._conversation(messages, Inspect())])[0].array
+    np.testing.assert_allclose(found, expected([]), atol=1e-4)
+    assert llm.chat(messages, max_tokens=12) == said(llm, greedy(expected, llm, 12))
+
+
+def test_choosing_about_an_image_equals_separate_full_forwards(media_path: Path) -> None:
+    llm, image = load(media_path), picture(24, 24)
+    labels = ["circle", "square", "a star"]
+    logits = image_logits(media_path, [image], f"[gMASK]<sop><|user|>\n{IMAGE_TAGS}Which?<|assistant|>")
+    joint = []
+    for label in labels:
+        tokens = llm.tokenizer.encode("\n" + label)
+        logprobs = logits(tokens).double().log_softmax(-1)[-len(tokens) - 1 : -1]
+        joint.append(float(logprobs.gather(1, torch.tensor(tokens)[:, None]).sum()))
+    choice = llm.choose(user({"type": "image", "image": image}, "Which?"), labels)
+    mass = np.exp(joint)
+    np.testing.assert_allclose(list(choice.label_probs.values()), mass / mass.sum(), atol=1e-4)
+
+
+def test_one_image_in_every_form_is_one_answer(media_path: Path, tmp_path: Path) -> None:
+    llm, image = load(media_path), picture(24, 24)
+    data = as_png(image)
+    (tmp_path / "a.png").write_bytes(data)
+    path = tmp_path / "a.png"
+    sources: list[Any] = [data, bytearray(data), memoryview(data), str(path), path, image]
+    sources += [{"bytes": data, "path": "gone.png"}, {"bytes": None, "path": str(path)}]
+    assert len({llm.chat(user({"type": "image", "image": source}), max_tokens=8) for source in sources}) == 1
+
+
+def test_media_that_cannot_be_read_are_row_errors(media_path: Path, llm: LLM, tmp_path: Path) -> None:
+    seeing = load(media_path)
+    for source, code, kind in (
+        (tmp_path / "none.png", "media_not_found", "image"),
+        ("https://example.org/a.png", "media_not_found", "image"),
+        ("a\0b", "media_not_found", "image"),
+        (b"no image", "bad_image", "image"),
+        (b"no video", "bad_video", "video"),
+        (5, "wrong_type", "image"),
+        (picture(8, 8), "wrong_type", "video"),
+        (picture(8, 8)[..., 0], "bad_image", "image"),
+    ):
+        with pytest.raises(RowError) as caught:
+            seeing.chat(user({"type": kind, kind: source}))
+        assert caught.value.code == code
+    with pytest.raises(RowError, match="this checkpoint reads text"):
+        llm.chat(user({"type": "image", "image": picture(24, 24)}))
