@@ -53,6 +53,12 @@ def media_lines(job: Job, media: Sequence[MediaSize], prompt_tokens: int) -> Ite
             )
 
 
+def media_note(patches: MediaPatches) -> str:
+    """What a shown prompt's placeholder stands for: ", image 640x480"."""
+    frames, height, width = patches.source
+    return f", {patches.kind} {width}x{height}" + (f" ({frames} frames taken)" if patches.kind == "video" else "")
+
+
 def media_tokens(job: Job, preprocess: PreprocessSection, media: Sequence[MediaSize]) -> list[int]:
     """The tokens that each of the media becomes under these budgets; sampled frames stay as they are."""
     image, video = media_budgets(preprocess, job.model)

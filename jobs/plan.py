@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.text import Text
 from jobs.checks import Checked, check_job, has_cuda_device
 from jobs.config import load_job
 from jobs.display import clock_time, short
-from jobs.media_plan import MediaSize, media_lines, media_tokens
+from jobs.media_plan import MediaSize, media_lines, media_note, media_tokens
 from models.config import ModelConfig
 from models.engine.request import Choose, Generate, Work
 from models.errors import RowError
@@ -47,9 +47,9 @@ START_S = 12.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Sampled rows: token ids and rendered text of the good ones, (place, error) of the others, and all media.
+    """Sampled rows: prompts of the good ones as tokens and texts, (place, error) of the others, and all media.
 
-    `row_seconds` is what a row took to become a prompt, its media loaded, on one worker.
+    `ids` tell images apart: see `told_apart`. `row_seconds` is what a row took to become a prompt, its media loaded, on one worker.
     """
 
     ids: list[list[int]]
@@ -109,9 +109,9 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
                 if isinstance(prompt, RowError):
                     errors.append((where, prompt))
                     continue
-                ids.append(prompt.input_ids)
+                ids.append(told_apart(prompt, checked.config))
                 media += map(MediaSize.of, prompt.patches)
-                good.append((where, row))
+                good.append((where + "".join(map(media_note, prompt.patches)), row))
     shown = {round(index) for index in np.linspace(0, len(good) - 1, SHOWN_PROMPTS)} if good else set()
     prompts = [(good[index][0], checked.runner.render(good[index][1])) for index in sorted(shown)]
     return Sample(
@@ -177,6 +177,16 @@ def report_lines(job: Job, checked: Checked, plan: Plan, sample: Sample) -> Iter
         f"{at_most}{short(estimate.output_tokens)} {'label' if job.task.kind == 'choose' else 'output'} tokens",
     )
     yield "time", time_text(job, estimate, plan.num_rows, sample.row_seconds)
+
+
+def told_apart(prompt: Prompt, config: ModelConfig) -> list[int]:
+    """The prompt's ids, with a number of each image's or video's own in the place of the token that stands for all."""
+    if prompt.media is None or config.media_tokens is None or config.vision is None:
+        return prompt.input_ids
+    merged = config.vision.spatial_merge_size**2
+    items = prompt.media.items
+    own = chain.from_iterable(repeat(int.from_bytes(item.digest), len(item.patches) // merged) for item in items)
+    return [next(own) if id == config.media_tokens.image_token_id else id for id in prompt.input_ids]
 
 
 def shared_prefix_share(prompts: Sequence[list[int]]) -> float:
