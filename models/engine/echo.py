@@ -18,6 +18,7 @@ from models.engine.request import (
     Classify,
     Completion,
     Embed,
+    FinishReason,
     Generate,
     Inspect,
     Output,
@@ -74,8 +75,7 @@ class EchoEngine:
         for request_id in ids:
             request = self._waiting.pop(request_id, None)
             if request is not None:
-                num_tokens = len(request.input_ids)
-                self._aborted.append(Completion(id=request_id, finish_reason="abort", prompt_tokens=num_tokens))
+                self._aborted.append(self._done(request, "abort"))
 
     def has_work(self) -> bool:
         return bool(self._waiting or self._aborted)
@@ -92,8 +92,7 @@ class EchoEngine:
         items = request.media.items if request.media else ()
         seen = [item.digest[:DIGEST_BYTES] for item in items]
         digest = sum(ids) + sum(int.from_bytes(each) for each in seen)
-        media_tokens = sum(math.prod(item.grid_thw) // (self._merge_size or 1) ** 2 for item in items)
-        done = Completion(id=request.id, finish_reason="scored", prompt_tokens=len(ids), media_tokens=media_tokens)
+        done = self._done(request, "scored")
         match request.work:
             case Generate(sampling=sampling):
                 echoed = ids[-sampling.max_tokens :]
@@ -116,6 +115,12 @@ class EchoEngine:
                 shift = (digest - sum(ids)) % 97
                 array = np.cos(np.arange(width, dtype=np.float32) + np.array(ids, np.float32)[:, None] + shift)
         return replace(done, array=array.astype(np.float32))
+
+    def _done(self, request: Request, reason: FinishReason) -> Completion:
+        items = request.media.items if request.media and self._merge_size else ()
+        media_tokens = sum(math.prod(item.grid_thw) // (self._merge_size or 1) ** 2 for item in items)
+        num_tokens = len(request.input_ids)
+        return Completion(id=request.id, finish_reason=reason, prompt_tokens=num_tokens, media_tokens=media_tokens)
 
     def _error(self, request: Request) -> RowError | None:
         num_tokens = len(request.input_ids)
