@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CACHE_BYTES", "MediaLoader", "MediaRules"]
 
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 64 << 20
 ERROR_BYTES = 1 << 10  # what an error counts in the cache
 # The next item of equal content may fare better: the machine may have been out of memory, or very slow.
 NOT_REMEMBERED = ("decoder_crashed", "media_timeout")

@@ -30,6 +30,7 @@ from models.engine.sampler import SampleRow, sample
 from models.engine.scheduler import Scheduler
 from models.engine.sequence import Sequence
 from models.engine.settings import (
+    UNPROVEN_STEPS,
     Limits,
     resolve_device,
     resolve_dtype,
@@ -62,7 +63,12 @@ class TorchEngine:
         self.tokenizer = tokenizer
         self.limits = limits
         self._runner = runner
-        blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching)
+        blocks = BlockManager(
+            limits.num_blocks,
+            limits.block_size,
+            prefix_caching=limits.prefix_caching,
+            max_unproven=UNPROVEN_STEPS * limits.max_step_tokens // limits.block_size,
+        )
         self.scheduler = Scheduler(blocks, max_step_tokens=limits.max_step_tokens, max_num_seqs=limits.max_num_seqs)
         self._pending: dict[str, _Pending] = {}
         self._ready: deque[Completion] = deque()

@@ -74,7 +74,8 @@ def place(media: Media | None, prompt: Sequence[int], tokens: MediaTokens, visio
     spans.sort(key=lambda span: span.start)
     keys: list[Hashable] = list(prompt)
     for span in spans:
-        keys[span.start : span.end] = [(span.item.key, span.first + i) for i in range(span.end - span.start)]
+        key, num_tokens = span.item.key, span.end - span.start
+        keys[span.start : span.end] = [(key, span.first + i) for i in range(num_tokens)]
     return PlacedMedia(spans=tuple(spans), keys=keys, positions=media.positions, rope_delta=media.rope_delta)
 
 

@@ -21,7 +21,10 @@ from models.processing.tokenizer import Tokenizer
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 NUM_SEQS = {"cpu": 256, "cuda": 512}
 BLOCK_SIZE = {"cpu": 4, "cuda": 16}
-MEDIA_CACHE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+MEDIA_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+# Rows that repeat come close to each other. What was computed this many full steps ago and not found again gives its
+# memory to new rows, so that a long stream of rows of their own needs no more of it than a short one.
+UNPROVEN_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockManager(12, SIZE)
+        self.blocks = BlockManager(12, SIZE, max_unproven=4)
         self.tables: list[list[int]] = []
         self.text_of: dict[int, list[int]] = {}  # block id -> the whole text up to its end
 
@@ -107,3 +107,32 @@ def test_asking_for_more_than_is_free_is_refused() -> None:
     blocks.allocate(1)
     with pytest.raises(ValueError, match="2 blocks asked for, 1 free"):
         blocks.allocate(2)
+
+
+def test_texts_that_come_once_leave_what_was_found_again_and_memory_alone() -> None:
+    blocks = BlockManager(64, SIZE, max_unproven=6)
+    shared = [9, 9, 8, 8]
+    for _ in range(2):
+        blocks.release(remember(blocks, shared))
+    used = set()
+    for number in range(1000):
+        table = remember(blocks, [*shared, number, number, number, number])
+        used.update(table)
+        blocks.release(table)
+        blocks.check()
+    assert len(blocks.find_prefix(shared, 4)) == 2
+    assert len(used) <= 2 + 6 + 2  # the shared ones, those kept in case they come again, those in use
+    assert len(blocks.find_prefix([*shared, 999, 999, 999, 999], 8)) == 4  # the last ones are still there
+
+
+def test_what_was_found_again_is_given_up_last_but_given_up() -> None:
+    blocks = BlockManager(3, SIZE)
+    for _ in range(2):
+        blocks.release(remember(blocks, [1, 1]))
+    blocks.release(remember(blocks, [2, 2]))
+    blocks.allocate(2)
+    assert blocks.find_prefix([1, 1], 2)
+    assert not blocks.find_prefix([2, 2], 2)
+    blocks.allocate(1)
+    assert not blocks.find_prefix([1, 1], 2)
+    blocks.check()
