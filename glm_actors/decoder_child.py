@@ -27,7 +27,7 @@ from models.processing.patches import Encoded, MediaPatches
 
 UNREADABLE = ("bad_image", "bad_video")
 ORPHAN_GRACE_S = 10.0  # beyond the deadline, at which the parent kills
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 24
 _STATUS, _PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _PREFIX = struct.Struct("<I")  # bytes of the header
 
@@ -109,7 +109,7 @@ class Channel:
 
 
 def serve(connection: socket.socket, make_decode: Callable[[Setup], Decode]) -> None:
-    """Answers requests until the parent closes its end."""
+    """Answers requests until the parent closes its end; then raises EOFError or ConnectionError."""
     channel = Channel(connection)
     setup = _read_setup(channel)
     decode = make_decode(setup)
@@ -150,8 +150,7 @@ def _answer(channel: Channel, decode: Decode, request: dict[str, Any], fd: int |
 
 
 def _out_of_memory(found: str = "out of memory") -> dict[str, Any]:
-    text = f"decoding takes more memory than decode_bytes allows; shrink it or raise that ({found})"
-    return {"error": ["media_too_large", text]}
+    return {"exhausted": f"decoding takes more memory than decode_bytes allows; shrink it or raise that ({found})"}
 
 
 class MemoryLimit:

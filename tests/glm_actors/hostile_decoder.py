@@ -1,4 +1,4 @@
-"""A decoding process whose decoder does to itself what its input names; run by test_decoder in place of the real one."""
+"""A decoding process that does to itself what its input names; test_decoder runs it in place of the real one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from models.processing.patches import Encoded, MediaPatches, as_file
 
 
 def make_decode(setup: decoder_child.Setup) -> decoder_child.Decode:
+    leaked: list[np.ndarray] = []
+
     def decode(kind: MediaKind, data: Encoded, digest: str) -> MediaPatches:
         file, size = as_file(data)
         word = file.read(20).decode()
@@ -29,6 +31,9 @@ def make_decode(setup: decoder_child.Setup) -> decoder_child.Decode:
             ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock, as a library that never comes back does
         elif word == "memory":
             np.ones(1 << 30, np.uint8)
+        elif word == "leak":
+            leaked.append(np.ones(160 << 20, np.uint8))
+            raise RowError("leaked", "")
         elif word == "bug":
             raise KeyError("unforeseen")
         elif word == "environment":

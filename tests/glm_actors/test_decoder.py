@@ -24,7 +24,7 @@ from glm_actors.decoder import INLINE_BYTES, Decoder
 from glm_actors.decoder_child import Setup
 from models.errors import EngineError, RowError
 from models.processing.images import ImageProcessor
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
+from models.processing.media_config import ImageProcessorConfig
 from models.processing.video import VideoProcessor
 from tests.models.processing.test_images import encoded, picture
 from tests.models.processing.test_video import SMALL, clip
@@ -187,13 +187,21 @@ def test_death_between_two_items_costs_none(hostile: Decoder) -> None:
     assert works(hostile)
 
 
-def test_memory_is_bounded_and_the_process_lives_on(hostile: Decoder) -> None:
+def test_memory_is_bounded(hostile: Decoder) -> None:
     assert works(hostile)
-    first = hostile.pid
     error = error_of(hostile, b"memory")  # 1 GiB of 256 MiB
     assert (error.code, "decode_bytes" in error.message) == ("media_too_large", True)
     assert works(hostile)
+
+
+def test_what_earlier_items_left_behind_does_not_decide_about_later_ones(hostile: Decoder) -> None:
+    """An item that does not fit beside what others leaked is given to a new process."""
+    assert works(hostile)
+    first = hostile.pid
+    assert error_of(hostile, b"leak").code == "leaked"  # 160 MiB of 256
     assert hostile.pid == first
+    assert error_of(hostile, b"leak").code == "leaked"
+    assert hostile.pid != first
 
 
 def test_a_large_picture_stays_within_its_limit(make: Callable[..., Decoder]) -> None:
