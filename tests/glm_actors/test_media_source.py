@@ -126,7 +126,8 @@ def test_a_data_url_is_not_decoded_to_learn_that_it_is_too_long(monkeypatch: pyt
     "path",
     [
         "a.jpg", "./a.jpg", "sub/../a.jpg", "sub/b c%.jpg", "ü.png", "inner", "{root}/a.jpg", "{root}/sub/../a.jpg",
-        "file://{root}/a.jpg", "FILE://{root}/sub/b%20c%25.jpg", "file://localhost{root}/%C3%BC.png", "file:{root}/a.jpg",
+        "file://{root}/a.jpg", "FILE://{root}/sub/b%20c%25.jpg", "file://localhost{root}/%C3%BC.png",
+        "file:{root}/a.jpg",
         "../root/a.jpg", "outer_folder/root/a.jpg",
     ],
 )  # fmt: skip
