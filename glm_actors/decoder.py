@@ -35,6 +35,10 @@ KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH",
 _SOURCE_ROOT = str(Path(__file__).resolve().parents[1])
 
 
+class _Exhausted(RowError):
+    """The process had not enough memory left."""
+
+
 class Decoder:
     """Decodes one item at a time; several threads may call it. `module` is what the process runs."""
 
@@ -45,6 +49,7 @@ class Decoder:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
         self._ready = False
+        self._num_asked = 0  # items that this process was given
 
     @property
     def pid(self) -> int | None:
@@ -62,29 +67,44 @@ class Decoder:
         Raises EngineError when no decoding process can be started at all.
         """
         with self._lock:
-            channel = self._start()
-            self._wait_until_ready(channel)
-            deadline = time.monotonic() + self._setup.timeout_s
-            try:
-                self._send(channel, kind, data, digest, deadline)
-                return self._receive(channel, kind, digest, deadline)
-            except TimeoutError:
-                self._stop()
-                self._start()
-                raise self._too_slow(kind) from None
-            except (EOFError, ConnectionError, ValueError) as error:  # ValueError: no message of ours
-                how = self._stop(DYING_S)
-                self._start()
-                raise RowError("decoder_crashed", f"the decoder {how} at this {kind}; it was started anew") from error
+            answer = self._ask(kind, data, digest)
+            if isinstance(answer, _Exhausted) and self._num_asked > 1:
+                self._restart()  # what earlier items left behind must not decide about this one
+                answer = self._ask(kind, data, digest)
+        if isinstance(answer, RowError):
+            raise answer
+        return answer
 
     def close(self) -> None:
         """Ends the process; a later decode starts another."""
         with self._lock:
             self._stop(DYING_S)
 
-    def _too_slow(self, kind: MediaKind) -> RowError:
-        limit = f"{self._setup.timeout_s:g} s"
-        return RowError("media_timeout", f"decoding this {kind} took longer than {limit}; raise decode_timeout_s")
+    def _ask(self, kind: MediaKind, data: Encoded, digest: str) -> MediaPatches | RowError:
+        """What the process answers; where it gives no answer, RowError is raised and the next process starts."""
+        channel = self._start()
+        self._wait_until_ready(channel)
+        self._num_asked += 1
+        deadline = time.monotonic() + self._setup.timeout_s
+        try:
+            self._send(channel, kind, data, digest, deadline)
+            return self._receive(channel, kind, digest, deadline)
+        except TimeoutError:
+            self._restart()
+            limit = f"{self._setup.timeout_s:g} s"
+            text = f"decoding this {kind} took longer than {limit}; shorten it or raise decode_timeout_s"
+            raise RowError("media_timeout", text) from None
+        except (EOFError, ConnectionError, ValueError) as error:  # ValueError: no message of ours
+            how = self._stop(DYING_S)
+            self._start()
+            raise RowError("decoder_crashed", f"the decoder {how} at this {kind}; it was started anew") from error
+        except BaseException:
+            self._restart()  # its answer may still come, and would be taken for that to the next item
+            raise
+
+    def _restart(self) -> None:
+        self._stop()
+        self._start()
 
     def _start(self) -> Channel:
         if self._process is not None and self._process.poll() is not None:
@@ -100,7 +120,7 @@ class Decoder:
                 env=_environment(),
                 pass_fds=[theirs.fileno()],
             )
-        self._channel, self._ready = Channel(ours), False
+        self._channel, self._ready, self._num_asked = Channel(ours), False, 0
         self._channel.send(asdict(self._setup))
         return self._channel
 
@@ -124,10 +144,12 @@ class Decoder:
             file.seek(0)  # the position goes along with the descriptor
             channel.send(header, fd=file.fileno(), deadline=deadline)
 
-    def _receive(self, channel: Channel, kind: MediaKind, digest: str, deadline: float) -> MediaPatches:
+    def _receive(self, channel: Channel, kind: MediaKind, digest: str, deadline: float) -> MediaPatches | RowError:
         reply, _ = channel.receive(deadline)
+        if "exhausted" in reply:
+            return _Exhausted("media_too_large", reply["exhausted"])
         if "error" in reply:
-            raise RowError(*reply["error"])
+            return RowError(*reply["error"])
         patches = np.empty(reply["shape"], np.uint8)
         channel.receive_into(patches.data.cast("B"), deadline)
         return MediaPatches(

@@ -6,6 +6,7 @@ ends even when its parent is gone. Started as `python -m glm_actors.decoder_chil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -24,8 +25,10 @@ from models.normalization import MediaKind
 from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
 from models.processing.patches import Encoded, MediaPatches
 
+UNREADABLE = ("bad_image", "bad_video")
 ORPHAN_GRACE_S = 10.0  # beyond the deadline, at which the parent kills
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 24
+_STATUS, _PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _PREFIX = struct.Struct("<I")  # bytes of the header
 
 Decode = Callable[[MediaKind, Encoded, str], MediaPatches]  # kind, media, digest of encoded_digest
@@ -106,20 +109,20 @@ class Channel:
 
 
 def serve(connection: socket.socket, make_decode: Callable[[Setup], Decode]) -> None:
-    """Answers requests until the parent closes its end."""
+    """Answers requests until the parent closes its end; then raises EOFError or ConnectionError."""
     channel = Channel(connection)
     setup = _read_setup(channel)
     decode = make_decode(setup)
-    limit_memory(setup.num_bytes)
+    memory = MemoryLimit(setup.num_bytes)
     channel.send({"ready": os.getpid()})
     while True:
-        try:
-            request, fd = channel.receive()
-        except (EOFError, ConnectionError):
-            return
+        request, fd = channel.receive()
         # The default of SIGALRM ends the process, also inside of a library that never comes back.
         signal.setitimer(signal.ITIMER_REAL, setup.timeout_s + ORPHAN_GRACE_S)
+        memory.begin()
         header, body = _answer(channel, decode, request, fd)
+        if header.get("error", [""])[0] in UNREADABLE and memory.was_near():
+            header = _out_of_memory(header["error"][1])
         channel.send(header, body)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -146,21 +149,37 @@ def _answer(channel: Channel, decode: Decode, request: dict[str, Any], fd: int |
     return header, media.patches.data
 
 
-def _out_of_memory() -> dict[str, Any]:
-    return {
-        "error": ["media_too_large", "decoding takes more memory than decode_bytes allows; shrink it or raise that"]
-    }
+def _out_of_memory(found: str = "out of memory") -> dict[str, Any]:
+    return {"exhausted": f"decoding takes more memory than decode_bytes allows; shrink it or raise that ({found})"}
 
 
-def limit_memory(num_bytes: int) -> None:
-    """Bounds what this process may allocate from now on; only Linux counts all of it and tells what is taken."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return
-    taken = next(line for line in status.read_text().splitlines() if line.startswith("VmData:"))
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = int(taken.split()[1]) * 1024 + num_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+class MemoryLimit:
+    """Bounds what this process may allocate from now on. Only Linux counts all of it and tells what is taken."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._at_start = _status("VmRSS")
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = _status("VmData") + num_bytes
+        if _STATUS.exists():
+            resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+
+    def begin(self) -> None:
+        """Forgets the peak of the item before."""
+        with contextlib.suppress(OSError):
+            _PEAK_RESET.write_text("5")
+
+    def was_near(self) -> bool:
+        """Whether this item took most of it: libraries often call an allocation that failed damaged data."""
+        return _status("VmHWM") - self._at_start > self._num_bytes // 2
+
+
+def _status(name: str) -> int:
+    """Bytes, by the kernel's name for them; 0 where it tells none."""
+    if not _STATUS.exists():
+        return 0
+    found = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name + ":"))
+    return int(found.split()[1]) * 1024
 
 
 def make_decode(setup: Setup) -> Decode:
@@ -197,7 +216,8 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def main(make_decode: Callable[[Setup], Decode] = make_decode) -> None:
     """Serves the socket whose number stands on the command line."""
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
+    gone = contextlib.suppress(EOFError, ConnectionError)  # the parent closed its end: there is no more to do
+    with gone, socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection, make_decode)
 
 

@@ -65,14 +65,15 @@ class Fetcher:
 
     def __init__(self, rules: MediaRules, *, ssl_context: ssl.SSLContext | None = None) -> None:
         self._rules = rules
-        self._private = endpoints(rules.private_hosts)
-        self._allowed = self._private | endpoints(rules.hosts)
+        private = endpoints(rules.private_hosts)
+        self._allowed = private | endpoints(rules.hosts)
         self._clock = _Clock()
+        self._network = _GuardedNetwork(private, self._clock)
         self._pool = httpcore.ConnectionPool(
             ssl_context=ssl_context or httpcore.default_ssl_context(),
             max_connections=NUM_THREADS,
             keepalive_expiry=15.0,
-            network_backend=_GuardedNetwork(self._private, self._clock),
+            network_backend=self._network,
         )
         self.threads = ThreadPoolExecutor(NUM_THREADS, "media-fetch")
 
@@ -80,6 +81,7 @@ class Fetcher:
         """Closes what is open; fetches under way end first."""
         self.threads.shutdown(cancel_futures=True)
         self._pool.close()
+        self._network.close()
 
     def fetch(self, url: str) -> memoryview:
         """The body at a URL. Raises RowError: media_forbidden, media_not_found, media_too_large, media_fetch_failed."""
@@ -162,15 +164,16 @@ class Fetcher:
 
 
 class FetchAhead:
-    """Fetches URLs in order, some ahead of their use, so that no more than NUM_THREADS bodies wait in memory."""
+    """Fetches URLs in order, `ahead` of them before they are asked for: no more bodies than that wait in memory."""
 
-    def __init__(self, fetcher: Fetcher, urls: Iterable[str]) -> None:
+    def __init__(self, fetcher: Fetcher, urls: Iterable[str], *, ahead: int = NUM_THREADS) -> None:
         self._fetcher = fetcher
+        self._ahead = ahead
         self._left = iter(dict.fromkeys(urls))
         self._begun: dict[str, Future[memoryview]] = {}
 
     def __enter__(self) -> FetchAhead:
-        self._begin(NUM_THREADS)
+        self._begin(self._ahead)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -230,6 +233,10 @@ class _GuardedNetwork(httpcore.NetworkBackend):
         self._clock = clock
         self._network = httpcore.SyncBackend()
         self._resolvers = ThreadPoolExecutor(NUM_THREADS, "media-resolve")  # a resolver cannot be told a deadline
+
+    def close(self) -> None:
+        """Waits for no look-up that is under way."""
+        self._resolvers.shutdown(wait=False)
 
     def connect_tcp(
         self,

@@ -27,6 +27,7 @@ __all__ = ["CACHE_BYTES", "MediaLoader", "MediaRules"]
 
 CACHE_BYTES = 64 << 20
 ERROR_BYTES = 1 << 10  # what an error counts in the cache
+FETCHED_AHEAD: dict[MediaKind, int] = {"image": 16, "video": 2}  # bodies that may wait in memory
 # The next item of equal content may fare better: the machine may have been out of memory, or very slow.
 NOT_REMEMBERED = ("decoder_crashed", "media_timeout")
 
@@ -63,19 +64,20 @@ class MediaLoader:
         """
         urls = [url_of(value) for _, value in parts]
         results: dict[tuple[MediaKind, str], Result] = {}
-        with self._fetch_ahead([url for url in urls if url is not None]) as bodies:
+        with self._fetch_ahead([(kind, url) for (kind, _), url in zip(parts, urls, strict=True) if url]) as bodies:
             return [
                 self._load(kind, value, bodies) if url is None else self._load_once(kind, url, bodies, results)
                 for (kind, value), url in zip(parts, urls, strict=True)
             ]
 
-    def _fetch_ahead(self, urls: list[str]) -> AbstractContextManager[FetchAhead | None]:
+    def _fetch_ahead(self, urls: list[tuple[MediaKind, str]]) -> AbstractContextManager[FetchAhead | None]:
         if not urls or not self._rules.allows_urls:
             return nullcontext()
         from glm_actors.fetcher import FetchAhead, Fetcher  # a network client, which most jobs do not need
 
         self._fetcher = self._fetcher or Fetcher(self._rules)
-        return FetchAhead(self._fetcher, urls)
+        ahead = min(FETCHED_AHEAD[kind] for kind, _ in urls)
+        return FetchAhead(self._fetcher, [url for _, url in urls], ahead=ahead)
 
     def _load_once(
         self, kind: MediaKind, url: str, bodies: FetchAhead | None, results: dict[tuple[MediaKind, str], Result]

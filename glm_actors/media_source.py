@@ -87,9 +87,8 @@ def _of_text(text: str, rules: MediaRules) -> Source:
         return _of_data_url(text, rules.max_bytes)
     if scheme in DEFAULT_PORTS:
         if not rules.allows_urls:
-            raise RowError(
-                "media_forbidden", f"{_shown(text)} is a URL, and no host is allowed; name it in media.hosts"
-            )
+            shown = _shown(text.partition("?")[0])  # a query may hold a secret
+            raise RowError("media_forbidden", f"{shown} is a URL, and no host is allowed; name it in media.hosts")
         return Url(text)
     if scheme == "file":
         return _open_below(_path_of(text), rules)
@@ -127,35 +126,44 @@ def _path_of(text: str) -> str:
 
 
 def _open_below(path: str, rules: MediaRules) -> bytes | BinaryIO:
-    """The regular file at a path, read if it is small. The file checked is the file opened. Raises RowError."""
+    """The regular file at a path, read if it is small. Raises RowError."""
     if rules.root is None:
         raise RowError("media_forbidden", f"{_shown(path)} is a path, and no root is declared; set media.root")
     try:
-        root = os.path.realpath(rules.root)
-        real = os.path.realpath(os.path.join(root, path))
-        if os.path.commonpath([root, real]) != root:
-            raise RowError("media_forbidden", f"{_shown(path)} lies outside of media.root, {rules.root}")
-        # Without O_NONBLOCK, opening a pipe would wait for its writer.
-        file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        real = _below(rules.root, path)
+        _check_file(os.lstat(real), path, rules)  # opening a device may already do something
+        fd = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RowError("media_not_found", f"{_shown(path)} below {rules.root}: {reason}") from error
     try:
-        return _read_or_keep(file, path, rules.max_bytes)
-    except BaseException:
-        file.close()
+        status = os.fstat(fd)
+        _check_file(status, path, rules)  # what was opened may no longer be what was looked at
+    except RowError:
+        os.close(fd)
         raise
-
-
-def _read_or_keep(file: BinaryIO, path: str, max_bytes: int) -> bytes | BinaryIO:
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise RowError("media_forbidden", f"{_shown(path)} is no regular file")
-    _check_size(status.st_size, max_bytes)
+    file = os.fdopen(fd, "rb")
     if status.st_size > READ_AT_ONCE:
         return file
     with file:
-        return file.read(READ_AT_ONCE + 1)
+        return file.read(READ_AT_ONCE)
+
+
+def _below(root: str, path: str) -> str:
+    """The path without links, which must lie below the root without links. Raises RowError."""
+    root = os.path.realpath(root)
+    real = os.path.realpath(os.path.join(root, path))
+    if os.path.commonpath([root, real]) != root:
+        raise RowError("media_forbidden", f"{_shown(path)} lies outside of media.root, {root}")
+    return real
+
+
+def _check_file(status: os.stat_result, path: str, rules: MediaRules) -> None:
+    if stat.S_ISLNK(status.st_mode):
+        raise RowError("media_not_found", f"{_shown(path)} is a link that leads nowhere")
+    if not stat.S_ISREG(status.st_mode):
+        raise RowError("media_forbidden", f"{_shown(path)} is no regular file")
+    _check_size(status.st_size, rules.max_bytes)
 
 
 def _shown(text: str) -> str:

@@ -175,7 +175,7 @@ def decode_frames(
             if index is None or index not in left:
                 continue
             left.remove(index)
-            yield index, _upright(to_rgb.reformat(frame, format="rgb24"), frame.rotation)
+            yield index, _upright(to_rgb.reformat(frame, format="rgb24", threads=1), frame.rotation)
             if not left:
                 return
 
