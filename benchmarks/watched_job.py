@@ -128,7 +128,8 @@ def _sample(pid: int, at_s: float, commits: Path, cpu_of_process: dict[int, tupl
     for process in [psutil.Process(pid), *family]:
         try:
             own, cpu = process.memory_info(), process.cpu_times()
-            kind = "driver" if process.pid == pid else _kind(process.cmdline())
+            known = cpu_of_process.get(process.pid)  # a process that is ending has no command line any more
+            kind = "driver" if process.pid == pid else _kind(process.cmdline(), known[0] if known else "daemons")
         except psutil.NoSuchProcess:
             continue
         memory[kind] += own.rss - own.shared
@@ -140,6 +141,6 @@ def _sample(pid: int, at_s: float, commits: Path, cpu_of_process: dict[int, tupl
     return Sample(at_s=at_s, units=units, memory=dict(memory), cpu_s=dict(seconds))
 
 
-def _kind(command: list[str]) -> str:
+def _kind(command: list[str], known: str) -> str:
     title = " ".join(command)
-    return next((kind for mark, kind in KINDS.items() if mark in title), "daemons")
+    return next((kind for mark, kind in KINDS.items() if mark in title), known)

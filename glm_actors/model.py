@@ -30,6 +30,8 @@ class ModelActor:
     def __init__(self, config: EngineConfig, num_threads: int) -> None:
         # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        # Threads that wait for each other may spin for microseconds, not milliseconds: others want these cores too.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         self._loop: EngineLoop | None = None
         self._has_worked = False
         self._refusal: ConfigError | None = None
