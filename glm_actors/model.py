@@ -21,6 +21,14 @@ from models.engine import EngineConfig, build_engine
 from models.errors import ConfigError, EngineError
 
 DEAD_ENGINE_EXIT_CODE = 70
+# Read by torch's CPU libraries when they are loaded; a user's own values stay.
+CPU_SETTINGS = {
+    # Threads that wait for each other spin for microseconds, not milliseconds: preprocessors want these cores too.
+    "GOMP_SPINCOUNT": "1000",
+    # Both libraries keep 1,024 prepared matrix products, one for each shape, a quarter of a megabyte each.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
+}
 SECONDS = "engine_seconds"  # column: how long the unit was in the engine, from submission to its last completion
 
 
@@ -30,8 +38,8 @@ class ModelActor:
     def __init__(self, config: EngineConfig, num_threads: int) -> None:
         # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
-        # Threads that wait for each other may spin for microseconds, not milliseconds: others want these cores too.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        for name, value in CPU_SETTINGS.items():
+            os.environ.setdefault(name, value)
         self._loop: EngineLoop | None = None
         self._has_worked = False
         self._refusal: ConfigError | None = None
