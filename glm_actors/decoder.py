@@ -78,7 +78,7 @@ class Decoder:
     def close(self) -> None:
         """Ends the process; a later decode starts another."""
         with self._lock:
-            self._stop(DYING_S)
+            self._stop()
 
     def _ask(self, kind: MediaKind, data: Encoded, digest: str) -> MediaPatches | RowError:
         """What the process answers; where it gives no answer, RowError is raised and the next process starts."""
@@ -113,16 +113,19 @@ class Decoder:
             return self._channel
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", "-m", self._module, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=_environment(),
-                pass_fds=[theirs.fileno()],
-            )
+            self._process = self._run(theirs.fileno())
         self._channel, self._ready, self._num_asked = Channel(ours), False, 0
-        self._channel.send(asdict(self._setup))
+        with contextlib.suppress(ConnectionError):  # dead already: the first item's wait will tell
+            self._channel.send(asdict(self._setup))
         return self._channel
+
+    def _run(self, fd: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-P", "-W", "ignore", "-m", self._module, str(fd)]
+        nothing = subprocess.DEVNULL
+        try:
+            return subprocess.Popen(command, stdin=nothing, stdout=nothing, env=_environment(), pass_fds=[fd])
+        except OSError as error:
+            raise EngineError(f"no decoding process can be started: {error}") from error
 
     def _wait_until_ready(self, channel: Channel) -> None:
         if self._ready:

@@ -60,7 +60,7 @@ class MediaLoader:
     def load(self, parts: Sequence[tuple[MediaKind, object]]) -> list[Result]:
         """One result for each (kind, cell), in order; equal content gives the same object while it is remembered.
 
-        URLs are fetched while others are decoded, each once a call.
+        URLs are fetched while others are decoded, each once a call. Raises EngineError when no decoding process starts.
         """
         urls = [url_of(value) for _, value in parts]
         results: dict[tuple[MediaKind, str], Result] = {}
@@ -100,7 +100,10 @@ class MediaLoader:
             return error
 
     def _decoded(self, kind: MediaKind, data: Encoded) -> Result:
-        digest = encoded_digest(kind, data, self._configs[kind])
+        try:
+            digest = encoded_digest(kind, data, self._configs[kind])
+        except OSError as error:
+            raise RowError("media_not_found", f"the file cannot be read: {error.strerror}") from error
         result = self._results.get(digest)
         if result is None:
             result = self._decode(kind, data, digest)

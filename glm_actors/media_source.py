@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import os
 import stat
 from collections.abc import Mapping
@@ -136,17 +137,23 @@ def _open_below(path: str, rules: MediaRules) -> bytes | BinaryIO:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RowError("media_not_found", f"{_shown(path)} below {rules.root}: {reason}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
         status = os.fstat(fd)
         _check_file(status, path, rules)  # what was opened may no longer be what was looked at
-    except RowError:
-        os.close(fd)
-        raise
+        stack.pop_all()
     file = os.fdopen(fd, "rb")
     if status.st_size > READ_AT_ONCE:
         return file
     with file:
+        return _read(file, path)
+
+
+def _read(file: BinaryIO, path: str) -> bytes:
+    try:
         return file.read(READ_AT_ONCE)
+    except OSError as error:
+        raise RowError("media_not_found", f"{_shown(path)} cannot be read: {error.strerror}") from error
 
 
 def _below(root: str, path: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -98,7 +99,7 @@ def encoded_digest(kind: MediaKind, data: Encoded, config: ImageProcessorConfig)
     Equal bytes and an equal configuration make an equal name, and anything else another one, also the same pixels
     encoded otherwise: a compressed image is a tenth of its patches, and so is the cost of hashing it.
     """
-    state = hashlib.sha256(f"{kind} encoded {config.fingerprint}\n".encode())
+    state = _encoded_state(kind, config).copy()
     if isinstance(data, bytes | memoryview):
         state.update(data)
         return state.hexdigest()
@@ -106,6 +107,11 @@ def encoded_digest(kind: MediaKind, data: Encoded, config: ImageProcessorConfig)
     while piece := file.read(1 << 20):
         state.update(piece)
     return state.hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _encoded_state(kind: MediaKind, config: ImageProcessorConfig) -> hashlib._Hash:
+    return hashlib.sha256(f"{kind} encoded {config.fingerprint}\n".encode())
 
 
 def as_file(data: Encoded) -> tuple[BinaryIO, int]:

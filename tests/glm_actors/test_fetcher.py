@@ -344,6 +344,17 @@ def test_one_address_that_is_not_global_is_enough(
     assert network["connected"] == []
 
 
+def test_refused_connections_and_bodies_leave_room_for_others(
+    network: dict[str, Any], make: Callable[..., Fetcher]
+) -> None:
+    network["names"] = {"inner.example": ["10.0.0.1"], "example.org": [PUBLIC]}
+    one = make(hosts=("inner.example", "example.org"), fetch_timeout_s=2.0)
+    for _ in range(fetcher.NUM_THREADS + 1):
+        assert error_of(one, "http://inner.example/file").code == "media_forbidden"
+        assert error_of(one, "http://example.org/declared").code == "media_too_large"
+    assert one.fetch("http://example.org/file") == BODY
+
+
 def test_the_address_checked_is_the_one_connected_to(network: dict[str, Any], make: Callable[..., Fetcher]) -> None:
     network["names"]["example.org"] = [PUBLIC]
     assert make(hosts=("example.org",)).fetch("http://EXAMPLE.org./file") == BODY

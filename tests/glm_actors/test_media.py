@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glm_actors import media as media_module
 from glm_actors.media import MediaLoader, MediaRules
 from models.errors import RowError
 from models.processing.images import ImageProcessor
@@ -231,18 +230,18 @@ def test_an_error_of_equal_content_is_found_once(loader: MediaLoader, asked: lis
     assert len(asked) == 2
 
 
-def test_the_memory_of_results_is_bounded(asked: list[str], loader: MediaLoader) -> None:
+def test_the_memory_of_results_is_bounded(
+    asked: list[str], loader: MediaLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = (encoded(picture(300, 300, seed), "PNG") for seed in (81, 82))
-    num_bytes = patches_of(loader.load([("image", first)])[0]).patches.nbytes
-    loader._results.max_bytes = loader._results.num_bytes
-    asked.clear()
-    for data in (first, second, first):
-        assert patches_of(loader.load([("image", data)])[0]).patches.nbytes == num_bytes
-    assert loader._results.num_bytes <= loader._results.max_bytes
-    loader._results.max_bytes = num_bytes
-    loader.load([("image", second), ("image", first), ("image", second)])
-    assert len(asked) == 3
-    loader._results.max_bytes = media_module.CACHE_BYTES
+    for data in (first, second, first, second):
+        media = patches_of(loader.load([("image", data)])[0])
+    assert len(asked) == 2
+    monkeypatch.setattr(loader._results, "max_bytes", media.patches.nbytes)
+    for data in (encoded(picture(300, 300, 83), "PNG"), first, second, first):
+        loader.load([("image", data)])
+        assert loader._results.num_bytes <= media.patches.nbytes
+    assert len(asked) == 6
 
 
 def test_a_crash_is_not_remembered(loader: MediaLoader) -> None:

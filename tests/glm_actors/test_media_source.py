@@ -219,6 +219,12 @@ def test_a_refused_file_is_closed_again(root: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_disk_that_fails_is_a_row_error(root: Path) -> None:
+    """The kernel refuses to read this regular file at its begin."""
+    error = error_of("self/mem", MediaRules(root="/proc"))
+    assert (error.code, "cannot be read" in error.message) == ("media_not_found", True)
+
+
 # ---- URLs ----
 
 
