@@ -49,7 +49,8 @@ START_S = 12.0
 class Sample:
     """Sampled rows: prompts of the good ones as tokens and texts, (place, error) of the others, and all media.
 
-    `ids` tell images apart: see `told_apart`. `row_seconds` is what a row took to become a prompt, its media loaded, on one worker.
+    `ids` tell images apart: see `told_apart`. `row_seconds` is what a row took to become a prompt, its media loaded, on
+    one worker.
     """
 
     ids: list[list[int]]
