@@ -92,7 +92,7 @@ class Decoder:
         except TimeoutError:
             self._restart()
             limit = f"{self._setup.timeout_s:g} s"
-            text = f"decoding this {kind} took longer than {limit}; shorten it or raise decode_timeout_s"
+            text = f"decoding this {kind} took longer than {limit}; shorten it or raise media.decode_timeout_s"
             raise RowError("media_timeout", text) from None
         except (EOFError, ConnectionError, ValueError) as error:  # ValueError: no message of ours
             how = self._stop(DYING_S)

@@ -31,7 +31,7 @@ class MediaRules:
     private_hosts: tuple[str, ...] = ()
     max_bytes: int = 1 << 30
     fetch_timeout_s: float = 30.0
-    decode_timeout_s: float = 120.0
+    decode_timeout_s: float = 600.0
     decode_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:

@@ -78,7 +78,7 @@ class MediaSection:
     private_hosts: list[str] = field(default_factory=list)
     max_bytes: int = 1 << 30
     fetch_timeout_s: float = 30.0
-    decode_timeout_s: float = 120.0
+    decode_timeout_s: float = 600.0
     decode_bytes: int = 1 << 30
 
 

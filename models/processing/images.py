@@ -109,7 +109,9 @@ def _open(data: Encoded, max_source_pixels: int) -> Iterator[Image.Image]:
         allowed = ", ".join(FORMATS)
         raise RowError("bad_image", f"these {size:,} bytes are no image in {allowed}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RowError("media_too_large", f"the image is too large: {error}") from error
+        raise RowError(
+            "media_too_large", f"the header says more than {max_source_pixels:,} pixels; shrink it"
+        ) from error
     except DECODE_FAILURES as error:
         raise RowError("bad_image", f"the image is damaged or cut off: {error}") from error
 
@@ -118,7 +120,7 @@ def _check_pixels(width: int, height: int, limit: int) -> None:
     if width * height > limit:
         raise RowError(
             "media_too_large",
-            f"the header says {width}x{height} pixels, more than {limit:,}; shrink it or raise max_source_pixels",
+            f"the header says {width}x{height} pixels, more than {limit:,}; shrink it",
         )
 
 

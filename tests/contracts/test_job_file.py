@@ -66,7 +66,7 @@ KEYS = {
     "media.private_hosts": (TEXTS, []),
     "media.max_bytes": (WHOLE, 1 << 30),
     "media.fetch_timeout_s": (NUMBER, 30.0),
-    "media.decode_timeout_s": (NUMBER, 120.0),
+    "media.decode_timeout_s": (NUMBER, 600.0),
     "media.decode_bytes": (WHOLE, 1 << 30),
     "commit.unit_rows": (WHOLE_OR_AUTO, "auto"),
     "commit.every_seconds": (NUMBER, 30.0),

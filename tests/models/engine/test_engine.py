@@ -68,7 +68,7 @@ WORKS = {
     "choose": Choose(choices=CHOICES, count_end=True),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "together": {},
+    "together": {"block_size": 4},
     "small steps": {"max_step_tokens": 13},
     "one token steps": {"max_step_tokens": 1, "max_num_seqs": 2},
     "no prefix cache": {"prefix_caching": False},
