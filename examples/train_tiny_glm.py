@@ -116,7 +116,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "tiny_glm")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--tickets", type=int, default=32, help="tickets a step")
     parser.add_argument("--images", type=int, default=24, help="pictures a step")
     parser.add_argument("--clips", type=int, default=8, help="clips a step")
