@@ -16,6 +16,7 @@ from typing import Literal
 
 STDERR = 2
 POLLS = 10  # within the shortest limit
+MAX_POLL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +47,10 @@ class Watchdog:
     stderr and ends the process with exit code 1, within about twice the limit.
     """
 
-    def __init__(self, limits: HangLimits, on_hang: Callable[[str], None]) -> None:
-        self._limits, self._on_hang = limits, on_hang
+    def __init__(
+        self, limits: HangLimits, on_hang: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limits, self._on_hang, self._clock = limits, on_hang, clock
         self._slowest: float | None = None
         self._watched: _Watched | None = None
         self._closed = threading.Event()
@@ -57,14 +60,14 @@ class Watchdog:
     @contextmanager
     def watch(self, what: Literal["loading", "step"]) -> Iterator[None]:
         """Watches what is done within. A step's time counts for the limit of those that follow."""
-        begun = time.monotonic()
+        begun = self._clock()
         self._watched = _Watched(what, begun, self._limit(what))
         try:
             yield
         finally:
             self._watched = None
         if what == "step":
-            self._slowest = max(self._slowest or 0.0, time.monotonic() - begun)
+            self._slowest = max(self._slowest or 0.0, self._clock() - begun)
 
     def close(self) -> None:
         self._closed.set()
@@ -78,14 +81,15 @@ class Watchdog:
         return max(self._limits.step_s, self._limits.times * self._slowest)
 
     def _run(self) -> None:
-        poll = min(self._limits.step_s, self._limits.first_step_s, self._limits.loading_s) / POLLS
+        limits = self._limits
+        poll = min(MAX_POLL_S, min(limits.step_s, limits.first_step_s, limits.loading_s) / POLLS)
         closed = False
         while not closed:
             watched = self._watched
             limit = watched.limit if watched else self._limit("step")  # of what may begin any moment
-            faulthandler.dump_traceback_later(limit + 2 * poll, exit=True, file=STDERR)
+            faulthandler.dump_traceback_later(limit + POLLS * poll, exit=True, file=STDERR)
             closed = self._closed.wait(poll)
-            if watched is self._watched and watched and time.monotonic() - watched.begun > watched.limit:
+            if watched is self._watched and watched and self._clock() - watched.begun > watched.limit:
                 faulthandler.cancel_dump_traceback_later()
                 self._on_hang(self._reason(watched))
                 return

@@ -128,7 +128,8 @@ def test_rows_that_end_the_engine_fail_alone(
     echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], words: str
 ) -> None:
     write_input(tmp_path, BAD_ROWS)
-    monkeypatch.setattr("pipelines.stages.HANG_LIMITS", HangLimits(first_step_s=1.0, step_s=1.0))
+    if end is hang:
+        monkeypatch.setattr("pipelines.stages.HANG_LIMITS", HangLimits(first_step_s=3.0, step_s=3.0))
     monkeypatch.setattr("pipelines.stages.ModelActor", actor_with(poisoned_engine(end), tmp_path / "starts"))
     job = make_job(echo_checkpoint, tmp_path)
     result = run(job)
@@ -170,7 +171,7 @@ def run_under_fire(job: Job, starts: Path, seed: int) -> int:
 def slow_engine() -> EchoEngine:
     class Slow(EchoEngine):
         def step(self) -> Any:
-            time.sleep(0.15)
+            time.sleep(0.3)
             return super().step()
 
     return Slow()
@@ -215,7 +216,7 @@ def end_at_poison(table: pa.Table) -> None:
 
 
 def wait_a_little(table: pa.Table) -> None:
-    time.sleep(0.15)
+    time.sleep(0.2)
 
 
 def test_rows_that_end_a_preprocessor_fail_alone(
