@@ -8,8 +8,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
+from glm_actors.watchdog import Watchdog
 from models.engine.interface import Engine
 from models.engine.request import Completion, Request
 from models.errors import EngineError
@@ -30,10 +33,12 @@ class EngineLoop:
     One thread does both because an OpenMP library keeps a team of workers for each thread that computes: with a second
     team about, there are more of them than cores, and all go to sleep between two operators instead of spinning.
     The constructor returns once the engine is built, and raises what building it raised. The first exception out of
-    the engine ends the loop: every waiting future fails with EngineError, and so does every later `submit`.
+    the engine ends the loop: every waiting future fails with EngineError, and so does every later `submit`. A watchdog
+    is told what the thread is at.
     """
 
-    def __init__(self, build: Callable[[], Engine]) -> None:
+    def __init__(self, build: Callable[[], Engine], watchdog: Watchdog | None = None) -> None:
+        self._watchdog = watchdog
         built: Future[Engine] = Future()
         self._condition = threading.Condition()
         self._arrived: list[_Group] = []
@@ -84,14 +89,17 @@ class EngineLoop:
 
     def _run(self, build: Callable[[], Engine], built: Future[Engine]) -> None:
         try:
-            self._engine = build()
+            with self._watch("loading"):
+                self._engine = build()
             built.set_result(self._engine)
         except Exception as error:  # a thread's border: the constructor waits for it
             built.set_exception(error)
             return
         try:
             while self._take_arrivals():
-                self._deliver(self._engine.step())
+                with self._watch("step"):
+                    completions = self._engine.step()
+                self._deliver(completions)
             self._fail(EngineError("the engine was closed"))
             self._engine.close()
         except Exception as error:  # a thread's border: whatever it was, those who wait must hear of it
@@ -99,6 +107,9 @@ class EngineLoop:
             if failure is not error:
                 failure.__cause__ = error
             self._fail(failure)
+
+    def _watch(self, what: Literal["loading", "step"]) -> AbstractContextManager[None]:
+        return self._watchdog.watch(what) if self._watchdog else nullcontext()
 
     def _take_arrivals(self) -> bool:
         """Hands new requests to the engine; sleeps when there is nothing to do. False when the loop should end."""

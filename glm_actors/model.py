@@ -1,26 +1,30 @@
 """ModelActor: owns one engine; tables of requests in, tables of completions out.
 
 Built on a worker from a frozen EngineConfig. Runs as the callable class of a Ray Data stage whose calls arrive on
-several threads: that is how many units are in flight at once. Knows nothing of prompts, tasks or files.
+several threads: that is how many units are in flight at once. A dead engine is this process's end: Ray starts another,
+and the guard finds out which rows it must not be given. Knows nothing of prompts, tasks or files.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
-import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NoReturn
+from itertools import accumulate
+from typing import Any
 
 import pyarrow as pa
 
 from glm_actors.batches import to_requests, with_completions
+from glm_actors.guard import Answer, Guard, RayBook
 from glm_actors.loop import EngineLoop
-from models.engine import EngineConfig, build_engine
-from models.errors import ConfigError, EngineError
+from glm_actors.watchdog import STDERR, HangLimits, Watchdog
+from models.engine import Completion, EngineConfig, Request, build_engine
+from models.errors import EngineError, GlmBatchError, RowError
 
-DEAD_ENGINE_EXIT_CODE = 70
 # Read by torch's CPU libraries when they are loaded; a user's own values stay.
 CPU_SETTINGS = {
     # Threads that wait for each other spin for microseconds, not milliseconds: preprocessors want these cores too.
@@ -33,51 +37,77 @@ SECONDS = "engine_seconds"  # column: how long the unit was in the engine, from 
 
 
 class ModelActor:
-    """One engine, fed by an EngineLoop. `num_threads` is the share of the machine's cores for its matrix products."""
+    """One engine, fed by an EngineLoop. `num_threads` is the share of the machine's cores for its matrix products.
 
-    def __init__(self, config: EngineConfig, num_threads: int) -> None:
+    `ledger` is the Ray actor of a glm_actors.suspects.Ledger, to which a unit is named by the table's `unit_column`.
+    Without one a row that kills the process is given to the next one again and again.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_threads: int,
+        ledger: Any = None,
+        unit_column: str | None = None,
+        hang_limits: HangLimits | None = None,
+    ) -> None:
         # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         for name, value in CPU_SETTINGS.items():
             os.environ.setdefault(name, value)
+        self._unit_column = unit_column
+        self._guard = Guard(RayBook(ledger) if ledger is not None else None, "the model's worker")
         self._loop: EngineLoop | None = None
-        self._has_worked = False
-        self._refusal: ConfigError | None = None
-        try:
-            self._loop = EngineLoop(partial(build_engine, config))
-        except ConfigError as error:
-            # Raised from the first call instead: Ray would wrap it here into the death of an actor.
-            self._refusal = error
+        # Raised from the first call: Ray would wrap it here into the death of an actor.
+        self._refusal: GlmBatchError | None = self._guard.refusal
+        if not self._refusal:
+            self._load(config, Watchdog(hang_limits or HangLimits(), self._end_hanging))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Completes a unit's requests: see glm_actors.batches for both tables, to which this adds SECONDS."""
-        if self._loop is None:
-            assert self._refusal is not None
+        if self._refusal:
             raise self._refusal
         begun = time.monotonic()
-        try:
-            completions = self._loop.submit(to_requests(table)).result()
-        except EngineError as error:
-            if _was_restarted() and not self._has_worked:
-                raise  # one restart has not helped: another would not either, and the job's user should see why
-            _exit_dead(error)
-        self._has_worked = True
+        requests = to_requests(table)
+        first = list(accumulate(table["work"].is_valid().to_pylist(), initial=0))  # request of each row
+        unit = table[self._unit_column][0].as_py() if self._unit_column and table.num_rows else ""
+
+        def complete(start: int, stop: int) -> list[Completion]:
+            return self._complete(requests[first[start] : first[stop]])
+
+        answers = self._guard.run(f"unit {unit}", table.num_rows, complete)
+        completions = [done for answer in answers for done in _completions(answer, requests[first[answer.start] :])]
         seconds = pa.array([time.monotonic() - begun] * table.num_rows, pa.float64())
         return with_completions(table, completions).append_column(SECONDS, seconds)
 
+    def _load(self, config: EngineConfig, watchdog: Watchdog) -> None:
+        try:
+            self._loop = EngineLoop(partial(build_engine, config), watchdog)
+        except GlmBatchError as error:
+            self._refusal = error
+        except Exception as error:  # a process's border: the job's user must see what it was
+            if self._guard.is_restart:
+                self._guard.die(error)  # it has been loaded here before: what is missing may come back
+            traceback.print_exception(error)
+            self._refusal = EngineError(f"the model cannot be loaded: {type(error).__name__}: {error}")
 
-def _was_restarted() -> bool:
-    """Whether Ray has started this process in the place of one that died."""
-    import ray
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        assert self._loop is not None
+        try:
+            return self._loop.submit(requests).result()
+        except EngineError as error:
+            traceback.print_exception(error)
+            self._guard.die(error)
 
-    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    def _end_hanging(self, reason: str) -> None:
+        faulthandler.dump_traceback(STDERR, all_threads=True)
+        self._guard.die(reason)
 
 
-def _exit_dead(error: EngineError) -> NoReturn:
-    """Ends this process, so that Ray starts a new one and retries its units there.
-
-    An exception would send the retry to the same dead engine, and ray.actor.exit_actor is not retried at all.
-    """
-    traceback.print_exception(error, file=sys.stderr)
-    print(f"The engine is dead, its process ends and will be restarted: {error}", file=sys.stderr, flush=True)
-    os._exit(DEAD_ENGINE_EXIT_CODE)
+def _completions(answer: Answer[list[Completion]], requests: Sequence[Request]) -> Iterator[Completion]:
+    """The answer's completions; `requests` begin with those of its rows."""
+    if not isinstance(answer.result, RowError):
+        yield from answer.result
+        return
+    request = requests[0]  # a row without a request cannot have been anybody's end
+    yield Completion(id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=answer.result)

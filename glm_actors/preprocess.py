@@ -7,17 +7,46 @@ worker, so that only a description travels. Knows nothing of tasks, prompts or f
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import pyarrow as pa
 
-Transform = Callable[[pa.Table], pa.Table]
+from glm_actors.guard import Answer, Guard, RayBook
+from models.errors import RowError
+
+
+class Transform(Protocol):
+    """A function of tables."""
+
+    def __call__(self, table: pa.Table, lost: RowError | None = None) -> pa.Table:
+        """One row out for each row in. With `lost` it is the error of every row, and none of them is looked at."""
+        ...
 
 
 class Preprocessor:
-    """Builds its transform once, when the worker starts, and applies it to each unit's table."""
+    """Builds its transform once, when the worker starts, and applies it to each unit's table.
 
-    def __init__(self, build: Callable[[], Transform]) -> None:
+    `ledger` and `unit_column`: see glm_actors.model.ModelActor.
+    """
+
+    def __init__(self, build: Callable[[], Transform], ledger: Any = None, unit_column: str | None = None) -> None:
+        self._unit_column = unit_column
+        self._guard = Guard(RayBook(ledger) if ledger is not None else None, "a preprocessing worker")
+        if self._guard.refusal:
+            raise self._guard.refusal
         self._transform = build()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return self._transform(table)
+        unit = table[self._unit_column][0].as_py() if self._unit_column and table.num_rows else ""
+
+        def transform(start: int, stop: int) -> pa.Table:
+            return self._transform(table.slice(start, stop - start))
+
+        answers = self._guard.run(f"rows of unit {unit}", table.num_rows, transform)
+        pieces = [self._piece(table, answer) for answer in answers]
+        return pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces).unify_dictionaries()
+
+    def _piece(self, table: pa.Table, answer: Answer[pa.Table]) -> pa.Table:
+        if isinstance(answer.result, RowError):
+            return self._transform(table.slice(answer.start, answer.stop - answer.start), lost=answer.result)
+        return answer.result

@@ -117,8 +117,9 @@ def _labelled(job: Job, prepared: Prepared, units: Sequence[Unit], workers: Work
     from pipelines import stages
 
     dataset = stages.read(job_source(job), prepared.plan, units, workers)
-    dataset = stages.render(dataset, prepared.spec, workers)
-    dataset = stages.infer(dataset, engine_config(job), workers)
+    ledger = stages.start_ledger()
+    dataset = stages.render(dataset, prepared.spec, workers, ledger)
+    dataset = stages.infer(dataset, engine_config(job), workers, ledger)
     return stages.parse(dataset, prepared.spec, workers)
 
 

@@ -68,11 +68,16 @@ def unit_table(table: pa.Table, unit: int, file: InputFile, start: int, earlier:
     return pa.table(own | {INPUT + name: table[name] for name in table.column_names})
 
 
-def render_unit(spec: TaskSpec, table: pa.Table) -> pa.Table:
-    """Rows to requests: keys, prompts, token ids. Carried columns and gold answers go along."""
+def render_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
+    """Rows to requests: keys, prompts, token ids. Carried columns and gold answers go along.
+
+    With `lost` these rows get that error instead of a prompt.
+    """
     runner = task_runner(spec)
     rows = _rows(spec.job, table)
     carried, misfits = _carried(spec, table, rows)
+    if lost:
+        misfits = [lost] * table.num_rows
     names = zip(rows, table[ROW].to_pylist(), table[FIRST].to_pylist(), misfits, strict=True)
     checked = [_checked(spec.job, *name) for name in names]
     keys = [key for key, _ in checked]

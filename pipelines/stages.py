@@ -6,7 +6,7 @@ inside functions only. Knows nothing of prompts, engines' insides or the commit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +15,12 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from glm_actors.model import SECONDS, ModelActor
-from glm_actors.preprocess import Preprocessor
+from glm_actors.preprocess import Preprocessor, Transform
+from glm_actors.suspects import Ledger, Patience
+from glm_actors.watchdog import HangLimits
 from models.engine.interface import EngineConfig
 from pipelines.commit import CommitRecord, Output
 from pipelines.plan import Plan, Unit, UnitSizes
@@ -25,6 +28,8 @@ from pipelines.rows import UNIT, TaskSpec, count_rows, parse_unit, render_unit, 
 from pipelines.source import InputFile, Source
 
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
+PATIENCE = Patience()
+HANG_LIMITS = HangLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +88,18 @@ def read(source: Source, plan: Plan, units: Sequence[Unit], workers: Workers) ->
     return dataset
 
 
-def render(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
+def start_ledger() -> Any:
+    """The actor to which workers tell what they are at: see glm_actors.suspects. It ends with its last handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(Ledger).options(**options).remote(PATIENCE)
+
+
+def render(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
     """Rows -> requests, on CPU actors. Ray fuses reading into them, so a worker reads a file's units in order."""
     return dataset.map_batches(
         Preprocessor,
-        fn_constructor_args=(partial(_build_renderer, spec),),
+        fn_constructor_args=(partial(_build_renderer, spec), ledger, UNIT),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers.preprocessors),
@@ -95,13 +107,13 @@ def render(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
     )
 
 
-def infer(dataset: Dataset, engine: EngineConfig, workers: Workers) -> Dataset:
+def infer(dataset: Dataset, engine: EngineConfig, workers: Workers, ledger: Any = None) -> Dataset:
     """Requests -> completions, on model actors that each keep several units in flight."""
     # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by the plan.
     map_units = dataset.map_batches_internal if workers.gpus_per_replica else dataset.map_batches
     return map_units(
         ModelActor,
-        fn_constructor_args=(engine, workers.threads_per_replica),
+        fn_constructor_args=(engine, workers.threads_per_replica, ledger, UNIT, HANG_LIMITS),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
@@ -168,7 +180,7 @@ def _read_unit(source: Source, file: InputFile, unit: Unit, earlier: dict[int, s
     return [unit_table(source.read(file, unit.rows), unit.index, file, unit.rows.start, earlier)]
 
 
-def _build_renderer(spec: TaskSpec) -> Callable[[pa.Table], pa.Table]:
+def _build_renderer(spec: TaskSpec) -> Transform:
     task_runner(spec).start()  # the tokenizer is loaded, the decoder started, while the actor starts
     return partial(render_unit, spec)
 

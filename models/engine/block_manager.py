@@ -112,6 +112,13 @@ class BlockManager:
         self._next_contents += 1
         return self._contents[block_id]
 
+    def unregister(self, block_ids: Sequence[int]) -> None:
+        """Forgets what held blocks were registered for: they were not written. Those of others' contents stay."""
+        for block_id in block_ids:
+            if block_id in self._contents:
+                self._forget(block_id)
+                self.num_evictions -= 1
+
     def contents(self, block_id: int) -> int:
         """The contents' number of a registered block."""
         return self._contents[block_id]

@@ -1,7 +1,7 @@
 """TorchEngine: requests in, completions out, around a scheduler and a runner.
 
-A step is: schedule -> build_batch -> run -> hand the numbers to the requests they belong to. Knows nothing of rows,
-files or ranks.
+A step is: schedule -> build_batch -> run -> sample -> hand the numbers to the requests they belong to. A step that does
+not fit into memory is taken back and tried again with fewer tokens. Knows nothing of rows, files or ranks.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from models.engine.decoding import Decoding
 from models.engine.interface import EngineConfig
 from models.engine.media import PlacedMedia, place
 from models.engine.media_encoder import MediaEncoder
-from models.engine.request import Choose, Classify, Completion, Embed, Generate, Inspect, Request, Tag
+from models.engine.request import Choose, Classify, Completion, Embed, Generate, Inspect, Request, Tag, TopLogprob
 from models.engine.runner import Runner, StepOutput, TorchRunner
 from models.engine.sampler import SampleRow, sample
-from models.engine.scheduler import Scheduler
+from models.engine.scheduler import Chunk, Scheduler
 from models.engine.sequence import Sequence
 from models.engine.settings import (
     UNPROVEN_STEPS,
@@ -37,6 +37,7 @@ from models.engine.settings import (
     resolve_end_ids,
     resolve_limits,
 )
+from models.engine.step_size import StepSize, is_out_of_memory
 from models.errors import ConfigError, RowError
 from models.processing.tokenizer import Tokenizer
 from models.registry import build_model
@@ -55,6 +56,17 @@ class _Pending:
     num_finished: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """The token that a step has drawn for a sequence, or why there is none."""
+
+    sequence: Sequence
+    token_id: int
+    logprob: float | None
+    top_logprobs: tuple[TopLogprob, ...] | None
+    error: RowError | None
+
+
 class TorchEngine:
     """The engine of this project. `from_checkpoint` builds one; every request ends in exactly one Completion."""
 
@@ -70,6 +82,7 @@ class TorchEngine:
             max_unproven=UNPROVEN_STEPS * limits.max_step_tokens // limits.block_size,
         )
         self.scheduler = Scheduler(blocks, max_step_tokens=limits.max_step_tokens, max_num_seqs=limits.max_num_seqs)
+        self._step_size = StepSize(limits.max_step_tokens)
         self._pending: dict[str, _Pending] = {}
         self._ready: deque[Completion] = deque()
 
@@ -114,9 +127,26 @@ class TorchEngine:
                 self.scheduler.add(sequence)
 
     def step(self) -> list[Completion]:
-        """Computes up to max_step_tokens tokens and returns what finished."""
+        """Computes up to max_step_tokens tokens and returns what finished.
+
+        What does not fit into memory is tried again in smaller steps, until a row does not fit by itself: it fails.
+        """
         chunks = self.scheduler.schedule()
         if chunks:
+            computed = self._compute(chunks)
+            if computed:
+                for chunk in chunks:
+                    chunk.sequence.num_computed = chunk.end
+                self._hand_out(*computed)
+                self._step_size.succeeded()
+            self.scheduler.max_step_tokens = self._step_size.tokens
+        done = list(self._ready)
+        self._ready.clear()
+        return done
+
+    def _compute(self, chunks: list[Chunk]) -> tuple[list[Wanted], StepOutput, list[_Draw]] | None:
+        """A step's numbers; nothing but memory has changed by then. None where that ran out: all is as before."""
+        try:
             batch, wanted = build_batch(
                 chunks,
                 self.scheduler,
@@ -124,12 +154,25 @@ class TorchEngine:
                 eos_token_ids=self.tokenizer.eos_token_ids,
             )
             output = self._runner.run(batch)
-            for chunk in chunks:
-                chunk.sequence.num_computed = chunk.end
-            self._hand_out(wanted, output)
-        done = list(self._ready)
-        self._ready.clear()
-        return done
+            return wanted, output, self._draw(wanted, output.sample_logits)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error) or type(error).__name__
+        # Outside the handler: the exception has held the step's tensors.
+        self._take_back(chunks, reason)
+        return None
+
+    def _take_back(self, chunks: list[Chunk], reason: str) -> None:
+        self.scheduler.take_back(chunks)
+        self._runner.free_memory()
+        if not self._step_size.failed(sum(chunk.end - chunk.start for chunk in chunks), reason):
+            sequence = chunks[0].sequence
+            message = (
+                f"the row does not fit into the device's memory, not even alone and token by token (its prompt has "
+                f"{sequence.num_prompt} tokens): {reason}; shorten it or its media, or lower engine.kv_cache_tokens"
+            )
+            self._fail(self._pending[sequence.request.id], RowError("out_of_memory", message))
 
     def abort(self, ids: list[str]) -> None:
         for request_id in ids:
@@ -243,9 +286,8 @@ class TorchEngine:
 
     # From a step's numbers to completions
 
-    def _hand_out(self, wanted: list[Wanted], output: StepOutput) -> None:
+    def _hand_out(self, wanted: list[Wanted], output: StepOutput, draws: list[_Draw]) -> None:
         rows = _Rows(output)
-        samples: list[tuple[_Pending, Sequence]] = []
         for want in wanted:
             pending = self._pending[want.sequence.request.id]
             count = len(want.indices)
@@ -253,8 +295,6 @@ class TorchEngine:
                 pending.arrays.clear()
             match want.sequence.request.work:
                 case Generate():
-                    if count:
-                        samples.append((pending, want.sequence))
                     continue
                 case Choose():
                     self._take_scores(pending, want, rows)
@@ -266,8 +306,8 @@ class TorchEngine:
                     pending.arrays.append(rows.hidden(count))
             if not want.sequence.num_owed:
                 self._finish_sequence(pending, want.sequence, "scored")
-        if samples:
-            self._sample(samples, output.sample_logits)
+        for draw in draws:
+            self._add(draw)
 
     def _take_scores(self, pending: _Pending, want: Wanted, rows: _Rows) -> None:
         tree = want.sequence.tree
@@ -280,28 +320,40 @@ class TorchEngine:
                 ends = [rows.pair_logprob() for _ in self.tokenizer.eos_token_ids]
                 pending.end_logprobs[node] = float(np.logaddexp.reduce(ends))
 
-    def _sample(self, samples: list[tuple[_Pending, Sequence]], logits: torch.Tensor) -> None:
+    def _draw(self, wanted: list[Wanted], logits: torch.Tensor) -> list[_Draw]:
+        """The next token of each sequence that is due for one; changes nothing."""
+        sequences = [
+            want.sequence for want in wanted if want.indices and isinstance(want.sequence.request.work, Generate)
+        ]
+        if not sequences:
+            return []
         errors: dict[int, RowError] = {}
-        rows = [self._sample_row(i, *each, errors) for i, each in enumerate(samples)]
+        rows = [self._sample_row(i, sequence, errors) for i, sequence in enumerate(sequences)]
         sampled = sample(logits, rows, vocab_size=min(self.tokenizer.vocab_size, self.config.vocab_size))
-        errors |= sampled.errors
-        for i, (pending, sequence) in enumerate(samples):
-            if pending.request.id not in self._pending:
-                continue  # another sample of the same request has failed in this step
-            decoding = pending.decodings[sequence.sample_index]
-            try:
-                if i in errors:
-                    raise errors[i]
-                forced = decoding.add(sampled.token_ids[i], sampled.logprobs[i], sampled.top_logprobs[i])
-            except RowError as error:
-                self._fail(pending, error)
-                continue
-            sequence.tokens += [sampled.token_ids[i], *forced]
-            if decoding.finish_reason:
-                self._finish_sequence(pending, sequence, decoding.finish_reason)
+        errors = sampled.errors | errors
+        found = zip(sequences, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True)
+        return [_Draw(*each, error=errors.get(i)) for i, each in enumerate(found)]
 
-    def _sample_row(self, i: int, pending: _Pending, sequence: Sequence, errors: dict[int, RowError]) -> SampleRow:
+    def _add(self, draw: _Draw) -> None:
+        sequence = draw.sequence
+        pending = self._pending.get(sequence.request.id)
+        if pending is None:
+            return  # another sample of the same request has failed in this step
+        decoding = pending.decodings[sequence.sample_index]
+        try:
+            if draw.error:
+                raise draw.error
+            forced = decoding.add(draw.token_id, draw.logprob, draw.top_logprobs)
+        except RowError as error:
+            self._fail(pending, error)
+            return
+        sequence.tokens += [draw.token_id, *forced]
+        if decoding.finish_reason:
+            self._finish_sequence(pending, sequence, decoding.finish_reason)
+
+    def _sample_row(self, i: int, sequence: Sequence, errors: dict[int, RowError]) -> SampleRow:
         """What the sampler must know; a constraint that can no longer be followed is noted in `errors`."""
+        pending = self._pending[sequence.request.id]
         decoding = pending.decodings[sequence.sample_index]
         bitmask = None
         try:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.byte_cache import ByteCache
 from models.engine.request import MediaItem
+from models.engine.step_size import is_out_of_memory
 from models.glm4v_vision import Grid, VisionTower
 from models.normalization import MediaKind
 
@@ -54,8 +55,11 @@ class MediaEncoder:
             self._features.put(key, value, value.nbytes)
         return features
 
+    def forget(self) -> None:
+        """Frees the remembered features."""
+        self._features = ByteCache(self._features.max_bytes)
+
     def _encode(self, items: Sequence[MediaItem]) -> dict[Key, torch.Tensor]:
-        self.num_encoded += len(items)
         pieces: dict[Key, list[torch.Tensor]] = {item.key: [] for item in items}
         for bunch in self._bunches(items):
             # Frames of one kind and size side by side: one matrix product each, and one attention.
@@ -66,14 +70,24 @@ class MediaEncoder:
                 for kind in kinds
                 if (mine := [frame.patches for frame in bunch if frame.item.kind == kind])
             ]
-            encoded = self._tower.forward_uint8(patches, [frame.grid for frame in bunch])
+            encoded = self._forward(patches, bunch)
             merged = self._tower.config.spatial_merge_size**2
             start = 0
             for frame in bunch:
                 end = start + len(frame.patches) // merged
                 pieces[frame.item.key].append(encoded[start:end])
                 start = end
+        self.num_encoded += len(items)
         return {key: torch.cat(frames) for key, frames in pieces.items()}
+
+    def _forward(self, patches: list[torch.Tensor], bunch: Sequence[_Frame]) -> torch.Tensor:
+        """One forward pass of the tower. Where it does not fit into memory, later ones take half as much at a time."""
+        try:
+            return self._tower.forward_uint8(patches, [frame.grid for frame in bunch])
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error) and len(bunch) > 1:
+                self._max_patches = max(1, self._max_patches // 2)
+            raise
 
     def _bunches(self, items: Sequence[MediaItem]) -> Iterator[list[_Frame]]:
         """All frames, as many at a time as one forward pass takes."""

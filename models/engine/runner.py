@@ -1,7 +1,7 @@
 """Runner: one rank's forward pass. Arrays of a Batch in, the numbers that somebody wants out.
 
 Owns the model and the KV cache's tensors. Knows nothing of sequences, scheduling or sampling; a tensor-parallel runner
-has the same two members.
+has the same three members.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from models.config import ModelConfig
 from models.engine.batch import Batch, Group, Ints
 from models.engine.kv_cache import KVCache
 from models.engine.media_encoder import MediaEncoder
-from models.errors import EngineError
 from models.glm import MediaRows
 from models.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
 from models.registry import Model
@@ -46,7 +45,14 @@ class Runner(Protocol):
     config: ModelConfig
 
     def run(self, batch: Batch) -> StepOutput:
-        """One forward pass. Raises EngineError when the device cannot go on."""
+        """One forward pass. What it raises for want of memory leaves it able to run a smaller batch.
+
+        Raises EngineError when the device cannot go on.
+        """
+        ...
+
+    def free_memory(self) -> None:
+        """Lets go of what can be computed again."""
         ...
 
 
@@ -61,24 +67,27 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
-        try:
-            hidden = self._model.backbone(
-                self._tensor(batch.input_ids),
-                self._tensor(batch.positions),
-                int(batch.positions.max()),
-                self._cache.pages,
-                self._attention(batch),
-                self._media(batch),
-            )
-            return StepOutput(
-                sample_logits=self._head(hidden, batch.sample_rows),
-                pair_logprobs=self._pair_logprobs(hidden, batch),
-                class_logits=self._class_logits(hidden, batch.class_rows),
-                logits=self._all_logits(hidden, batch.logit_rows),
-                hidden=hidden[self._tensor(batch.hidden_rows)].float().cpu().numpy(),
-            )
-        except torch.OutOfMemoryError as error:
-            raise EngineError(f"out of memory in a step of {len(batch.input_ids)} tokens: {error}") from error
+        hidden = self._model.backbone(
+            self._tensor(batch.input_ids),
+            self._tensor(batch.positions),
+            int(batch.positions.max()),
+            self._cache.pages,
+            self._attention(batch),
+            self._media(batch),
+        )
+        return StepOutput(
+            sample_logits=self._head(hidden, batch.sample_rows),
+            pair_logprobs=self._pair_logprobs(hidden, batch),
+            class_logits=self._class_logits(hidden, batch.class_rows),
+            logits=self._all_logits(hidden, batch.logit_rows),
+            hidden=hidden[self._tensor(batch.hidden_rows)].float().cpu().numpy(),
+        )
+
+    def free_memory(self) -> None:
+        if self.encoder:
+            self.encoder.forget()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _media(self, batch: Batch) -> MediaRows | None:
         """Every item of the step encoded or found, and the features that its rows take."""

@@ -18,11 +18,18 @@ from models.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of one sequence, to be computed in this step."""
+    """Tokens [start, end) of one sequence, to be computed in this step.
+
+    The rest is what the sequence was before, for a step that has to be taken back: how many of its blocks were in the
+    prefix index, under which number the last of them, and whether it was waiting.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    num_registered: int
+    contents: int
+    was_waiting: bool
 
 
 class Scheduler:
@@ -61,9 +68,24 @@ class Scheduler:
                 break
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            chunks.append(self._chunk(sequence, count))
+            chunks.append(self._chunk(sequence, count, was_waiting=True))
             budget -= count
         return chunks
+
+    def take_back(self, chunks: list[Chunk]) -> None:
+        """Undoes a `schedule` whose step was not computed: nothing of it stays in the index, the admitted wait again.
+
+        Running sequences keep their blocks: they will need them.
+        """
+        for chunk in chunks:
+            sequence = chunk.sequence
+            self.blocks.unregister(sequence.block_table[chunk.num_registered : sequence.num_registered])
+            sequence.num_registered, sequence.contents = chunk.num_registered, chunk.contents
+        for chunk in reversed(chunks):
+            if chunk.was_waiting:
+                self.running.remove(chunk.sequence)
+                self._release(chunk.sequence)
+                self.waiting.appendleft(chunk.sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a running or waiting sequence out and frees its blocks."""
@@ -137,16 +159,17 @@ class Scheduler:
             sequence.cached_tokens = sequence.num_computed
         return min(sequence.num_owed, budget)
 
-    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, count: int, *, was_waiting: bool = False) -> Chunk:
         """Registers the blocks that the chunk fills: whoever is scheduled later in this step may already share them.
 
         That is safe because a layer writes the keys and values of all tokens of a step before it attends.
         """
         start, end = sequence.num_computed, sequence.num_computed + count
+        chunk = Chunk(sequence, start, end, sequence.num_registered, sequence.contents, was_waiting)
         size = self.blocks.block_size
         if self.blocks.prefix_caching:
             for i in range(sequence.num_registered, min(end, sequence.num_shareable) // size):
                 keys = sequence.keys(i * size, (i + 1) * size)
                 sequence.contents = self.blocks.register(sequence.block_table[i], sequence.contents, keys)
                 sequence.num_registered = i + 1
-        return Chunk(sequence, start, end)
+        return chunk

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from glm_actors.suspects import Patience
 from models.errors import ConfigError, EngineError
 from pipelines import build_dataset, run
 from pipelines.commit import Output
@@ -247,8 +248,9 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(echo_checkpoint: Path
 def test_a_lost_engine_ends_the_job_with_its_reason(
     echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process of a dead engine is restarted; when the next one dies too without an answer, its reason is told."""
+    """The process of a dead engine is restarted; when none of them answers a row, the last one's reason is told."""
     write_input(tmp_path, num_parquet=4)
+    monkeypatch.setattr("pipelines.stages.PATIENCE", Patience(barren_deaths=3, backoff_s=0.1))
     monkeypatch.setattr("pipelines.stages.ModelActor", _dying_actor())
     with pytest.raises(EngineError, match="the device is lost"):
         run(make_job(echo_checkpoint, tmp_path))
@@ -260,8 +262,8 @@ def _dying_actor() -> type:
     from models.engine.echo import EchoEngine
 
     class DyingActor(ModelActor):
-        def __init__(self, config: Any, num_threads: int) -> None:
-            super().__init__(config, num_threads)
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
 
             class DeadEngine(EchoEngine):
                 def step(self) -> Any:

@@ -232,6 +232,24 @@ def test_many_frames_go_through_the_tower_in_several_passes(
         assert_same(found[str(i)], want)
 
 
+def test_media_that_do_not_fit_together_are_encoded_apart(
+    path: Path, one_by_one: dict[str, list[Completion]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(path)
+    encoder = engine._runner.encoder  # type: ignore[attr-defined]
+    forward = encoder._tower.forward_uint8
+
+    def full(patches: list[torch.Tensor], grids: list[Any]) -> torch.Tensor:
+        if len(grids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(patches, grids)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(encoder._tower, "forward_uint8", full)
+    found = run(engine, [request(str(i), prompt, WORKS["hidden"]) for i, prompt in enumerate(PROMPTS)])
+    for i, want in enumerate(one_by_one["hidden"]):
+        assert_same(found[str(i)], want)
+
+
 def test_byte_cache_books() -> None:
     cache: ByteCache[str] = ByteCache(10)
     for key, size in (("a", 4), ("b", 4), ("a", 5), ("c", 4)):

@@ -1,0 +1,241 @@
+"""Processes that die in the middle of a job cost nothing but the rows that kill them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glm_actors.loop import EngineLoop
+from glm_actors.model import ModelActor
+from glm_actors.preprocess import Preprocessor
+from glm_actors.suspects import Patience
+from glm_actors.watchdog import HangLimits
+from models.engine.echo import EchoEngine
+from pipelines import run
+from pipelines.commit import Output
+from pipelines.job import CommitSection, EngineSection, Job, TaskConfig
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+POISON = "poison " * 25
+LONG = 75  # tokens that only a poisoned prompt has
+NUM_ROWS = 200
+BAD_ROWS = (3, 117)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.stages.PATIENCE", Patience(backoff_s=0.1))
+
+
+def make_job(checkpoint: Path, folder: Path, name: str = "out", unit_rows: int = 25) -> Job:
+    return Job(
+        model=str(checkpoint),
+        input=[str(folder / "in")],
+        output=str(folder / name),
+        key="id",
+        carry=["id"],
+        task=TaskConfig(kind="choose", prompt="Which shape? {text}", labels=["circle", "square"]),
+        engine=EngineSection(kind="echo"),
+        commit=CommitSection(unit_rows=unit_rows),
+    )
+
+
+def write_input(folder: Path, bad: tuple[int, ...] = (), num_rows: int = NUM_ROWS) -> None:
+    (folder / "in").mkdir()
+    texts = [POISON if row in bad else f"shape {row}" for row in range(num_rows)]
+    table = pa.table({"id": [f"r{row}" for row in range(num_rows)], "text": texts})
+    pq.write_table(table, folder / "in" / "a.parquet")
+
+
+def records(job: Job) -> list[dict[str, Any]]:
+    return [row for table in Output.at(job.output).iter_tables() for row in table.to_pylist()]
+
+
+def assert_only_these_failed(rows: list[dict[str, Any]], code: str) -> list[str]:
+    """The messages of the failed rows; all others are answered, once each, in order."""
+    assert [row["row_key"] for row in rows] == [f"r{row}" for row in range(NUM_ROWS)]
+    failed = [index for index, row in enumerate(rows) if row["error_code"] is not None]
+    assert tuple(failed) == BAD_ROWS
+    assert {rows[index]["error_code"] for index in failed} == {code}
+    assert all(row["label"] is not None for index, row in enumerate(rows) if index not in failed)
+    return [rows[index]["error_message"] for index in failed]
+
+
+def actor_with(engine: Callable[[], EchoEngine], starts: Path) -> type:
+    """A ModelActor with another engine, that notes each of its processes in the file `starts`."""
+
+    class Actor(ModelActor):
+        def _load(self, config: Any, watchdog: Any) -> None:
+            with starts.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            self._loop = EngineLoop(engine, watchdog)
+
+    return Actor
+
+
+def poisoned_engine(end: Callable[[], None]) -> Callable[[], EchoEngine]:
+    def build() -> EchoEngine:
+        class Poisoned(EchoEngine):
+            def step(self) -> Any:
+                if any(len(request.input_ids) > LONG for request in self._waiting.values()):
+                    end()
+                return super().step()
+
+        return Poisoned()
+
+    return build
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crash() -> None:
+    ctypes.string_at(0)
+
+
+def fail() -> None:
+    raise MemoryError("a matrix that nothing can hold")
+
+
+def hang() -> None:
+    time.sleep(300)
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (kill_self, "killed without a word"),
+        (crash, "Segmentation fault"),
+        (fail, "a matrix that nothing can hold"),
+        (hang, "a step of the engine hangs"),
+    ],
+)
+def test_rows_that_end_the_engine_fail_alone(
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], words: str
+) -> None:
+    write_input(tmp_path, BAD_ROWS)
+    if end is hang:
+        monkeypatch.setattr("pipelines.stages.HANG_LIMITS", HangLimits(first_step_s=3.0, step_s=3.0))
+    monkeypatch.setattr("pipelines.stages.ModelActor", actor_with(poisoned_engine(end), tmp_path / "starts"))
+    job = make_job(echo_checkpoint, tmp_path)
+    result = run(job)
+    messages = assert_only_these_failed(records(job), "worker_died")
+    assert all(words in message for message in messages)
+    assert result.summary.counts.errors == {"worker_died": 2}
+    starts = (tmp_path / "starts").read_text().splitlines()
+    assert 4 <= len(set(starts)) <= 10
+
+
+def kill_at_random(starts: Path, seed: int, times: int, ended: threading.Event) -> int:
+    """SIGKILLs whichever process started last, so many times, each at a random moment of its life."""
+    chance = random.Random(seed)
+    killed: set[int] = set()
+    while len(killed) < times and not ended.wait(0.02):
+        pids = [int(line) for line in starts.read_text().splitlines()] if starts.exists() else []
+        if pids and pids[-1] not in killed:
+            time.sleep(chance.uniform(0.0, 0.4))
+            with suppress(ProcessLookupError):
+                os.kill(pids[-1], signal.SIGKILL)
+                killed.add(pids[-1])
+    return len(killed)
+
+
+def run_under_fire(job: Job, starts: Path, seed: int) -> int:
+    """Runs the job while its processes are killed five times; how many kills hit."""
+    ended = threading.Event()
+    kills: list[int] = []
+    killer = threading.Thread(target=lambda: kills.append(kill_at_random(starts, seed, 5, ended)))
+    killer.start()
+    try:
+        run(job)
+    finally:
+        ended.set()
+        killer.join()
+    return kills[0]
+
+
+def slow_engine() -> EchoEngine:
+    class Slow(EchoEngine):
+        def step(self) -> Any:
+            time.sleep(0.3)
+            return super().step()
+
+    return Slow()
+
+
+def test_model_actors_killed_at_random_change_no_record(
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_input(tmp_path)
+    undisturbed = make_job(echo_checkpoint, tmp_path, "undisturbed", 5)
+    run(undisturbed)
+    monkeypatch.setattr("pipelines.stages.ModelActor", actor_with(slow_engine, tmp_path / "starts"))
+    disturbed = make_job(echo_checkpoint, tmp_path, "disturbed", 5)
+    assert run_under_fire(disturbed, tmp_path / "starts", seed=1) == 5
+    assert records(disturbed) == records(undisturbed)
+
+
+def preprocessor_with(before: Callable[[pa.Table], None], starts: Path) -> type:
+    class Noted(Preprocessor):
+        def __init__(self, build: Any, *others: Any) -> None:
+            with starts.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+
+            def build_poisoned() -> Any:
+                transform = build()
+
+                def poisoned(table: pa.Table, lost: Any = None) -> pa.Table:
+                    if not lost:
+                        before(table)
+                    return transform(table, lost)
+
+                return poisoned
+
+            super().__init__(build_poisoned, *others)
+
+    return Noted
+
+
+def end_at_poison(table: pa.Table) -> None:
+    if POISON in table["in.text"].to_pylist():
+        kill_self()
+
+
+def wait_a_little(table: pa.Table) -> None:
+    time.sleep(0.2)
+
+
+def test_rows_that_end_a_preprocessor_fail_alone(
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_input(tmp_path, BAD_ROWS)
+    monkeypatch.setattr("pipelines.stages.Preprocessor", preprocessor_with(end_at_poison, tmp_path / "starts"))
+    job = make_job(echo_checkpoint, tmp_path)
+    run(job)
+    assert_only_these_failed(records(job), "worker_died")
+
+
+def test_preprocessors_killed_at_random_change_no_record(
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_input(tmp_path)
+    undisturbed = make_job(echo_checkpoint, tmp_path, "undisturbed", 5)
+    run(undisturbed)
+    monkeypatch.setattr("pipelines.stages.Preprocessor", preprocessor_with(wait_a_little, tmp_path / "starts"))
+    disturbed = make_job(echo_checkpoint, tmp_path, "disturbed", 5)
+    assert run_under_fire(disturbed, tmp_path / "starts", seed=2) == 5
+    assert records(disturbed) == records(undisturbed)
