@@ -6,13 +6,14 @@ worker, so that only a description travels. Knows nothing of tasks, prompts or f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from glm_actors.guard import Answer, Guard, RayBook
-from models.errors import RowError
+from models.errors import GlmBatchError, RowError
 
 
 class Transform(Protocol):
@@ -40,13 +41,42 @@ class Preprocessor:
         unit = table[self._unit_column][0].as_py() if self._unit_column and table.num_rows else ""
 
         def transform(start: int, stop: int) -> pa.Table:
-            return self._transform(table.slice(start, stop - start))
+            return self._isolated(table.slice(start, stop - start))
 
         answers = self._guard.run(f"rows of unit {unit}", table.num_rows, transform)
         pieces = [self._piece(table, answer) for answer in answers]
-        return pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces).unify_dictionaries()
+        return _joined(pieces)
+
+    def _isolated(self, table: pa.Table) -> pa.Table:
+        """The transform's result, with an error for each row at which it raises what it should not.
+
+        Where it raises at every row it is not the rows: then the first exception stands.
+        """
+        try:
+            return self._transform(table)
+        except GlmBatchError:
+            raise
+        except Exception as error:  # a stage's border: one row's surprise must not end the job
+            rows = [self._alone(table.slice(row, 1)) for row in range(table.num_rows)]
+            if table.num_rows > 1 and not any(survived for survived, _ in rows):
+                raise
+            traceback.print_exception(error)
+            return _joined([piece for _, piece in rows])
+
+    def _alone(self, row: pa.Table) -> tuple[bool, pa.Table]:
+        try:
+            return True, self._transform(row)
+        except GlmBatchError:
+            raise
+        except Exception as error:  # as above
+            message = f"preparing this row raised {type(error).__name__}: {error}; the worker's log has the traceback"
+            return False, self._transform(row, lost=RowError("internal_error", message))
 
     def _piece(self, table: pa.Table, answer: Answer[pa.Table]) -> pa.Table:
         if isinstance(answer.result, RowError):
             return self._transform(table.slice(answer.start, answer.stop - answer.start), lost=answer.result)
         return answer.result
+
+
+def _joined(pieces: Sequence[pa.Table]) -> pa.Table:
+    return pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces).unify_dictionaries()

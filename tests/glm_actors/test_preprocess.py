@@ -1,0 +1,54 @@
+"""A row at which preprocessing raises what nobody foresaw costs that row; an error of the whole job is no row's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pytest
+
+from glm_actors.batches import request_table, to_requests
+from glm_actors.preprocess import Preprocessor
+from models.engine.request import Classify, Embed, Request
+from models.errors import ConfigError, RowError
+
+
+class Doubling:
+    """Makes a request of each number; raises `error` at some."""
+
+    def __init__(self, bad: Iterable[int], error: Exception) -> None:
+        self.bad, self.error = set(bad), error
+
+    def __call__(self, table: pa.Table, lost: RowError | None = None) -> pa.Table:
+        numbers = table["n"].to_pylist()
+        if not lost and self.bad & set(numbers):
+            raise self.error
+        works = [Classify() if n % 2 else Embed() for n in numbers]
+        requests = [lost or Request(id=f"r{n}", input_ids=[n], work=w) for n, w in zip(numbers, works, strict=True)]
+        return request_table([f"r{n}" for n in numbers], requests)
+
+
+def prepare(bad: Iterable[int], num_rows: int, error: Exception | None = None) -> pa.Table:
+    transform = Doubling(bad, error or ZeroDivisionError("an odd corner"))
+    return Preprocessor(lambda: transform)(pa.table({"n": list(range(num_rows))}))
+
+
+@pytest.mark.parametrize(("bad", "num_rows"), [([], 5), ([2], 5), ([0, 4], 5), ([0, 1, 2], 4), ([0], 1)])
+def test_a_row_that_raises_fails_alone(bad: list[int], num_rows: int) -> None:
+    table = prepare(bad, num_rows)
+    assert table["row_key"].to_pylist() == [f"r{n}" for n in range(num_rows)]
+    assert table["error_code"].to_pylist() == ["internal_error" if n in bad else None for n in range(num_rows)]
+    assert all("an odd corner" in table["error_message"][n].as_py() for n in bad)
+    good = [n for n in range(num_rows) if n not in bad]
+    assert [list(request.input_ids) for request in to_requests(table)] == [[n] for n in good]
+    assert [type(request.work) for request in to_requests(table)] == [Classify if n % 2 else Embed for n in good]
+
+
+def test_what_every_row_raises_is_no_row_s_fault() -> None:
+    with pytest.raises(ZeroDivisionError, match="an odd corner"):
+        prepare(range(5), 5)
+
+
+def test_our_own_errors_pass() -> None:
+    with pytest.raises(ConfigError, match="no such thing"):
+        prepare([2], 5, ConfigError("no such thing"))
