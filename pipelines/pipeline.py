@@ -57,7 +57,7 @@ def run(job: Job, on_progress: OnProgress | None = None) -> Result:
     Raises ConfigError before anything starts for a job that cannot run, and EngineError when the engine gives up.
     """
     work = _Work(on_progress)
-    output = Output.at(job.output)
+    output = Output.at(job.output, job.storage)
     work.tell("planning")
     prepared = prepare(job, output)
     work.resume(prepared.plan, output)
@@ -218,7 +218,7 @@ class _Work:
     def summary(self, output: Output) -> Summary:
         now = time.monotonic()
         return Summary(
-            output=str(output.root),
+            output=output.place,
             counts=self._counts,
             resumed_rows=self._resumed.rows,
             elapsed_s=now - self._begun,
