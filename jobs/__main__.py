@@ -24,7 +24,8 @@ SHOWN_LINES = 6
 
 app = typer.Typer(
     help="Run GLM models over large tables: one committed record for every input row.",
-    epilog="Exit codes: 0 all rows ok, 1 the job failed, 2 bad configuration, 3 more row errors than max_error_rate.",
+    epilog="Exit codes: 0 all rows ok, 1 the job failed, 2 bad configuration, 3 more row errors than max_error_rate, "
+    "130 and 143 stopped by Ctrl-C and SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,14 +49,18 @@ def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = Fal
 
 
 @app.command()
-def label(job: JobArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
+def label(
+    job: JobArgument,
+    overrides: SetOption = None,
+    extend: Annotated[bool, typer.Option("--extend", help="Take up input files that were added.")] = False,
+    debug: DebugOption = False,
+) -> None:
     """Run a job. A rerun goes on where the last one stopped."""
     with errors_for_people(debug):
         from jobs.label import label as run_label
 
-        within_limit = run_label(job, overrides or [])
-    if not within_limit:
-        raise typer.Exit(EXIT_ROW_ERRORS)
+        code = run_label(job, overrides or [], extend=extend)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -4,6 +4,8 @@
     OUTPUT/parts/UNIT-gN-ATTEMPT.parquet  a unit's rows, under a name that no other attempt has
     OUTPUT/commits/UNIT-gN.json           created once: which part counts for the unit; the highest N counts
     OUTPUT/manifest.json                  written last; readers open this and never list a directory
+    OUTPUT/job.json                       the job as the last driver ran it, for `retry`
+    OUTPUT/lease/                         which driver owns the output: see pipelines.lease
 
 "Created once" means that the second writer is told so, which is all the protocol asks of a store. A record of
 generation N + 1 is made by a retry of generation N's failed rows. Parts that no record names are leftovers of attempts
@@ -30,7 +32,7 @@ from models.errors import ConfigError
 from pipelines.crash import reach
 from pipelines.job import StorageSection
 from pipelines.metrics import Counts
-from pipelines.plan import Identity, Plan, differences, fingerprint, unit_id
+from pipelines.plan import Identity, Plan, adds_files_only, differences, fingerprint, unit_id
 from pipelines.storage import TEMPORARY, S3Store, StorageError, Store, check_store, open_store
 
 FORMAT = 1
@@ -38,6 +40,7 @@ PLAN, JOB, MANIFEST, PARTS, COMMITS, LEASE = "plan.json", "job.json", "manifest.
 FOLDERS = (PARTS, COMMITS, LEASE, TEMPORARY)
 READERS = 32  # commit records read at a time from a store with long round trips
 RECORD_NAME = re.compile(rf"{COMMITS}/unit-(\d+)-g(\d+)\.json")
+PART_NAME = re.compile(rf"{PARTS}/unit-(?P<unit>\d+)-g(?P<generation>\d+)-\w+\.parquet")
 PLAN_NAME = re.compile(r"plan(?:-(\d+))?\.json")
 
 
@@ -125,19 +128,21 @@ class Output:
                 f"output: the plan in {self.place} cannot be read ({error}); use another output"
             ) from error
 
-    def adopt(self, identity: Identity) -> Plan | None:
+    def adopt(self, identity: Identity, *, extend: bool = False) -> Plan | None:
         """The plan that stands here, if it is this job's; None where the place is free.
 
-        Raises ConfigError for another job's output, with the differences, and for a place of other things.
+        With `extend`, this job may have more input files than that plan. Raises ConfigError for another job's output,
+        with the differences, and for a place of other things.
         """
         plan = self.plan()
         if plan is None:
             self._refuse_other_content()
-        elif plan.fingerprint != fingerprint(identity):
+        elif plan.fingerprint != fingerprint(identity) and not (extend and adds_files_only(plan.identity, identity)):
             lines = "\n  ".join(differences(plan.identity, identity))
+            hint = "; --extend takes up files that were added" if adds_files_only(plan.identity, identity) else ""
             raise ConfigError(
                 f"output: {self.place} was begun by another job; use another output, remove this one, or undo the "
-                f"difference (there -> now):\n  {lines}"
+                f"difference{hint} (there -> now):\n  {lines}"
             )
         return plan
 
@@ -157,6 +162,17 @@ class Output:
         standing = self.adopt(plan.identity)
         assert standing is not None
         return standing
+
+    def take_over(self, plan: Plan, job: bytes) -> None:
+        """Says that this plan is what the output's owner works on: the one that stands, or one that extends it."""
+        standing = self.standing_plan()
+        if standing.fingerprint != plan.fingerprint:
+            number = max(self._plan_numbers()) + 1
+            reach("before_plan")
+            if standing.num_units > plan.num_units or not self.store.create(_plan_name(number), plan.to_json()):
+                raise ConfigError(f"output: {self.place} was extended by another driver meanwhile; run it again")
+            reach("after_plan")
+        self.store.write(JOB, job)
 
     # ---- units
 
@@ -219,7 +235,9 @@ class Output:
     def records(self, plan: Plan) -> Iterator[CommitRecord]:
         """The records that count, in the order of their units, some in memory at a time."""
         found = self.generations()
-        wanted = ((unit, found[unit]) for unit in sorted(found) if unit < plan.num_units)
+        yield from self._read_records((unit, found[unit]) for unit in sorted(found) if unit < plan.num_units)
+
+    def _read_records(self, wanted: Iterator[tuple[int, int]]) -> Iterator[CommitRecord]:
         if not isinstance(self.store, S3Store):
             yield from (self._known_record(*each) for each in wanted)
             return
@@ -238,6 +256,23 @@ class Output:
         return pq.read_table(pa.BufferReader(data))
 
     # ---- the end
+
+    def is_finished(self, plan: Plan) -> bool:
+        """Whether the manifest says what this plan and the commit records say."""
+        content = self._manifest_content()
+        if content is None or content["fingerprint"] != plan.fingerprint:
+            return False
+        named = (PART_NAME.fullmatch(each["part"]) for each in content["parts"])
+        found = {int(match["unit"]): int(match["generation"]) for match in named if match}
+        return len(found) == plan.num_units and found == self.generations()
+
+    def named_parts(self) -> set[str]:
+        """Every part that a record of any generation or the manifest names."""
+        found = self.generations()
+        every = ((unit, generation) for unit, last in found.items() for generation in range(1, last + 1))
+        names = {record.part for record in self._read_records(every)}
+        content = self._manifest_content()
+        return names | {each["part"] for each in content["parts"]} if content else names
 
     def finish(self, plan: Plan, schema: pa.Schema, facts: dict[str, Any]) -> Manifest:
         """Writes the manifest, after every unit is committed. One that says the same is left as it is."""
@@ -300,13 +335,12 @@ class Output:
         for record in self.records(plan):
             units += 1
             counts += record.counts
-        manifest = self._manifest_content()
         return Status(
             num_rows=plan.num_rows,
             num_units=plan.num_units,
             units_done=units,
             counts=counts,
-            finished=manifest is not None and manifest["fingerprint"] == plan.fingerprint,
+            finished=self.is_finished(plan),
             job=plan.identity,
         )
 
@@ -351,10 +385,11 @@ def part_of(record: CommitRecord) -> Part:
 
 
 def _damage(place: str, part: Part) -> str:
-    unit, generation = re.findall(r"unit-(\d+)-g(\d+)", part.name)[0]
+    match = PART_NAME.fullmatch(part.name)
+    record = _record_name(int(match["unit"]), int(match["generation"])) if match else "its commit record"
     return (
         f"the committed part {place}/{part.name} is gone or is not what was written; restore it, or remove "
-        f"{_record_name(int(unit), int(generation))} there and run the job again"
+        f"{record} there and run the job again"
     )
 
 

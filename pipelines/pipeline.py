@@ -21,13 +21,16 @@ from models.config_reader import load_config
 from models.engine.interface import EngineConfig
 from models.errors import EngineError, GlmBatchError
 from pipelines.cluster import cluster, job_workers
-from pipelines.commit import Manifest, Output
-from pipelines.job import Job
+from pipelines.commit import CommitRecord, Manifest, Output
+from pipelines.job import Job, job_file
+from pipelines.lease import Lease, own
 from pipelines.metrics import Counts, Phase, Progress, Summary
-from pipelines.plan import Plan, Unit, identify, job_source, make_plan
+from pipelines.plan import Plan, Unit, extended_plan, identify, job_source, make_plan
 from pipelines.rows import TaskSpec
 from pipelines.schema import output_schema
+from pipelines.stop import InterruptedRunError, Stop, TooManyErrorsError
 from pipelines.tasks import TaskRunner
+from pipelines.watch import watched
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -51,24 +54,30 @@ class Result:
         return self.output.iter_tables()
 
 
-def run(job: Job, on_progress: OnProgress | None = None) -> Result:
+def run(job: Job, on_progress: OnProgress | None = None, *, stop: Stop | None = None, extend: bool = False) -> Result:
     """Does what of the job is not committed yet, and finishes its output. Ray starts here if it is not running.
 
-    Raises ConfigError before anything starts for a job that cannot run, and EngineError when the engine gives up.
+    With `stop`, signals end the run early in good order. With `extend`, files may have been added to the input of an
+    output that stands. Raises ConfigError before anything starts for a job that cannot run, EngineError when the
+    engine gives up, StorageError when the output cannot be written, InterruptedRunError or TooManyErrorsError when the
+    run ended early on purpose.
     """
     work = _Work(on_progress)
     output = Output.at(job.output, job.storage)
     work.tell("planning")
-    prepared = prepare(job, output)
-    work.resume(prepared.plan, output)
-    pending = work.pending(prepared.plan)
-    if pending:
-        work.tell("starting")
-        with cluster():
-            _process(job, prepared, output, pending, work)
-    manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
+    prepared = prepare(job, output, extend=extend)
+    if output.is_finished(prepared.plan):
+        work.resume(prepared.plan, output)
+        manifest = output.manifest()
+    else:
+        with own(output.store) as lease:
+            output.take_over(prepared.plan, job_file(job))
+            work.resume(prepared.plan, output)
+            _complete(job, prepared, output, work, _Watch(lease=lease, stop=stop or Stop()))
+            lease.confirm()
+            manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
     work.tell("done")
-    return Result(output=output, manifest=manifest, summary=work.summary(output))
+    return Result(output=output, manifest=manifest, summary=work.summary(output, job))
 
 
 def build_dataset(job: Job) -> Dataset:
@@ -93,7 +102,7 @@ class Prepared:
     facts: dict[str, Any]
 
 
-def prepare(job: Job, output: Output | None) -> Prepared:
+def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepared:
     """Checks everything that can be known before work starts; with an output, its plan is created or taken up.
 
     Raises ConfigError.
@@ -103,8 +112,11 @@ def prepare(job: Job, output: Output | None) -> Prepared:
     facts = TaskRunner(job, model_dir).facts
     files = job_source(job).list_files(job.input)
     identity = identify(job, files, model_dir)
-    standing = output.adopt(identity) if output is not None else None
-    plan = standing or make_plan(job, files, identity)
+    standing = output.adopt(identity, extend=extend) if output is not None else None
+    if standing is None:
+        plan = make_plan(job, files, identity)
+    else:
+        plan = standing if standing.identity == identity else extended_plan(job, standing, files, identity)
     schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
     if output is not None and standing is None:
         plan = output.begin(plan)
@@ -136,16 +148,36 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
-def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit], work: _Work) -> None:
+def _complete(job: Job, prepared: Prepared, output: Output, work: _Work, watch: _Watch) -> None:
+    """Commits every unit that is not committed yet."""
+    pending = work.pending(prepared.plan)
+    work.refuse_errors(job)
+    if not pending:
+        return
+    work.tell("starting")
+    with cluster():
+        from pipelines import stages
+
+        workers = job_workers(job)
+        dataset = _labelled(job, prepared, pending, workers)
+        dataset = stages.commit(dataset, output, prepared.plan, prepared.spec, workers)
+        watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
+        follow(dataset, watch, lambda record, seconds: work.add_checked(job, record.counts, seconds))
+    if watch.stop.signum is not None and not work.is_complete:
+        raise InterruptedRunError(work.how_far(), watch.stop.signum)
+
+
+def follow(dataset: Dataset, watch: _Watch, on_record: Callable[[CommitRecord, float], None]) -> None:
+    """Runs a graph that ends in commits, and tells of each record; ends early when `watch` says so."""
     from ray.exceptions import ActorDiedError, RayError
 
     from pipelines import stages
 
-    workers = job_workers(job)
-    dataset = stages.commit(_labelled(job, prepared, units, workers), output, prepared.plan, prepared.spec, workers)
     try:
-        for record, seconds in stages.committed(dataset):
-            work.add(record.counts, seconds)
+        with watch.stop.listening():
+            for record, seconds in watched(stages.committed(dataset), watch.is_over):
+                watch.count()
+                on_record(record, seconds)
     except (RayError, RuntimeError) as error:
         cause = _own_error(error)
         if cause is not None:
@@ -153,6 +185,42 @@ def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit]
         if isinstance(error, ActorDiedError):
             raise EngineError(f"the model's process died again and again; Ray's logs say why ({error})") from error
         raise
+    finally:
+        _abandon(dataset)
+
+
+def _abandon(dataset: Dataset) -> None:
+    """Frees the workers of a graph: a cluster that outlives us must not go on with it. Ray has no public way."""
+    executor: Any = getattr(dataset, "_current_executor", None)
+    if executor is not None:
+        executor.shutdown(force=True)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Watch:
+    """Reasons to end a run early: a lost lease, and a signal once what the engines were at is committed."""
+
+    lease: Lease
+    stop: Stop
+    _in_work: int = 0
+    _done: int = 0
+    _done_before: int | None = None
+
+    def expect(self, in_work: int) -> None:
+        """Says how many units may be in the engines at a time."""
+        self._in_work = in_work
+
+    def count(self) -> None:
+        self._done += 1
+
+    def is_over(self) -> bool:
+        """Raises LeaseLostError."""
+        self.lease.check()
+        if not self.stop.is_asked:
+            return False
+        if self._done_before is None:
+            self._done_before = self._done
+        return self.stop.is_due or self._done - self._done_before >= self._in_work
 
 
 def _own_error(error: BaseException | None) -> GlmBatchError | None:
@@ -178,6 +246,7 @@ class _Work:
         self._done: set[int] = set()
         self._resumed = self._counts = Counts()
         self._num_rows = self._num_units = self._units_done = 0
+        self._slowest_unit_s = 0.0
 
     def tell(self, phase: Phase) -> None:
         if self._on_progress is None:
@@ -207,15 +276,47 @@ class _Work:
     def pending(self, plan: Plan) -> list[Unit]:
         return [unit for unit in plan.units() if unit.index not in self._done]
 
+    @property
+    def is_complete(self) -> bool:
+        return self._units_done == self._num_units
+
+    def how_far(self) -> str:
+        return (
+            f"stopped with {self._units_done:,} of {self._num_units:,} units ({self._counts.rows:,} of "
+            f"{self._num_rows:,} rows) committed; the same command goes on from there"
+        )
+
     def add(self, counts: Counts, seconds_in_engine: float) -> None:
         """Counts a unit. The first one to come says when the engine began to work: what was before is start-up."""
         if self._started is None:
             self._started = time.monotonic() - seconds_in_engine
         self._counts += counts
         self._units_done += 1
+        self._slowest_unit_s = max(self._slowest_unit_s, seconds_in_engine)
         self.tell("running")
 
-    def summary(self, output: Output) -> Summary:
+    def add_checked(self, job: Job, counts: Counts, seconds_in_engine: float) -> None:
+        self.add(counts, seconds_in_engine)
+        self.refuse_errors(job)
+
+    def refuse_errors(self, job: Job) -> None:
+        """Raises TooManyErrorsError under `fail_fast`, as soon as more rows failed than may fail of all of them."""
+        if job.fail_fast and self._counts.error_rows > job.max_error_rate * self._num_rows and not self.is_complete:
+            codes = ", ".join(f"{code} {rows:,}" for code, rows in self._counts.errors.items())
+            raise TooManyErrorsError(
+                f"{self._counts.error_rows:,} rows failed ({codes}), and max_error_rate allows "
+                f"{job.max_error_rate:.2%} of {self._num_rows:,}: {self.how_far()} without fail_fast"
+            )
+
+    def _notes(self, job: Job) -> tuple[str, ...]:
+        if self._slowest_unit_s <= job.commit.every_seconds:
+            return ()
+        return (
+            f"a unit took up to {self._slowest_unit_s:.0f} s in the engine: a crash may cost that much work, more than "
+            f"commit.every_seconds ({job.commit.every_seconds:g} s); a smaller commit.unit_rows bounds it",
+        )
+
+    def summary(self, output: Output, job: Job) -> Summary:
         now = time.monotonic()
         return Summary(
             output=output.place,
@@ -223,4 +324,5 @@ class _Work:
             resumed_rows=self._resumed.rows,
             elapsed_s=now - self._begun,
             working_s=now - self._started if self._started is not None else 0.0,
+            notes=self._notes(job),
         )
