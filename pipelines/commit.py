@@ -38,6 +38,7 @@ from pipelines.storage import TEMPORARY, S3Store, StorageError, Store, check_sto
 FORMAT = 1
 PLAN, JOB, MANIFEST, PARTS, COMMITS, LEASE = "plan.json", "job.json", "manifest.json", "parts", "commits", "lease"
 FOLDERS = (PARTS, COMMITS, LEASE, TEMPORARY)
+VERIFIERS = 4  # parts in memory at a time
 READERS = 32  # commit records read at a time from a store with long round trips
 RECORD_NAME = re.compile(rf"{COMMITS}/unit-(\d+)-g(\d+)\.json")
 PART_NAME = re.compile(rf"{PARTS}/unit-(?P<unit>\d+)-g(?P<generation>\d+)-\w+\.parquet")
@@ -174,6 +175,10 @@ class Output:
             reach("after_plan")
         self.store.write(JOB, job)
 
+    def kept_job(self) -> bytes:
+        """The job as JSON. Raises FileNotFoundError."""
+        return self.store.read(JOB)
+
     # ---- units
 
     def commit(self, unit: int, table: pa.Table, counts: Counts, generation: int = 1) -> CommitRecord:
@@ -239,11 +244,11 @@ class Output:
 
     def _read_records(self, wanted: Iterator[tuple[int, int]]) -> Iterator[CommitRecord]:
         if not isinstance(self.store, S3Store):
-            yield from (self._known_record(*each) for each in wanted)
+            yield from (self.known_record(*each) for each in wanted)
             return
         with ThreadPoolExecutor(READERS) as pool:
             while some := list(islice(wanted, 32 * READERS)):
-                yield from pool.map(lambda each: self._known_record(*each), some)
+                yield from pool.map(lambda each: self.known_record(*each), some)
 
     def read_part(self, part: Part) -> pa.Table:
         """A part's rows. Raises ConfigError when it is gone or not what was committed."""
@@ -267,10 +272,8 @@ class Output:
         return len(found) == plan.num_units and found == self.generations()
 
     def named_parts(self) -> set[str]:
-        """Every part that a record of any generation or the manifest names."""
-        found = self.generations()
-        every = ((unit, generation) for unit, last in found.items() for generation in range(1, last + 1))
-        names = {record.part for record in self._read_records(every)}
+        """Every part that counts: by a record that no later generation replaces, or for readers of the manifest."""
+        names = {record.part for record in self._read_records(iter(self.generations().items()))}
         content = self._manifest_content()
         return names | {each["part"] for each in content["parts"]} if content else names
 
@@ -344,6 +347,29 @@ class Output:
             job=plan.identity,
         )
 
+    def verify(self) -> Iterator[tuple[Part, str | None]]:
+        """Every part that counts, in the order of the units, and what is wrong with it.
+
+        Reads all bytes: sizes and checksums against the commit records, row counts against the files, and the
+        manifest's word against both. Raises ConfigError when no job has begun here.
+        """
+        plan = self.standing_plan()
+        content = self._manifest_content() if self.is_finished(plan) else None
+        named = {each["part"]: each["sha256"] for each in content["parts"]} if content else None
+        with ThreadPoolExecutor(VERIFIERS) as pool:
+            wanted = map(part_of, self.records(plan))
+            while some := list(islice(wanted, 4 * VERIFIERS)):
+                for part, problem in zip(some, pool.map(self._problem, some), strict=True):
+                    misnamed = named is not None and named.get(part.name) != part.checksum
+                    yield part, problem or (f"{MANIFEST} says something else of {part.name}" if misnamed else None)
+
+    def _problem(self, part: Part) -> str | None:
+        try:
+            num_rows = self.read_part(part).num_rows
+        except (ConfigError, OSError, pa.ArrowException) as error:
+            return str(error).removeprefix("output: ")
+        return None if num_rows == part.rows else f"{part.name} holds {num_rows} rows, its record says {part.rows}"
+
     def standing_plan(self) -> Plan:
         """Raises ConfigError when no job has begun here."""
         plan = self.plan()
@@ -358,7 +384,8 @@ class Output:
             return None
         return content
 
-    def _known_record(self, unit: int, generation: int) -> CommitRecord:
+    def known_record(self, unit: int, generation: int) -> CommitRecord:
+        """A record that a listing showed. Raises FileNotFoundError."""
         return CommitRecord.from_json(self.store.read(_record_name(unit, generation)))
 
     def _plan_numbers(self) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Removes what no record of an output names: parts of attempts that died or came second, temporaries, past leases.
+"""Removes what does not count in an output: parts of attempts that died, came second or were retried, temporaries.
 
 A part may go when it can never be named any more: its unit has a record of its generation, or of a later one, that
 names another part. Parts of units that are not committed stay, as a worker may be about to commit them. Parts that the
@@ -18,7 +18,7 @@ from pipelines.storage import TEMPORARY, Entry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """What was removed, with its bytes, and how many parts of units that are not committed were left."""
+    """What was removed, and how many parts of units that are not committed were left."""
 
     removed: tuple[Entry, ...]
     waiting: int
@@ -31,6 +31,7 @@ class Collected:
 def collect(output: Output) -> Collected:
     """Raises ConfigError when there is no output, or a driver owns it."""
     output.standing_plan()
+    temporaries = list(_files(output, TEMPORARY))  # later ones may be the lease's own
     with own(output.store) as lease:
         named, generations = output.named_parts(), output.generations()
         removed: list[Entry] = []
@@ -46,7 +47,7 @@ def collect(output: Output) -> Collected:
             reach("before_delete")
             output.store.delete(entry.name)
             removed.append(entry)
-        for entry in _files(output, TEMPORARY):
+        for entry in temporaries:
             output.store.delete(entry.name)
             removed.append(entry)
         tidy(output.store)

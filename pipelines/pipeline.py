@@ -9,7 +9,6 @@ Dataset instead. Owns the order of things; each step lives in the module named a
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,21 +22,21 @@ from models.errors import EngineError, GlmBatchError
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Manifest, Output
 from pipelines.job import Job, job_file
-from pipelines.lease import Lease, own
-from pipelines.metrics import Counts, Phase, Progress, Summary
+from pipelines.lease import own
+from pipelines.metrics import Summary
 from pipelines.plan import Plan, Unit, extended_plan, identify, job_source, make_plan
+from pipelines.progress import OnProgress, Work
 from pipelines.rows import TaskSpec
 from pipelines.schema import output_schema
-from pipelines.stop import InterruptedRunError, Stop, TooManyErrorsError
+from pipelines.stop import InterruptedRunError, Stop
 from pipelines.tasks import TaskRunner
-from pipelines.watch import watched
+from pipelines.watch import Watch, watched
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
     from pipelines.stages import Workers
 
-OnProgress = Callable[[Progress], None]
 RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data adds a word on its own retries to the errors of a stage
 
 
@@ -62,7 +61,7 @@ def run(job: Job, on_progress: OnProgress | None = None, *, stop: Stop | None = 
     engine gives up, StorageError when the output cannot be written, InterruptedRunError or TooManyErrorsError when the
     run ended early on purpose.
     """
-    work = _Work(on_progress)
+    work = Work(on_progress)
     output = Output.at(job.output, job.storage)
     work.tell("planning")
     prepared = prepare(job, output, extend=extend)
@@ -73,7 +72,7 @@ def run(job: Job, on_progress: OnProgress | None = None, *, stop: Stop | None = 
         with own(output.store) as lease:
             output.take_over(prepared.plan, job_file(job))
             work.resume(prepared.plan, output)
-            _complete(job, prepared, output, work, _Watch(lease=lease, stop=stop or Stop()))
+            _complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()))
             lease.confirm()
             manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
     work.tell("done")
@@ -128,10 +127,16 @@ def _labelled(job: Job, prepared: Prepared, units: Sequence[Unit], workers: Work
     """The graph, as in the diagram above, up to the commit."""
     from pipelines import stages
 
-    dataset = stages.read(job_source(job), prepared.plan, units, workers)
-    dataset = stages.render(dataset, prepared.spec, workers)
-    dataset = stages.infer(dataset, engine_config(job), workers)
-    return stages.parse(dataset, prepared.spec, workers)
+    return answered(stages.read(job_source(job), prepared.plan, units, workers), prepared.spec, workers)
+
+
+def answered(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
+    """The part of the graph from rows to output columns."""
+    from pipelines import stages
+
+    dataset = stages.render(dataset, spec, workers)
+    dataset = stages.infer(dataset, engine_config(spec.job), workers)
+    return stages.parse(dataset, spec, workers)
 
 
 def engine_config(job: Job) -> EngineConfig:
@@ -148,7 +153,7 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
-def _complete(job: Job, prepared: Prepared, output: Output, work: _Work, watch: _Watch) -> None:
+def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch) -> None:
     """Commits every unit that is not committed yet."""
     pending = work.pending(prepared.plan)
     work.refuse_errors(job)
@@ -167,7 +172,7 @@ def _complete(job: Job, prepared: Prepared, output: Output, work: _Work, watch: 
         raise InterruptedRunError(work.how_far(), watch.stop.signum)
 
 
-def follow(dataset: Dataset, watch: _Watch, on_record: Callable[[CommitRecord, float], None]) -> None:
+def follow(dataset: Dataset, watch: Watch, on_record: Callable[[CommitRecord, float], None]) -> None:
     """Runs a graph that ends in commits, and tells of each record; ends early when `watch` says so."""
     from ray.exceptions import ActorDiedError, RayError
 
@@ -196,33 +201,6 @@ def _abandon(dataset: Dataset) -> None:
         executor.shutdown(force=True)
 
 
-@dataclass(slots=True, kw_only=True)
-class _Watch:
-    """Reasons to end a run early: a lost lease, and a signal once what the engines were at is committed."""
-
-    lease: Lease
-    stop: Stop
-    _in_work: int = 0
-    _done: int = 0
-    _done_before: int | None = None
-
-    def expect(self, in_work: int) -> None:
-        """Says how many units may be in the engines at a time."""
-        self._in_work = in_work
-
-    def count(self) -> None:
-        self._done += 1
-
-    def is_over(self) -> bool:
-        """Raises LeaseLostError."""
-        self.lease.check()
-        if not self.stop.is_asked:
-            return False
-        if self._done_before is None:
-            self._done_before = self._done
-        return self.stop.is_due or self._done - self._done_before >= self._in_work
-
-
 def _own_error(error: BaseException | None) -> GlmBatchError | None:
     """Our own error under what Ray has wrapped around it, if there is one."""
     from ray.exceptions import RayError
@@ -234,95 +212,3 @@ def _own_error(error: BaseException | None) -> GlmBatchError | None:
             return type(error)(text) if advice else error
         error = getattr(error, "cause", None) or error.__cause__
     return None
-
-
-class _Work:
-    """Adds up what is committed, and reports it."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self._on_progress = on_progress
-        self._begun = time.monotonic()
-        self._started: float | None = None
-        self._done: set[int] = set()
-        self._resumed = self._counts = Counts()
-        self._num_rows = self._num_units = self._units_done = 0
-        self._slowest_unit_s = 0.0
-
-    def tell(self, phase: Phase) -> None:
-        if self._on_progress is None:
-            return
-        now = time.monotonic()
-        self._on_progress(
-            Progress(
-                phase=phase,
-                units_total=self._num_units,
-                units_done=self._units_done,
-                rows_total=self._num_rows,
-                counts=self._counts,
-                resumed=self._resumed,
-                elapsed_s=now - self._begun,
-                working_s=now - self._started if self._started is not None else 0.0,
-            )
-        )
-
-    def resume(self, plan: Plan, output: Output) -> None:
-        """Counts what earlier runs have committed."""
-        self._num_rows, self._num_units = plan.num_rows, plan.num_units
-        for record in output.records(plan):
-            self._done.add(record.unit)
-            self._resumed += record.counts
-        self._counts, self._units_done = self._resumed, len(self._done)
-
-    def pending(self, plan: Plan) -> list[Unit]:
-        return [unit for unit in plan.units() if unit.index not in self._done]
-
-    @property
-    def is_complete(self) -> bool:
-        return self._units_done == self._num_units
-
-    def how_far(self) -> str:
-        return (
-            f"stopped with {self._units_done:,} of {self._num_units:,} units ({self._counts.rows:,} of "
-            f"{self._num_rows:,} rows) committed; the same command goes on from there"
-        )
-
-    def add(self, counts: Counts, seconds_in_engine: float) -> None:
-        """Counts a unit. The first one to come says when the engine began to work: what was before is start-up."""
-        if self._started is None:
-            self._started = time.monotonic() - seconds_in_engine
-        self._counts += counts
-        self._units_done += 1
-        self._slowest_unit_s = max(self._slowest_unit_s, seconds_in_engine)
-        self.tell("running")
-
-    def add_checked(self, job: Job, counts: Counts, seconds_in_engine: float) -> None:
-        self.add(counts, seconds_in_engine)
-        self.refuse_errors(job)
-
-    def refuse_errors(self, job: Job) -> None:
-        """Raises TooManyErrorsError under `fail_fast`, as soon as more rows failed than may fail of all of them."""
-        if job.fail_fast and self._counts.error_rows > job.max_error_rate * self._num_rows and not self.is_complete:
-            codes = ", ".join(f"{code} {rows:,}" for code, rows in self._counts.errors.items())
-            raise TooManyErrorsError(
-                f"{self._counts.error_rows:,} rows failed ({codes}), and max_error_rate allows "
-                f"{job.max_error_rate:.2%} of {self._num_rows:,}: {self.how_far()} without fail_fast"
-            )
-
-    def _notes(self, job: Job) -> tuple[str, ...]:
-        if self._slowest_unit_s <= job.commit.every_seconds:
-            return ()
-        return (
-            f"a unit took up to {self._slowest_unit_s:.0f} s in the engine: a crash may cost that much work, more than "
-            f"commit.every_seconds ({job.commit.every_seconds:g} s); a smaller commit.unit_rows bounds it",
-        )
-
-    def summary(self, output: Output, job: Job) -> Summary:
-        now = time.monotonic()
-        return Summary(
-            output=output.place,
-            counts=self._counts,
-            resumed_rows=self._resumed.rows,
-            elapsed_s=now - self._begun,
-            working_s=now - self._started if self._started is not None else 0.0,
-            notes=self._notes(job),
-        )

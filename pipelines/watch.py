@@ -1,11 +1,18 @@
-"""Waits for what a job gives while it looks around for reasons to stop. Knows nothing of either."""
+"""Waits for what a run gives, and looks around for reasons to end it: a lost lease, a signal.
+
+Knows nothing of Ray or of what is being run.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
+
+from pipelines.lease import Lease
+from pipelines.stop import Stop
 
 LOOK_S = 0.25
 
@@ -45,3 +52,30 @@ def watched(items: Iterable[T], is_over: Callable[[], bool]) -> Iterator[T]:
             yield value  # type: ignore[misc]  # an item, by its kind
     finally:
         abandoned.set()
+
+
+@dataclass(slots=True, kw_only=True)
+class Watch:
+    """Reasons to end a run early: a lost lease, and a signal once what the engines were at is committed."""
+
+    lease: Lease
+    stop: Stop
+    _in_work: int = 0
+    _done: int = 0
+    _done_before: int | None = None
+
+    def expect(self, in_work: int) -> None:
+        """Says how many units may be in the engines at a time."""
+        self._in_work = in_work
+
+    def count(self) -> None:
+        self._done += 1
+
+    def is_over(self) -> bool:
+        """Raises LeaseLostError."""
+        self.lease.check()
+        if not self.stop.is_asked:
+            return False
+        if self._done_before is None:
+            self._done_before = self._done
+        return self.stop.is_due or self._done - self._done_before >= self._in_work

@@ -17,7 +17,9 @@ from models.errors import ConfigError, EngineError
 COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
     "label": (["job"], ["--debug", "--extend", "--set"]),
-    "status": (["output"], ["--debug"]),
+    "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
+    "retry": (["output"], ["--code", "--debug", "--endpoint-url"]),
+    "gc": (["output"], ["--debug", "--endpoint-url"]),
     "inspect": (["model"], ["--debug"]),
     "doctor": ([], ["--debug"]),
 }

@@ -107,3 +107,34 @@ def test_fail_fast_ends_early_and_drops_no_row(work: Any) -> None:
     assert rest.code == EXIT_ROW_ERRORS
     status = Output.at("out").status()
     assert (status.finished, status.counts.rows, status.counts.errors) == (True, 1000, {"bad_json": 3})
+
+
+@pytest.mark.parametrize("point", ["after_part", "after_record"])
+def test_a_worker_that_dies_while_it_commits_is_replaced(
+    work: Any, point: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    marker = tmp_path / "died"
+    lines = [json.dumps({"id": row, "text": f"row {row}", "team": "red", "score": 1.0}) for row in range(200)]
+    (work.root / "data" / "long.jsonl").write_text("\n".join(lines))
+    work.write_job(lambda job: job.update({"input": ["data/long.jsonl"], "commit": {"unit_rows": 10}}))
+    monkeypatch.setenv("GLM_BATCH_CRASH_AT", f"{point}:3@{marker}")
+    done = work.run("label", "job.yaml")
+    assert done.code == 0, done.err
+    assert marker.exists()
+    output = Output.at("out")
+    keys = [key for table in output.iter_tables() for key in table["row_key"].to_pylist()]
+    assert keys == [str(row) for row in range(200)]
+    orphans = len(list(Path("out/parts").iterdir())) - 20
+    assert orphans == (1 if point == "after_part" else 0)
+    gc = work.run("gc", "out")
+    assert (gc.code, "ray" in gc.imported) == (0, False)
+    assert f"removed {orphans} files" in gc.out
+    verified = work.run("status", "out", "--verify")
+    assert verified.code == 0
+    assert "verified 20 parts" in verified.out
+    part = next(Path("out/parts").iterdir())
+    part.write_bytes(part.read_bytes()[:-1])
+    damaged = work.run("status", "out", "--verify")
+    assert damaged.code == 1
+    assert part.name in damaged.err
+    assert "1 damaged" in damaged.out

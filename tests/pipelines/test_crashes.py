@@ -28,7 +28,7 @@ AIMS = [f"{point}:{count}" for point, most in POINTS for count in sorted({1, (mo
 def drive(folder: Path, aim: str = "", command: str = "label") -> int:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GLM_BATCH_CRASH_AT": aim}
     driver = [sys.executable, str(Path(__file__).with_name("crashing_driver.py")), str(folder), command]
-    return subprocess.run(driver, env=environment, check=False, timeout=60).returncode
+    return subprocess.run(driver, env=environment, check=False, timeout=200).returncode
 
 
 def check_rows(output: Output) -> None:
@@ -55,10 +55,11 @@ def test_a_kill_at_any_step_costs_nothing_but_time(tmp_path: Path, aim: str) -> 
 def test_any_number_of_kills_in_a_row(tmp_path: Path) -> None:
     """Seeded: each rerun dies somewhere, until one comes through because it gets nowhere near its aim."""
     chance, folder = random.Random(5), tmp_path / "out"
+    steps = [point for point, most in POINTS if most > 1]
     kills = 0
-    while drive(folder, f"{chance.choice(POINTS)[0]}:{chance.randint(1, 2)}") == -signal.SIGKILL:
+    while drive(folder, f"{chance.choice(steps)}:{chance.randint(1, 2)}") == -signal.SIGKILL:
         kills += 1
-    assert kills > 5
+    assert kills > 3
     output = Output.at(str(folder))
     label(output)
     check_rows(output)
