@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -173,7 +174,8 @@ class Output:
             if standing.num_units > plan.num_units or not self.store.create(_plan_name(number), plan.to_json()):
                 raise ConfigError(f"output: {self.place} was extended by another driver meanwhile; run it again")
             reach("after_plan")
-        self.store.write(JOB, job)
+        with self._writable():
+            self.store.write(JOB, job)
 
     def kept_job(self) -> bytes:
         """The job as JSON. Raises FileNotFoundError."""
@@ -187,13 +189,8 @@ class Output:
         That is an earlier attempt's when there is one, and then this attempt's part is removed again. Raises
         StorageError when the store fails.
         """
-        try:
+        with self._writable():
             return self.record(unit, generation) or self._commit(unit, table, counts, generation)
-        except OSError as error:
-            raise StorageError(
-                f"{self.place} cannot be written ({error}); mend that (free space, access) and run the same command "
-                "again: what is committed stays"
-            ) from error
 
     def _commit(self, unit: int, table: pa.Table, counts: Counts, generation: int) -> CommitRecord:
         data = _parquet_bytes(table)
@@ -305,7 +302,8 @@ class Output:
         }
         if not _says_the_same(self._manifest_content(), content):
             reach("before_manifest")
-            self.store.write(MANIFEST, json.dumps(content, indent=1).encode())
+            with self._writable():
+                self.store.write(MANIFEST, json.dumps(content, indent=1).encode())
             reach("after_manifest")
         return self.manifest()
 
@@ -376,6 +374,17 @@ class Output:
         if plan is None:
             raise ConfigError(f"{self.place} holds no output of glm-batch (no {PLAN}); name a job's output")
         return plan
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Says of a store that failed which one it is, and that nothing is lost."""
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self.place} cannot be written ({error}); mend that (free space, access) and run the same command "
+                "again: what is committed stays"
+            ) from error
 
     def _manifest_content(self) -> dict[str, Any] | None:
         try:

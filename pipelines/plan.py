@@ -182,13 +182,10 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
     schema = source.schema(files)
     if job.key is not None:
         _check_key_type(job.key, schema.field(job.key).type)
-    rows = {file: source.parquet_rows(file) for file in files if file.format == "parquet"}
+    rows = source.all_parquet_rows(files)
     estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
     unit_rows = choose_unit_rows(job, sum(estimates), _media_bytes(job, source, files[0]))
-    planned = tuple(
-        PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
-        for file in files
-    )
+    planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
     duplicates = _duplicates(source, files, job.key) if job.key is not None else {}
     return Plan(identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema)
 
@@ -210,16 +207,15 @@ def extended_plan(job: Job, plan: Plan, files: list[InputFile], identity: Identi
             )
     if job.key is not None:
         _check_key_type(job.key, schema.field(job.key).type)
-    more = tuple(_planned_file(source, file, plan.unit_rows) for file in added)
+    rows = source.all_parquet_rows(added)
+    more = tuple(_planned_file(source, file, plan.unit_rows, rows) for file in added)
     every = [*(planned.file for planned in plan.files), *added]
     duplicates = _duplicates(source, every, job.key) if job.key is not None else {}
     return replace(plan, identity=identity, files=(*plan.files, *more), duplicates=duplicates)
 
 
-def _planned_file(source: Source, file: InputFile, unit_rows: int) -> PlannedFile:
-    if file.format == "parquet":
-        return PlannedFile(file=file, num_rows=source.parquet_rows(file))
-    return _scan_lines(source, file, unit_rows)
+def _planned_file(source: Source, file: InputFile, unit_rows: int, rows: Mapping[InputFile, int]) -> PlannedFile:
+    return PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
 
 
 def choose_unit_rows(job: Job, num_rows: int, media_bytes: float = 0.0) -> int:

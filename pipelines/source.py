@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -104,8 +105,13 @@ class Source:
         return _unified(schemas, parquet)
 
     def parquet_rows(self, file: InputFile) -> int:
-        with self._parquet(file) as parquet:
-            return int(parquet.metadata.num_rows)
+        return int(self._footer(file).num_rows)
+
+    def all_parquet_rows(self, files: Sequence[InputFile]) -> dict[InputFile, int]:
+        """How many rows each Parquet file among `files` has."""
+        parquet = [file for file in files if file.format == "parquet"]
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+            return dict(zip(parquet, pool.map(self.parquet_rows, parquet), strict=True))
 
     def line_blocks(self, file: InputFile) -> Iterator[tuple[int, bytes]]:
         """A JSONL file as (offset, bytes) pieces of whole lines, in order, SCAN_BYTES or one line at a time."""
@@ -185,24 +191,23 @@ class Source:
     def _s3(self) -> S3:
         return S3(self.storage)
 
+    def _footer(self, file: InputFile) -> pq.FileMetaData:
+        """A Parquet file's footer, after a look at it: Arrow revives extension types as soon as it sees them."""
+        with _readable(file):
+            footer = pq.read_metadata(self.open(file))
+        _refuse_extensions(file, footer.metadata or {})
+        return footer
+
     def _parquet(self, file: InputFile) -> pq.ParquetFile:
-        """Opens a Parquet file after a look at its footer: Arrow revives extension types as soon as it sees them."""
-        try:
+        footer = self._footer(file)
+        with _readable(file):
             # Without pre-buffering, and in pages: a row group of a million rows must not be held as a whole.
-            parquet_metadata = pq.read_metadata(self.open(file)).metadata or {}
-            _refuse_extensions(file, parquet_metadata)
-            return pq.ParquetFile(self.open(file), pre_buffer=False, buffer_size=1 << 20)
-        except ChangedError as error:
-            raise ConfigError(_changed(file, str(error))) from error
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(
-                f"input: {file.name} cannot be read as Parquet; is it truncated? ({error}); "
-                "replace or leave out the file"
-            ) from error
+            return pq.ParquetFile(self.open(file), metadata=footer, pre_buffer=False, buffer_size=1 << 20)
 
     def _parquet_schema(self, file: InputFile) -> pa.Schema:
-        with self._parquet(file) as parquet:
-            schema = parquet.schema_arrow
+        footer = self._footer(file)
+        with _readable(file):
+            schema = footer.schema.to_arrow_schema()
         for column in self.columns:
             if column not in schema.names:
                 raise ConfigError(_missing_column(column, file, schema.names))
@@ -389,6 +394,19 @@ def _local_file(path: str) -> InputFile:
 
 def _remote_file(found: Object) -> InputFile:
     return InputFile(name=found.url, path=found.url, size=found.size, stamp=found.etag)
+
+
+@contextmanager
+def _readable(file: InputFile) -> Iterator[None]:
+    """Says of a Parquet file that cannot be read which one it is."""
+    try:
+        yield
+    except ChangedError as error:
+        raise ConfigError(_changed(file, str(error))) from error
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"input: {file.name} cannot be read as Parquet; is it truncated? ({error}); replace or leave out the file"
+        ) from error
 
 
 def _changed(file: InputFile, how: str) -> str:
