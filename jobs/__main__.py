@@ -24,7 +24,8 @@ SHOWN_LINES = 6
 
 app = typer.Typer(
     help="Run GLM models over large tables: one committed record for every input row.",
-    epilog="Exit codes: 0 all rows ok, 1 the job failed, 2 bad configuration, 3 more row errors than max_error_rate.",
+    epilog="Exit codes: 0 all rows ok, 1 the job failed, 2 bad configuration, 3 more row errors than max_error_rate, "
+    "130 and 143 stopped by Ctrl-C and SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +35,13 @@ JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job file (Y
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file; repeatable.", show_default=False),
+]
+OutputArgument = Annotated[
+    str, typer.Argument(metavar="OUTPUT", help="A job's output: a directory or s3:// prefix.", show_default=False)
+]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option("--endpoint-url", metavar="URL", help="The s3:// store, if it is not AWS.", show_default=False),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -48,26 +56,61 @@ def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = Fal
 
 
 @app.command()
-def label(job: JobArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
+def label(
+    job: JobArgument,
+    overrides: SetOption = None,
+    extend: Annotated[bool, typer.Option("--extend", help="Take up input files that were added.")] = False,
+    debug: DebugOption = False,
+) -> None:
     """Run a job. A rerun goes on where the last one stopped."""
     with errors_for_people(debug):
         from jobs.label import label as run_label
 
-        within_limit = run_label(job, overrides or [])
-    if not within_limit:
-        raise typer.Exit(EXIT_ROW_ERRORS)
+        code = run_label(job, overrides or [], extend=extend)
+    raise typer.Exit(code)
 
 
 @app.command()
 def status(
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A job's output directory.", show_default=False)],
+    output: OutputArgument,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every part and compare checksums.")] = False,
+    endpoint_url: EndpointOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Show how far an output is: units, rows by status and error code, tokens, accuracy."""
     with errors_for_people(debug):
         from jobs.status import status as run_status
 
-        run_status(output)
+        is_sound = run_status(output, verify=verify, endpoint_url=endpoint_url)
+    if not is_sound:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def retry(
+    output: OutputArgument,
+    codes: Annotated[
+        list[str] | None,
+        typer.Option("--code", help="Only rows with this error code; repeatable.", show_default=False),
+    ] = None,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Process the failed rows of an output again, and replace their records."""
+    with errors_for_people(debug):
+        from jobs.retry import retry as run_retry
+
+        code = run_retry(output, codes or [], endpoint_url=endpoint_url)
+    raise typer.Exit(code)
+
+
+@app.command()
+def gc(output: OutputArgument, endpoint_url: EndpointOption = None, debug: DebugOption = False) -> None:
+    """Remove what crashes and retries left in an output."""
+    with errors_for_people(debug):
+        from jobs.gc import gc as run_gc
+
+        run_gc(output, endpoint_url=endpoint_url)
 
 
 @app.command()

@@ -51,10 +51,6 @@ OF_MEDIA = (
     "preprocess.min_pixels", "preprocess.max_pixels", "preprocess.fps",
     *(f"media.{field.name}" for field in fields(MediaSection)),
 )  # fmt: skip
-NOT_YET: dict[str, str] = {
-    "storage.endpoint_url": "s3:// is not available in this version; leave the key out and use local paths",
-    "storage.anon": "s3:// is not available in this version; leave the key out and use local paths",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +84,10 @@ def check_job(job: Job, place: Place) -> Checked:
     return Checked(runner=runner, config=config, source=source, files=files, schema=schema)
 
 
+def is_s3(path: str) -> bool:
+    return path.startswith("s3://")
+
+
 def value_of(job: Job, key: str) -> Any:
     """The value at a dotted key."""
     value: Any = job
@@ -99,9 +99,10 @@ def value_of(job: Job, key: str) -> Any:
 def check_keys(job: Job) -> Iterator[Problem]:
     """The rules between keys and the ranges that a type cannot say; touches no file."""
     task = job.task
-    for key, message in NOT_YET.items():
-        if value_of(job, key) != job_keys()[key].default:
-            yield Problem(key=key, message=message)
+    if not any(is_s3(path) for path in (*job.input, job.output)):
+        for key in ("storage.endpoint_url", "storage.anon"):
+            if value_of(job, key) != job_keys()[key].default:
+                yield Problem(key=key, message="no input or output is an s3:// path, so it has no effect; remove it")
     for key, kinds in ONLY_WITH.items():
         if task.kind not in kinds and value_of(job, key) != job_keys()[key].default:
             yield Problem(key=key, message=f"only {_listing(kinds)} takes it; remove it from this {task.kind} task")
@@ -234,16 +235,20 @@ def _check_ranges(job: Job) -> Iterator[Problem]:
     if not job.input:
         yield Problem(key="input", message="no file is named; write input: [data/*.parquet]")
     for path in job.input:
-        if "://" in path:
-            yield Problem(key="input", message=f"{path}: only local paths are available in this version; copy it first")
+        if "://" in path and not is_s3(path):
+            yield Problem(key="input", message=f"{path}: files are read from disks and s3://; copy it to one of these")
     for column in sorted({column for column in job.carry if job.carry.count(column) > 1}):
         yield Problem(key="carry", message=f"the column {column!r} stands there twice; keep one")
 
 
 def check_output(job: Job) -> Iterator[Problem]:
-    """Output must be a directory that is there or can be made."""
+    """Output must be an s3:// prefix, or a directory that is there or can be made."""
+    if is_s3(job.output):
+        if not re.fullmatch(r"s3://[^/]+/.*[^/].*", job.output):
+            yield Problem(key="output", message=f"{job.output}: name a bucket and a prefix in it: s3://bucket/name")
+        return
     if "://" in job.output:
-        yield Problem(key="output", message=f"{job.output}: only local directories are available in this version")
+        yield Problem(key="output", message=f"{job.output}: outputs are directories or s3:// prefixes; name one")
         return
     if not job.output.strip():
         yield Problem(key="output", message="it is empty; name a directory")

@@ -151,7 +151,7 @@ def next_step(counts: Counts, output: str, max_error_rate: float) -> str:
     if counts.error_rate > max_error_rate:
         return (
             f"{counts.error_rate:.2%} of the rows failed, max_error_rate allows {max_error_rate:.2%}: look at "
-            f"error_message where status is error, correct the input or raise max_error_rate"
+            f"error_message where status is error; `glm-batch retry {output}` processes these rows again"
         )
     return f"read the parts that {output}/manifest.json lists"
 

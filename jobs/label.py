@@ -1,13 +1,13 @@
 """`glm-batch label`: run a job, show how it goes, sum it up.
 
-Owns the order of these three. What is checked lies in jobs.checks, what runs in pipelines, how it looks in
-jobs.display.
+Owns the order of these three, and which ending has which exit code. What is checked lies in jobs.checks, what runs in
+pipelines, how it looks in jobs.display.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +16,15 @@ from rich.console import Console
 from jobs.checks import check_job
 from jobs.config import load_job
 from jobs.display import progress_display, summary_table
+from pipelines.job import Job
+from pipelines.metrics import Summary
+from pipelines.stop import InterruptedRunError, Stop, TooManyErrorsError
+
+EXIT_OK, EXIT_ROW_ERRORS, EXIT_SIGNAL = 0, 3, 128
 
 
-def label(path: str, overrides: Sequence[str]) -> bool:
-    """Runs a job file to its end and prints the summary. False when more rows failed than max_error_rate allows.
+def label(path: str, overrides: Sequence[str], *, extend: bool = False) -> int:
+    """Runs a job file to its end, prints the summary and gives the exit code.
 
     Raises ConfigError before Ray starts for a job that cannot run, EngineError when the engine gives up.
     """
@@ -28,8 +33,23 @@ def label(path: str, overrides: Sequence[str]) -> bool:
     from pipelines.pipeline import run
 
     name = Path(path).stem
-    with progress_display(name, Console(file=sys.stderr)) as show:
-        result = run(job, show)
-    summary = replace(result.summary, output=job.output)
+
+    def work() -> Summary:
+        with progress_display(name, Console(file=sys.stderr)) as show:
+            return run(job, show, stop=Stop(), extend=extend).summary
+
+    return closed(work, job, name)
+
+
+def closed(work: Callable[[], Summary], job: Job, name: str) -> int:
+    """Does the work, prints its summary or why it ended early, and gives the exit code."""
+    try:
+        summary = replace(work(), output=job.output)
+    except InterruptedRunError as error:
+        print(f"glm-batch: {error}", file=sys.stderr)
+        return EXIT_SIGNAL + error.signum
+    except TooManyErrorsError as error:
+        print(f"glm-batch: {error}", file=sys.stderr)
+        return EXIT_ROW_ERRORS
     Console(highlight=False).print(summary_table(summary, name=name, max_error_rate=job.max_error_rate))
-    return summary.counts.error_rate <= job.max_error_rate
+    return EXIT_OK if summary.counts.error_rate <= job.max_error_rate else EXIT_ROW_ERRORS

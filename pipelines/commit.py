@@ -1,36 +1,49 @@
-"""The output directory and the protocol by which rows get into it, so that a crash at any moment loses no row.
+"""The protocol by which rows get into an output, so that a crash at any moment loses no row.
 
-    OUTPUT/plan.json              created once: fingerprint, input files, units
-    OUTPUT/parts/UNIT-ATTEMPT.parquet   a unit's rows, under a name that no other attempt has
-    OUTPUT/commits/UNIT.json      created once: which part counts for the unit
-    OUTPUT/manifest.json          written last; readers open this and never list a directory
+    OUTPUT/plan.json, plan-2.json ...     created once each: input files, units, fingerprint; the highest counts
+    OUTPUT/parts/UNIT-gN-ATTEMPT.parquet  a unit's rows, under a name that no other attempt has
+    OUTPUT/commits/UNIT-gN.json           created once: which part counts for the unit; the highest N counts
+    OUTPUT/manifest.json                  written last; readers open this and never list a directory
+    OUTPUT/job.json                       the job as the last driver ran it, for `retry`
+    OUTPUT/lease/                         which driver owns the output: see pipelines.lease
 
-"Created once" means that the second writer is told so (`Output.create`), which is all the protocol asks of a store.
-Parts without a commit record are leftovers of attempts that died or came second. Knows nothing of Ray or tasks.
+"Created once" means that the second writer is told so, which is all the protocol asks of a store. A record of
+generation N + 1 is made by a retry of generation N's failed rows. Parts that no record names are leftovers of attempts
+that died or came second. Knows nothing of Ray, of tasks, or of what kind of store it writes to.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import ConfigError
+from pipelines.crash import reach
+from pipelines.job import StorageSection
 from pipelines.metrics import Counts
-from pipelines.plan import Identity, Plan, differences, fingerprint, unit_id
+from pipelines.plan import Identity, Plan, adds_files_only, differences, fingerprint, unit_id
+from pipelines.storage import TEMPORARY, S3Store, StorageError, Store, check_store, open_store
 
 FORMAT = 1
-PLAN, MANIFEST, PARTS, COMMITS, TEMPORARY = "plan.json", "manifest.json", "parts", "commits", "tmp"
+PLAN, JOB, MANIFEST, PARTS, COMMITS, LEASE = "plan.json", "job.json", "manifest.json", "parts", "commits", "lease"
+FOLDERS = (PARTS, COMMITS, LEASE, TEMPORARY)
+VERIFIERS = 4  # parts in memory at a time
+READERS = 32  # commit records read at a time from a store with long round trips
+RECORD_NAME = re.compile(rf"{COMMITS}/unit-(\d+)-g(\d+)\.json")
+PART_NAME = re.compile(rf"{PARTS}/unit-(?P<unit>\d+)-g(?P<generation>\d+)-\w+\.parquet")
+PLAN_NAME = re.compile(r"plan(?:-(\d+))?\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +51,7 @@ class CommitRecord:
     """What counts for one unit: `part` is a path below the output, `checksum` the SHA-256 of its bytes."""
 
     unit: int
+    generation: int = 1
     part: str
     rows: int
     num_bytes: int
@@ -56,13 +70,23 @@ class CommitRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part as the manifest names it."""
+
+    name: str
+    rows: int
+    num_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A finished output: its rows stand in `parts`, in the order of the input."""
 
     fingerprint: str
     counts: Counts
     schema: pa.Schema
-    parts: tuple[str, ...]
+    parts: tuple[Part, ...]
     facts: dict[str, Any]
     job: Identity
 
@@ -81,36 +105,46 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output directory. Only its path travels to the workers."""
+    """One output. Only the description of its store travels to the workers."""
 
-    root: Path
+    store: Store
 
     @classmethod
-    def at(cls, path: str) -> Output:
-        """Raises ConfigError for a place that this version cannot commit to."""
-        if "://" in path:
-            raise ConfigError(
-                f"output: {path}: this version commits to directories of a file system; name one of these"
-            )
-        return cls(Path(os.path.abspath(path)))
+    def at(cls, path: str, storage: StorageSection | None = None) -> Output:
+        """Raises ConfigError for a kind of place that outputs cannot be committed to."""
+        return cls(open_store(path, storage or StorageSection()))
 
-    def adopt(self, identity: Identity) -> Plan | None:
-        """The plan that stands here, if it is this job's; None where the directory is free.
+    @property
+    def place(self) -> str:
+        return self.store.place
 
-        Raises ConfigError for another job's output, with the differences, and for a directory of other things.
-        """
+    # ---- the plan
+
+    def plan(self) -> Plan | None:
+        """The plan that counts here, None where no job has begun. Raises ConfigError for one that cannot be read."""
         try:
-            plan = Plan.from_json((self.root / PLAN).read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            self._refuse_other_content()
-            return None
+            number = max(self._plan_numbers(), default=0)
+            return Plan.from_json(self.store.read(_plan_name(number))) if number else None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise ConfigError(f"output: {self.root / PLAN} cannot be read ({error}); use another output") from error
-        if plan.fingerprint != fingerprint(identity):
-            lines = "\n  ".join(differences(plan.identity, identity))
             raise ConfigError(
-                f"output: {self.root} was begun by another job; use another output, remove this one, or undo the "
-                f"difference (there -> now):\n  {lines}"
+                f"output: the plan in {self.place} cannot be read ({error}); use another output"
+            ) from error
+
+    def adopt(self, identity: Identity, *, extend: bool = False) -> Plan | None:
+        """The plan that stands here, if it is this job's; None where the place is free.
+
+        With `extend`, this job may have more input files than that plan. Raises ConfigError for another job's output,
+        with the differences, and for a place of other things.
+        """
+        plan = self.plan()
+        if plan is None:
+            self._refuse_other_content()
+        elif plan.fingerprint != fingerprint(identity) and not (extend and adds_files_only(plan.identity, identity)):
+            lines = "\n  ".join(differences(plan.identity, identity))
+            hint = "; --extend takes up files that were added" if adds_files_only(plan.identity, identity) else ""
+            raise ConfigError(
+                f"output: {self.place} was begun by another job; use another output, remove this one, or undo the "
+                f"difference{hint} (there -> now):\n  {lines}"
             )
         return plan
 
@@ -120,76 +154,139 @@ class Output:
         Raises ConfigError when the place cannot be written, or cannot tell a second writer from the first.
         """
         try:
-            for folder in (PARTS, COMMITS, TEMPORARY):
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
-            self._check_store()
-            self.create(PLAN, plan.to_json())
+            self.store.prepare(FOLDERS)
+            check_store(self.store)
+            reach("before_plan")
+            self.store.create(PLAN, plan.to_json())
+            reach("after_plan")
         except OSError as error:
-            raise ConfigError(f"output: {self.root} cannot be written ({error}); choose another directory") from error
+            raise ConfigError(f"output: {self.place} cannot be written ({error}); choose another place") from error
         standing = self.adopt(plan.identity)
         assert standing is not None
         return standing
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Makes `name` with this content, whole and durable, unless it exists. True for the one writer that made it."""
-        temporary = self._write_temporary(data)
-        try:
-            os.link(temporary, self.root / name)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        _sync_directory((self.root / name).parent)
-        return True
+    def take_over(self, plan: Plan, job: bytes) -> None:
+        """Says that this plan is what the output's owner works on: the one that stands, or one that extends it."""
+        standing = self.standing_plan()
+        if standing.fingerprint != plan.fingerprint:
+            number = max(self._plan_numbers()) + 1
+            reach("before_plan")
+            if standing.num_units > plan.num_units or not self.store.create(_plan_name(number), plan.to_json()):
+                raise ConfigError(f"output: {self.place} was extended by another driver meanwhile; run it again")
+            reach("after_plan")
+        with self._writable():
+            self.store.write(JOB, job)
 
-    def commit(self, unit: int, table: pa.Table, counts: Counts) -> CommitRecord:
+    def kept_job(self) -> bytes:
+        """The job as JSON. Raises FileNotFoundError."""
+        return self.store.read(JOB)
+
+    # ---- units
+
+    def commit(self, unit: int, table: pa.Table, counts: Counts, generation: int = 1) -> CommitRecord:
         """Writes a unit's rows as a part and creates its commit record; returns the record that counts.
 
-        That is an earlier attempt's when there is one, and then this attempt's part is removed again.
+        That is an earlier attempt's when there is one, and then this attempt's part is removed again. Raises
+        StorageError when the store fails.
         """
-        standing = self.record(unit)
-        if standing is not None:
-            return standing
+        with self._writable():
+            return self.record(unit, generation) or self._commit(unit, table, counts, generation)
+
+    def _commit(self, unit: int, table: pa.Table, counts: Counts, generation: int) -> CommitRecord:
         data = _parquet_bytes(table)
-        part = f"{PARTS}/{unit_id(unit)}-{uuid.uuid4().hex[:8]}.parquet"
-        os.replace(self._write_temporary(data), self.root / part)
-        _sync_directory(self.root / PARTS)
-        checksum = hashlib.sha256(data).hexdigest()
+        part = f"{PARTS}/{unit_id(unit)}-g{generation}-{uuid.uuid4().hex[:8]}.parquet"
+        reach("before_part")
+        self.store.write(part, data)
+        reach("after_part")
         record = CommitRecord(
-            unit=unit, part=part, rows=table.num_rows, num_bytes=len(data), checksum=checksum, counts=counts
+            unit=unit,
+            generation=generation,
+            part=part,
+            rows=table.num_rows,
+            num_bytes=len(data),
+            checksum=hashlib.sha256(data).hexdigest(),
+            counts=counts,
         )
-        if self.create(_record_name(unit), record.to_json()):
+        reach("before_record")
+        is_first = self.store.create(_record_name(unit, generation), record.to_json())
+        reach("after_record")
+        if is_first:
             return record
-        (self.root / part).unlink()
-        standing = self.record(unit)
+        self.store.delete(part)
+        standing = self.record(unit, generation)
         assert standing is not None
         return standing
 
-    def record(self, unit: int) -> CommitRecord | None:
-        """The commit record of a unit, if it has been committed."""
+    def record(self, unit: int, generation: int = 1) -> CommitRecord | None:
+        """One generation of a unit's commit record, if it has been committed."""
         try:
-            return CommitRecord.from_json((self.root / _record_name(unit)).read_bytes())
+            return CommitRecord.from_json(self.store.read(_record_name(unit, generation)))
         except FileNotFoundError:
             return None
 
+    def generations(self) -> dict[int, int]:
+        """The highest generation of each committed unit: a listing, which reads no record."""
+        found: dict[int, int] = {}
+        for page in self.store.pages(COMMITS):
+            for entry in page:
+                if match := RECORD_NAME.fullmatch(entry.name):
+                    unit, generation = int(match[1]), int(match[2])
+                    found[unit] = max(found.get(unit, 0), generation)
+        return found
+
     def records(self, plan: Plan) -> Iterator[CommitRecord]:
-        """The records of all committed units, in order, one at a time."""
-        done = {entry.name for entry in os.scandir(self.root / COMMITS)}
-        for unit in range(plan.num_units):
-            if f"{unit_id(unit)}.json" in done and (record := self.record(unit)) is not None:
-                yield record
+        """The records that count, in the order of their units, some in memory at a time."""
+        found = self.generations()
+        yield from self._read_records((unit, found[unit]) for unit in sorted(found) if unit < plan.num_units)
+
+    def _read_records(self, wanted: Iterator[tuple[int, int]]) -> Iterator[CommitRecord]:
+        if not isinstance(self.store, S3Store):
+            yield from (self.known_record(*each) for each in wanted)
+            return
+        with ThreadPoolExecutor(READERS) as pool:
+            while some := list(islice(wanted, 32 * READERS)):
+                yield from pool.map(lambda each: self.known_record(*each), some)
+
+    def read_part(self, part: Part) -> pa.Table:
+        """A part's rows. Raises ConfigError when it is gone or not what was committed."""
+        try:
+            data = self.store.read(part.name)
+        except FileNotFoundError:
+            data = b""
+        if len(data) != part.num_bytes or hashlib.sha256(data).hexdigest() != part.checksum:
+            raise ConfigError(f"output: {_damage(self.place, part)}")
+        return pq.read_table(pa.BufferReader(data))
+
+    # ---- the end
+
+    def is_finished(self, plan: Plan) -> bool:
+        """Whether the manifest says what this plan and the commit records say."""
+        content = self._manifest_content()
+        if content is None or content["fingerprint"] != plan.fingerprint:
+            return False
+        named = (PART_NAME.fullmatch(each["part"]) for each in content["parts"])
+        found = {int(match["unit"]): int(match["generation"]) for match in named if match}
+        return len(found) == plan.num_units and found == self.generations()
+
+    def named_parts(self) -> set[str]:
+        """Every part that counts: by a record that no later generation replaces, or for readers of the manifest."""
+        names = {record.part for record in self._read_records(iter(self.generations().items()))}
+        content = self._manifest_content()
+        return names | {each["part"] for each in content["parts"]} if content else names
 
     def finish(self, plan: Plan, schema: pa.Schema, facts: dict[str, Any]) -> Manifest:
-        """Writes the manifest, after every unit is committed. A manifest that stands already is left as it is."""
+        """Writes the manifest, after every unit is committed. One that says the same is left as it is."""
         parts, counts = [], Counts()
+        sizes = {entry.name: entry.size for page in self.store.pages(PARTS) for entry in page}
         for record in self.records(plan):
-            self._check_part(record)
-            part = {"part": record.part, "rows": record.rows, "bytes": record.num_bytes, "sha256": record.checksum}
-            parts.append(part)
+            part = part_of(record)
+            if sizes.get(part.name) != part.num_bytes:
+                raise ConfigError(f"output: {_damage(self.place, part)}")
+            parts.append({"part": part.name, "rows": part.rows, "bytes": part.num_bytes, "sha256": part.checksum})
             counts += record.counts
         if len(parts) != plan.num_units or counts.rows != plan.num_rows:
             raise RuntimeError(
-                f"{self.root}: {len(parts)} of {plan.num_units} units with {counts.rows} of {plan.num_rows} rows "
+                f"{self.place}: {len(parts)} of {plan.num_units} units with {counts.rows} of {plan.num_rows} rows "
                 "are committed: the manifest must wait for all of them"
             )
         content = {
@@ -203,41 +300,38 @@ class Output:
             "job": plan.identity,
             "parts": parts,
         }
-        self.create(MANIFEST, json.dumps(content, indent=1).encode())
+        if not _says_the_same(self._manifest_content(), content):
+            reach("before_manifest")
+            with self._writable():
+                self.store.write(MANIFEST, json.dumps(content, indent=1).encode())
+            reach("after_manifest")
         return self.manifest()
 
     def manifest(self) -> Manifest:
         """Raises ConfigError when the output is not finished, or is none."""
-        try:
-            content = json.loads((self.root / MANIFEST).read_bytes())
-        except FileNotFoundError as error:
-            raise ConfigError(
-                f"output: {self.root} has no {MANIFEST}: its job is not finished; run it again"
-            ) from error
-        parts = tuple(entry["part"] for entry in content["parts"])
+        content = self._manifest_content()
+        if content is None:
+            raise ConfigError(f"output: {self.place} has no {MANIFEST}: its job is not finished; run it again")
+        parts = tuple(
+            Part(name=each["part"], rows=each["rows"], num_bytes=each["bytes"], checksum=each["sha256"])
+            for each in content["parts"]
+        )
         return Manifest(
             fingerprint=content["fingerprint"],
             counts=Counts.from_json(content["counts"]),
-            schema=pq.read_schema(self.root / parts[0]) if parts else pa.schema([]),
+            schema=self.read_part(parts[0]).schema if parts else pa.schema([]),
             parts=parts,
             facts=content["task"],
             job=content["job"],
         )
 
-    def is_finished(self) -> bool:
-        return (self.root / MANIFEST).exists()
-
     def iter_tables(self) -> Iterator[pa.Table]:
-        """The committed tables in the order of the input, one part in memory at a time."""
-        for part in self.manifest().parts:
-            yield pq.ParquetFile(self.root / part).read()
+        """The committed tables in the order of the input, one part in memory at a time, checksums compared."""
+        yield from map(self.read_part, self.manifest().parts)
 
     def status(self) -> Status:
         """Raises ConfigError when no job has begun here."""
-        try:
-            plan = Plan.from_json((self.root / PLAN).read_bytes())
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{self.root} holds no output of glm-batch ({error})") from error
+        plan = self.standing_plan()
         units, counts = 0, Counts()
         for record in self.records(plan):
             units += 1
@@ -247,51 +341,105 @@ class Output:
             num_units=plan.num_units,
             units_done=units,
             counts=counts,
-            finished=self.is_finished(),
+            finished=self.is_finished(plan),
             job=plan.identity,
         )
 
-    def _write_temporary(self, data: bytes) -> Path:
-        path = self.root / TEMPORARY / uuid.uuid4().hex
+    def verify(self) -> Iterator[tuple[Part, str | None]]:
+        """Every part that counts, in the order of the units, and what is wrong with it.
+
+        Reads all bytes: sizes and checksums against the commit records, row counts against the files, and the
+        manifest's word against both. Raises ConfigError when no job has begun here.
+        """
+        plan = self.standing_plan()
+        content = self._manifest_content() if self.is_finished(plan) else None
+        named = {each["part"]: each["sha256"] for each in content["parts"]} if content else None
+        with ThreadPoolExecutor(VERIFIERS) as pool:
+            wanted = map(part_of, self.records(plan))
+            while some := list(islice(wanted, 4 * VERIFIERS)):
+                for part, problem in zip(some, pool.map(self._problem, some), strict=True):
+                    misnamed = named is not None and named.get(part.name) != part.checksum
+                    yield part, problem or (f"{MANIFEST} says something else of {part.name}" if misnamed else None)
+
+    def _problem(self, part: Part) -> str | None:
         try:
-            with path.open("xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise
-        return path
+            num_rows = self.read_part(part).num_rows
+        except (ConfigError, OSError, pa.ArrowException) as error:
+            return str(error).removeprefix("output: ")
+        return None if num_rows == part.rows else f"{part.name} holds {num_rows} rows, its record says {part.rows}"
 
-    def _check_store(self) -> None:
-        name = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
-        if not self.create(name, b"") or self.create(name, b""):
-            raise OSError("its file system does not refuse to create a file twice")
-        (self.root / name).unlink()
+    def standing_plan(self) -> Plan:
+        """Raises ConfigError when no job has begun here."""
+        plan = self.plan()
+        if plan is None:
+            raise ConfigError(f"{self.place} holds no output of glm-batch (no {PLAN}); name a job's output")
+        return plan
 
-    def _check_part(self, record: CommitRecord) -> None:
-        path = self.root / record.part
-        if not path.is_file() or path.stat().st_size != record.num_bytes:
-            raise ConfigError(
-                f"output: the committed part {path} is gone or has another size; restore it, or remove "
-                f"{self.root / _record_name(record.unit)} and run the job again"
-            )
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Says of a store that failed which one it is, and that nothing is lost."""
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self.place} cannot be written ({error}); mend that (free space, access) and run the same command "
+                "again: what is committed stays"
+            ) from error
+
+    def _manifest_content(self) -> dict[str, Any] | None:
+        try:
+            content: dict[str, Any] = json.loads(self.store.read(MANIFEST))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return content
+
+    def known_record(self, unit: int, generation: int) -> CommitRecord:
+        """A record that a listing showed. Raises FileNotFoundError."""
+        return CommitRecord.from_json(self.store.read(_record_name(unit, generation)))
+
+    def _plan_numbers(self) -> Iterator[int]:
+        try:
+            for page in self.store.pages():
+                for entry in page:
+                    if match := PLAN_NAME.fullmatch(entry.name):
+                        yield int(match[1] or 1)
+        except NotADirectoryError as error:
+            raise ConfigError(f"output: {self.place} is a file; name a directory") from error
 
     def _refuse_other_content(self) -> None:
-        if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"output: {self.root} is a file; name a directory")
-        known = {PARTS, COMMITS, TEMPORARY}  # a driver that died before it wrote its plan leaves these
-        strange = [path.name for path in self.root.glob("*") if path.name not in known]
-        if strange or any(self.root.glob(f"{PARTS}/*")):
+        known = {*FOLDERS, JOB}  # a driver that died before it wrote its plan leaves these
+        strange = [entry.name for page in self.store.pages() for entry in page if entry.name not in known]
+        if strange or any(self.store.pages(PARTS)):
             raise ConfigError(
-                f"output: {self.root} holds something else ({', '.join(strange[:5]) or 'parts without a plan'}); "
-                "name an empty or new directory"
+                f"output: {self.place} holds something else ({', '.join(strange[:5]) or 'parts without a plan'}); "
+                "name an empty or new place"
             )
 
 
-def _record_name(unit: int) -> str:
-    return f"{COMMITS}/{unit_id(unit)}.json"
+def part_of(record: CommitRecord) -> Part:
+    return Part(name=record.part, rows=record.rows, num_bytes=record.num_bytes, checksum=record.checksum)
+
+
+def _damage(place: str, part: Part) -> str:
+    match = PART_NAME.fullmatch(part.name)
+    record = _record_name(int(match["unit"]), int(match["generation"])) if match else "its commit record"
+    return (
+        f"the committed part {place}/{part.name} is gone or is not what was written; restore it, or remove "
+        f"{record} there and run the job again"
+    )
+
+
+def _says_the_same(standing: dict[str, Any] | None, content: dict[str, Any]) -> bool:
+    names = ("fingerprint", "counts", "parts")
+    return standing is not None and all(standing[name] == content[name] for name in names)
+
+
+def _plan_name(number: int) -> str:
+    return PLAN if number == 1 else f"plan-{number}.json"
+
+
+def _record_name(unit: int, generation: int) -> str:
+    return f"{COMMITS}/{unit_id(unit)}-g{generation}.json"
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:
@@ -299,12 +447,3 @@ def _parquet_bytes(table: pa.Table) -> bytes:
     pq.write_table(table, sink, compression="zstd")
     data: bytes = sink.getvalue().to_pybytes()
     return data
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes new names in a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,9 @@ business of jobs.config; running them, of pipelines.pipeline.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from models.engine.request import SamplingParams
@@ -114,4 +116,12 @@ class Job:
     media: MediaSection = field(default_factory=MediaSection)
     commit: CommitSection = field(default_factory=CommitSection)
     max_error_rate: float = 0.0
+    fail_fast: bool = False
     storage: StorageSection = field(default_factory=StorageSection)
+
+
+def job_file(job: Job) -> bytes:
+    """The job as JSON, to be found beside its output: fit for another current directory."""
+    root = None if job.media.root is None else os.path.abspath(job.media.root)
+    found = replace(job, model=os.path.abspath(job.model), media=replace(job.media, root=root))
+    return json.dumps(asdict(found), indent=1).encode()

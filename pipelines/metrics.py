@@ -32,6 +32,11 @@ class Counts:
         sums = {name: getattr(self, name) + getattr(other, name) for name in _INTEGERS}
         return Counts(errors=dict(Counter(self.errors) + Counter(other.errors)), **sums)
 
+    def __sub__(self, other: Counts) -> Counts:
+        """What is left without rows that are part of these."""
+        sums = {name: getattr(self, name) - getattr(other, name) for name in _INTEGERS}
+        return Counts(errors=dict(Counter(self.errors) - Counter(other.errors)), **sums)
+
     @property
     def error_rows(self) -> int:
         return sum(self.errors.values())

@@ -9,7 +9,6 @@ Dataset instead. Owns the order of things; each step lives in the module named a
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,20 +20,23 @@ from models.config_reader import load_config
 from models.engine.interface import EngineConfig
 from models.errors import EngineError, GlmBatchError
 from pipelines.cluster import cluster, job_workers
-from pipelines.commit import Manifest, Output
-from pipelines.job import Job
-from pipelines.metrics import Counts, Phase, Progress, Summary
-from pipelines.plan import Plan, Unit, identify, job_source, make_plan
+from pipelines.commit import CommitRecord, Manifest, Output
+from pipelines.job import Job, job_file
+from pipelines.lease import own
+from pipelines.metrics import Summary
+from pipelines.plan import Plan, Unit, extended_plan, identify, job_source, make_plan
+from pipelines.progress import OnProgress, Work
 from pipelines.rows import TaskSpec
 from pipelines.schema import output_schema
+from pipelines.stop import InterruptedRunError, Stop
 from pipelines.tasks import TaskRunner
+from pipelines.watch import Watch, watched
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
     from pipelines.stages import Workers
 
-OnProgress = Callable[[Progress], None]
 RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data adds a word on its own retries to the errors of a stage
 
 
@@ -51,24 +53,30 @@ class Result:
         return self.output.iter_tables()
 
 
-def run(job: Job, on_progress: OnProgress | None = None) -> Result:
+def run(job: Job, on_progress: OnProgress | None = None, *, stop: Stop | None = None, extend: bool = False) -> Result:
     """Does what of the job is not committed yet, and finishes its output. Ray starts here if it is not running.
 
-    Raises ConfigError before anything starts for a job that cannot run, and EngineError when the engine gives up.
+    With `stop`, signals end the run early in good order. With `extend`, files may have been added to the input of an
+    output that stands. Raises ConfigError before anything starts for a job that cannot run, EngineError when the
+    engine gives up, StorageError when the output cannot be written, InterruptedRunError or TooManyErrorsError when the
+    run ended early on purpose.
     """
-    work = _Work(on_progress)
-    output = Output.at(job.output)
+    work = Work(on_progress)
+    output = Output.at(job.output, job.storage)
     work.tell("planning")
-    prepared = prepare(job, output)
-    work.resume(prepared.plan, output)
-    pending = work.pending(prepared.plan)
-    if pending:
-        work.tell("starting")
-        with cluster():
-            _process(job, prepared, output, pending, work)
-    manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
+    prepared = prepare(job, output, extend=extend)
+    if output.is_finished(prepared.plan):
+        work.resume(prepared.plan, output)
+        manifest = output.manifest()
+    else:
+        with own(output.store) as lease:
+            output.take_over(prepared.plan, job_file(job))
+            work.resume(prepared.plan, output)
+            _complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()))
+            lease.confirm()
+            manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
     work.tell("done")
-    return Result(output=output, manifest=manifest, summary=work.summary(output))
+    return Result(output=output, manifest=manifest, summary=work.summary(output, job))
 
 
 def build_dataset(job: Job) -> Dataset:
@@ -93,7 +101,7 @@ class Prepared:
     facts: dict[str, Any]
 
 
-def prepare(job: Job, output: Output | None) -> Prepared:
+def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepared:
     """Checks everything that can be known before work starts; with an output, its plan is created or taken up.
 
     Raises ConfigError.
@@ -103,8 +111,11 @@ def prepare(job: Job, output: Output | None) -> Prepared:
     facts = TaskRunner(job, model_dir).facts
     files = job_source(job).list_files(job.input)
     identity = identify(job, files, model_dir)
-    standing = output.adopt(identity) if output is not None else None
-    plan = standing or make_plan(job, files, identity)
+    standing = output.adopt(identity, extend=extend) if output is not None else None
+    if standing is None:
+        plan = make_plan(job, files, identity)
+    else:
+        plan = standing if standing.identity == identity else extended_plan(job, standing, files, identity)
     schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
     if output is not None and standing is None:
         plan = output.begin(plan)
@@ -116,11 +127,17 @@ def _labelled(job: Job, prepared: Prepared, units: Sequence[Unit], workers: Work
     """The graph, as in the diagram above, up to the commit."""
     from pipelines import stages
 
-    dataset = stages.read(job_source(job), prepared.plan, units, workers)
+    return answered(stages.read(job_source(job), prepared.plan, units, workers), prepared.spec, workers)
+
+
+def answered(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
+    """The part of the graph from rows to output columns."""
+    from pipelines import stages
+
     ledger = stages.start_ledger()
-    dataset = stages.render(dataset, prepared.spec, workers, ledger)
-    dataset = stages.infer(dataset, engine_config(job), workers, ledger)
-    return stages.parse(dataset, prepared.spec, workers)
+    dataset = stages.render(dataset, spec, workers, ledger)
+    dataset = stages.infer(dataset, engine_config(spec.job), workers, ledger)
+    return stages.parse(dataset, spec, workers)
 
 
 def engine_config(job: Job) -> EngineConfig:
@@ -137,16 +154,36 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
-def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit], work: _Work) -> None:
+def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch) -> None:
+    """Commits every unit that is not committed yet."""
+    pending = work.pending(prepared.plan)
+    work.refuse_errors(job)
+    if not pending:
+        return
+    work.tell("starting")
+    with cluster():
+        from pipelines import stages
+
+        workers = job_workers(job)
+        dataset = _labelled(job, prepared, pending, workers)
+        dataset = stages.commit(dataset, output, prepared.plan, prepared.spec, workers)
+        watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
+        follow(dataset, watch, lambda record, seconds: work.add_checked(job, record.counts, seconds))
+    if watch.stop.signum is not None and not work.is_complete:
+        raise InterruptedRunError(work.how_far(), watch.stop.signum)
+
+
+def follow(dataset: Dataset, watch: Watch, on_record: Callable[[CommitRecord, float], None]) -> None:
+    """Runs a graph that ends in commits, and tells of each record; ends early when `watch` says so."""
     from ray.exceptions import ActorDiedError, RayError
 
     from pipelines import stages
 
-    workers = job_workers(job)
-    dataset = stages.commit(_labelled(job, prepared, units, workers), output, prepared.plan, prepared.spec, workers)
     try:
-        for record, seconds in stages.committed(dataset):
-            work.add(record.counts, seconds)
+        with watch.stop.listening():
+            for record, seconds in watched(stages.committed(dataset), watch.is_over):
+                watch.count()
+                on_record(record, seconds)
     except (RayError, RuntimeError) as error:
         cause = _own_error(error)
         if cause is not None:
@@ -154,6 +191,15 @@ def _process(job: Job, prepared: Prepared, output: Output, units: Sequence[Unit]
         if isinstance(error, ActorDiedError):
             raise EngineError(f"the model's process died again and again; Ray's logs say why ({error})") from error
         raise
+    finally:
+        _abandon(dataset)
+
+
+def _abandon(dataset: Dataset) -> None:
+    """Frees the workers of a graph: a cluster that outlives us must not go on with it. Ray has no public way."""
+    executor: Any = getattr(dataset, "_current_executor", None)
+    if executor is not None:
+        executor.shutdown(force=True)
 
 
 def _own_error(error: BaseException | None) -> GlmBatchError | None:
@@ -167,61 +213,3 @@ def _own_error(error: BaseException | None) -> GlmBatchError | None:
             return type(error)(text) if advice else error
         error = getattr(error, "cause", None) or error.__cause__
     return None
-
-
-class _Work:
-    """Adds up what is committed, and reports it."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self._on_progress = on_progress
-        self._begun = time.monotonic()
-        self._started: float | None = None
-        self._done: set[int] = set()
-        self._resumed = self._counts = Counts()
-        self._num_rows = self._num_units = self._units_done = 0
-
-    def tell(self, phase: Phase) -> None:
-        if self._on_progress is None:
-            return
-        now = time.monotonic()
-        self._on_progress(
-            Progress(
-                phase=phase,
-                units_total=self._num_units,
-                units_done=self._units_done,
-                rows_total=self._num_rows,
-                counts=self._counts,
-                resumed=self._resumed,
-                elapsed_s=now - self._begun,
-                working_s=now - self._started if self._started is not None else 0.0,
-            )
-        )
-
-    def resume(self, plan: Plan, output: Output) -> None:
-        """Counts what earlier runs have committed."""
-        self._num_rows, self._num_units = plan.num_rows, plan.num_units
-        for record in output.records(plan):
-            self._done.add(record.unit)
-            self._resumed += record.counts
-        self._counts, self._units_done = self._resumed, len(self._done)
-
-    def pending(self, plan: Plan) -> list[Unit]:
-        return [unit for unit in plan.units() if unit.index not in self._done]
-
-    def add(self, counts: Counts, seconds_in_engine: float) -> None:
-        """Counts a unit. The first one to come says when the engine began to work: what was before is start-up."""
-        if self._started is None:
-            self._started = time.monotonic() - seconds_in_engine
-        self._counts += counts
-        self._units_done += 1
-        self.tell("running")
-
-    def summary(self, output: Output) -> Summary:
-        now = time.monotonic()
-        return Summary(
-            output=str(output.root),
-            counts=self._counts,
-            resumed_rows=self._resumed.rows,
-            elapsed_s=now - self._begun,
-            working_s=now - self._started if self._started is not None else 0.0,
-        )

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -182,15 +182,40 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
     schema = source.schema(files)
     if job.key is not None:
         _check_key_type(job.key, schema.field(job.key).type)
-    rows = {file: source.parquet_rows(file) for file in files if file.format == "parquet"}
+    rows = source.all_parquet_rows(files)
     estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
     unit_rows = choose_unit_rows(job, sum(estimates), _media_bytes(job, source, files[0]))
-    planned = tuple(
-        PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
-        for file in files
-    )
+    planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
     duplicates = _duplicates(source, files, job.key) if job.key is not None else {}
     return Plan(identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema)
+
+
+def extended_plan(job: Job, plan: Plan, files: list[InputFile], identity: Identity) -> Plan:
+    """The plan with the files that were added to its input after the known ones, so that units keep their numbers.
+
+    Raises ConfigError when the new files would change the types of the output.
+    """
+    known = {planned.file.name for planned in plan.files}
+    added = [file for file in files if file.name not in known]
+    source = job_source(job)
+    schema = source.schema([*(planned.file for planned in plan.files), *added])
+    for name in job.carry:
+        if schema.field(name).type != plan.schema.field(name).type:
+            raise ConfigError(
+                f"carry: with the new files, column {name!r} has type {schema.field(name).type}, and the output holds "
+                f"{plan.schema.field(name).type}; convert the new files, or use another output"
+            )
+    if job.key is not None:
+        _check_key_type(job.key, schema.field(job.key).type)
+    rows = source.all_parquet_rows(added)
+    more = tuple(_planned_file(source, file, plan.unit_rows, rows) for file in added)
+    every = [*(planned.file for planned in plan.files), *added]
+    duplicates = _duplicates(source, every, job.key) if job.key is not None else {}
+    return replace(plan, identity=identity, files=(*plan.files, *more), duplicates=duplicates)
+
+
+def _planned_file(source: Source, file: InputFile, unit_rows: int, rows: Mapping[InputFile, int]) -> PlannedFile:
+    return PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
 
 
 def choose_unit_rows(job: Job, num_rows: int, media_bytes: float = 0.0) -> int:
@@ -241,6 +266,12 @@ def differences(planned: Identity, asked: Identity) -> list[str]:
         if before.get(name) != after.get(name):
             lines.append(f"{name}: {_shown(before, name)} -> {_shown(after, name)}")
     return lines
+
+
+def adds_files_only(planned: Identity, asked: Identity) -> bool:
+    """Whether `asked` differs from `planned` in nothing but further input files."""
+    kept = {name: asked["input"].get(name) for name in planned["input"]} if "input" in asked else {}
+    return planned | {"input": None} == asked | {"input": None} and kept == planned["input"]
 
 
 def model_digest(model_dir: str) -> str:

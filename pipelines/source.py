@@ -11,21 +11,23 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.utils import glob_translate
 
 from models.errors import ConfigError, RowError
 from pipelines.job import StorageSection
+from pipelines.s3 import S3, ChangedError, Object
 
 Format = Literal["parquet", "jsonl"]
 Row = dict[str, Any]
@@ -35,6 +37,7 @@ LINE = "line"  # the one column of a unit's table that comes from JSONL: each ro
 SAMPLE_ROWS = 1000
 SCAN_BYTES = 4 << 20
 FOOTER_THREADS = 8
+MAGIC = re.compile(r"[*?\[]")  # where a glob begins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +84,11 @@ class Source:
                 found.setdefault(file.path, file)
         return list(found.values())
 
-    def open(self, path: str) -> Any:
+    def open(self, file: InputFile) -> Any:
         """A seekable binary file for Arrow and for Python alike."""
-        return self._files(path).open(path, "rb") if _is_remote(path) else pa.OSFile(path)
+        if _is_remote(file.path):
+            return self._s3.open(file.path, file.size, file.stamp)
+        return pa.OSFile(file.path)
 
     def schema(self, files: Sequence[InputFile]) -> pa.Schema:
         """The types of `columns` over all Parquet files, or of a sample of the first JSONL file's rows.
@@ -100,13 +105,18 @@ class Source:
         return _unified(schemas, parquet)
 
     def parquet_rows(self, file: InputFile) -> int:
-        with self._parquet(file) as parquet:
-            return int(parquet.metadata.num_rows)
+        return int(self._footer(file).num_rows)
+
+    def all_parquet_rows(self, files: Sequence[InputFile]) -> dict[InputFile, int]:
+        """How many rows each Parquet file among `files` has."""
+        parquet = [file for file in files if file.format == "parquet"]
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+            return dict(zip(parquet, pool.map(self.parquet_rows, parquet), strict=True))
 
     def line_blocks(self, file: InputFile) -> Iterator[tuple[int, bytes]]:
         """A JSONL file as (offset, bytes) pieces of whole lines, in order, SCAN_BYTES or one line at a time."""
         offset, pending = 0, list[bytes]()
-        with self._files(file.path).open(file.path, "rb") as stream:
+        with self.open(file) as stream:
             while chunk := stream.read(SCAN_BYTES):
                 head, newline, tail = chunk.rpartition(b"\n")
                 if newline:
@@ -132,76 +142,72 @@ class Source:
 
         Raises ConfigError when the file is no longer what it was when the job was planned.
         """
-        if file.format == "parquet":
-            return _cursor(self, file).read(rows)
-        data = self._files(file.path).cat_file(file.path, start=rows.start_byte, end=rows.stop_byte)
+        try:
+            if file.format == "parquet":
+                return _cursor(self, file).read(rows)
+            data = self._bytes(file, rows.start_byte, rows.stop_byte)
+        except ChangedError as error:
+            raise ConfigError(_changed(file, str(error))) from error
         table = pa.table({LINE: pa.array(split_lines(data), pa.binary())})
         return _complete(table, file, rows)
 
     def _expand(self, pattern: str) -> list[InputFile]:
-        return [self._describe(path) for path in self._paths(pattern)]
-
-    def _paths(self, pattern: str) -> list[str]:
-        if _is_remote(pattern):
-            paths = self._remote_paths(pattern)
-        elif os.path.isdir(pattern):
-            paths = [path for path in glob.iglob(os.path.join(pattern, "**"), recursive=True) if _is_data(path)]
-        else:
-            paths = glob.glob(pattern, recursive=True)
-            paths = [pattern] if not paths and os.path.isfile(pattern) else paths
-            paths = [path for path in paths if not os.path.isdir(path)]
-        if not paths:
+        files = self._remote_files(pattern) if _is_remote(pattern) else _local_files(pattern)
+        if not files:
             raise ConfigError(f"input: {pattern!r} matches no Parquet or JSONL file; check the path")
-        for path in paths:
-            if os.path.splitext(path)[1] not in SUFFIXES:
+        for file in files:
+            if os.path.splitext(file.path)[1] not in SUFFIXES:
                 raise ConfigError(
-                    f"input: {path} is neither Parquet nor JSONL by its name ({', '.join(SUFFIXES)}); "
+                    f"input: {file.name} is neither Parquet nor JSONL by its name ({', '.join(SUFFIXES)}); "
                     "convert or unpack it, or narrow the pattern"
                 )
-        return paths
+        return files
 
-    def _remote_paths(self, pattern: str) -> list[str]:
-        files = self._files(pattern)
+    def _remote_files(self, pattern: str) -> list[InputFile]:
+        """Objects that a glob, a folder or a name means. Listed in pages, which say sizes and tags too."""
         try:
             if glob.has_magic(pattern):
-                paths = [path for path in files.glob(pattern) if not files.isdir(path)]
-            elif files.isdir(pattern):
-                paths = [path for path in files.find(pattern) if _is_data(path)]
-            else:
-                paths = [pattern] if files.exists(pattern) else []
-        except (OSError, ValueError) as error:
+                matches = re.compile(glob_translate(pattern)).fullmatch
+                return self._listed(MAGIC.split(pattern, maxsplit=1)[0], lambda url: matches(url) is not None)
+            folder = self._listed(pattern.rstrip("/") + "/", _is_data)
+            return folder or [_remote_file(self._s3.look(pattern))]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
             raise ConfigError(f"input: {pattern!r} cannot be listed ({error}); check storage and access") from error
-        return [path if _is_remote(path) else files.unstrip_protocol(path) for path in paths]
 
-    def _describe(self, path: str) -> InputFile:
-        if _is_remote(path):
-            info = self._files(path).info(path)
-            stamp = info.get("ETag") or info.get("LastModified")
-            return InputFile(name=path, path=path, size=int(info["size"]), stamp=str(stamp).strip('"'))
-        status = os.stat(path)
-        return InputFile(name=path, path=os.path.abspath(path), size=status.st_size, stamp=str(status.st_mtime_ns))
+    def _listed(self, prefix: str, is_wanted: Callable[[str], bool]) -> list[InputFile]:
+        pages = self._s3.pages(prefix, deep=True)
+        return [_remote_file(each) for page, _ in pages for each in page if is_wanted(each.url)]
 
-    def _files(self, path: str) -> Any:
-        if not _is_remote(path):
-            return fsspec.filesystem("file")
-        return fsspec.filesystem("s3", anon=self.storage.anon, endpoint_url=self.storage.endpoint_url)
+    def _bytes(self, file: InputFile, start: int, stop: int) -> bytes:
+        if _is_remote(file.path):
+            return self._s3.read(file.path, start, stop, file.stamp)
+        with open(file.path, "rb") as stream:
+            stream.seek(start)
+            return stream.read(stop - start)
+
+    @property
+    def _s3(self) -> S3:
+        return S3(self.storage)
+
+    def _footer(self, file: InputFile) -> pq.FileMetaData:
+        """A Parquet file's footer, after a look at it: Arrow revives extension types as soon as it sees them."""
+        with _readable(file):
+            footer = pq.read_metadata(self.open(file))
+        _refuse_extensions(file, footer.metadata or {})
+        return footer
 
     def _parquet(self, file: InputFile) -> pq.ParquetFile:
-        """Opens a Parquet file after a look at its footer: Arrow revives extension types as soon as it sees them."""
-        try:
+        footer = self._footer(file)
+        with _readable(file):
             # Without pre-buffering, and in pages: a row group of a million rows must not be held as a whole.
-            parquet_metadata = pq.read_metadata(self.open(file.path)).metadata or {}
-            _refuse_extensions(file, parquet_metadata)
-            return pq.ParquetFile(self.open(file.path), pre_buffer=False, buffer_size=1 << 20)
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(
-                f"input: {file.name} cannot be read as Parquet; is it truncated? ({error}); "
-                "replace or leave out the file"
-            ) from error
+            return pq.ParquetFile(self.open(file), metadata=footer, pre_buffer=False, buffer_size=1 << 20)
 
     def _parquet_schema(self, file: InputFile) -> pa.Schema:
-        with self._parquet(file) as parquet:
-            schema = parquet.schema_arrow
+        footer = self._footer(file)
+        with _readable(file):
+            schema = footer.schema.to_arrow_schema()
         for column in self.columns:
             if column not in schema.names:
                 raise ConfigError(_missing_column(column, file, schema.names))
@@ -371,12 +377,48 @@ def _scalar_value(scalar: pa.Scalar) -> Any:
         return Unreadable()
 
 
+def _local_files(pattern: str) -> list[InputFile]:
+    if os.path.isdir(pattern):
+        paths = [path for path in glob.iglob(os.path.join(pattern, "**"), recursive=True) if _is_data(path)]
+    else:
+        paths = glob.glob(pattern, recursive=True)
+        paths = [pattern] if not paths and os.path.isfile(pattern) else paths
+        paths = [path for path in paths if not os.path.isdir(path)]
+    return [_local_file(path) for path in paths]
+
+
+def _local_file(path: str) -> InputFile:
+    status = os.stat(path)
+    return InputFile(name=path, path=os.path.abspath(path), size=status.st_size, stamp=str(status.st_mtime_ns))
+
+
+def _remote_file(found: Object) -> InputFile:
+    return InputFile(name=found.url, path=found.url, size=found.size, stamp=found.etag)
+
+
+@contextmanager
+def _readable(file: InputFile) -> Iterator[None]:
+    """Says of a Parquet file that cannot be read which one it is."""
+    try:
+        yield
+    except ChangedError as error:
+        raise ConfigError(_changed(file, str(error))) from error
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"input: {file.name} cannot be read as Parquet; is it truncated? ({error}); replace or leave out the file"
+        ) from error
+
+
+def _changed(file: InputFile, how: str) -> str:
+    return (
+        f"input: {file.name} has changed since the job was planned: {how}; restore it, or start over with another "
+        "output"
+    )
+
+
 def _complete(table: pa.Table, file: InputFile, rows: RowRange) -> pa.Table:
     if table.num_rows != rows.stop - rows.start:
-        raise ConfigError(
-            f"input: {file.name} has changed since the job was planned: rows {rows.start} to {rows.stop} are "
-            f"{table.num_rows} now; restore it, or start over with another output"
-        )
+        raise ConfigError(_changed(file, f"rows {rows.start} to {rows.stop} are {table.num_rows} now"))
     return table
 
 

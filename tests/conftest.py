@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+# Before Ray starts, so that its workers have them: no test may reach a real store, or wait for one.
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "hidden_size": 8, "intermediate_size": 16,
@@ -21,8 +25,6 @@ TINY_CONFIG: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray for every test that needs one; starting it costs seconds."""
-    import logging
-
     import ray
 
     ray.init(
@@ -49,3 +51,16 @@ def echo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer.save_tokenizer(tiny_tokenizer.train_tokenizer(texts, 300), folder, 256)
     (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 store in this process."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()

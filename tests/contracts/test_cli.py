@@ -16,8 +16,10 @@ from models.errors import ConfigError, EngineError
 
 COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
-    "label": (["job"], ["--debug", "--set"]),
-    "status": (["output"], ["--debug"]),
+    "label": (["job"], ["--debug", "--extend", "--set"]),
+    "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
+    "retry": (["output"], ["--code", "--debug", "--endpoint-url"]),
+    "gc": (["output"], ["--debug", "--endpoint-url"]),
     "inspect": (["model"], ["--debug"]),
     "doctor": ([], ["--debug"]),
 }
@@ -75,9 +77,9 @@ def test_a_workers_traceback_is_shortened_and_debug_shows_it(capsys: pytest.Capt
     assert "frame 20" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("within_limit", "code"), [(True, 0), (False, 3)])
-def test_label_tells_too_many_row_errors(within_limit: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.label.label", lambda path, overrides: within_limit)
+@pytest.mark.parametrize("code", [0, 3, 130])
+def test_label_decides_the_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.label.label", lambda path, overrides, extend: code)
     assert CliRunner().invoke(cli.app, ["label", "job.yaml"]).exit_code == code
 
 

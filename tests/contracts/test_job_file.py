@@ -71,6 +71,7 @@ KEYS = {
     "commit.unit_rows": (WHOLE_OR_AUTO, "auto"),
     "commit.every_seconds": (NUMBER, 30.0),
     "max_error_rate": (NUMBER, 0.0),
+    "fail_fast": (SWITCH, False),
     "storage.endpoint_url": (TEXT_OR_NULL, None),
     "storage.anon": (SWITCH, False),
 }

@@ -97,8 +97,8 @@ BAD: list[tuple[str, Change, list[str]]] = [
     ("device", top(engine={"device": "gpu"}), ["engine.device", "auto, cpu or cuda"]),
     ("context", top(engine={"max_model_len": 129}), ["engine.max_model_len", "at most 128 tokens", "lower it"]),
     ("float16", top(engine={"dtype": "float16"}), ["engine.dtype", "use bfloat16 or float32"]),
-    ("input remote", top(input=["s3://bucket/x"]), ["input", "s3://bucket/x", "only local paths"]),
-    ("storage", top(storage={"anon": True}), ["storage.anon", "use local paths"]),
+    ("input remote", top(input=["gs://bucket/x"]), ["input", "gs://bucket/x", "disks and s3://"]),
+    ("storage", top(storage={"anon": True}), ["storage.anon", "no input or output is an s3:// path"]),
     ("replicas", top(engine={"replicas": 0}), ["engine.replicas", "at least 1"]),
     ("unit rows", top(commit={"unit_rows": 0}), ["commit.unit_rows", "at least 1"]),
     ("every seconds", top(commit={"every_seconds": 0}), ["commit.every_seconds", "above 0"]),
@@ -106,7 +106,8 @@ BAD: list[tuple[str, Change, list[str]]] = [
     ("tag through chat", task(kind="tag", labels=None, gold=None, system="S"), ["task.system", "use task.prompt"]),
     ("head cannot", task(kind="classify", labels=None), ["model", "Glm4ForCausalLM", "not classify"]),
     ("output is a file", top(output="job.yaml"), ["job.yaml:5: output", "is a file", "name a directory"]),
-    ("output remote", top(output="s3://bucket/x"), ["output", "only local directories"]),
+    ("output remote", top(output="gs://bucket/x"), ["output", "directories or s3:// prefixes"]),
+    ("output is a bucket", top(output="s3://bucket/"), ["output", "s3://bucket/name"]),
     ("model absent", top(model="mdl"), ["job.yaml:1: model: mdl: no such directory", "Hugging Face layout"]),
 ]  # fmt: skip
 

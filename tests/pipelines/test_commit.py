@@ -17,6 +17,7 @@ from pipelines.commit import CommitRecord, Output
 from pipelines.metrics import Counts
 from pipelines.plan import Plan, PlannedFile
 from pipelines.source import InputFile
+from pipelines.storage import LocalStore, StorageError
 
 SCHEMA = pa.schema({"row_key": pa.string()})
 
@@ -36,6 +37,10 @@ def rows(*keys: str) -> pa.Table:
     return pa.table({"row_key": list(keys)})
 
 
+def root(output: Output) -> Path:
+    return Path(output.place)
+
+
 @pytest.fixture
 def output(tmp_path: Path) -> Output:
     return Output.at(str(tmp_path / "out"))
@@ -48,30 +53,30 @@ def commit(output: Output, unit: int, *keys: str) -> CommitRecord:
 def test_a_unit_becomes_one_part_with_its_checksum(output: Output) -> None:
     output.begin(make_plan())
     record = commit(output, 1, "a", "b")
-    data = (output.root / record.part).read_bytes()
-    assert record.part.startswith("parts/unit-00000001-")
+    data = (root(output) / record.part).read_bytes()
+    assert record.part.startswith("parts/unit-00000001-g1-")
     assert (record.rows, record.num_bytes, record.checksum) == (2, len(data), hashlib.sha256(data).hexdigest())
     assert output.record(1) == record
-    assert list((output.root / "tmp").iterdir()) == []
+    assert list((root(output) / "tmp").iterdir()) == []
 
 
 def test_the_first_commit_of_a_unit_counts(output: Output) -> None:
     output.begin(make_plan())
     first = commit(output, 0, "a", "b")
     assert commit(output, 0, "c", "d") == first
-    assert len(list((output.root / "parts").iterdir())) == 1
+    assert len(list((root(output) / "parts").iterdir())) == 1
 
 
 def test_of_many_racing_writers_one_wins_and_all_hear_of_it(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     output.begin(make_plan())
     barrier = threading.Barrier(8)
-    create = Output.create
+    create = LocalStore.create
 
-    def create_together(self: Output, name: str, data: bytes) -> bool:
+    def create_together(self: LocalStore, name: str, data: bytes) -> bool:
         barrier.wait()
         return create(self, name, data)
 
-    monkeypatch.setattr(Output, "create", create_together)
+    monkeypatch.setattr(LocalStore, "create", create_together)
     found: list[CommitRecord] = []
     threads = [
         threading.Thread(target=lambda key: found.append(commit(output, 0, key)), args=(str(n),)) for n in range(8)
@@ -82,14 +87,14 @@ def test_of_many_racing_writers_one_wins_and_all_hear_of_it(output: Output, monk
         thread.join()
     assert len(found) == 8
     assert {record.part for record in found} == {output.record(0).part}  # type: ignore[union-attr]
-    assert [f"parts/{path.name}" for path in (output.root / "parts").iterdir()] == [found[0].part]
+    assert [f"parts/{path.name}" for path in (root(output) / "parts").iterdir()] == [found[0].part]
 
 
 def test_the_manifest_names_every_part_in_input_order(output: Output) -> None:
     plan = output.begin(make_plan())
     for unit, keys in ((2, "e"), (0, "ab"), (1, "cd")):
         commit(output, unit, *keys)
-    assert not output.is_finished()
+    assert not output.status().finished
     manifest = output.finish(plan, SCHEMA, {"end_counted": False})
     assert [key for table in output.iter_tables() for key in table["row_key"].to_pylist()] == list("abcde")
     assert manifest.counts == Counts(rows=5, ok=5)
@@ -100,7 +105,7 @@ def test_the_manifest_names_every_part_in_input_order(output: Output) -> None:
 def test_readers_see_the_parts_of_the_manifest_alone(output: Output) -> None:
     plan = output.begin(make_plan(num_rows=2))
     commit(output, 0, "a", "b")
-    pq.write_table(rows("stray"), output.root / "parts" / "unit-00000000-dead.parquet")
+    pq.write_table(rows("stray"), root(output) / "parts" / "unit-00000000-dead.parquet")
     output.finish(plan, SCHEMA, {})
     assert sum(table.num_rows for table in output.iter_tables()) == 2
 
@@ -116,8 +121,8 @@ def test_the_manifest_waits_for_all_units(output: Output) -> None:
 
 def test_a_committed_part_that_is_gone_is_noticed(output: Output) -> None:
     plan = output.begin(make_plan(num_rows=2))
-    (output.root / commit(output, 0, "a", "b").part).unlink()
-    with pytest.raises(ConfigError, match="is gone or has another size"):
+    (root(output) / commit(output, 0, "a", "b").part).unlink()
+    with pytest.raises(ConfigError, match="is gone or is not what was written"):
         output.finish(plan, SCHEMA, {})
 
 
@@ -136,8 +141,8 @@ def test_another_job_is_refused_with_the_difference(output: Output) -> None:
 
 @pytest.mark.parametrize("name", ["notes.txt", "parts/other.parquet"])
 def test_a_directory_of_other_things_is_refused(output: Output, name: str) -> None:
-    (output.root / name).parent.mkdir(parents=True)
-    (output.root / name).touch()
+    (root(output) / name).parent.mkdir(parents=True)
+    (root(output) / name).touch()
     with pytest.raises(ConfigError, match="holds something else"):
         output.adopt({})
 
@@ -154,10 +159,10 @@ def test_a_part_that_could_not_be_written_leaves_nothing(output: Output, monkeyp
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipelines.commit.os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("pipelines.storage.os.fsync", full)
+    with pytest.raises(StorageError, match=r"No space.*run the same command again"):
         commit(output, 0, "a")
-    assert not any(any((output.root / folder).iterdir()) for folder in ("parts", "commits", "tmp"))
+    assert not any(any((root(output) / folder).iterdir()) for folder in ("parts", "commits", "tmp"))
 
 
 def test_status_adds_up_what_is_committed(output: Output) -> None:
@@ -167,15 +172,40 @@ def test_status_adds_up_what_is_committed(output: Output) -> None:
     assert (status.num_rows, status.num_units, status.units_done, status.finished) == (5, 3, 1, False)
     assert status.counts == Counts(rows=1, ok=1)
     with pytest.raises(ConfigError, match="holds no output"):
-        Output.at(str(output.root / "parts")).status()
+        Output.at(str(root(output) / "parts")).status()
 
 
 def test_records_are_json_that_people_can_read(output: Output) -> None:
     output.begin(make_plan())
     commit(output, 0, "a")
-    record = json.loads((output.root / "commits" / "unit-00000000.json").read_text())
+    record = json.loads((root(output) / "commits" / "unit-00000000-g1.json").read_text())
     assert record["id"] == "unit-00000000"
     assert record["counts"]["ok"] == 1
+
+
+def test_a_later_generation_of_a_record_counts(output: Output) -> None:
+    plan = output.begin(make_plan(num_rows=2))
+    commit(output, 0, "a", "b")
+    first = output.finish(plan, SCHEMA, {})
+    second = output.commit(0, rows("a", "c"), Counts(rows=2, ok=2), generation=2)
+    assert output.commit(0, rows("a", "d"), Counts(rows=2, ok=2), generation=2) == second
+    assert list(output.records(plan)) == [second]
+    # Readers go on with the first until the manifest is written anew.
+    assert [table["row_key"].to_pylist() for table in output.iter_tables()] == [["a", "b"]]
+    assert output.finish(plan, SCHEMA, {}) != first
+    assert [table["row_key"].to_pylist() for table in output.iter_tables()] == [["a", "c"]]
+
+
+def test_a_part_that_was_changed_is_noticed_by_its_reader(output: Output) -> None:
+    plan = output.begin(make_plan(num_rows=2))
+    record = commit(output, 0, "a", "b")
+    output.finish(plan, SCHEMA, {})
+    path = root(output) / record.part
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"unit-00000000-g1.*is not what was written"):
+        list(output.iter_tables())
 
 
 def test_counts_add_up() -> None:

@@ -236,12 +236,12 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(echo_checkpoint: Path
     job = make_job(echo_checkpoint, tmp_path, 2)
     output = Output.at(job.output)
     before = output.status()
-    parts = {path.name: path.read_bytes() for path in (output.root / "commits").iterdir()}
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "out" / "commits").iterdir()}
     assert 3 <= before.units_done < 200
     result = run(job)
     assert result.summary.resumed_rows == before.counts.rows
     assert [row["row_key"] for row in all_rows(job)] == [f"p{row}" for row in range(400)]
-    after = {path.name: path.read_bytes() for path in (output.root / "commits").iterdir()}
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out" / "commits").iterdir()}
     assert {name: after[name] for name in parts} == parts
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,9 @@ from models.errors import ConfigError, RowError
 from pipelines.job import CommitSection, Job, StorageSection, TaskConfig
 from pipelines.plan import Plan, choose_unit_rows, make_plan
 from pipelines.prompts import cell_text
+from pipelines.s3 import S3
 from pipelines.source import Source, decode_rows, key_text
+from tests.s3_faults import new_bucket
 
 
 def make_job(*inputs: Path | str, unit_rows: Any = "auto", key: str | None = None, **changes: Any) -> Job:
@@ -263,41 +265,70 @@ def test_integer_keys_are_their_digits() -> None:
 # ---- s3
 
 
-class FakeS3(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """Objects in memory under s3:// names, with the ETags of a store."""
-
-    protocol = "s3"
-    store: ClassVar[dict[str, Any]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return str(MemoryFileSystem._strip_protocol(path.removeprefix("s3://")))
-
-    def unstrip_protocol(self, name: str) -> str:
-        return "s3://" + name.removeprefix("s3://").lstrip("/")
-
-    def info(self, path: str, **options: Any) -> dict[str, Any]:
-        return {**super().info(path), "ETag": '"abc"'}
-
-
-@pytest.mark.parametrize("pattern", ["s3://bucket/in", "s3://bucket/in/*", "s3://bucket/in/b.jsonl"])
-def test_objects_are_listed_and_read_like_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
-    """Listing yields names with s3://; reading asks for byte ranges. The store itself is s3fs's business."""
+@pytest.fixture
+def bucket(s3_server: str, tmp_path: Path) -> tuple[str, StorageSection]:
+    """A bucket with two inputs of 20 rows each, and things beside them that are none."""
     values = [str(n) for n in range(20)]
     objects = {
-        "a.parquet": write_parquet(tmp_path / "a.parquet", values, row_group_size=6).read_bytes(),
-        "b.jsonl": write_jsonl(tmp_path / "b.jsonl", values).read_bytes(),
+        "in/a.parquet": write_parquet(tmp_path / "a.parquet", values, row_group_size=6).read_bytes(),
+        "in/sub/b.jsonl": write_jsonl(tmp_path / "b.jsonl", values).read_bytes(),
+        "in/_SUCCESS": b"",
+        "in/notes.txt": b"none",
+        "inner/c.parquet": b"",
     }
-    fake = FakeS3()
-    for name, data in objects.items():
-        fake.pipe_file(f"/bucket/in/{name}", data)
-    monkeypatch.setattr(Source, "_files", lambda self, path: fake)
-    source, plan = planned(make_job(pattern, unit_rows=8))
-    names = ["b.jsonl"] if pattern.endswith("jsonl") else ["a.parquet", "b.jsonl"]
-    assert [planned.file.name for planned in plan.files] == [f"s3://bucket/in/{name}" for name in names]
-    assert {planned.file.stamp for planned in plan.files} == {"abc"}
-    assert [text for unit in texts(source, plan) for text in unit] == values * len(names)
+    storage = StorageSection(endpoint_url=s3_server)
+    name = f"s3://{new_bucket(s3_server)}"
+    for key, data in objects.items():
+        S3(storage).write(f"{name}/{key}", data)
+    return name, storage
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("in", ["in/a.parquet", "in/sub/b.jsonl"]),
+        ("in/", ["in/a.parquet", "in/sub/b.jsonl"]),
+        ("in/*.parquet", ["in/a.parquet"]),
+        ("in/**/*.jsonl", ["in/sub/b.jsonl"]),
+        ("i?/su[b]/*", ["in/sub/b.jsonl"]),
+        ("in/sub/b.jsonl", ["in/sub/b.jsonl"]),
+    ],
+)
+def test_objects_are_listed_and_read_like_files(
+    bucket: tuple[str, StorageSection], pattern: str, names: list[str]
+) -> None:
+    root, storage = bucket
+    job = make_job(f"{root}/{pattern}", unit_rows=8, storage=storage)
+    source = Source(storage=storage, columns=("text",))
+    plan = make_plan(job, source.list_files(job.input), {})
+    assert [planned.file.name for planned in plan.files] == [f"{root}/{name}" for name in names]
+    assert [text for unit in texts(source, plan) for text in unit] == [str(n) for n in range(20)] * len(names)
+
+
+@pytest.mark.parametrize("pattern", ["absent/*.parquet", "absent", "in/a.parq", "in/notes.txt"])
+def test_objects_that_are_no_input_are_refused_by_name(bucket: tuple[str, StorageSection], pattern: str) -> None:
+    root, storage = bucket
+    with pytest.raises(ConfigError, match=re.escape(pattern)):
+        Source(storage=storage, columns=("text",)).list_files([f"{root}/{pattern}"])
+
+
+@pytest.mark.parametrize("name", ["in/a.parquet", "in/sub/b.jsonl"])
+def test_an_object_that_was_replaced_after_the_plan_is_noticed(bucket: tuple[str, StorageSection], name: str) -> None:
+    """Also by one of the same length: its tag tells."""
+    root, storage = bucket
+    job = make_job(f"{root}/{name}", unit_rows=8, storage=storage)
+    source = Source(storage=storage, columns=("text",))
+    plan = make_plan(job, source.list_files(job.input), {})
+    data = S3(storage).read(f"{root}/{name}")
+    S3(storage).write(f"{root}/{name}", data.replace(b"7", b"8"))
+    with pytest.raises(ConfigError, match="has changed since the job was planned"):
+        texts(source, plan)
+
+
+def test_a_listing_of_many_pages_is_whole(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, bucket = StorageSection(endpoint_url=s3_server), new_bucket(s3_server)
+    monkeypatch.setattr("pipelines.s3.PAGE_KEYS", 3)
+    for number in range(11):
+        S3(storage).write(f"s3://{bucket}/in/{number:02d}.jsonl", b"{}")
+    files = Source(storage=storage, columns=()).list_files([f"s3://{bucket}/in"])
+    assert [file.name[-8:] for file in files] == [f"{number:02d}.jsonl" for number in range(11)]

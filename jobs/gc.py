@@ -1,0 +1,20 @@
+"""`glm-batch gc`: remove from an output what no record names, and say what that was. Starts no Ray."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from pipelines.commit import Output
+from pipelines.gc import collect
+from pipelines.job import StorageSection
+
+
+def gc(path: str, *, endpoint_url: str | None = None) -> None:
+    """Prints what was removed. Raises ConfigError when there is no output, or a driver is at work on it."""
+    collected = collect(Output.at(path, StorageSection(endpoint_url=endpoint_url)))
+    console = Console(highlight=False)
+    for entry in collected.removed:
+        console.print(f"removed {entry.name} ({entry.size or 0:,} bytes)", soft_wrap=True)
+    console.print(f"removed {len(collected.removed):,} files, {collected.num_bytes:,} bytes")
+    if collected.waiting:
+        console.print(f"left {collected.waiting:,} parts of units that are not committed yet: finish the job first")

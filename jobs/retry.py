@@ -1,0 +1,48 @@
+"""`glm-batch retry`: process the failed rows of an output again, with the job that is kept beside it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pydantic
+from rich.console import Console
+
+from jobs.checks import check_checkpoint
+from jobs.display import progress_display
+from jobs.label import closed
+from models.errors import ConfigError
+from pipelines.commit import Output
+from pipelines.job import Job, StorageSection
+from pipelines.metrics import Summary
+from pipelines.stop import Stop
+
+
+def retry(path: str, codes: Sequence[str], *, endpoint_url: str | None = None) -> int:
+    """Recomputes failed rows, prints the summary of the whole output and gives the exit code.
+
+    Raises ConfigError before Ray starts when the job cannot run any more.
+    """
+    output = Output.at(path, StorageSection(endpoint_url=endpoint_url))
+    job = replace(load_kept_job(output), output=path)
+    _, problems = check_checkpoint(job)
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)))
+
+    def work() -> Summary:
+        from pipelines.retry import retry_failed
+
+        with progress_display("retry", Console(file=sys.stderr)) as show:
+            return retry_failed(job, output, codes, show, stop=Stop())
+
+    return closed(work, job, "retry")
+
+
+def load_kept_job(output: Output) -> Job:
+    """The job as the last `label` ran it. Raises ConfigError."""
+    try:
+        return pydantic.TypeAdapter(Job).validate_json(output.kept_job(), strict=True)
+    except (FileNotFoundError, pydantic.ValidationError) as error:
+        output.standing_plan()
+        raise ConfigError(f"{output.place}/job.json is missing or broken: run the job with label again") from error
