@@ -1,4 +1,4 @@
-# make demo   label the shipped support tickets three ways and print the accuracy against gold
+# make demo   label the shipped tickets, pictures and clips and print the accuracy against gold
 # make test   everything that a change must pass: ruff, mypy, pytest
 #
 # Both make .venv on a fresh machine and use it again until pyproject.toml changes. PYTHON names the interpreter
@@ -15,10 +15,10 @@ DEMO := out/demo
 
 demo: $(VENV)/installed
 	@rm -rf $(DEMO)
-	@for job in route extract reply; do \
+	@for job in route extract reply shape colour count motion; do \
 		$(BIN)/glm-batch label examples/$$job.yaml --set output=$(DEMO)/$$job || exit $$?; echo; \
 	done
-	@echo "The labelled rows lie in $(DEMO)/route, $(DEMO)/extract and $(DEMO)/reply."
+	@echo "The labelled rows lie below $(DEMO)."
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

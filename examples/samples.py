@@ -58,6 +58,30 @@ class Batch:
         return Batch(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
 
 
+def ask(encoder: ChatEncoder, system: str | None, user: str, item: MediaPatches | None = None) -> list[int]:
+    """The ids of a question up to and including `<|assistant|>`; `item` stands before the user's text."""
+    if item is None:
+        return encoder.prompt(system, user)
+    images, videos = _by_kind(item)
+    return expand_placeholders(
+        encoder.prompt(system, user, ["video" if videos else "image"]),
+        tokens=media_tokens(encoder),
+        merge_size=MERGE,
+        images=images,
+        videos=[VideoSpan(grid=grid, timestamps=item.timestamps) for grid in videos],
+        encode=encoder.plain,
+    )
+
+
+def positions_of(encoder: ChatEncoder, ids: list[int], item: MediaPatches | None = None) -> npt.NDArray[np.int64]:
+    """[3, tokens] of a conversation that shows `item`."""
+    if item is None:
+        return np.tile(np.arange(len(ids)), (3, 1))
+    images, videos = _by_kind(item)
+    types = media_token_types(ids, media_tokens(encoder))
+    return rope_positions(types, merge_size=MERGE, images=images, videos=videos)[0]
+
+
 def make_sample(
     encoder: ChatEncoder, question: tuple[str | None, str], answer: str, shown: tuple[int, MediaPatches] | None = None
 ) -> Sample:
@@ -65,17 +89,15 @@ def make_sample(
 
     `question` is the system's and the user's text, `shown` what stands before the user's, with its number.
     """
-    system, user = question
-    prompt = encoder.prompt(system, user, ["video" if shown[1].timestamps else "image"] if shown else [])
-    if shown:
-        prompt = _expanded(encoder, prompt, shown[1])
+    media, item = shown or (None, None)
+    prompt = ask(encoder, *question, item)
     reply = [*encoder.plain(f"\n{answer}"), encoder.control_ids["<|user|>"]]
     ids = prompt + reply[:-1]
     return Sample(
         input_ids=ids,
         targets=[IGNORED] * (len(prompt) - 1) + reply,
-        positions=_positions(encoder, ids, shown[1] if shown else None),
-        media=shown[0] if shown else None,
+        positions=positions_of(encoder, ids, item),
+        media=media,
     )
 
 
@@ -115,22 +137,6 @@ def media_tokens(encoder: ChatEncoder) -> MediaTokens:
         video_start=ids["<|begin_of_video|>"],
         video_end=ids["<|end_of_video|>"],
     )
-
-
-def _expanded(encoder: ChatEncoder, prompt: list[int], item: MediaPatches) -> list[int]:
-    images, videos = _by_kind(item)
-    spans = [VideoSpan(grid=grid, timestamps=item.timestamps) for grid in videos]
-    return expand_placeholders(
-        prompt, tokens=media_tokens(encoder), merge_size=MERGE, images=images, videos=spans, encode=encoder.plain
-    )
-
-
-def _positions(encoder: ChatEncoder, ids: list[int], item: MediaPatches | None) -> npt.NDArray[np.int64]:
-    if item is None:
-        return np.tile(np.arange(len(ids)), (3, 1))
-    images, videos = _by_kind(item)
-    types = media_token_types(ids, media_tokens(encoder))
-    return rope_positions(types, merge_size=MERGE, images=images, videos=videos)[0]
 
 
 def _by_kind(item: MediaPatches) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:

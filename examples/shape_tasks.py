@@ -37,8 +37,8 @@ HINTS = (SHAPES, tuple(COLOURS), tuple(MOTIONS))  # what is told of a patch, bes
 class Shown:
     """A picture or a clip as patches, its right answers by task, and its `hints`.
 
-    Hints are [merged patches, 1 + len(HINTS)]: whether a figure's centre lies there (0 or 1), then the numbers of its
-    shape, colour and motion, IGNORED where there is none.
+    Hints are [merged patches, 1 + len(HINTS)]: whether a figure's centre lies there (0 or 1), then the numbers of the
+    shape, colour and motion of the figure that covers the patch's middle, IGNORED where there is none.
     """
 
     patches: MediaPatches
@@ -87,26 +87,23 @@ def show_clip(clip: Clip, rng: random.Random) -> Shown:
 class MediaStream:
     """Pictures and clips in numbered lots, so that several processes can draw them: the same number, the same lot.
 
-    A picture is asked `num_questions` of its questions.
+    Each picture is asked one of `questions`, in which a harder one may stand more than once; all if there are none.
     """
 
     split: Split
     seed: int
     num_images: int
     num_clips: int
-    num_questions: int = len(IMAGE_TASKS)
+    questions: tuple[str, ...] = ()
 
     def lot(self, number: int) -> list[Shown]:
         """First the pictures, then the clips."""
         rng = random.Random(f"lot {self.split} {self.seed} {number}")
         seed = 1_000_000 * self.seed + number
         shown = [show_scene(scene, rng) for scene in itertools.islice(scenes(self.split, seed), self.num_images)]
-        shown = [self._with_fewer_questions(item, rng) for item in shown]
+        if self.questions:
+            shown = [_with_one_question(item, rng.choice(self.questions)) for item in shown]
         return shown + [show_clip(clip, rng) for clip in itertools.islice(clips(self.split, seed), self.num_clips)]
-
-    def _with_fewer_questions(self, item: Shown, rng: random.Random) -> Shown:
-        kept = rng.sample(IMAGE_TASKS, self.num_questions)
-        return replace(item, answers={task: item.answers[task] for task in kept})
 
 
 def make_batch(encoder: ChatEncoder, prompts: dict[str, str], shown: list[Shown]) -> tuple[Batch, torch.Tensor]:
@@ -120,17 +117,24 @@ def make_batch(encoder: ChatEncoder, prompts: dict[str, str], shown: list[Shown]
     return stack(samples, [item.patches for item in shown]), torch.from_numpy(hints)
 
 
+def _with_one_question(item: Shown, task: str) -> Shown:
+    return replace(item, answers={task: item.answers[task]})
+
+
 def _frame_hints(
     scene: Scene, figures: Sequence[Figure], grid: tuple[int, int, int], motion: str | None = None
 ) -> npt.NDArray[np.int64]:
     rows, columns = grid[1] // IMAGES.merge_size, grid[2] // IMAGES.merge_size
-    hints = np.full((rows, columns, 1 + len(HINTS)), IGNORED)
-    hints[..., 0] = 0
     gold = zip(HINTS, (scene.shape, scene.colour, motion), strict=True)
     numbers = [IGNORED if name is None else names.index(name) for names, name in gold]
+    height, width = scene.height / rows, scene.width / columns
+    y, x = (np.arange(rows)[:, None] + 0.5) * height, (np.arange(columns)[None, :] + 0.5) * width
+    hints = np.full((rows, columns, 1 + len(HINTS)), IGNORED)
+    hints[..., 0] = 0
     for figure in figures:
-        row, column = int(figure.y / scene.height * rows), int(figure.x / scene.width * columns)
-        hints[row, column] = [1, *numbers]
+        reach = figure.radius + 0.2 * min(height, width)
+        hints[np.hypot(y - figure.y, x - figure.x) < reach, 1:] = numbers
+        hints[int(figure.y / height), int(figure.x / width)] = [1, *numbers]
     return hints.reshape(rows * columns, -1)
 
 

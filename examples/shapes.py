@@ -127,7 +127,7 @@ def make_scene(rng: random.Random) -> Scene:
     fills = _fills(colour, count, rng)
     background = _background(fills, rng)
     figures = [
-        Figure(shape=shape, x=x, y=y, radius=radius, angle=rng.uniform(-0.5, 0.5), fill=fill)
+        Figure(shape=shape, x=x, y=y, radius=radius, angle=rng.uniform(-0.35, 0.35), fill=fill)
         for (x, y, radius), fill in zip(_places(width, height, count, rng), fills, strict=True)
     ]
     return Scene(width=width, height=height, background=background, figures=tuple(figures), shape=shape, colour=colour)
@@ -138,7 +138,7 @@ def make_clip(rng: random.Random) -> Clip:
     width, height = (2 * rng.randrange(48, 121) for _ in range(2))
     motion, colour = rng.choice(list(MOTIONS)), rng.choice(list(COLOURS))
     dx, dy = MOTIONS[motion]
-    radius = rng.uniform(0.11, 0.19) * min(width, height)
+    radius = rng.uniform(0.13, 0.20) * min(width, height)
     sway = rng.uniform(0, 0.03) * min(width, height)
     distance = rng.uniform(0.3, 0.55) * (width if dx else height)
     fills = _fills(colour, 1, rng)
@@ -147,7 +147,7 @@ def make_clip(rng: random.Random) -> Clip:
         x=_start(width, radius + sway, dx * distance, rng),
         y=_start(height, radius + sway, dy * distance, rng),
         radius=radius,
-        angle=rng.uniform(-0.5, 0.5),
+        angle=rng.uniform(-0.35, 0.35),
         fill=fills[0],
     )
     background = replace(_background(fills, rng), grain=0.0)
@@ -247,7 +247,7 @@ def _places(width: int, height: int, count: int, rng: random.Random) -> list[tup
     """(x, y, radius) of circles inside the picture that keep apart; tried anew until all have found room."""
     side = min(width, height)
     while True:
-        radius = side * rng.uniform(0.10, 0.24 if count < 3 else 0.19)
+        radius = side * rng.uniform(0.13, 0.25 if count < 3 else 0.18)
         places: list[tuple[float, float, float]] = []
         for _ in range(20 * count):
             r = radius * rng.uniform(0.85, 1.15)

@@ -74,7 +74,40 @@ def build_model(encoder: ChatEncoder, size: Size) -> Glm4vForConditionalGenerati
         embeddings = model.model.language_model.embed_tokens.weight
         nn.init.normal_(embeddings, std=0.5)
         model.lm_head.weight.copy_(0.1 * embeddings)
+        _look_around(model.model.visual)
     return model
+
+
+def _look_around(tower: nn.Module) -> None:
+    """Let each head of the vision tower begin by looking at one of the patches around, as a convolution does.
+
+    All position embeddings share a vector, from which queries and keys get parts that the rotary embedding turns into
+    a peak at the wanted offset. Without it the tower takes thousands of steps to find out what lies beside what.
+    """
+    positions = tower.embeddings.position_embedding.weight
+    shared = torch.randn(positions.shape[1])
+    positions.copy_(shared + 0.1 * torch.randn(positions.shape))
+    for number, block in enumerate(tower.blocks):
+        reach, diagonal = 1 + number // 2, number % 2
+        ring = ((0, 1), (1, 0), (0, -1), (-1, 0)) if not diagonal else ((1, 1), (1, -1), (-1, 1), (-1, -1))
+        share = (2 + 2 * number) ** 0.5 * shared / shared.square().sum()  # the residual stream grows block by block
+        queries, keys, _ = block.attn.qkv.weight.view(3, block.attn.num_heads, HEAD_DIM, -1)
+        for head in range(block.attn.num_heads):
+            y, x = (reach * step for step in ring[head % len(ring)])
+            query, key = _rotary_peak(y, x)
+            queries[head].mul_(0.3).add_(query[:, None] * share)
+            keys[head].mul_(0.3).add_(key[:, None] * share)
+
+
+def _rotary_peak(y: int, x: int, height: float = 4.7) -> tuple[torch.Tensor, torch.Tensor]:
+    """A query and a key, [HEAD_DIM], whose product after the rotary embedding peaks where the key's patch lies y rows
+    and x columns further. They use the two fastest frequencies of each axis."""
+    quarter = HEAD_DIM // 4
+    angles = torch.zeros(2 * quarter)
+    for start, distance in ((0, y), (quarter, x)):
+        angles[start : start + 2] = distance * 10_000.0 ** -(torch.arange(2) / quarter)
+    used = (torch.arange(2 * quarter) % quarter < 2) * height
+    return torch.cat([used * angles.cos(), used * angles.sin()]), torch.cat([used, torch.zeros(2 * quarter)])
 
 
 def forward(model: Glm4vForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

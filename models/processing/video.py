@@ -229,7 +229,7 @@ def _video_stream(container: InputContainer, max_source_pixels: int) -> VideoStr
         raise RowError(
             "media_too_large",
             f"the header says {context.width}x{context.height} pixels a frame, more than {max_source_pixels:,}; shrink "
-            "the clip or raise max_source_pixels",
+            "the clip",
         )
     context.thread_count = 1  # the caller spreads clips over cores
     context.options = {"max_pixels": str(max_source_pixels)}  # the frames may be larger than the header says

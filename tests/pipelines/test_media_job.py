@@ -21,15 +21,11 @@ from tests.bad_media import IMAGES, VIDEOS
 from tests.models.media_cases import TEXT, VISION
 from tests.models.processing.conftest import write_checkpoint
 from tests.models.processing.test_images import encoded, picture
+from tests.models.processing.test_prompt import NAMES
 from tests.models.processing.test_video import clip
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-NAMES = {
-    "image_token_id": "<|image|>", "video_token_id": "<|video|>", "image_start_token_id": "<|begin_of_image|>",
-    "image_end_token_id": "<|end_of_image|>", "video_start_token_id": "<|begin_of_video|>",
-    "video_end_token_id": "<|end_of_video|>",
-}  # fmt: skip
 BUDGET = {"shortest_edge": 2 * 28 * 28, "longest_edge": 2 * 28 * 28 * 64}
 PHOTO = encoded(picture(112, 140), "JPEG")  # 4 x 5 tokens
 
