@@ -1,0 +1,61 @@
+"""What a run adds up: when too many rows have failed, and what the summary has to say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines.commit import Output
+from pipelines.job import CommitSection, Job, TaskConfig
+from pipelines.metrics import Counts
+from pipelines.progress import Work
+from pipelines.stop import TooManyErrorsError
+from tests.pipelines.test_commit import commit, make_plan
+
+JOB = Job(model="m", input=["i"], output="o", task=TaskConfig(kind="choose"), fail_fast=True, max_error_rate=0.2)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    """A run of 50 rows in units of 2, one of which is committed."""
+    output = Output.at(str(tmp_path / "out"))
+    plan = output.begin(make_plan(num_rows=50))
+    commit(output, 0, "a", "b")
+    a_work = Work(None)
+    a_work.resume(plan, output)
+    return a_work
+
+
+def failed(rows: int) -> Counts:
+    return Counts(rows=2, ok=2 - rows, errors={"bad_json": rows} if rows else {})
+
+
+def test_fail_fast_waits_for_one_row_more_than_may_fail(work: Work) -> None:
+    """Of all 50 rows a fifth may fail, whatever the share of those that came so far."""
+    for _ in range(5):
+        work.add_checked(JOB, failed(2), 0.1)
+    with pytest.raises(
+        TooManyErrorsError, match=r"11 rows failed \(bad_json 11\).*20\.00% of 50: stopped with 7 of 25"
+    ):
+        work.add_checked(JOB, failed(1), 0.1)
+    with pytest.raises(TooManyErrorsError):
+        work.refuse_errors(JOB)
+    work.refuse_errors(replace(JOB, fail_fast=False))
+
+
+def test_a_complete_output_is_no_early_end(work: Work) -> None:
+    for _ in range(24):
+        work.add(failed(1), 0.1)
+    assert work.is_complete
+    work.refuse_errors(JOB)
+
+
+@pytest.mark.parametrize(("seconds", "notes"), [(29.0, 0), (31.0, 1)])
+def test_units_that_took_longer_than_asked_are_told(work: Work, tmp_path: Path, seconds: float, notes: int) -> None:
+    work.add(failed(0), seconds)
+    summary = work.summary(Output.at(str(tmp_path / "out")), replace(JOB, commit=CommitSection(every_seconds=30)))
+    assert len(summary.notes) == notes
+    assert all("31 s in the engine" in note and "commit.unit_rows" in note for note in summary.notes)
+    assert (summary.counts.rows, summary.resumed_rows) == (4, 2)
