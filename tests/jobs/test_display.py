@@ -65,7 +65,7 @@ def test_the_summary_says_every_number_within_80_columns() -> None:
 
 
 def test_the_next_step_depends_on_the_error_rate() -> None:
-    assert "raise max_error_rate" in next_step(COUNTS, "out", 0.001)
+    assert "`glm-batch retry out`" in next_step(COUNTS, "out", 0.001)
     assert "0.37% of the rows failed, max_error_rate allows 0.10%" in next_step(COUNTS, "out", 0.001)
     assert next_step(COUNTS, "out", 0.004) == "read the parts that out/manifest.json lists"
 
