@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,20 @@ def test_units_of_large_images_have_few_rows(checkpoint: str, tmp_path: Path) ->
     assert make_plan(a_job, files, {}).unit_rows == min(MEDIA_UNIT_BYTES // max(patches, len(photo)), 5000 // 32)
     wide = replace(a_job, preprocess=PreprocessSection(min_pixels=28 * 28 * 4096, max_pixels=28 * 28 * 4096))
     assert make_plan(wide, files, {}).unit_rows == MEDIA_UNIT_BYTES // (4096 * 28 * 28 * 3)
+
+
+def test_a_classifier_and_vectors_over_images(checkpoint: str, tmp_path: Path) -> None:
+    """The prompt goes through the chat template, which places the image, though these kinds take raw text otherwise."""
+    table = {"photo": [PHOTO, PHOTO[:100]]}
+    embedded = rows(job(checkpoint, tmp_path, table, kind="embed", image="photo"))
+    folder = tmp_path / "classifier"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Glm4vForSequenceClassification"], "id2label": {"0": "cat", "1": "dog", "2": "owl"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    a_job = job(str(folder), tmp_path, table, kind="classify", image="photo")
+    classified = rows(replace(a_job, output=str(tmp_path / "classified")))
+    for good, bad in (embedded, classified):
+        assert (good["status"], good["media_tokens"]) == ("ok", 20)
+        assert bad["error_code"] == "bad_image"
+    assert classified[0]["label"] in ("cat", "dog", "owl")
