@@ -19,6 +19,8 @@ from models.glm4v_vision import Grid, VisionTower
 from models.normalization import MediaKind
 
 ENCODE_PATCHES = {"cpu": 4096, "cuda": 32768}  # of one forward pass of the tower; a single frame may have more
+# What remembering one item costs beside its features: measured on small ones, most of it memory that lies between them.
+ENTRY_BYTES = 32 << 10
 Key = tuple[str, tuple[int, int, int], bytes]
 
 
@@ -52,7 +54,7 @@ class MediaEncoder:
         found |= self._encode(missing) if missing else {}
         features = {key: value for key, value in found.items() if value is not None}
         for key, value in features.items():
-            self._features.put(key, value, value.nbytes)
+            self._features.put(key, value, value.nbytes + ENTRY_BYTES)
         return features
 
     def forget(self) -> None:

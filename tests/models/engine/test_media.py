@@ -13,6 +13,7 @@ import torch
 from models.byte_cache import ByteCache
 from models.engine import Choose, Completion, EngineConfig, Generate, Inspect, Media, Request, SamplingParams, Work
 from models.engine.engine import TorchEngine
+from models.engine.media_encoder import ENTRY_BYTES
 from tests.models.conftest import MakeCheckpoint, random_ids
 from tests.models.media_cases import (
     IMAGE,
@@ -202,7 +203,7 @@ def test_an_item_is_encoded_once_while_it_is_remembered(path: Path) -> None:
 
 
 def test_features_beyond_the_budget_are_forgotten_oldest_first(path: Path) -> None:
-    size = 6 * 128 * 4  # of an image of 6 x 4 patches
+    size = 6 * 128 * 4 + ENTRY_BYTES  # of an image of 6 x 4 patches
     engine = build(path, media_cache_bytes=2 * size, prefix_caching=False)
     prompts = [make_prompt([3, (1, 6, 4), 3], seed=i) for i in range(3)]
     counts = []
