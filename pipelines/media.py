@@ -17,7 +17,7 @@ from models.errors import ConfigError, RowError
 from models.processing.budget import image_grid, video_grid
 from models.processing.media_config import NUM_CHANNELS, ImageProcessorConfig, VideoProcessorConfig
 from models.processing.messages import MediaPart, media_parts
-from pipelines.job import Job, PreprocessSection
+from pipelines.job import Job, PreprocessSection, TaskConfig
 from pipelines.prompts import PromptTemplate, Row, conversation, media_columns
 
 Config = TypeVar("Config", ImageProcessorConfig, VideoProcessorConfig)
@@ -59,8 +59,9 @@ def media_row_bytes(job: Job, rows: Sequence[Row | RowError]) -> float:
     A row weighs what it holds when it is read or what becomes of it, whichever is more.
     """
     image, video = media_budgets(job.preprocess, job.model)
+    template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
     sizes = [
-        sum(max(_encoded_bytes(part), _patch_bytes(part, image, video)) for part in _row_parts(job, row))
+        sum(max(_encoded_bytes(part), _patch_bytes(part, image, video)) for part in _row_parts(job.task, template, row))
         for row in rows
     ]
     return sum(sizes) / len(sizes) if sizes else 0.0
@@ -87,10 +88,9 @@ def _with_budget(config: Config, preprocess: PreprocessSection, copies: int) -> 
     return replace(config, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
-def _row_parts(job: Job, row: Row | RowError) -> list[MediaPart]:
-    template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
+def _row_parts(task: TaskConfig, template: PromptTemplate | None, row: Row | RowError) -> list[MediaPart]:
     try:
-        return [] if isinstance(row, RowError) else media_parts(conversation(job.task, template, row))
+        return [] if isinstance(row, RowError) else media_parts(conversation(task, template, row))
     except RowError:
         return []
 

@@ -49,6 +49,8 @@ _runners: dict[str, TaskRunner] = {}
 def task_runner(spec: TaskSpec) -> TaskRunner:
     """The runner of this process for this job; a process that goes on to another job forgets the first."""
     if spec.run_id not in _runners:
+        for earlier in _runners.values():
+            earlier.close()
         _runners.clear()
         _runners[spec.run_id] = TaskRunner(spec.job, spec.model_dir)
     return _runners[spec.run_id]
