@@ -119,6 +119,17 @@ def with_completions(table: pa.Table, completions: Iterable[Completion]) -> pa.T
     return pa.table(columns | _completion_columns(rows))
 
 
+def completion_table(completions: Sequence[Completion]) -> pa.Table:
+    """Completions by themselves, one row each, as `to_completions` takes them."""
+    errors = [completion.error for completion in completions]
+    columns = {
+        "row_key": pa.array([completion.id for completion in completions], pa.string()),
+        "error_code": pa.array([error and error.code for error in errors], pa.string()),
+        "error_message": pa.array([error and _valid_text(error.message) for error in errors], pa.string()),
+    }
+    return pa.table(columns | _completion_columns(completions))
+
+
 def to_completions(table: pa.Table) -> list[Completion | RowError]:
     """For each row its completion, or the error with which it failed before the engine saw it."""
     columns = {name: table[name].to_pylist() for name in COMPLETION_SCHEMA.names if not name.startswith("array")}
@@ -163,7 +174,7 @@ def _valid_text(message: str) -> str:
     return message.encode(errors="backslashreplace").decode()
 
 
-def _completion_columns(rows: list[Completion | None]) -> dict[str, pa.Array]:
+def _completion_columns(rows: Sequence[Completion | None]) -> dict[str, pa.Array]:
     def column(name: str, value: Callable[[Completion], object]) -> pa.Array:
         return pa.array([None if row is None else value(row) for row in rows], COMPLETION_SCHEMA.field(name).type)
 

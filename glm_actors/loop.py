@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Literal
 
 from glm_actors.watchdog import Watchdog
@@ -18,13 +17,23 @@ from models.engine.request import Completion, Request
 from models.errors import EngineError
 
 
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Requests that were submitted together and are answered together."""
+class Submission(Future[list[Completion]]):
+    """Requests that were submitted together: a future of one completion for each of them, in their order."""
 
-    requests: Sequence[Request]
-    future: Future[list[Completion]] = field(default_factory=Future)
-    completions: dict[str, Completion] = field(default_factory=dict)
+    def __init__(self, requests: Sequence[Request]) -> None:
+        super().__init__()
+        self.requests = requests
+        self._completions: dict[str, Completion] = {}
+
+    def finished(self) -> list[Completion]:
+        """The completions there are by now, in the order in which they came."""
+        return list(self._completions.values())
+
+    def add(self, completion: Completion) -> None:
+        """For the loop: takes one more of them; the last one resolves the future."""
+        self._completions[completion.id] = completion
+        if len(self._completions) == len(self.requests):
+            self.set_result([self._completions[request.id] for request in self.requests])
 
 
 class EngineLoop:
@@ -41,9 +50,8 @@ class EngineLoop:
         self._watchdog = watchdog
         built: Future[Engine] = Future()
         self._condition = threading.Condition()
-        self._arrived: list[_Group] = []
-        self._waiting: dict[str, _Group] = {}
-        self._open: set[_Group] = set()
+        self._arrived: list[Submission] = []
+        self._waiting: dict[str, Submission] = {}
         self._failure: EngineError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, args=(build, built), name="engine-loop", daemon=True)
@@ -55,24 +63,20 @@ class EngineLoop:
         """Why the loop is dead; None while it lives."""
         return self._failure
 
-    def submit(self, requests: Sequence[Request]) -> Future[list[Completion]]:
-        """A future of one completion for each request, in their order.
-
-        Raises EngineError when the loop is dead, and ValueError for an id that is in flight already.
-        """
-        group = _Group(requests)
+    def submit(self, requests: Sequence[Request]) -> Submission:
+        """Raises EngineError when the loop is dead, and ValueError for an id that is in flight already."""
+        submission = Submission(requests)
         with self._condition:
             if self._failure is not None:
                 raise self._failure
             self._refuse_known_ids(requests)
             if not requests:
-                group.future.set_result([])
-                return group.future
-            self._waiting |= {request.id: group for request in requests}
-            self._open.add(group)
-            self._arrived.append(group)
+                submission.set_result([])
+                return submission
+            self._waiting |= {request.id: submission for request in requests}
+            self._arrived.append(submission)
             self._condition.notify()
-        return group.future
+        return submission
 
     def close(self) -> None:
         """Ends the thread after its present step and closes the engine; requests still in flight fail."""
@@ -118,27 +122,24 @@ class EngineLoop:
             arrived, self._arrived = self._arrived, []
             closing = self._closing
         if arrived and not closing:
-            self._engine.submit([request for group in arrived for request in group.requests])
+            self._engine.submit([request for submission in arrived for request in submission.requests])
         return not closing
 
     def _deliver(self, completions: list[Completion]) -> None:
         with self._condition:
             for completion in completions:
-                group = self._waiting.pop(completion.id, None)
-                if group is None:
+                submission = self._waiting.pop(completion.id, None)
+                if submission is None:
                     raise EngineError(f"the engine completed {completion.id!r}, which is not in flight")
-                group.completions[completion.id] = completion
-                if len(group.completions) == len(group.requests):
-                    self._open.discard(group)
-                    group.future.set_result([group.completions[request.id] for request in group.requests])
+                submission.add(completion)
             if self._waiting and not self._arrived and not self._engine.has_work():
                 raise EngineError(f"the engine lost {len(self._waiting)} requests, {next(iter(self._waiting))!r} first")
 
     def _fail(self, failure: EngineError) -> None:
         with self._condition:
             self._failure = failure
+            unanswered = set(self._waiting.values())
             self._waiting.clear()
             self._arrived.clear()
-            for group in self._open:
-                group.future.set_exception(failure)
-            self._open.clear()
+            for submission in unanswered:
+                submission.set_exception(failure)

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from glm_actors.batches import to_requests, with_completions
 from glm_actors.guard import Answer, Guard, RayBook
+from glm_actors.journal import Journal, UnitJournal
 from glm_actors.loop import EngineLoop
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
 from models.engine import Completion, EngineConfig, Request, build_engine
@@ -40,7 +41,8 @@ class ModelActor:
     """One engine, fed by an EngineLoop. `num_threads` is the share of the machine's cores for its matrix products.
 
     `ledger` is the Ray actor of a glm_actors.suspects.Ledger, to which a unit is named by the table's `unit_column`.
-    Without one a row that kills the process is given to the next one again and again.
+    Without one a row that kills the process is given to the next one again and again. With a `journal`, units that stay
+    in the engine for long can be taken up where a dead process left them.
     """
 
     def __init__(
@@ -50,12 +52,13 @@ class ModelActor:
         ledger: Any = None,
         unit_column: str | None = None,
         hang_limits: HangLimits | None = None,
+        journal: Journal | None = None,
     ) -> None:
         # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         for name, value in CPU_SETTINGS.items():
             os.environ.setdefault(name, value)
-        self._unit_column = unit_column
+        self._unit_column, self._journal = unit_column, journal
         self._guard = Guard(RayBook(ledger) if ledger is not None else None, "the model's worker")
         self._loop: EngineLoop | None = None
         # Raised from the first call: Ray would wrap it here into the death of an actor.
@@ -71,9 +74,10 @@ class ModelActor:
         requests = to_requests(table)
         first = list(accumulate(table["work"].is_valid().to_pylist(), initial=0))  # request of each row
         unit = table[self._unit_column][0].as_py() if self._unit_column and table.num_rows else ""
+        journal = UnitJournal(self._journal, int(unit)) if unit != "" else UnitJournal(None)
 
         def complete(start: int, stop: int) -> list[Completion]:
-            return self._complete(requests[first[start] : first[stop]])
+            return self._complete(journal, requests[first[start] : first[stop]])
 
         answers = self._guard.run(f"unit {unit}", table.num_rows, complete)
         completions = [done for answer in answers for done in _completions(answer, requests[first[answer.start] :])]
@@ -91,10 +95,10 @@ class ModelActor:
             traceback.print_exception(error)
             self._refusal = EngineError(f"the model cannot be loaded: {type(error).__name__}: {error}")
 
-    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def _complete(self, journal: UnitJournal, requests: Sequence[Request]) -> list[Completion]:
         assert self._loop is not None
         try:
-            return self._loop.submit(requests).result()
+            return journal.complete(self._loop, requests)
         except EngineError as error:
             traceback.print_exception(error)
             self._guard.die(error)

@@ -6,6 +6,7 @@
     OUTPUT/manifest.json                  written last; readers open this and never list a directory
     OUTPUT/job.json                       the job as the last driver ran it, for `retry`
     OUTPUT/lease/                         which driver owns the output: see pipelines.lease
+    OUTPUT/journal/                       answers of units that are still in work: see pipelines.journal
 
 "Created once" means that the second writer is told so, which is all the protocol asks of a store. A record of
 generation N + 1 is made by a retry of generation N's failed rows. Parts that no record names are leftovers of attempts
@@ -37,8 +38,9 @@ from pipelines.plan import Identity, Plan, adds_files_only, differences, fingerp
 from pipelines.storage import TEMPORARY, S3Store, StorageError, Store, check_store, open_store
 
 FORMAT = 1
-PLAN, JOB, MANIFEST, PARTS, COMMITS, LEASE = "plan.json", "job.json", "manifest.json", "parts", "commits", "lease"
-FOLDERS = (PARTS, COMMITS, LEASE, TEMPORARY)
+PLAN, JOB, MANIFEST = "plan.json", "job.json", "manifest.json"
+PARTS, COMMITS, LEASE, JOURNAL = "parts", "commits", "lease", "journal"
+FOLDERS = (PARTS, COMMITS, LEASE, JOURNAL, TEMPORARY)
 VERIFIERS = 4  # parts in memory at a time
 READERS = 32  # commit records read at a time from a store with long round trips
 RECORD_NAME = re.compile(rf"{COMMITS}/unit-(\d+)-g(\d+)\.json")
@@ -174,7 +176,7 @@ class Output:
             if standing.num_units > plan.num_units or not self.store.create(_plan_name(number), plan.to_json()):
                 raise ConfigError(f"output: {self.place} was extended by another driver meanwhile; run it again")
             reach("after_plan")
-        with self._writable():
+        with self.writable():
             self.store.write(JOB, job)
 
     def kept_job(self) -> bytes:
@@ -189,12 +191,12 @@ class Output:
         That is an earlier attempt's when there is one, and then this attempt's part is removed again. Raises
         StorageError when the store fails.
         """
-        with self._writable():
+        with self.writable():
             return self.record(unit, generation) or self._commit(unit, table, counts, generation)
 
     def _commit(self, unit: int, table: pa.Table, counts: Counts, generation: int) -> CommitRecord:
         data = _parquet_bytes(table)
-        part = f"{PARTS}/{unit_id(unit)}-g{generation}-{uuid.uuid4().hex[:8]}.parquet"
+        part = f"{PARTS}/{unit_generation(unit, generation)}-{uuid.uuid4().hex[:8]}.parquet"
         reach("before_part")
         self.store.write(part, data)
         reach("after_part")
@@ -302,7 +304,7 @@ class Output:
         }
         if not _says_the_same(self._manifest_content(), content):
             reach("before_manifest")
-            with self._writable():
+            with self.writable():
                 self.store.write(MANIFEST, json.dumps(content, indent=1).encode())
             reach("after_manifest")
         return self.manifest()
@@ -376,7 +378,7 @@ class Output:
         return plan
 
     @contextmanager
-    def _writable(self) -> Iterator[None]:
+    def writable(self) -> Iterator[None]:
         """Says of a store that failed which one it is, and that nothing is lost."""
         try:
             yield
@@ -438,8 +440,13 @@ def _plan_name(number: int) -> str:
     return PLAN if number == 1 else f"plan-{number}.json"
 
 
+def unit_generation(unit: int, generation: int) -> str:
+    """What the names of a unit's files begin with."""
+    return f"{unit_id(unit)}-g{generation}"
+
+
 def _record_name(unit: int, generation: int) -> str:
-    return f"{COMMITS}/{unit_id(unit)}-g{generation}.json"
+    return f"{COMMITS}/{unit_generation(unit, generation)}.json"
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:

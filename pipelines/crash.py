@@ -5,6 +5,7 @@ process that gets there. Nothing happens without the variable. The points, in th
 
     before_plan  after_plan           plan.json
     before_lease after_lease          the record of who owns the output
+    before_journal after_journal      some answers of a unit that stays long in the engine
     before_part  before_rename  after_part    a unit's rows (rename: any file of a local output that replaces)
     before_record  before_link  after_record  its commit record (link: any file of a local output that must be first)
     before_manifest  after_manifest

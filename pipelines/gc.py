@@ -1,4 +1,5 @@
-"""Removes what does not count in an output: parts of attempts that died, came second or were retried, temporaries.
+"""Removes what does not count in an output: parts of attempts that died, came second or were retried, temporaries,
+the journal of units that are committed.
 
 A part may go when it can never be named any more: its unit has a record of its generation, or of a later one, that
 names another part. Parts of units that are not committed stay, as a worker may be about to commit them. Parts that the
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from pipelines.commit import PART_NAME, PARTS, Output
 from pipelines.crash import reach
+from pipelines.journal import leftovers
 from pipelines.lease import own, tidy
 from pipelines.storage import TEMPORARY, Entry
 
@@ -47,7 +49,7 @@ def collect(output: Output) -> Collected:
             reach("before_delete")
             output.store.delete(entry.name)
             removed.append(entry)
-        for entry in temporaries:
+        for entry in [*temporaries, *leftovers(output)]:
             output.store.delete(entry.name)
             removed.append(entry)
         tidy(output.store)

@@ -22,6 +22,7 @@ from models.errors import EngineError, GlmBatchError
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Manifest, Output
 from pipelines.job import Job, job_file
+from pipelines.journal import Journal, tidy
 from pipelines.lease import own
 from pipelines.metrics import Summary
 from pipelines.plan import Plan, Unit, extended_plan, identify, job_source, make_plan
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from pipelines.stages import Workers
 
+WAVE_UNITS = 10_000
 RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data adds a word on its own retries to the errors of a stage
 
 
@@ -75,8 +77,9 @@ def run(job: Job, on_progress: OnProgress | None = None, *, stop: Stop | None = 
             _complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()))
             lease.confirm()
             manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
+            tidy(output)
     work.tell("done")
-    return Result(output=output, manifest=manifest, summary=work.summary(output, job))
+    return Result(output=output, manifest=manifest, summary=work.summary(output))
 
 
 def build_dataset(job: Job) -> Dataset:
@@ -123,20 +126,22 @@ def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepare
     return Prepared(plan=plan, spec=TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id), facts=facts)
 
 
-def _labelled(job: Job, prepared: Prepared, units: Sequence[Unit], workers: Workers) -> Dataset:
+def _labelled(
+    job: Job, prepared: Prepared, units: Sequence[Unit], workers: Workers, journal: Journal | None = None
+) -> Dataset:
     """The graph, as in the diagram above, up to the commit."""
     from pipelines import stages
 
-    return answered(stages.read(job_source(job), prepared.plan, units, workers), prepared.spec, workers)
+    return answered(stages.read(job_source(job), prepared.plan, units, workers), prepared.spec, workers, journal)
 
 
-def answered(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
+def answered(dataset: Dataset, spec: TaskSpec, workers: Workers, journal: Journal | None = None) -> Dataset:
     """The part of the graph from rows to output columns."""
     from pipelines import stages
 
     ledger = stages.start_ledger()
     dataset = stages.render(dataset, spec, workers, ledger)
-    dataset = stages.infer(dataset, engine_config(spec.job), workers, ledger)
+    dataset = stages.infer(dataset, engine_config(spec.job), workers, ledger, journal)
     return stages.parse(dataset, spec, workers)
 
 
@@ -165,12 +170,22 @@ def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: W
         from pipelines import stages
 
         workers = job_workers(job)
-        dataset = _labelled(job, prepared, pending, workers)
-        dataset = stages.commit(dataset, output, prepared.plan, prepared.spec, workers)
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
-        follow(dataset, watch, lambda record, seconds: work.add_checked(job, record.counts, seconds))
+        journal = Journal(output=output, every_seconds=job.commit.every_seconds)
+        for wave in waves(pending):
+            dataset = _labelled(job, prepared, wave, workers, journal)
+            dataset = stages.commit(dataset, journal, prepared.plan, prepared.spec, workers)
+            follow(dataset, watch, lambda record, seconds: work.add_checked(job, record.counts, seconds))
+            if watch.stop.is_asked:
+                break
     if watch.stop.signum is not None and not work.is_complete:
         raise InterruptedRunError(work.how_far(), watch.stop.signum)
+
+
+def waves(units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
+    """Units that become one graph together. Ray's driver keeps some 10 KB for each block that it has ever seen."""
+    for start in range(0, len(units), WAVE_UNITS):
+        yield units[start : start + WAVE_UNITS]
 
 
 def follow(dataset: Dataset, watch: Watch, on_record: Callable[[CommitRecord, float], None]) -> None:

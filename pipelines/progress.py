@@ -27,7 +27,6 @@ class Work:
         self._done: set[int] = set()
         self._resumed = self._counts = Counts()
         self._num_rows = self._num_units = self._units_done = 0
-        self._slowest_unit_s = 0.0
 
     def tell(self, phase: Phase) -> None:
         if self._on_progress is None:
@@ -77,7 +76,6 @@ class Work:
             self._started = time.monotonic() - seconds_in_engine
         self._counts += counts
         self._units_done += 1
-        self._slowest_unit_s = max(self._slowest_unit_s, seconds_in_engine)
         self.tell("running")
 
     def add_checked(self, job: Job, counts: Counts, seconds_in_engine: float) -> None:
@@ -93,15 +91,7 @@ class Work:
                 f"{job.max_error_rate:.2%} of {self._num_rows:,}: {self.how_far()} without fail_fast"
             )
 
-    def _notes(self, job: Job) -> tuple[str, ...]:
-        if self._slowest_unit_s <= job.commit.every_seconds:
-            return ()
-        return (
-            f"a unit took up to {self._slowest_unit_s:.0f} s in the engine: a crash may cost that much work, more than "
-            f"commit.every_seconds ({job.commit.every_seconds:g} s); a smaller commit.unit_rows bounds it",
-        )
-
-    def summary(self, output: Output, job: Job) -> Summary:
+    def summary(self, output: Output) -> Summary:
         now = time.monotonic()
         return Summary(
             output=output.place,
@@ -109,5 +99,4 @@ class Work:
             resumed_rows=self._resumed.rows,
             elapsed_s=now - self._begun,
             working_s=now - self._started if self._started is not None else 0.0,
-            notes=self._notes(job),
         )

@@ -25,9 +25,10 @@ from models.errors import ConfigError
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Output, part_of
 from pipelines.job import Job
+from pipelines.journal import Journal, tidy
 from pipelines.lease import Lease, own
 from pipelines.metrics import Counts, Summary
-from pipelines.pipeline import answered, follow
+from pipelines.pipeline import answered, follow, waves
 from pipelines.plan import Plan, Unit, differences, identify, job_source
 from pipelines.progress import OnProgress, Work
 from pipelines.rows import RIGHT, UNIT, TaskSpec, count_rows, task_runner
@@ -63,7 +64,7 @@ def retry_failed(
         counts = _finish(output, plan, spec, facts, lease)
     work.tell("done")
     note = "" if touched else f"no row failed{' with ' + ', '.join(codes) if codes else ''}: nothing was left to do"
-    return replace(work.summary(output, job), counts=counts, notes=(note,) if note else ())
+    return replace(work.summary(output), counts=counts, notes=(note,) if note else ())
 
 
 def num_failed(counts: Counts, codes: Sequence[str]) -> int:
@@ -94,16 +95,16 @@ def merged(part: pa.Table, again: pa.Table, codes: Sequence[str]) -> pa.Table:
 
 
 class Recommitter:
-    """Commits the next generation of units on a worker. `generations` says which one each unit has now."""
+    """Commits the next generation of units on a worker. The journal knows which one each unit has now."""
 
-    def __init__(self, output: Output, generations: Mapping[int, int], spec: TaskSpec, codes: Sequence[str]) -> None:
-        self._output, self._generations, self._codes = output, generations, codes
+    def __init__(self, journal: Journal, spec: TaskSpec, codes: Sequence[str]) -> None:
+        self._journal, self._output, self._codes = journal, journal.output, codes
         self._names = spec.schema.names
         task_runner(spec)  # for the parsing that Ray fuses into this process
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (unit,) = table[UNIT].unique().to_pylist()
-        generation = self._generations[unit]
+        generation = self._journal.generations[unit]
         before = self._output.known_record(unit, generation)
         part = self._output.read_part(part_of(before))
         whole = merged(part, table.select(self._names), self._codes)
@@ -112,6 +113,7 @@ class Recommitter:
         old = count_rows(failed.append_column(RIGHT, pa.nulls(failed.num_rows, pa.bool_())))
         counts = before.counts - replace(old, gold_rows=new.gold_rows) + new
         record = self._output.commit(unit, whole, counts, generation + 1)
+        self._journal.forget(unit)
         return pa.table({"record": [record.to_json().decode()], "seconds": [table[SECONDS][0].as_py()]})
 
 
@@ -150,37 +152,35 @@ def _process(
     watch: Watch,
 ) -> None:
     generations = {unit: record.generation for unit, record in touched.items()}
+    journal = Journal(output=output, every_seconds=spec.job.commit.every_seconds, generations=generations)
     units = [unit for unit in plan.units() if unit.index in touched]
     with cluster():
         from pipelines import stages
 
         workers = job_workers(spec.job)
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
-        dataset = _graph(spec, plan, units, output, generations, codes, workers)
-        follow(dataset, watch, lambda record, seconds: work.add(_recomputed(touched, record, codes), seconds))
+        for wave in waves(units):
+            dataset = _graph(spec, plan, wave, journal, codes, workers)
+            follow(dataset, watch, lambda record, seconds: work.add(_recomputed(touched, record, codes), seconds))
+            if watch.stop.is_asked:
+                break
     if watch.stop.signum is not None and not work.is_complete:
         raise InterruptedRunError(work.how_far(), watch.stop.signum)
 
 
 def _graph(
-    spec: TaskSpec,
-    plan: Plan,
-    units: Sequence[Unit],
-    output: Output,
-    generations: Mapping[int, int],
-    codes: Sequence[str],
-    workers: Workers,
+    spec: TaskSpec, plan: Plan, units: Sequence[Unit], journal: Journal, codes: Sequence[str], workers: Workers
 ) -> Dataset:
     from ray.data import ActorPoolStrategy
 
     from pipelines import stages
 
     dataset = stages.read(job_source(spec.job), plan, units, workers)
-    select = partial(select_failed, output, generations, codes)
+    select = partial(select_failed, journal.output, journal.generations, codes)
     dataset = dataset.map_batches(select, batch_size=None, batch_format="pyarrow", num_cpus=workers.cpus_each)
-    return answered(dataset, spec, workers).map_batches(
+    return answered(dataset, spec, workers, journal).map_batches(
         Recommitter,
-        fn_constructor_args=(output, generations, spec, codes),
+        fn_constructor_args=(journal, spec, codes),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers.committers),
@@ -203,4 +203,5 @@ def _finish(output: Output, plan: Plan, spec: TaskSpec, facts: dict[str, object]
     if counts.rows == plan.num_rows:
         lease.confirm()
         output.finish(plan, spec.schema, facts)
+        tidy(output)
     return counts

@@ -22,7 +22,8 @@ from glm_actors.preprocess import Preprocessor, Transform
 from glm_actors.suspects import Ledger, Patience
 from glm_actors.watchdog import HangLimits
 from models.engine.interface import EngineConfig
-from pipelines.commit import CommitRecord, Output
+from pipelines.commit import CommitRecord
+from pipelines.journal import Journal
 from pipelines.plan import Plan, Unit, UnitSizes
 from pipelines.rows import UNIT, TaskSpec, count_rows, parse_unit, render_unit, task_runner, unit_table
 from pipelines.source import InputFile, Source
@@ -107,13 +108,15 @@ def render(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = Non
     )
 
 
-def infer(dataset: Dataset, engine: EngineConfig, workers: Workers, ledger: Any = None) -> Dataset:
+def infer(
+    dataset: Dataset, engine: EngineConfig, workers: Workers, ledger: Any = None, journal: Journal | None = None
+) -> Dataset:
     """Requests -> completions, on model actors that each keep several units in flight."""
     # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by the plan.
     map_units = dataset.map_batches_internal if workers.gpus_per_replica else dataset.map_batches
     return map_units(
         ModelActor,
-        fn_constructor_args=(engine, workers.threads_per_replica, ledger, UNIT, HANG_LIMITS),
+        fn_constructor_args=(engine, workers.threads_per_replica, ledger, UNIT, HANG_LIMITS, journal),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
@@ -134,11 +137,11 @@ def parse(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
     )
 
 
-def commit(dataset: Dataset, output: Output, plan: Plan, spec: TaskSpec, workers: Workers) -> Dataset:
+def commit(dataset: Dataset, journal: Journal, plan: Plan, spec: TaskSpec, workers: Workers) -> Dataset:
     """Output columns -> one small row for each committed unit: its commit record as JSON, its seconds in the engine."""
     return dataset.map_batches(
         Committer,
-        fn_constructor_args=(output, plan.unit_sizes, spec),
+        fn_constructor_args=(journal, plan.unit_sizes, spec),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=workers.committers),
@@ -164,15 +167,16 @@ def committed(dataset: Dataset) -> Iterable[tuple[CommitRecord, float]]:
 class Committer:
     """Commits units on a worker. An actor, because a task's process would start only when the first unit is ready."""
 
-    def __init__(self, output: Output, unit_sizes: UnitSizes, spec: TaskSpec) -> None:
-        self._output, self._unit_sizes, self._names = output, unit_sizes, spec.schema.names
+    def __init__(self, journal: Journal, unit_sizes: UnitSizes, spec: TaskSpec) -> None:
+        self._journal, self._unit_sizes, self._names = journal, unit_sizes, spec.schema.names
         task_runner(spec)  # for the parsing that Ray fuses into this process
 
     def __call__(self, table: pa.Table) -> pa.Table:
         units = table[UNIT].unique().to_pylist()
         if len(units) != 1 or table.num_rows != self._unit_sizes[units[0]]:
             raise RuntimeError(f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged units")
-        record = self._output.commit(units[0], table.select(self._names), count_rows(table))
+        record = self._journal.output.commit(units[0], table.select(self._names), count_rows(table))
+        self._journal.forget(units[0])
         return pa.table({"record": [record.to_json().decode()], "seconds": [table[SECONDS][0].as_py()]})
 
 

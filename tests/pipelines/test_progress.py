@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.commit import Output
-from pipelines.job import CommitSection, Job, TaskConfig
+from pipelines.job import Job, TaskConfig
 from pipelines.metrics import Counts
 from pipelines.progress import Work
 from pipelines.stop import TooManyErrorsError
@@ -52,10 +52,7 @@ def test_a_complete_output_is_no_early_end(work: Work) -> None:
     work.refuse_errors(JOB)
 
 
-@pytest.mark.parametrize(("seconds", "notes"), [(29.0, 0), (31.0, 1)])
-def test_units_that_took_longer_than_asked_are_told(work: Work, tmp_path: Path, seconds: float, notes: int) -> None:
-    work.add(failed(0), seconds)
-    summary = work.summary(Output.at(str(tmp_path / "out")), replace(JOB, commit=CommitSection(every_seconds=30)))
-    assert len(summary.notes) == notes
-    assert all("31 s in the engine" in note and "commit.unit_rows" in note for note in summary.notes)
+def test_a_summary_tells_what_was_there_before(work: Work, tmp_path: Path) -> None:
+    work.add(failed(0), 31.0)
+    summary = work.summary(Output.at(str(tmp_path / "out")))
     assert (summary.counts.rows, summary.resumed_rows) == (4, 2)
