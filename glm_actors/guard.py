@@ -23,6 +23,7 @@ from models.errors import EngineError, RowError
 DEAD_EXIT_CODE = 70
 LAST_WORDS_S = 10.0  # that a dying process waits for the ledger to hear it
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Book(Protocol):
@@ -47,6 +48,12 @@ class Answer(Generic[T]):
     result: T | RowError
 
 
+class Run(Protocol):
+    """Runs work over rows under guard: see Guard.run."""
+
+    def __call__(self, unit: str, num_rows: int, work: Callable[[int, int], T]) -> list[Answer[T]]: ...
+
+
 class Guard:
     """Arrives at the ledger when it is built: that may wait. `refusal` is why this process should not start at all."""
 
@@ -62,18 +69,47 @@ class Guard:
 
     def run(self, unit: str, num_rows: int, work: Callable[[int, int], T]) -> list[Answer[T]]:
         """Runs `work(start, stop)` over all rows of a unit, at once or in pieces; answers in the rows' order."""
-        book = self._book
-        if book is None or not num_rows:
+        if not num_rows:
+            return [Answer(0, 0, work(0, 0))]
+
+        def at_once() -> list[Answer[T]]:
             return [Answer(0, num_rows, work(0, num_rows))]
+
+        return self._guarded(unit, num_rows, at_once, lambda pieces: self._in_pieces(unit, pieces, work))
+
+    def run_steps(self, unit: str, whole: Callable[[], R], careful: Callable[[Run], R]) -> R:
+        """Runs `whole()`; but `careful` if the unit is suspect, which runs each step by what it is given, as `run`."""
+        return self._guarded(unit, 1, whole, lambda _: careful(self._run_alone))
+
+    def _guarded(self, unit: str, num_rows: int, whole: Callable[[], R], suspect: Callable[[list[Piece]], R]) -> R:
+        book = self._book
+        if book is None:
+            return whole()
         with self._turns.beside_others():
             pieces = book.begin(unit, num_rows)
             if pieces is None:
-                result = work(0, num_rows)
+                result = whole()
                 book.leave(unit, 0, num_rows, wait=False)
-                return [Answer(0, num_rows, result)]
+                return result
         with self._turns.alone():
-            answers = [self._run_piece(book, unit, piece, work) for piece in pieces]
+            result = suspect(pieces)
             book.finish(unit)
+            return result
+
+    def _run_alone(self, unit: str, num_rows: int, work: Callable[[int, int], T]) -> list[Answer[T]]:
+        """A step of a suspect unit, which may not be suspect itself."""
+        assert self._book is not None
+        pieces = self._book.begin(unit, num_rows)
+        if pieces is None:
+            result = work(0, num_rows)
+            self._book.leave(unit, 0, num_rows, wait=True)
+            return [Answer(0, num_rows, result)]
+        answers = self._in_pieces(unit, pieces, work)
+        self._book.finish(unit)
+        return answers
+
+    def _in_pieces(self, unit: str, pieces: list[Piece], work: Callable[[int, int], T]) -> list[Answer[T]]:
+        answers = [self._run_piece(unit, piece, work) for piece in pieces]
         return sorted(answers, key=lambda answer: answer.start)
 
     def die(self, error: BaseException | str) -> NoReturn:
@@ -90,12 +126,13 @@ class Guard:
             speaking.join(LAST_WORDS_S)
         os._exit(DEAD_EXIT_CODE)
 
-    def _run_piece(self, book: Book, unit: str, piece: Piece, work: Callable[[int, int], T]) -> Answer[T]:
+    def _run_piece(self, unit: str, piece: Piece, work: Callable[[int, int], T]) -> Answer[T]:
         if piece.error:
             return Answer(piece.start, piece.stop, piece.error)
-        book.enter(unit, piece.start, piece.stop)
+        assert self._book is not None
+        self._book.enter(unit, piece.start, piece.stop)
         result = work(piece.start, piece.stop)
-        book.leave(unit, piece.start, piece.stop, wait=True)
+        self._book.leave(unit, piece.start, piece.stop, wait=True)
         return Answer(piece.start, piece.stop, result)
 
 

@@ -1,6 +1,6 @@
 """The pipeline on one screen: a job's rows from its input files to committed parts.
 
-    source -> render/tokenize (CPU actors) -> infer (model actors) -> parse -> commit
+    orders -> read, render, tokenize (CPU actors) -> infer (model actors) -> parse, commit (CPU actors)
 
 `run` does the whole job and can be called again after any crash; `build_dataset` gives the labelled rows as a Ray
 Dataset instead. Owns the order of things; each step lives in the module named after it.
@@ -29,6 +29,7 @@ from pipelines.plan import Plan, Unit, extended_plan, identify, job_source, make
 from pipelines.progress import OnProgress, Work
 from pipelines.rows import TaskSpec
 from pipelines.schema import output_schema
+from pipelines.steps import Commit, Read
 from pipelines.stop import InterruptedRunError, Stop
 from pipelines.tasks import TaskRunner
 from pipelines.watch import Watch, watched
@@ -36,6 +37,7 @@ from pipelines.watch import Watch, watched
 if TYPE_CHECKING:
     from ray.data import Dataset
 
+    from glm_actors.row_worker import Step
     from pipelines.stages import Workers
 
 WAVE_UNITS = 10_000
@@ -91,8 +93,11 @@ def build_dataset(job: Job) -> Dataset:
 
     prepared = prepare(job, None)
     units = list(prepared.plan.units())
-    workers = job_workers(job)
-    return stages.without_own_columns(_labelled(job, prepared, units, workers), prepared.spec.schema, workers)
+    workers, ledger = job_workers(job), stages.start_ledger()
+    read = Read(job_source(job))
+    dataset = completed(stages.order(prepared.plan, units, workers), read, prepared.spec, workers, ledger)
+    dataset = stages.parse(dataset, prepared.spec, workers, ledger)
+    return stages.without_own_columns(dataset, prepared.spec.schema, workers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,23 +131,25 @@ def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepare
     return Prepared(plan=plan, spec=TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id), facts=facts)
 
 
-def _labelled(
-    job: Job, prepared: Prepared, units: Sequence[Unit], workers: Workers, journal: Journal | None = None
+def completed(
+    dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any, journal: Journal | None = None
 ) -> Dataset:
-    """The graph, as in the diagram above, up to the commit."""
+    """The part of the graph from orders to completions."""
     from pipelines import stages
 
-    return answered(stages.read(job_source(job), prepared.plan, units, workers), prepared.spec, workers, journal)
+    dataset = stages.render(dataset, read, spec, workers, ledger)
+    return stages.infer(dataset, engine_config(spec.job), workers, ledger, journal)
 
 
-def answered(dataset: Dataset, spec: TaskSpec, workers: Workers, journal: Journal | None = None) -> Dataset:
-    """The part of the graph from rows to output columns."""
+def committed(
+    plan: Plan, units: Sequence[Unit], read: Step, spec: TaskSpec, workers: Workers, journal: Journal, commit: Step
+) -> Dataset:
+    """The whole graph, as in the diagram above."""
     from pipelines import stages
 
     ledger = stages.start_ledger()
-    dataset = stages.render(dataset, spec, workers, ledger)
-    dataset = stages.infer(dataset, engine_config(spec.job), workers, ledger, journal)
-    return stages.parse(dataset, spec, workers)
+    dataset = completed(stages.order(plan, units, workers), read, spec, workers, ledger, journal)
+    return stages.commit(dataset, spec, commit, workers, ledger)
 
 
 def engine_config(job: Job) -> EngineConfig:
@@ -172,9 +179,10 @@ def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: W
         workers = job_workers(job)
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
         journal = Journal(output=output, every_seconds=job.commit.every_seconds)
+        plan, spec, read = prepared.plan, prepared.spec, Read(job_source(job))
+        commit = Commit(journal, plan.unit_sizes, spec)
         for wave in waves(pending):
-            dataset = _labelled(job, prepared, wave, workers, journal)
-            dataset = stages.commit(dataset, journal, prepared.plan, prepared.spec, workers)
+            dataset = committed(plan, wave, read, spec, workers, journal, commit)
             follow(dataset, watch, lambda record, seconds: work.add_checked(job, record.counts, seconds))
             if watch.stop.is_asked:
                 break
@@ -204,7 +212,7 @@ def follow(dataset: Dataset, watch: Watch, on_record: Callable[[CommitRecord, fl
         if cause is not None:
             raise cause from error
         if isinstance(error, ActorDiedError):
-            raise EngineError(f"the model's process died again and again; Ray's logs say why ({error})") from error
+            raise EngineError(f"a worker's process died again and again; Ray's logs say why ({error})") from error
         raise
     finally:
         _abandon(dataset)

@@ -1,6 +1,6 @@
 """Processes failed rows again and replaces their records: `glm-batch retry`.
 
-    source -> a unit's failed rows -> render, infer, parse as ever -> merged with its good rows -> commit
+    orders -> a unit's failed rows -> render, infer, parse as ever -> merged with its good rows, commit
 
 A unit's good rows are copied, so that its next generation is whole; until its record is created, the old one counts.
 Which rows failed is read from the parts by the workers: the driver holds units. Owns nothing of how rows are processed.
@@ -11,36 +11,29 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glm_actors.model import SECONDS
 from models.config_reader import load_config
-from models.errors import ConfigError
+from models.errors import ConfigError, EngineError, RowError
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Output, part_of
 from pipelines.job import Job
 from pipelines.journal import Journal, tidy
 from pipelines.lease import Lease, own
 from pipelines.metrics import Counts, Summary
-from pipelines.pipeline import answered, follow, waves
-from pipelines.plan import Plan, Unit, differences, identify, job_source
+from pipelines.pipeline import committed, follow, waves
+from pipelines.plan import Plan, differences, identify, job_source
 from pipelines.progress import OnProgress, Work
-from pipelines.rows import RIGHT, UNIT, TaskSpec, count_rows, task_runner
+from pipelines.rows import RIGHT, UNIT, TaskSpec, count_rows
 from pipelines.schema import output_schema
+from pipelines.steps import Read, committed_table
 from pipelines.stop import InterruptedRunError, Stop
 from pipelines.tasks import TaskRunner
 from pipelines.watch import Watch
-
-if TYPE_CHECKING:
-    from ray.data import Dataset
-
-    from pipelines.stages import Workers
 
 
 def retry_failed(
@@ -94,34 +87,53 @@ def merged(part: pa.Table, again: pa.Table, codes: Sequence[str]) -> pa.Table:
     return pa.concat_tables([part, again.cast(part.schema)]).take(order)
 
 
-class Recommitter:
-    """Commits the next generation of units on a worker. The journal knows which one each unit has now."""
+@dataclass(frozen=True, slots=True)
+class ReadFailed:
+    """An order -> those of the unit's rows that failed."""
 
-    def __init__(self, journal: Journal, spec: TaskSpec, codes: Sequence[str]) -> None:
-        self._journal, self._output, self._codes = journal, journal.output, codes
-        self._names = spec.schema.names
-        task_runner(spec)  # for the parsing that Ray fuses into this process
+    read: Read
+    journal: Journal
+    codes: Sequence[str]
+    name: str = "reading"
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def num_rows(self, table: pa.Table) -> int:
+        return self.read.num_rows(table)
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        (unit,) = table[UNIT].to_pylist()
+        record = self.journal.output.known_record(unit, self.journal.generations[unit])
+        positions = failed_positions(self.journal.output.read_part(part_of(record)), self.codes)
+        here = positions[(positions >= start) & (positions < stop)] - start
+        return self.read(table, start, stop, lost).take(here)
+
+
+@dataclass(frozen=True, slots=True)
+class Recommit:
+    """Output columns of a unit's failed rows -> `committed_table`, once its next generation is committed."""
+
+    journal: Journal
+    spec: TaskSpec
+    codes: Sequence[str]
+    name: str = "committing"
+
+    def num_rows(self, table: pa.Table) -> int:
+        return 1  # the unit is committed as a whole
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
         (unit,) = table[UNIT].unique().to_pylist()
-        generation = self._journal.generations[unit]
-        before = self._output.known_record(unit, generation)
-        part = self._output.read_part(part_of(before))
-        whole = merged(part, table.select(self._names), self._codes)
+        if lost:
+            raise EngineError(f"unit {unit} cannot be committed: {lost.message}")
+        output, generation = self.journal.output, self.journal.generations[unit]
+        before = output.known_record(unit, generation)
+        part = output.read_part(part_of(before))
+        whole = merged(part, table.select(self.spec.schema.names), self.codes)
         new = count_rows(table)
-        failed = part.take(failed_positions(part, self._codes))
+        failed = part.take(failed_positions(part, self.codes))
         old = count_rows(failed.append_column(RIGHT, pa.nulls(failed.num_rows, pa.bool_())))
         counts = before.counts - replace(old, gold_rows=new.gold_rows) + new
-        record = self._output.commit(unit, whole, counts, generation + 1)
-        self._journal.forget(unit)
-        return pa.table({"record": [record.to_json().decode()], "seconds": [table[SECONDS][0].as_py()]})
-
-
-def select_failed(output: Output, generations: Mapping[int, int], codes: Sequence[str], table: pa.Table) -> pa.Table:
-    """Of a unit as it was read, the rows that failed."""
-    (unit,) = table[UNIT].unique().to_pylist()
-    part = output.read_part(part_of(output.known_record(unit, generations[unit])))
-    return table.take(failed_positions(part, codes))
+        record = output.commit(unit, whole, counts, generation + 1)
+        self.journal.forget(unit)
+        return committed_table(record, table)
 
 
 def _checked(job: Job, plan: Plan, touched: Mapping[int, CommitRecord]) -> tuple[TaskSpec, dict[str, object]]:
@@ -159,33 +171,14 @@ def _process(
 
         workers = job_workers(spec.job)
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
+        read = ReadFailed(Read(job_source(spec.job)), journal, codes)
         for wave in waves(units):
-            dataset = _graph(spec, plan, wave, journal, codes, workers)
+            dataset = committed(plan, wave, read, spec, workers, journal, Recommit(journal, spec, codes))
             follow(dataset, watch, lambda record, seconds: work.add(_recomputed(touched, record, codes), seconds))
             if watch.stop.is_asked:
                 break
     if watch.stop.signum is not None and not work.is_complete:
         raise InterruptedRunError(work.how_far(), watch.stop.signum)
-
-
-def _graph(
-    spec: TaskSpec, plan: Plan, units: Sequence[Unit], journal: Journal, codes: Sequence[str], workers: Workers
-) -> Dataset:
-    from ray.data import ActorPoolStrategy
-
-    from pipelines import stages
-
-    dataset = stages.read(job_source(spec.job), plan, units, workers)
-    select = partial(select_failed, journal.output, journal.generations, codes)
-    dataset = dataset.map_batches(select, batch_size=None, batch_format="pyarrow", num_cpus=workers.cpus_each)
-    return answered(dataset, spec, workers, journal).map_batches(
-        Recommitter,
-        fn_constructor_args=(journal, spec, codes),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=workers.committers),
-        num_cpus=workers.cpus_each,
-    )
 
 
 def _recomputed(touched: Mapping[int, CommitRecord], record: CommitRecord, codes: Sequence[str]) -> Counts:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from glm_actors.batches import request_table, to_completions
 from glm_actors.model import SECONDS
-from models.engine.request import Request
+from models.engine.request import Completion, Request
 from models.errors import RowError
 from pipelines.job import Job
 from pipelines.metrics import Counts
@@ -27,7 +27,8 @@ from pipelines.prompts import cell_text, prompt_columns
 from pipelines.source import LINE, InputFile, Row, column_values, decode_rows, key_text, parse_line, row_key
 from pipelines.tasks import TOKEN_COLUMNS, TaskRunner
 
-UNIT, ROW, FIRST, GOLD, PROMPT, RIGHT = "#unit", "#row", "#first", "#gold", "#prompt", "#right"
+UNIT, ROW, FIRST, LOST = "#unit", "#row", "#first", "#lost"
+GOLD, PROMPT, RIGHT = "#gold", "#prompt", "#right"
 OWN_PARSED = ((UNIT, pa.int32()), (SECONDS, pa.float64()), (RIGHT, pa.bool_()))
 INPUT = "in."
 INPUT_LINE = INPUT + LINE
@@ -59,15 +60,23 @@ def task_runner(spec: TaskSpec) -> TaskRunner:
 def unit_table(table: pa.Table, unit: int, file: InputFile, start: int, earlier: Mapping[int, str]) -> pa.Table:
     """What was read of a unit, as it travels: with the unit's number and each row's default key.
 
-    `earlier` names, for a row whose key an earlier row has, that row.
+    `start` is the row of the file with which the table begins. `earlier` names, for a row of the table whose key an
+    earlier row has, that row.
     """
     num_rows = table.num_rows
     own = {
         UNIT: pa.array([unit] * num_rows, pa.int32()),
         ROW: pa.array([row_key(file, row) for row in range(start, start + num_rows)], pa.string()),
         FIRST: pa.array([earlier.get(row) for row in range(num_rows)], pa.string()),
+        LOST: pa.nulls(num_rows, pa.string()),
     }
     return pa.table(own | {INPUT + name: table[name] for name in table.column_names})
+
+
+def lost_table(table: pa.Table, error: RowError) -> pa.Table:
+    """A unit's table of rows that could not be read."""
+    lost = pa.array([json.dumps([error.code, error.message])] * table.num_rows, pa.string())
+    return table.set_column(table.schema.get_field_index(LOST), LOST, lost)
 
 
 def render_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
@@ -76,7 +85,7 @@ def render_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -
     With `lost` these rows get that error instead of a prompt.
     """
     runner = task_runner(spec)
-    rows = _rows(spec.job, table)
+    rows = _with_lost(_rows(spec.job, table), table)
     carried, misfits = _carried(spec, table, rows)
     if lost:
         misfits = [lost] * table.num_rows
@@ -90,13 +99,17 @@ def render_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -
     return result
 
 
-def parse_unit(spec: TaskSpec, table: pa.Table) -> pa.Table:
-    """Completions to the job's output columns and OWN_PARSED; RIGHT says whether a row agrees with its gold answer."""
+def parse_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
+    """Completions to the job's output columns and OWN_PARSED; RIGHT says whether a row agrees with its gold answer.
+
+    With `lost` these rows get that error, whatever their completions say.
+    """
     runner = task_runner(spec)
+    completions: list[Completion | RowError] = [lost] * table.num_rows if lost else to_completions(table)
     golds = _from_json(table, GOLD)
     prompts = _from_json(table, PROMPT)
     outputs: list[dict[str, Any]] = []
-    for completion, prompt in zip(to_completions(table), prompts, strict=True):
+    for completion, prompt in zip(completions, prompts, strict=True):
         if isinstance(completion, RowError):
             outputs.append(runner.error_columns(completion))
         else:
@@ -158,6 +171,15 @@ def _requests(runner: TaskRunner, rows: Sequence[tuple[str, Row | RowError]]) ->
         prompt = row if isinstance(row, RowError) else next(prompts)
         requests.append(prompt if isinstance(prompt, RowError) else runner.request(key, prompt))
     return requests
+
+
+def _with_lost(rows: list[Row | RowError], table: pa.Table) -> list[Row | RowError]:
+    if table[LOST].null_count == table.num_rows:
+        return rows
+    return [
+        row if lost is None else RowError(*json.loads(lost))
+        for row, lost in zip(rows, table[LOST].to_pylist(), strict=True)
+    ]
 
 
 def _rows(job: Job, table: pa.Table) -> list[Row | RowError]:

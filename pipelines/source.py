@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ from fsspec.utils import glob_translate
 from models.errors import ConfigError, RowError
 from pipelines.job import StorageSection
 from pipelines.s3 import S3, ChangedError, Object
+from pipelines.storage import StorageError
 
 Format = Literal["parquet", "jsonl"]
 Row = dict[str, Any]
@@ -57,6 +58,10 @@ class InputFile:
 @dataclass(frozen=True, slots=True)
 class Unreadable:
     """Stands for a value that Python cannot hold: a date after the year 9999, a list with text that is not UTF-8."""
+
+
+class DamagedError(ConfigError):
+    """Rows lie in a part of a file that cannot be decoded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +145,8 @@ class Source:
     def read(self, file: InputFile, rows: RowRange) -> pa.Table:
         """The unit's rows: the wanted columns of a Parquet file, or the column LINE with a JSONL file's raw lines.
 
-        Raises ConfigError when the file is no longer what it was when the job was planned.
+        Raises ConfigError when the file is no longer what it was when the job was planned, DamagedError when Parquet
+        cannot decode these rows, and StorageError when the store fails.
         """
         try:
             if file.format == "parquet":
@@ -148,8 +154,35 @@ class Source:
             data = self._bytes(file, rows.start_byte, rows.stop_byte)
         except ChangedError as error:
             raise ConfigError(_changed(file, str(error))) from error
+        except (pa.ArrowException, OSError) as error:
+            _cursor.cache_clear()  # it stands somewhere in the middle
+            if not _is_damage(error):
+                raise StorageError(
+                    f"input: {file.name} cannot be read ({error}); mend that and run the same command again"
+                ) from error
+            raise DamagedError(
+                f"input: {file.name} is damaged at rows {rows.start} to {rows.stop - 1}: {error}"
+            ) from error
         table = pa.table({LINE: pa.array(split_lines(data), pa.binary())})
         return _complete(table, file, rows)
+
+    def by_row_group(self, file: InputFile, rows: RowRange) -> list[RowRange]:
+        """The row range of a Parquet file, cut where its row groups meet."""
+        metadata = self._footer(file)
+        ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+        cuts = [rows.start, *(int(end) for end in ends if rows.start < end < rows.stop), rows.stop]
+        return [RowRange(start=start, stop=stop) for start, stop in pairwise(cuts)]
+
+    def blank(self, file: InputFile, num_rows: int) -> pa.Table:
+        """As many rows as `read` would give, with nothing in them."""
+        if file.format == "jsonl":
+            return pa.table({LINE: pa.array([b""] * num_rows, pa.binary())})
+        return pa.table({field.name: pa.nulls(num_rows, field.type) for field in self._read_schema(file)})
+
+    def _read_schema(self, file: InputFile) -> pa.Schema:
+        """What is read of a Parquet file; a prompt without columns still needs to know how many rows there are."""
+        schema = self._footer(file).schema.to_arrow_schema()
+        return pa.schema([schema.field(column) for column in self.columns or schema.names[:1]])
 
     def _expand(self, pattern: str) -> list[InputFile]:
         files = self._remote_files(pattern) if _is_remote(pattern) else _local_files(pattern)
@@ -253,12 +286,13 @@ class _ParquetCursor:
         groups = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
         starts = np.cumsum([0, *groups])
         first = int(np.searchsorted(starts, row, side="right")) - 1
-        # A prompt without columns still needs to know how many rows there are.
-        columns = list(self._source.columns) or self._parquet.schema_arrow.names[:1]
-        self._schema = pa.schema([self._parquet.schema_arrow.field(column) for column in columns])
+        self._schema = self._source._read_schema(self._file)
+        columns = self._schema.names
+        # Group by group, so that no batch reaches into a group that may be damaged.
         self._batches = (
             batch.select(columns)
-            for batch in self._parquet.iter_batches(batch_size, row_groups=range(first, len(groups)), columns=columns)
+            for group in range(first, len(groups))
+            for batch in self._parquet.iter_batches(batch_size, row_groups=[group], columns=columns)
         )
         self._rest, self._next = [], int(starts[first])
 
@@ -407,6 +441,11 @@ def _readable(file: InputFile) -> Iterator[None]:
         raise ConfigError(
             f"input: {file.name} cannot be read as Parquet; is it truncated? ({error}); replace or leave out the file"
         ) from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether Arrow could not make sense of what it read: then it raises a bare OSError, which systems never do."""
+    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None and not error.__cause__)
 
 
 def _changed(file: InputFile, how: str) -> str:

@@ -6,7 +6,7 @@ inside functions only. Knows nothing of prompts, engines' insides or the commit 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,16 +17,16 @@ from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from glm_actors.model import SECONDS, ModelActor
-from glm_actors.preprocess import Preprocessor, Transform
+from glm_actors.model import ModelActor
+from glm_actors.row_worker import RowWorker, Step
 from glm_actors.suspects import Ledger, Patience
 from glm_actors.watchdog import HangLimits
 from models.engine.interface import EngineConfig
 from pipelines.commit import CommitRecord
 from pipelines.journal import Journal
-from pipelines.plan import Plan, Unit, UnitSizes
-from pipelines.rows import UNIT, TaskSpec, count_rows, parse_unit, render_unit, task_runner, unit_table
-from pipelines.source import InputFile, Source
+from pipelines.plan import Plan, Unit
+from pipelines.rows import UNIT, TaskSpec, task_runner
+from pipelines.steps import Order, Parse, Render
 
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
 PATIENCE = Patience()
@@ -51,9 +51,9 @@ class Workers:
 class UnitDatasource(Datasource):
     """One read task for each unit, so that a unit is one block from beginning to end."""
 
-    def __init__(self, source: Source, plan: Plan, units: Sequence[Unit]) -> None:
+    def __init__(self, plan: Plan, units: Sequence[Unit]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._source, self._plan, self._units = source, plan, units
+        self._plan, self._units = plan, units
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -67,17 +67,16 @@ class UnitDatasource(Datasource):
         earlier = self._plan.duplicates_by_unit()
         tasks = []
         for unit in self._units:
-            file = self._plan.files[unit.file].file
-            read = partial(_read_unit, self._source, file, unit, earlier.get((unit.file, unit.rows.start), {}))
-            metadata = BlockMetadata(num_rows=unit.num_rows, size_bytes=None, input_files=None, exec_stats=None)
-            tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
+            order = Order.of(unit, self._plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {}))
+            metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(partial(_order_tables, order), metadata, per_task_row_limit=per_task_row_limit))
         return tasks
 
 
-def read(source: Source, plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
-    """Units as blocks: see pipelines.rows.unit_table."""
+def order(plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
+    """Units as blocks, each an order to read it: see pipelines.steps.Order."""
     dataset: Dataset = ray.data.read_datasource(
-        UnitDatasource(source, plan, units),
+        UnitDatasource(plan, units),
         override_num_blocks=len(units),
         num_cpus=workers.cpus_each,
     )
@@ -96,16 +95,10 @@ def start_ledger() -> Any:
     return ray.remote(Ledger).options(**options).remote(PATIENCE)
 
 
-def render(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
-    """Rows -> requests, on CPU actors. Ray fuses reading into them, so a worker reads a file's units in order."""
-    return dataset.map_batches(
-        Preprocessor,
-        fn_constructor_args=(partial(_build_renderer, spec), ledger, UNIT),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=workers.preprocessors),
-        num_cpus=workers.cpus_each,
-    )
+def render(dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
+    """Orders -> requests, on CPU actors."""
+    build = partial(_build_renderer, read, spec)
+    return _rows(dataset, "a preprocessing worker", build, workers.preprocessors, workers, ledger)
 
 
 def infer(
@@ -130,23 +123,15 @@ def infer(
     )
 
 
-def parse(dataset: Dataset, spec: TaskSpec, workers: Workers) -> Dataset:
-    """Completions -> output columns. Ray fuses this into the processes of the stage that follows."""
-    return dataset.map_batches(
-        partial(parse_unit, spec), batch_size=None, batch_format="pyarrow", num_cpus=workers.cpus_each
-    )
+def parse(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
+    """Completions -> output columns."""
+    return _rows(dataset, "a parsing worker", partial(_build_parser, spec), workers.committers, workers, ledger)
 
 
-def commit(dataset: Dataset, journal: Journal, plan: Plan, spec: TaskSpec, workers: Workers) -> Dataset:
-    """Output columns -> one small row for each committed unit: its commit record as JSON, its seconds in the engine."""
-    return dataset.map_batches(
-        Committer,
-        fn_constructor_args=(journal, plan.unit_sizes, spec),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=workers.committers),
-        num_cpus=workers.cpus_each,
-    )
+def commit(dataset: Dataset, spec: TaskSpec, step: Step, workers: Workers, ledger: Any = None) -> Dataset:
+    """Completions -> one small row for each unit that `step` has committed: see pipelines.steps.committed_table."""
+    build = partial(_build_parser, spec, step)
+    return _rows(dataset, "a committing worker", build, workers.committers, workers, ledger)
 
 
 def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -> Dataset:
@@ -164,29 +149,37 @@ def committed(dataset: Dataset) -> Iterable[tuple[CommitRecord, float]]:
             yield CommitRecord.from_json(row["record"]), row["seconds"]
 
 
-class Committer:
-    """Commits units on a worker. An actor, because a task's process would start only when the first unit is ready."""
+def _rows(
+    dataset: Dataset,
+    what: str,
+    build: Callable[[], Sequence[Step]],
+    num_workers: int,
+    workers: Workers,
+    ledger: Any,
+) -> Dataset:
+    # Actors, because a task's process would start only when the first unit is ready.
+    return dataset.map_batches(
+        RowWorker,
+        fn_constructor_args=(what, build, ledger, UNIT),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=num_workers),
+        num_cpus=workers.cpus_each,
+    )
 
-    def __init__(self, journal: Journal, unit_sizes: UnitSizes, spec: TaskSpec) -> None:
-        self._journal, self._unit_sizes, self._names = journal, unit_sizes, spec.schema.names
-        task_runner(spec)  # for the parsing that Ray fuses into this process
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        units = table[UNIT].unique().to_pylist()
-        if len(units) != 1 or table.num_rows != self._unit_sizes[units[0]]:
-            raise RuntimeError(f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged units")
-        record = self._journal.output.commit(units[0], table.select(self._names), count_rows(table))
-        self._journal.forget(units[0])
-        return pa.table({"record": [record.to_json().decode()], "seconds": [table[SECONDS][0].as_py()]})
+def _order_tables(order: Order) -> list[pa.Table]:
+    return [order.to_table()]
 
 
-def _read_unit(source: Source, file: InputFile, unit: Unit, earlier: dict[int, str]) -> list[pa.Table]:
-    return [unit_table(source.read(file, unit.rows), unit.index, file, unit.rows.start, earlier)]
-
-
-def _build_renderer(spec: TaskSpec) -> Transform:
+def _build_renderer(read: Step, spec: TaskSpec) -> list[Step]:
     task_runner(spec).start()  # the tokenizer is loaded, the decoder started, while the actor starts
-    return partial(render_unit, spec)
+    return [read, Render(spec)]
+
+
+def _build_parser(spec: TaskSpec, *then: Step) -> list[Step]:
+    task_runner(spec)  # loaded while the actor starts
+    return [Parse(spec), *then]
 
 
 def _select(names: list[str], table: pa.Table) -> pa.Table:

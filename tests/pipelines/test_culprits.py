@@ -19,13 +19,15 @@ import pytest
 
 from glm_actors.loop import EngineLoop
 from glm_actors.model import ModelActor
-from glm_actors.preprocess import Preprocessor
+from glm_actors.row_worker import RowWorker, Step
 from glm_actors.suspects import Patience
 from glm_actors.watchdog import HangLimits
 from models.engine.echo import EchoEngine
+from models.errors import EngineError, RowError
 from pipelines import run
 from pipelines.commit import Output
 from pipelines.job import CommitSection, EngineSection, Job, TaskConfig
+from pipelines.steps import ORDER, Order
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -189,44 +191,93 @@ def test_model_actors_killed_at_random_change_no_record(
     assert records(disturbed) == records(undisturbed)
 
 
-def preprocessor_with(before: Callable[[pa.Table], None], starts: Path) -> type:
-    class Noted(Preprocessor):
-        def __init__(self, build: Any, *others: Any) -> None:
-            with starts.open("a") as file:
-                file.write(f"{os.getpid()}\n")
+class Before:
+    """A step that does something first."""
 
-            def build_poisoned() -> Any:
-                transform = build()
+    def __init__(self, step: Step, before: Callable[[pa.Table, int, int], None]) -> None:
+        self.step, self.before, self.name = step, before, step.name
 
-                def poisoned(table: pa.Table, lost: Any = None) -> pa.Table:
-                    if not lost:
-                        before(table)
-                    return transform(table, lost)
+    def num_rows(self, table: pa.Table) -> int:
+        return self.step.num_rows(table)
 
-                return poisoned
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        if not lost:
+            self.before(table, start, stop)
+        return self.step(table, start, stop, lost)
 
-            super().__init__(build_poisoned, *others)
+
+def worker_with(what: str, name: str, before: Callable[[pa.Table, int, int], None], starts: Path) -> type:
+    """A RowWorker; those called `what` do something before the step `name`, and are noted in the file `starts`."""
+
+    class Noted(RowWorker):
+        def __init__(self, called: str, build: Any, *others: Any) -> None:
+            def build_with() -> Any:
+                steps = build()
+                return [Before(step, before) if step.name == name else step for step in steps]
+
+            if called == what:
+                with starts.open("a") as file:
+                    file.write(f"{os.getpid()}\n")
+            super().__init__(called, build_with if called == what else build, *others)
 
     return Noted
 
 
-def end_at_poison(table: pa.Table) -> None:
-    if POISON in table["in.text"].to_pylist():
+def at_bad_rows(table: pa.Table, start: int, stop: int) -> None:
+    """Of a preprocessing worker's or a committing worker's table, whatever step it is before."""
+    if ORDER in table.column_names:
+        first = Order.from_table(table).rows.start
+        keys = [f"r{row}" for row in range(first + start, first + stop)]
+    else:
+        names = "in.id" if "in.text" in table.column_names else "row_key"
+        keys = table[names].to_pylist()[start:stop]
+    if {f"r{row}" for row in BAD_ROWS} & set(keys):
         kill_self()
 
 
-def wait_a_little(table: pa.Table) -> None:
+def wait_a_little(table: pa.Table, start: int, stop: int) -> None:
     time.sleep(0.2)
 
 
-def test_rows_that_end_a_preprocessor_fail_alone(
-    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("what", "step"),
+    [
+        ("a preprocessing worker", "reading"),
+        ("a preprocessing worker", "preparing"),
+        ("a committing worker", "parsing"),
+    ],
+)
+def test_rows_that_end_another_worker_fail_alone(
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, step: str
 ) -> None:
-    write_input(tmp_path, BAD_ROWS)
-    monkeypatch.setattr("pipelines.stages.Preprocessor", preprocessor_with(end_at_poison, tmp_path / "starts"))
+    write_input(tmp_path)
+    monkeypatch.setattr("pipelines.stages.RowWorker", worker_with(what, step, at_bad_rows, tmp_path / "starts"))
     job = make_job(echo_checkpoint, tmp_path)
     run(job)
-    assert_only_these_failed(records(job), "worker_died")
+    rows = records(job)
+    if step == "reading":  # the key of a row that nobody can read is its place
+        assert [rows[row]["row_key"] for row in BAD_ROWS] == [f"{tmp_path}/in/a.parquet:{row}" for row in BAD_ROWS]
+        rows = [row | {"row_key": f"r{index}"} for index, row in enumerate(rows)]
+    assert_only_these_failed(rows, "worker_died")
+
+
+def test_a_commit_that_always_dies_ends_the_job(
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def before(table: pa.Table, start: int, stop: int) -> None:
+        if table["row_key"][0].as_py() == "r25":
+            kill_self()
+
+    write_input(tmp_path)
+    workers = worker_with("a committing worker", "committing", before, tmp_path / "starts")
+    monkeypatch.setattr("pipelines.stages.RowWorker", workers)
+    job = make_job(echo_checkpoint, tmp_path)
+    with pytest.raises(EngineError, match=r"unit 1 cannot be committed: .*killed without a word"):
+        run(job)
+    assert len((tmp_path / "starts").read_text().splitlines()) <= 5
+    monkeypatch.undo()
+    run(job)  # goes on from there
+    assert len(records(job)) == NUM_ROWS
 
 
 def test_preprocessors_killed_at_random_change_no_record(
@@ -235,7 +286,8 @@ def test_preprocessors_killed_at_random_change_no_record(
     write_input(tmp_path)
     undisturbed = make_job(echo_checkpoint, tmp_path, "undisturbed", 5)
     run(undisturbed)
-    monkeypatch.setattr("pipelines.stages.Preprocessor", preprocessor_with(wait_a_little, tmp_path / "starts"))
+    workers = worker_with("a preprocessing worker", "preparing", wait_a_little, tmp_path / "starts")
+    monkeypatch.setattr("pipelines.stages.RowWorker", workers)
     disturbed = make_job(echo_checkpoint, tmp_path, "disturbed", 5)
     assert run_under_fire(disturbed, tmp_path / "starts", seed=2) == 5
     assert records(disturbed) == records(undisturbed)

@@ -20,7 +20,8 @@ from pipelines.job import CommitSection, Job, StorageSection, TaskConfig
 from pipelines.plan import Plan, choose_unit_rows, make_plan
 from pipelines.prompts import cell_text
 from pipelines.s3 import S3
-from pipelines.source import Source, decode_rows, key_text
+from pipelines.source import DamagedError, RowRange, Source, decode_rows, key_text, row_key
+from pipelines.steps import Order, Read
 from tests.s3_faults import new_bucket
 
 
@@ -332,3 +333,26 @@ def test_a_listing_of_many_pages_is_whole(s3_server: str, monkeypatch: pytest.Mo
         S3(storage).write(f"s3://{bucket}/in/{number:02d}.jsonl", b"{}")
     files = Source(storage=storage, columns=()).list_files([f"s3://{bucket}/in"])
     assert [file.name[-8:] for file in files] == [f"{number:02d}.jsonl" for number in range(11)]
+
+
+def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
+    table = pa.table({"id": [f"r{row}" for row in range(90)], "text": [f"text {row}" for row in range(90)]})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, row_group_size=30, use_dictionary=False)
+    start = pq.read_metadata(path).row_group(1).column(1).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    source = make_source("id", "text")
+    (file,) = source.list_files([str(path)])
+    order = Order(unit=0, file=file, rows=RowRange(start=10, stop=80), earlier={15: "a:1"})
+    with pytest.raises(DamagedError, match=r"a\.parquet is damaged at rows 10 to 79"):
+        source.read(file, order.rows)
+    read = Read(source)(order.to_table(), 0, 70)
+    lost = [row for row, text in enumerate(read["#lost"].to_pylist(), start=10) if text]
+    assert lost == list(range(30, 60))
+    assert read["#row"].to_pylist() == [row_key(file, row) for row in range(10, 80)]
+    assert read["in.text"].to_pylist() == [None if row in lost else f"text {row}" for row in range(10, 80)]
+    assert read["#first"].to_pylist().index("a:1") == 15
+    pieces = [Read(source)(order.to_table(), at, min(at + 7, 70)) for at in range(0, 70, 7)]
+    assert pa.concat_tables(pieces).to_pylist()[:20] == read.to_pylist()[:20]

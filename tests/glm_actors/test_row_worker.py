@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from glm_actors.batches import request_table, to_requests
-from glm_actors.preprocess import Preprocessor
+from glm_actors.row_worker import RowWorker
 from models.engine.request import Classify, Embed, Request
 from models.errors import ConfigError, RowError
 
@@ -19,8 +19,13 @@ class Doubling:
     def __init__(self, bad: Iterable[int], error: Exception) -> None:
         self.bad, self.error = set(bad), error
 
-    def __call__(self, table: pa.Table, lost: RowError | None = None) -> pa.Table:
-        numbers = table["n"].to_pylist()
+    name = "doubling"
+
+    def num_rows(self, table: pa.Table) -> int:
+        return int(table.num_rows)
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        numbers = table["n"].to_pylist()[start:stop]
         if not lost and self.bad & set(numbers):
             raise self.error
         works = [Classify() if n % 2 else Embed() for n in numbers]
@@ -30,7 +35,7 @@ class Doubling:
 
 def prepare(bad: Iterable[int], num_rows: int, error: Exception | None = None) -> pa.Table:
     transform = Doubling(bad, error or ZeroDivisionError("an odd corner"))
-    return Preprocessor(lambda: transform)(pa.table({"n": list(range(num_rows))}))
+    return RowWorker("a worker", lambda: [transform])(pa.table({"n": list(range(num_rows))}))
 
 
 @pytest.mark.parametrize(("bad", "num_rows"), [([], 5), ([2], 5), ([0, 4], 5), ([0, 1, 2], 4), ([0], 1)])
