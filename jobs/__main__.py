@@ -93,6 +93,7 @@ def retry(
         list[str] | None,
         typer.Option("--code", help="Only rows with this error code; repeatable.", show_default=False),
     ] = None,
+    overrides: SetOption = None,
     endpoint_url: EndpointOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -100,7 +101,7 @@ def retry(
     with errors_for_people(debug):
         from jobs.retry import retry as run_retry
 
-        code = run_retry(output, codes or [], endpoint_url=endpoint_url)
+        code = run_retry(output, codes or [], overrides or [], endpoint_url=endpoint_url)
     raise typer.Exit(code)
 
 

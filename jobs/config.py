@@ -73,7 +73,18 @@ class JobKey:
 
 def load_job(path: str, overrides: Sequence[str] = ()) -> tuple[Job, Place]:
     """Reads a job file and applies `a.b=value` overrides. Raises ConfigError that names each key and its place."""
-    data, lines = _read_yaml(path)
+    return _job(*_read_yaml(path), path, overrides)
+
+
+def load_kept_job(text: bytes, path: str, overrides: Sequence[str] = ()) -> tuple[Job, Place]:
+    """As `load_job`, of a job that was kept as JSON beside its output in `path`."""
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no job: run the job with label again")
+    return _job(data, {}, path, overrides)
+
+
+def _job(data: dict[str, Any], lines: Mapping[str, int], path: str, overrides: Sequence[str]) -> tuple[Job, Place]:
     assignments = [_parse_override(text) for text in overrides]
     for key, value in assignments:
         _assign(data, key, value)

@@ -6,26 +6,26 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pydantic
 from rich.console import Console
 
 from jobs.checks import check_checkpoint
+from jobs.config import load_kept_job
 from jobs.display import progress_display
 from jobs.label import closed
 from models.errors import ConfigError
-from pipelines.commit import Output
+from pipelines.commit import JOB, Output
 from pipelines.job import Job, StorageSection
 from pipelines.metrics import Summary
 from pipelines.stop import Stop
 
 
-def retry(path: str, codes: Sequence[str], *, endpoint_url: str | None = None) -> int:
+def retry(path: str, codes: Sequence[str], overrides: Sequence[str] = (), *, endpoint_url: str | None = None) -> int:
     """Recomputes failed rows, prints the summary of the whole output and gives the exit code.
 
     Raises ConfigError before Ray starts when the job cannot run any more.
     """
     output = Output.at(path, StorageSection(endpoint_url=endpoint_url))
-    job = replace(load_kept_job(output), output=path)
+    job = replace(_kept_job(output, overrides), output=path)
     _, problems = check_checkpoint(job)
     if problems:
         raise ConfigError("\n".join(map(str, problems)))
@@ -39,10 +39,12 @@ def retry(path: str, codes: Sequence[str], *, endpoint_url: str | None = None) -
     return closed(work, job, "retry")
 
 
-def load_kept_job(output: Output) -> Job:
-    """The job as the last `label` ran it. Raises ConfigError."""
+def _kept_job(output: Output, overrides: Sequence[str]) -> Job:
+    """The job as the last `label` ran it, with what is to be different now. Raises ConfigError."""
     try:
-        return pydantic.TypeAdapter(Job).validate_json(output.kept_job(), strict=True)
-    except (FileNotFoundError, pydantic.ValidationError) as error:
+        text = output.kept_job()
+        job, _ = load_kept_job(text, f"{output.place}/{JOB}", overrides)
+    except (FileNotFoundError, ValueError) as error:
         output.standing_plan()
-        raise ConfigError(f"{output.place}/job.json is missing or broken: run the job with label again") from error
+        raise ConfigError(f"{output.place}/{JOB} is missing or broken: run the job with label again") from error
+    return job

@@ -29,6 +29,9 @@ from pipelines.source import InputFile, Row, RowRange, Source, decode_rows, pars
 FORMAT = 1
 MAX_UNIT_ROWS = 1000
 MIN_UNIT_ROWS = 16
+MANY_UNITS = 50_000  # more rows than this many full units: larger units, so that what is kept of each stays small
+MAX_UNIT_ROWS_OF_MANY = 20_000
+MAX_UNIT_BYTES = 16 << 20  # of input files, for such units
 WANTED_UNITS = 32  # fewer rows than this many full units: smaller units, for progress one can watch
 SCORED_ROWS_PER_S = 50.0  # a careful guess at one CPU replica's speed, for commit.every_seconds
 GENERATED_TOKENS_PER_S = 640.0
@@ -184,7 +187,8 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
         _check_key_type(job.key, schema.field(job.key).type)
     rows = source.all_parquet_rows(files)
     estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
-    unit_rows = choose_unit_rows(job, sum(estimates), _media_bytes(job, source, files[0]))
+    num_bytes = sum(file.size for file in files)
+    unit_rows = choose_unit_rows(job, sum(estimates), num_bytes, _media_bytes(job, source, files[0]))
     planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
     duplicates = _duplicates(source, files, job.key) if job.key is not None else {}
     return Plan(identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema)
@@ -218,11 +222,11 @@ def _planned_file(source: Source, file: InputFile, unit_rows: int, rows: Mapping
     return PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
 
 
-def choose_unit_rows(job: Job, num_rows: int, media_bytes: float = 0.0) -> int:
-    """commit.unit_rows, or where it is "auto" the most rows that `every_seconds` may cost, by a guess at the speed.
+def choose_unit_rows(job: Job, num_rows: int, num_bytes: int = 0, media_bytes: float = 0.0) -> int:
+    """commit.unit_rows, or where it is "auto" as many rows as take `every_seconds`, by a guess at the speed.
 
-    Few rows are cut into smaller units, so that progress shows; MAX_UNIT_ROWS and, with `media_bytes` a row,
-    MEDIA_UNIT_BYTES bound a unit's memory.
+    Few rows are cut into smaller units, so that progress shows, and very many of `num_bytes` in all into larger ones.
+    With `media_bytes` a row, MEDIA_UNIT_BYTES bound a unit's memory.
     """
     if job.commit.unit_rows != "auto":
         return job.commit.unit_rows
@@ -231,11 +235,17 @@ def choose_unit_rows(job: Job, num_rows: int, media_bytes: float = 0.0) -> int:
         speed = min(speed, GENERATED_TOKENS_PER_S / (job.sampling.max_tokens * job.sampling.n))
     most = min(int(speed * job.commit.every_seconds), MAX_UNIT_ROWS, num_rows // WANTED_UNITS)
     most = max(most, MIN_UNIT_ROWS)
+    if num_rows > MANY_UNITS * most:
+        bytes_each = max(num_bytes / num_rows, 1.0)
+        most = max(min(num_rows // MANY_UNITS, MAX_UNIT_ROWS_OF_MANY, int(MAX_UNIT_BYTES / bytes_each)), most)
     return max(min(most, int(MEDIA_UNIT_BYTES / media_bytes)), 1) if media_bytes else most
 
 
 def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
-    """Everything that decides what the rows come out as: a rerun that differs in any of it is another job."""
+    """Everything that decides what the rows come out as: a rerun that differs in any of it is another job.
+
+    Limits that can only turn a row into an error are not in it (`media`): what failed can be tried again with others.
+    """
     engine = {name: getattr(job.engine, name) for name in ("kind", "dtype", "max_model_len")}
     preprocess = asdict(job.preprocess)
     preprocess.pop("workers")
@@ -245,7 +255,6 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
         "sampling": asdict(job.sampling),
         "engine": engine,
         "preprocess": preprocess,
-        "media": asdict(job.media),
         "key": job.key,
         "carry": job.carry,
         "input": {file.name: {"size": file.size, "modified": file.stamp} for file in files},

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from jobs.config import load_kept_job
 from models.errors import ConfigError
 from pipelines import run
 from pipelines.commit import Output, part_of
@@ -138,10 +139,22 @@ def test_a_job_that_has_changed_is_refused(done: Job) -> None:
 
 
 def test_the_kept_job_is_the_job(done: Job) -> None:
-    from jobs.retry import load_kept_job
+    kept = Output.at(done.output).kept_job()
+    assert load_kept_job(kept, "job.json")[0] == done
+    assert json.loads(kept)["task"]["gold"] == "gold"
 
-    assert load_kept_job(Output.at(done.output)) == done
-    assert json.loads(Output.at(done.output).kept_job())["task"]["gold"] == "gold"
+
+def test_a_retry_may_change_limits_and_nothing_else(done: Job) -> None:
+    output = Output.at(done.output)
+    kept = output.kept_job()
+    patient, _ = load_kept_job(kept, "job.json", ["media.decode_timeout_s=1200.0", "media.hosts=[example.org]"])
+    assert (patient.media.decode_timeout_s, patient.media.hosts) == (1200.0, ["example.org"])
+    retry_failed(patient, output, ["no such code"])
+    other, _ = load_kept_job(kept, "job.json", ["task.prompt={text}!"])
+    with pytest.raises(ConfigError, match=r"this is another job now.*\n  task\.prompt: "):
+        retry_failed(other, output, [])
+    with pytest.raises(ConfigError, match=r"--set media\.decode_timeout: unknown key.*decode_timeout_s"):
+        load_kept_job(kept, "job.json", ["media.decode_timeout=9"])
 
 
 def test_counts_subtract() -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.engine.request import SamplingParams
 from models.errors import ConfigError, RowError
 from pipelines.job import CommitSection, Job, StorageSection, TaskConfig
 from pipelines.plan import Plan, choose_unit_rows, make_plan
@@ -134,11 +135,15 @@ def test_a_plan_is_the_same_after_it_was_written_and_read(tmp_path: Path) -> Non
         (10, {}, 16),
         (1_000_000, {}, 1000),
         (1_000_000, {"commit": CommitSection(every_seconds=2)}, 100),
+        (50_000_000, {}, 1000),
+        (400_000_000, {}, 8000),
+        (4_000_000_000, {}, 16_777),  # 1,000 bytes a row: the bytes of a unit are bounded
+        (4_000_000, {"task": TaskConfig(kind="generate"), "sampling": SamplingParams(max_tokens=640)}, 80),
     ],
 )
 def test_auto_units(num_rows: int, changes: dict[str, Any], expected: int) -> None:
-    job = Job(model="m", input=["i"], output="o", task=TaskConfig(kind="choose"), **changes)
-    assert choose_unit_rows(job, num_rows) == expected
+    job = Job(**{"model": "m", "input": ["i"], "output": "o", "task": TaskConfig(kind="choose")} | changes)
+    assert choose_unit_rows(job, num_rows, 1000 * num_rows) == expected
 
 
 # ---- listing
