@@ -36,14 +36,14 @@ class Step(Protocol):
 class RowWorker:
     """Builds its steps once, when the worker starts, and takes each unit through them.
 
-    `what` names the worker for people. `ledger` and `unit_column`: see glm_actors.model.ModelActor.
+    `ledger` and `unit_column`: see glm_actors.model.ModelActor.
     """
 
-    def __init__(
-        self, what: str, build: Callable[[], Sequence[Step]], ledger: Any = None, unit_column: str | None = None
-    ) -> None:
+    what = "a worker"  # for people; Ray names processes after the class
+
+    def __init__(self, build: Callable[[], Sequence[Step]], ledger: Any = None, unit_column: str | None = None) -> None:
         self._unit_column = unit_column
-        self._guard = Guard(RayBook(ledger) if ledger is not None else None, what)
+        self._guard = Guard(RayBook(ledger) if ledger is not None else None, self.what)
         self._steps = build() if not self._guard.refusal else ()
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -48,6 +48,18 @@ class Workers:
     threads_per_replica: int
 
 
+class Preprocessor(RowWorker):
+    what = "a preprocessing worker"
+
+
+class Parser(RowWorker):
+    what = "a parsing worker"
+
+
+class Committer(RowWorker):
+    what = "a committing worker"
+
+
 class UnitDatasource(Datasource):
     """One read task for each unit, so that a unit is one block from beginning to end."""
 
@@ -98,7 +110,7 @@ def start_ledger() -> Any:
 def render(dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
     """Orders -> requests, on CPU actors."""
     build = partial(_build_renderer, read, spec)
-    return _rows(dataset, "a preprocessing worker", build, workers.preprocessors, workers, ledger)
+    return _rows(dataset, Preprocessor, build, workers.preprocessors, workers, ledger)
 
 
 def infer(
@@ -125,13 +137,13 @@ def infer(
 
 def parse(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
     """Completions -> output columns."""
-    return _rows(dataset, "a parsing worker", partial(_build_parser, spec), workers.committers, workers, ledger)
+    return _rows(dataset, Parser, partial(_build_parser, spec), workers.committers, workers, ledger)
 
 
 def commit(dataset: Dataset, spec: TaskSpec, step: Step, workers: Workers, ledger: Any = None) -> Dataset:
     """Completions -> one small row for each unit that `step` has committed: see pipelines.steps.committed_table."""
     build = partial(_build_parser, spec, step)
-    return _rows(dataset, "a committing worker", build, workers.committers, workers, ledger)
+    return _rows(dataset, Committer, build, workers.committers, workers, ledger)
 
 
 def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -> Dataset:
@@ -151,7 +163,7 @@ def committed(dataset: Dataset) -> Iterable[tuple[CommitRecord, float]]:
 
 def _rows(
     dataset: Dataset,
-    what: str,
+    worker: type[RowWorker],
     build: Callable[[], Sequence[Step]],
     num_workers: int,
     workers: Workers,
@@ -159,8 +171,8 @@ def _rows(
 ) -> Dataset:
     # Actors, because a task's process would start only when the first unit is ready.
     return dataset.map_batches(
-        RowWorker,
-        fn_constructor_args=(what, build, ledger, UNIT),
+        worker,
+        fn_constructor_args=(build, ledger, UNIT),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=num_workers),

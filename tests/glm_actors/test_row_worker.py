@@ -35,7 +35,7 @@ class Doubling:
 
 def prepare(bad: Iterable[int], num_rows: int, error: Exception | None = None) -> pa.Table:
     transform = Doubling(bad, error or ZeroDivisionError("an odd corner"))
-    return RowWorker("a worker", lambda: [transform])(pa.table({"n": list(range(num_rows))}))
+    return RowWorker(lambda: [transform])(pa.table({"n": list(range(num_rows))}))
 
 
 @pytest.mark.parametrize(("bad", "num_rows"), [([], 5), ([2], 5), ([0, 4], 5), ([0, 1, 2], 4), ([0], 1)])

@@ -27,6 +27,7 @@ from models.errors import EngineError, RowError
 from pipelines import run
 from pipelines.commit import Output
 from pipelines.job import CommitSection, EngineSection, Job, TaskConfig
+from pipelines.stages import Committer, Preprocessor
 from pipelines.steps import ORDER, Order
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -206,19 +207,14 @@ class Before:
         return self.step(table, start, stop, lost)
 
 
-def worker_with(what: str, name: str, before: Callable[[pa.Table, int, int], None], starts: Path) -> type:
-    """A RowWorker; those called `what` do something before the step `name`, and are noted in the file `starts`."""
+def worker_with(worker: type[RowWorker], name: str, before: Callable[[pa.Table, int, int], None], starts: Path) -> type:
+    """A worker that does something before the step `name`, and notes each of its processes in the file `starts`."""
 
-    class Noted(RowWorker):
-        def __init__(self, called: str, build: Any, *others: Any) -> None:
-            def build_with() -> Any:
-                steps = build()
-                return [Before(step, before) if step.name == name else step for step in steps]
-
-            if called == what:
-                with starts.open("a") as file:
-                    file.write(f"{os.getpid()}\n")
-            super().__init__(called, build_with if called == what else build, *others)
+    class Noted(worker):  # type: ignore[misc, valid-type]
+        def __init__(self, build: Any, *others: Any) -> None:
+            with starts.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            super().__init__(lambda: [Before(s, before) if s.name == name else s for s in build()], *others)
 
     return Noted
 
@@ -240,18 +236,14 @@ def wait_a_little(table: pa.Table, start: int, stop: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "step"),
-    [
-        ("a preprocessing worker", "reading"),
-        ("a preprocessing worker", "preparing"),
-        ("a committing worker", "parsing"),
-    ],
+    ("worker", "step"), [(Preprocessor, "reading"), (Preprocessor, "preparing"), (Committer, "parsing")]
 )
 def test_rows_that_end_another_worker_fail_alone(
-    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, step: str
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: type[RowWorker], step: str
 ) -> None:
     write_input(tmp_path)
-    monkeypatch.setattr("pipelines.stages.RowWorker", worker_with(what, step, at_bad_rows, tmp_path / "starts"))
+    patched = worker_with(worker, step, at_bad_rows, tmp_path / "starts")
+    monkeypatch.setattr(f"pipelines.stages.{worker.__name__}", patched)
     job = make_job(echo_checkpoint, tmp_path)
     run(job)
     rows = records(job)
@@ -269,8 +261,8 @@ def test_a_commit_that_always_dies_ends_the_job(
             kill_self()
 
     write_input(tmp_path)
-    workers = worker_with("a committing worker", "committing", before, tmp_path / "starts")
-    monkeypatch.setattr("pipelines.stages.RowWorker", workers)
+    workers = worker_with(Committer, "committing", before, tmp_path / "starts")
+    monkeypatch.setattr("pipelines.stages.Committer", workers)
     job = make_job(echo_checkpoint, tmp_path)
     with pytest.raises(EngineError, match=r"unit 1 cannot be committed: .*killed without a word"):
         run(job)
@@ -286,8 +278,8 @@ def test_preprocessors_killed_at_random_change_no_record(
     write_input(tmp_path)
     undisturbed = make_job(echo_checkpoint, tmp_path, "undisturbed", 5)
     run(undisturbed)
-    workers = worker_with("a preprocessing worker", "preparing", wait_a_little, tmp_path / "starts")
-    monkeypatch.setattr("pipelines.stages.RowWorker", workers)
+    workers = worker_with(Preprocessor, "preparing", wait_a_little, tmp_path / "starts")
+    monkeypatch.setattr("pipelines.stages.Preprocessor", workers)
     disturbed = make_job(echo_checkpoint, tmp_path, "disturbed", 5)
     assert run_under_fire(disturbed, tmp_path / "starts", seed=2) == 5
     assert records(disturbed) == records(undisturbed)
