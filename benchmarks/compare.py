@@ -14,19 +14,17 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import BUILD, ROOT
 from benchmarks.machine import MemoryWatch, describe, end_tree
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.workload import DEFAULT_ROWS, OUTPUT_TOKENS, WorkKind, arithmetic, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "benchmarks"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 VLLM_ENV = {
     "VLLM_NO_USAGE_STATS": "1",

@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import BUILD, ROOT
+from benchmarks import BUILD, ROOT
 from benchmarks.machine import describe
 from benchmarks.photos import photos
 from benchmarks.watched_job import MIB, WORKERS, WatchedJob, run_watched

@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import BUILD
+from benchmarks import BUILD
 from benchmarks.machine import describe
 from benchmarks.make_mid_model import LABELS, make_mid_model, make_words
 from benchmarks.watched_job import MIB, WORKERS, Sample, WatchedJob, run_watched
@@ -37,7 +37,7 @@ def main(
     console = Console()
     folder = BUILD / "pipeline_rows"
     shutil.rmtree(folder, ignore_errors=True)
-    job_path = _write_job(folder, make_mid_model(BUILD / "mid"), rows, files)
+    job_path = write_job(folder, make_mid_model(BUILD / "mid"), rows, files)
     job = run_watched(job_path, folder / "out", timeout)
     if job.num_rows != rows:
         raise SystemExit(f"{rows} rows went in, {job.num_rows} are committed in {folder / 'out'}")
@@ -48,7 +48,7 @@ def main(
     console.print(f"written to {report_path}")
 
 
-def _write_job(folder: Path, model_dir: Path, num_rows: int, num_files: int) -> Path:
+def write_job(folder: Path, model_dir: Path, num_rows: int, num_files: int) -> Path:
     (folder / "in").mkdir(parents=True)
     rng, words = random.Random(0), make_words(2000)
     for number in range(num_files):

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.compare import BUILD
+from benchmarks import BUILD
 from benchmarks.machine import describe
 from benchmarks.photos import photos
 from glm_actors.media import MediaLoader, MediaRules

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.compare import BUILD
+from benchmarks import BUILD
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.systems.harness import Plan
 from benchmarks.systems.torch_engine import TorchSystem

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from benchmarks.compare import ROOT
+from benchmarks import ROOT
 from benchmarks.machine import end_tree
 
 SAMPLE_EVERY_S = 0.25

@@ -1,0 +1,101 @@
+"""`python -m benchmarks.protocol_cost`: what committing unit by unit costs, against committing once at the end.
+
+The same rows through the same graph with EchoEngine, in turns: with the protocol, and with a last step that keeps all
+rows in memory and writes one part when the last unit has come. Owns that step, the turns and the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import typer
+from rich.console import Console
+
+from benchmarks import BUILD
+from benchmarks.machine import describe
+from benchmarks.make_mid_model import make_mid_model
+from benchmarks.pipeline_rows import write_job
+from glm_actors.row_worker import Step
+from jobs.config import load_job
+from models.errors import RowError
+from pipelines.cluster import cluster, job_workers
+from pipelines.commit import CommitRecord, Output
+from pipelines.journal import Journal
+from pipelines.lease import own
+from pipelines.pipeline import committed, prepare
+from pipelines.plan import job_source
+from pipelines.rows import UNIT, TaskSpec, count_rows
+from pipelines.steps import Commit, Read, committed_table
+
+
+@dataclass(slots=True)
+class CommitOnce:
+    """Keeps what comes, and commits all of it as one unit with the last one. Nothing is safe until then."""
+
+    output: Output
+    num_units: int
+    spec: TaskSpec
+    name: str = "committing"
+    tables: list[pa.Table] = field(default_factory=list)
+
+    def num_rows(self, table: pa.Table) -> int:
+        return 1
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        self.tables.append(table)
+        counts = count_rows(table)
+        record = CommitRecord(unit=table[UNIT][0].as_py(), part="", rows=0, num_bytes=0, checksum="", counts=counts)
+        if len(self.tables) == self.num_units:
+            rows = pa.concat_tables(self.tables).select(self.spec.schema.names)
+            record = self.output.commit(0, rows, counts)
+        return committed_table(record, table)
+
+
+def main(
+    rows: Annotated[int, typer.Option(min=5000)] = 100_000,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Rows per second of both ways from the first unit to the end, medians, and their ratio."""
+    folder = BUILD / "protocol_cost"
+    shutil.rmtree(folder, ignore_errors=True)
+    job_path = write_job(folder, make_mid_model(BUILD / "mid"), rows, 10)
+    os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
+    rates: dict[str, list[float]] = {"protocol": [], "once": []}
+    with cluster():
+        for turn in range(repeats):
+            for way in rates:
+                rates[way].append(_rate(job_path, folder / f"out-{turn}-{way}", once=way == "once"))
+    medians = {way: round(statistics.median(found)) for way, found in rates.items()}
+    ratio = round(medians["protocol"] / medians["once"], 3)
+    report = {"machine": describe(), "rows": rows, "rates": rates, "medians": medians, "ratio": ratio}
+    path = BUILD / f"protocol-cost-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps(report, indent=1))
+    Console().print_json(data=report)
+
+
+def _rate(job_path: Path, out: Path, *, once: bool) -> float:
+    """Rows per second between the first and the last unit; what "once" writes at the end counts."""
+    from pipelines import stages
+
+    job, _ = load_job(str(job_path), [f"output={out}"])
+    output = Output.at(job.output)
+    prepared = prepare(job, output)
+    plan, spec, workers = prepared.plan, prepared.spec, job_workers(job)
+    journal = Journal(output=output, every_seconds=job.commit.every_seconds)
+    step: Step = CommitOnce(output, plan.num_units, spec) if once else Commit(journal, plan.unit_sizes, spec)
+    dataset = committed(plan, list(plan.units()), Read(job_source(job)), spec, workers, journal, step)
+    with own(output.store):
+        marks: list[tuple[float, Any]] = [(time.monotonic(), record) for record, _ in stages.committed(dataset)]
+    return sum(record.counts.rows for _, record in marks[1:]) / (marks[-1][0] - marks[0][0])
+
+
+if __name__ == "__main__":
+    typer.run(main)
