@@ -120,6 +120,15 @@ def test_units_of_any_size_give_the_same_rows(
     ]
 
 
+def test_a_job_of_several_waves(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.pipeline.WAVE_UNITS", 2)
+    write_input(tmp_path, num_parquet=11)
+    job = make_job(echo_checkpoint, tmp_path, 3)
+    result = run(job)
+    assert len(result.manifest.parts) == 4
+    assert [row["id"] for row in all_rows(job)] == [f"p{row}" for row in range(11)]
+
+
 def test_a_part_of_errors_alone_has_the_schema_of_the_others(echo_checkpoint: Path, tmp_path: Path) -> None:
     write_input(tmp_path, num_parquet=7, jsonl=("{",) * 7)
     job = make_job(echo_checkpoint, tmp_path)
