@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
@@ -23,8 +24,9 @@ from rich.table import Table
 from benchmarks import BUILD, ROOT
 from benchmarks.machine import MemoryWatch, describe, end_tree
 from benchmarks.make_mid_model import make_mid_model
-from benchmarks.workload import DEFAULT_ROWS, OUTPUT_TOKENS, WorkKind, arithmetic, write_rows
+from benchmarks.workload import DEFAULT_ROWS, OUTPUT_TOKENS, WorkKind, arithmetic, write_image_rows, write_rows
 
+TINY_MODEL = ROOT / "examples" / "tiny_glm"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 VLLM_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -38,7 +40,8 @@ class SystemSpec:
     """How one system is started. `python_env` names the variable that holds its interpreter; None means ours.
 
     `max_passes` bounds the timed passes of a system that is slow (or has none: it reloads its model for each run);
-    `comparable` is False where its answers are not of the form that the others give.
+    `comparable` is False where its answers are not of the form that the others give; `images` is whether it reads them.
+    `options` are its arguments, which `--options` adds to.
     """
 
     module: str
@@ -46,6 +49,8 @@ class SystemSpec:
     env: dict[str, str] = field(default_factory=dict)
     max_passes: int | None = None
     comparable: bool = True
+    images: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
     def interpreter(self) -> str | None:
         """The interpreter to run it with, or None where the peer is not installed."""
@@ -61,14 +66,26 @@ HEADINGS = (
     "  of GEMM limit",
     "end to end, s",
     "  x vLLM's speed",
+    "  x ray.data.llm's speed",
     "peak memory, GiB",
+    "  largest process, GiB",
     "agreement",
 )
 SYSTEMS = {
     "torch": SystemSpec(module="torch_engine"),
     "vllm": SystemSpec(module="vllm_llm", python_env="GLM_BATCH_VLLM_PYTHON", env=VLLM_ENV),
-    "pipeline": SystemSpec(module="pipeline_job", max_passes=0, comparable=False),
+    "pipeline": SystemSpec(module="pipeline_job", max_passes=0, comparable=False, images=True),
+    "pipeline-vllm": SystemSpec(
+        module="pipeline_job",
+        python_env="GLM_BATCH_VLLM_PYTHON",
+        env=VLLM_ENV,
+        max_passes=0,
+        comparable=False,
+        images=True,
+        options={"kind": "vllm"},
+    ),
     "ray": SystemSpec(
+        images=True,
         module="ray_data_llm",
         python_env="GLM_BATCH_RAY_LLM_PYTHON",
         env={**VLLM_ENV, "RAY_USAGE_STATS_ENABLED": "0"},
@@ -79,7 +96,7 @@ SYSTEMS = {
 
 
 def main(
-    works: Annotated[str, typer.Option("--work", help="comma-separated: choose, generate")] = "choose,generate",
+    works: Annotated[str, typer.Option("--work", help="comma-separated: choose, generate, images")] = "choose,generate",
     systems: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(SYSTEMS)}")] = ",".join(SYSTEMS),
     repeats: Annotated[int, typer.Option(min=1, help="timed passes of each system, other rows in each")] = 3,
     rows: Annotated[int | None, typer.Option(min=2, help="rows instead of 512 (choose) and 64 (generate)")] = None,
@@ -101,16 +118,16 @@ def main(
     report["gemm_before"] = _measure_gemm()
     for work_kind in work_kinds:
         num_rows = rows or DEFAULT_ROWS[work_kind]
-        row_files = [str(write_rows(model_dir, work_kind, num_rows, i, BUILD)) for i in range(repeats + 1)]
+        row_files = _row_files(model_dir, work_kind, num_rows, repeats)
         results: dict[str, Any] = {}
         report["works"][work_kind] = {"rows": num_rows, "systems": results}
         for name in names:
             console.print(f"{work_kind}: {name} ...")
             plan = {
                 "work": work_kind,
-                "model_dir": str(model_dir),
+                "model_dir": str(TINY_MODEL if work_kind == "images" else model_dir),
                 "row_files": row_files[: 1 + _num_passes(name, repeats)],
-                "options": system_options.get(name, {}),
+                "options": SYSTEMS[name].options | system_options.get(name, {}),
             }
             results[name] = _run(name, plan, timeout)
             path.write_text(json.dumps(report, indent=1))
@@ -121,6 +138,12 @@ def main(
     console.print(f"written to {path}")
     if any("failed" in result for each in report["works"].values() for result in each["systems"].values()):
         raise typer.Exit(1)
+
+
+def _row_files(model_dir: Path, work_kind: WorkKind, num_rows: int, repeats: int) -> list[str]:
+    if work_kind == "images":
+        return [str(write_image_rows(TINY_MODEL, num_rows, BUILD))]
+    return [str(write_rows(model_dir, work_kind, num_rows, i, BUILD)) for i in range(repeats + 1)]
 
 
 def _names(text: str, known: tuple[str, ...], option: str) -> list[str]:
@@ -153,6 +176,8 @@ def _run(name: str, plan: dict[str, Any], timeout: float) -> dict[str, Any]:
     """One system's report; {"absent": why} where it is not installed, {"failed": why} where it broke."""
     spec = SYSTEMS[name]
     python = spec.interpreter()
+    if plan["work"] == "images" and not spec.images:
+        return {"absent": "text only in this comparison"}
     if python is None:
         return {"absent": f"not installed ({spec.python_env} is not set)"}
     stem = BUILD / f"{plan['work']}-{name}"
@@ -179,7 +204,13 @@ def _run(name: str, plan: dict[str, Any], timeout: float) -> dict[str, Any]:
         last_line = (log_path.read_text().strip().splitlines() or ["no output"])[-1]
         return {"failed": f"exit status {process.returncode}: {last_line} (see {log_path})"}
     result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return {**result, "peak_rss_bytes": memory.peak, "python": python, "env": spec.env}
+    return {
+        **result,
+        "peak_rss_bytes": memory.peak,
+        "process_peaks": memory.process_peaks(),
+        "python": python,
+        "env": spec.env,
+    }
 
 
 def _measure_gemm() -> dict[str, Any]:
@@ -196,17 +227,20 @@ def summarise(report: dict[str, Any]) -> None:
         for rows in report["gemm_before"]["flops_by_rows"]
     }
     for work_kind, each in report["works"].items():
-        limit_s = arithmetic(work_kind, each["rows"]).limit_s(rates["1024"], rates[_nearest(rates, each["rows"])])
+        limit_s = None
+        if work_kind != "images":
+            limit_s = arithmetic(work_kind, each["rows"]).limit_s(rates["1024"], rates[_nearest(rates, each["rows"])])
         each["gemm_limit_s"] = limit_s
         done = {name: result for name, result in each["systems"].items() if "end_to_end_s" in result}
         for result in done.values():
             steady = statistics.median(result["steady_s"]) if result["steady_s"] else None
             result["steady_median_s"] = steady
-            result["share_of_gemm_limit"] = limit_s / steady if steady else None
+            result["share_of_gemm_limit"] = limit_s / steady if steady and limit_s else None
         for result in done.values():
-            vllm = done.get("vllm")
+            vllm, ray = done.get("vllm"), done.get("ray")
             result["times_vllm_steady"] = _ratio(vllm, result, "steady_median_s")
             result["times_vllm_end_to_end"] = _ratio(vllm, result, "end_to_end_s")
+            result["times_ray_end_to_end"] = _ratio(ray, result, "end_to_end_s")
         comparable = {name: result for name, result in done.items() if SYSTEMS[name].comparable}
         reference = comparable.get("transformers") or next(iter(comparable.values()), None)
         for name, result in done.items():
@@ -225,7 +259,7 @@ def _ratio(base: dict[str, Any] | None, result: dict[str, Any], key: str) -> flo
 def _agreement(work_kind: str, reference: dict[str, Any], result: dict[str, Any]) -> str:
     """The largest difference of a label's log-probability, or the mean number of leading output tokens in common."""
     pairs = list(zip(reference["sample"], result["sample"], strict=True))
-    if work_kind == "choose":
+    if work_kind != "generate":
         worst = max(abs(a - b) for x, y in pairs for a, b in zip(x["logprobs"], y["logprobs"], strict=True))
         return f"dlogprob {worst:.3f}"
     equal = sum(_common_prefix(x["token_ids"], y["token_ids"]) for x, y in pairs)
@@ -241,7 +275,8 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         rates = ", ".join(f"{rows} rows {rate / 1e9:.0f}" for rows, rate in report[when]["flops_by_rows"].items())
         console.print(f"bf16 matrix products ({when.removeprefix('gemm_')} the run), GFLOP/s: {rates}")
     for work_kind, each in report["works"].items():
-        table = Table(title=f"{work_kind}: {each['rows']} rows; GEMM limit {each['gemm_limit_s']:.1f} s")
+        limit = _number(each["gemm_limit_s"], "; GEMM limit {:.1f} s") if each["gemm_limit_s"] else ""
+        table = Table(title=f"{work_kind}: {each['rows']} rows{limit}")
         table.add_column("", no_wrap=True)
         done = {name: result for name, result in each["systems"].items() if "end_to_end_s" in result}
         for name in done:
@@ -267,7 +302,9 @@ def _cells(result: dict[str, Any]) -> list[str]:
         _number(result["share_of_gemm_limit"], "{:.0%}"),
         f"{result['end_to_end_s']:.1f}",
         _number(result["times_vllm_end_to_end"], "{:.2f}"),
+        _number(result["times_ray_end_to_end"], "{:.2f}"),
         f"{result['peak_rss_bytes'] / 2**30:.1f}",
+        f"{max(result['process_peaks'].values()) / 2**30:.1f}",
         result["agreement"],
     ]
 

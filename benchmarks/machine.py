@@ -42,6 +42,8 @@ class MemoryWatch:
 
     def __init__(self, pid: int, every_s: float = 0.5) -> None:
         self.peak = 0
+        self._peaks: dict[int, int] = {}
+        self._names: dict[int, str] = {}
         self._pid = pid
         self._every_s = every_s
         self._stop = threading.Event()
@@ -59,7 +61,24 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._every_s):
-            self.peak = max(self.peak, sum(tree_rss(self._pid).values()))
+            sizes = tree_rss(self._pid)
+            self.peak = max(self.peak, sum(sizes.values()))
+            for pid, size in sizes.items():
+                self._peaks[pid] = max(self._peaks.get(pid, 0), size)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._names[pid] = _title(psutil.Process(pid))
+
+    def process_peaks(self) -> dict[str, int]:
+        """The peak of each process by what it calls itself (as it last did) and its number."""
+        return {f"{self._names.get(pid, '')} [{pid}]": peak for pid, peak in self._peaks.items()}
+
+
+def _title(process: psutil.Process) -> str:
+    """What a process is: the title that Ray and vLLM give themselves, or the program and what it runs."""
+    words = process.cmdline()
+    if not words or "python" not in os.path.basename(words[0]):
+        return os.path.basename(words[0]) if words else process.name()
+    return " ".join(os.path.basename(word) for word in words[:3])
 
 
 def tree_rss(pid: int) -> dict[int, int]:

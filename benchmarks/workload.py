@@ -1,6 +1,6 @@
 """The rows of the comparisons: built once as text and token ids, written to a file that every system reads.
 
-Owns the two kinds of work (choose, generate), the lengths of their prompts and how much arithmetic they need.
+Owns the kinds of work (choose, generate, images), the lengths of their prompts and how much arithmetic they need.
 Standard library only at module level, so that every peer's interpreter can read the rows.
 """
 
@@ -12,16 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-WorkKind = Literal["choose", "generate"]
-DEFAULT_ROWS: dict[WorkKind, int] = {"choose": 512, "generate": 64}
-SHARED_TOKENS: dict[WorkKind, int] = {"choose": 410, "generate": 128}
-OWN_TOKENS: dict[WorkKind, int] = {"choose": 84, "generate": 128}
+WorkKind = Literal["choose", "generate", "images"]
+TextKind = Literal["choose", "generate"]
+DEFAULT_ROWS: dict[WorkKind, int] = {"choose": 512, "generate": 64, "images": 512}
+SHARED_TOKENS: dict[TextKind, int] = {"choose": 410, "generate": 128}
+OWN_TOKENS: dict[TextKind, int] = {"choose": 84, "generate": 128}
 OUTPUT_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One prompt: the user message (instruction + text) and the ids of its rendered chat."""
+    """One prompt: the user message (instruction + text) and the ids of its rendered chat.
+
+    Of images, `text` is the path of a JPEG and there are no ids: each system makes its own.
+    """
 
     id: str
     text: str
@@ -30,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSet:
-    """Rows with one shared instruction. `label_ids` are the labels' single tokens (choose only)."""
+    """Rows with one shared instruction. `label_ids` are the labels' single tokens, of images their first ones."""
 
     work: WorkKind
     instruction: str
@@ -49,14 +53,36 @@ def read_rows(path: Path) -> RowSet:
     return RowSet(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
 
-def write_rows(model_dir: Path, work: WorkKind, num_rows: int, set_index: int, directory: Path) -> Path:
+def write_rows(model_dir: Path, work: TextKind, num_rows: int, set_index: int, directory: Path) -> Path:
     """Builds set `set_index` of a work (another index: another instruction and other rows) and returns its file."""
     path = directory / f"{work}-{num_rows}x-{set_index}.json"
     path.write_text(json.dumps(asdict(build_rows(model_dir, work, num_rows, set_index))))
     return path
 
 
-def build_rows(model_dir: Path, work: WorkKind, num_rows: int, set_index: int) -> RowSet:
+def write_image_rows(model_dir: Path, num_rows: int, directory: Path) -> Path:
+    """JPEGs of 640x480 that look like photos, every one different, and the file that names them."""
+    from tokenizers import Tokenizer
+
+    from benchmarks.photos import photos
+
+    folder = directory / f"images-{num_rows}x"
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for number, data in enumerate(photos(num_rows, 640, 480)):
+        photo = folder / f"{number:05d}.jpg"
+        photo.write_bytes(data)
+        rows.append(Row(id=f"image-{number}", text=str(photo), input_ids=[]))
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    labels = ["circle", "square", "triangle"]
+    label_ids = [tokenizer.encode(label, add_special_tokens=False).ids[0] for label in labels]
+    row_set = RowSet(work="images", instruction="Which shape is it?", labels=labels, label_ids=label_ids, rows=rows)
+    path = directory / f"images-{num_rows}x.json"
+    path.write_text(json.dumps(asdict(row_set)))
+    return path
+
+
+def build_rows(model_dir: Path, work: TextKind, num_rows: int, set_index: int) -> RowSet:
     """Rows of exactly SHARED_TOKENS + OWN_TOKENS ids each; raises ValueError where the tokenizer cannot give that."""
     import jinja2
     from tokenizers import Tokenizer
@@ -113,7 +139,7 @@ class Arithmetic:
         return self.prefill / prefill_rate + self.decode / decode_rate
 
 
-def arithmetic(work: WorkKind, num_rows: int) -> Arithmetic:
+def arithmetic(work: TextKind, num_rows: int) -> Arithmetic:
     """Two FLOPs for each weight and token: every layer for every token, the vocabulary head for sampled positions."""
     from benchmarks.make_mid_model import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, VOCAB
 

@@ -123,7 +123,7 @@ def _check(rows: RowSet, answers: list[Answer]) -> None:
     for answer in answers:
         complete = (
             len(answer.logprobs) == len(rows.label_ids)
-            if rows.work == "choose"
+            if rows.work != "generate"
             else len(answer.token_ids) == OUTPUT_TOKENS
         )
         if not complete:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,31 @@ class PipelineSystem:
     def run(self, rows: RowSet) -> Iterator[Answer]:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
-        table = pa.table({"id": [row.id for row in rows.rows], "text": [row.text for row in rows.rows]})
-        pq.write_table(table, self._folder / "rows.parquet")
+        names = [row.id for row in rows.rows]
+        texts = [Path(row.text).read_bytes() if rows.work == "images" else row.text for row in rows.rows]
+        pq.write_table(pa.table({"id": names, "text": texts}), self._folder / "rows.parquet")
         wanted = len(rows.rows[0].input_ids)
         for part in run(self._job(rows)).iter_tables():
             for row in part.to_pylist():
-                if row["status"] != "ok" or row["prompt_tokens"] != wanted:
+                if row["status"] != "ok" or row["prompt_tokens"] != (wanted or row["prompt_tokens"]):
                     raise RuntimeError(f"not the row that was asked for ({wanted} prompt tokens): {row}")
                 yield _answer(rows, row)
 
     def _job(self, rows: RowSet) -> Job:
-        choose = rows.work == "choose"
-        prompt = rows.instruction + "{text}"
+        generate, images = rows.work == "generate", rows.work == "images"
+        task = TaskConfig(
+            kind="generate" if generate else "choose",
+            image="text" if images else None,
+            prompt=rows.instruction if images else rows.instruction + "{text}",
+            labels=None if generate else rows.labels,
+        )
         return Job(
             model=self._model_dir,
             input=[str(self._folder / "rows.parquet")],
             output=str(self._folder / "out"),
             carry=["id"],
-            task=TaskConfig(kind=rows.work, prompt=prompt, labels=rows.labels if choose else None),
-            sampling=SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=not choose),
+            task=task,
+            sampling=SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=generate),
             engine=self._engine,
         )
 
@@ -59,7 +66,7 @@ class PipelineSystem:
         import ray
         import torch
 
-        return {"ray": ray.__version__, "torch": torch.__version__, "dtype": self._engine.dtype}
+        return {"ray": ray.__version__, "torch": torch.__version__, **asdict(self._engine)}
 
     def close(self) -> None:
         """Nothing is held: Ray ended with the job."""
@@ -67,7 +74,7 @@ class PipelineSystem:
 
 def _answer(rows: RowSet, row: dict[str, Any]) -> Answer:
     """The output has text, not ids: of a generated row only the number of tokens is handed on."""
-    if rows.work == "choose":
+    if rows.work != "generate":
         logprobs = [math.log(max(probability, 1e-300)) for probability in row["label_probs"]]
         return Answer(id=row["id"], logprobs=logprobs, cached_tokens=row["cached_tokens"])
     return Answer(id=row["id"], token_ids=[-1] * row["output_tokens"], cached_tokens=row["cached_tokens"])

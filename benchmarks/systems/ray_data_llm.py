@@ -6,7 +6,9 @@ measured, never a steady state.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -35,21 +37,23 @@ class RayDataLlmSystem:
         self._rows = rows
         config = vLLMEngineProcessorConfig(
             model_source=plan.model_dir,
-            engine_kwargs=ENGINE_ARGS,
+            engine_kwargs=_engine_args(rows),
             placement_group_config={"bundles": [{"CPU": 1}]},
             concurrency=1,
             batch_size=self._batch_size,
             max_concurrent_batches=8,
             log_engine_metrics=False,  # vLLM 0.32 does not find Ray's metrics classes and would not start
+            prepare_multimodal_stage=rows.work == "images",
         )
         self._processor = build_processor(config, preprocess=self._preprocess(), postprocess=_postprocess)
 
     def _preprocess(self) -> Any:
         sampling = _sampling_args(self._rows)
-        instruction = self._rows.instruction
+        instruction, images = self._rows.instruction, self._rows.work == "images"
 
         def preprocess(row: dict[str, Any]) -> dict[str, Any]:
-            messages = [{"role": "user", "content": instruction + row["text"]}]
+            content = _with_image(row["text"], instruction) if images else instruction + row["text"]
+            messages = [{"role": "user", "content": content}]
             return {"id": row["id"], "messages": messages, "sampling_params": sampling}
 
         return preprocess
@@ -58,7 +62,7 @@ class RayDataLlmSystem:
         table = ray.data.from_items([{"id": row.id, "text": row.text} for row in rows.rows])
         wanted = len(rows.rows[0].input_ids)
         for row in self._processor(table).iter_rows():
-            if row["num_input_tokens"] != wanted:
+            if wanted and row["num_input_tokens"] != wanted:
                 raise RuntimeError(
                     f"{row['id']}: Ray's stages made {row['num_input_tokens']} prompt tokens, not {wanted}"
                 )
@@ -84,9 +88,19 @@ class RayDataLlmSystem:
 
 
 def _sampling_args(rows: RowSet) -> dict[str, Any]:
-    if rows.work == "choose":
+    if rows.work != "generate":
         return {"temperature": 0.0, "max_tokens": 1, "logprob_token_ids": rows.label_ids}
     return {"temperature": 0.0, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
+
+
+def _engine_args(rows: RowSet) -> dict[str, Any]:
+    return ENGINE_ARGS | ({"limit_mm_per_prompt": {"image": 1, "video": 0}} if rows.work == "images" else {})
+
+
+def _with_image(path: str, question: str) -> list[dict[str, Any]]:
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+    return [image, {"type": "text", "text": question}]
 
 
 def _postprocess(row: dict[str, Any]) -> dict[str, Any]:
