@@ -26,16 +26,7 @@ class Constraints:
     """Compiles constraints for one tokenizer, each text once, and starts matchers. Build one per engine."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        if not tokenizer.eos_token_ids:
-            raise ConfigError(
-                "constrained output needs to know how the model ends its answer: name eos_token_id in the checkpoint's "
-                "generation_config.json"
-            )
-        self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Vocabulary(tokenizer)),
-            n_vocab=tokenizer.vocab_size,
-            eos_token=list(tokenizer.eos_token_ids),
-        )
+        self._tokenizer = ll_tokenizer(tokenizer, tokenizer.vocab_size)
         self._compiled = functools.lru_cache(maxsize=MAX_COMPILED)(self._compile)
 
     def start(self, constraint: Constraint) -> Matcher:
@@ -116,6 +107,18 @@ class Matcher:
     def _raise_error(self) -> None:
         if self._matcher.is_error():
             raise RowError("constraint_failed", f"the output cannot be held to its constraint: {self.error}")
+
+
+def ll_tokenizer(tokenizer: Tokenizer, num_ids: int) -> LLTokenizer:
+    """The tokenizer as llguidance sees it, with masks of `num_ids` ids. Raises ConfigError without an end id."""
+    if not tokenizer.eos_token_ids:
+        raise ConfigError(
+            "constrained output needs to know how the model ends its answer: name eos_token_id in the checkpoint's "
+            "generation_config.json"
+        )
+    return LLTokenizer(
+        TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=num_ids, eos_token=list(tokenizer.eos_token_ids)
+    )
 
 
 class _Vocabulary:

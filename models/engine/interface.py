@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from models.engine.request import Completion, Request
 
 Auto = Literal["auto"]
+Task = Literal["choose", "generate", "extract", "classify", "tag", "embed"]
 
 
 class Engine(Protocol):
@@ -45,7 +46,8 @@ class EngineConfig:
     `max_step_tokens` bounds the tokens of one forward pass, `max_num_seqs` the sequences in flight, `kv_cache_tokens`
     the size of the paged KV cache in tokens, `block_size` the tokens of one block of it. `max_model_len` bounds prompt
     plus output; "auto" takes the checkpoint's max_position_embeddings. `media_cache_bytes` bounds the features of
-    images and videos that are remembered.
+    images and videos that are remembered. `task` tells what all requests will ask for, where that is known: kind
+    "auto" goes by it.
     """
 
     model: str
@@ -60,6 +62,7 @@ class EngineConfig:
     block_size: int | Auto = "auto"
     media_cache_bytes: int | Auto = "auto"
     prefix_caching: bool = True
+    task: Task | None = None
 
     def __post_init__(self) -> None:
         for name in (

