@@ -117,7 +117,7 @@ def ll_tokenizer(tokenizer: Tokenizer, num_ids: int) -> LLTokenizer:
             "generation_config.json"
         )
     return LLTokenizer(
-        TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=num_ids, eos_token=list(tokenizer.eos_token_ids)
+        TokenizerWrapper(_Vocabulary(tokenizer, num_ids)), n_vocab=num_ids, eos_token=list(tokenizer.eos_token_ids)
     )
 
 
@@ -128,9 +128,9 @@ class _Vocabulary:
     JSON string would end the answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_ids: int) -> None:
         control = {id for text in tokenizer.control_tokens for id in tokenizer.encode_control(text)}
-        self.tokens = [b"" if id in control else tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+        self.tokens = [b"" if id in control else tokenizer.token_bytes(id) for id in range(num_ids)]
         self.special_token_ids = [id for id, token in enumerate(self.tokens) if not token]
         self.eos_token_id = tokenizer.eos_token_ids[0]
         self.bos_token_id = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from models.config import ModelConfig
 from models.engine.engine import choice_tree
 from models.engine.media import PlacedMedia, place
-from models.engine.request import Choose, Classify, Generate, Inspect, Request, Tag
+from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Request, Tag
 from models.engine.vllm_limits import MAX_VIDEOS, generate_problem
 from models.errors import RowError
 
@@ -45,6 +45,8 @@ def _check_work(request: Request, model: ModelConfig) -> None:
             "unsupported_work",
             f"{type(request.work).__name__} needs a {needed} head; the checkpoint is a {model.architecture}",
         )
+    if isinstance(request.work, Embed | Inspect) and model.head != "causal_lm":
+        raise RowError("unsupported_work", f"vLLM gives no vectors of a {model.architecture}; use engine.kind torch")
     problem = generate_problem(request.work) if isinstance(request.work, Generate) else None
     if problem:
         raise RowError("unsupported_sampling", problem)

@@ -33,13 +33,13 @@ BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding leaves one of two cores unused
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmSettings:
-    """The resolved "auto"s of an EngineConfig. `max_model_len` is what requests may hold, prompt and output together."""
+    """The resolved "auto"s of an EngineConfig. `max_model_len` bounds a request's prompt and output together."""
 
     model: ModelConfig
     device: torch.device

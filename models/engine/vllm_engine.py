@@ -7,11 +7,11 @@ tree), which share its prefix in vLLM's cache. Knows nothing of rows, files or r
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ from models.engine.vllm_requests import Fork, Vocabulary, choice_forks, is_greed
 from models.errors import ConfigError, RowError
 from models.processing.tokenizer import Tokenizer
 
+Asks = Literal["given", "likeliest"]
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Pending:
@@ -42,12 +44,23 @@ class _Pending:
     prompt: list[int]
     media: PlacedMedia | None
     runner: Runner
+    planned: list[Fork]
     forks: dict[str, Fork] = field(default_factory=dict)
     open: set[str] = field(default_factory=set)
     transcripts: dict[str, Transcript] = field(default_factory=dict)
     scores: Scores = field(default_factory=dict)
     array: NDArray[np.float32] | None = None
     cached_tokens: int = 0
+
+    @property
+    def asks(self) -> Asks | None:
+        """Which log-probabilities it wants. In a step that scores given ids, vLLM reports no likeliest ones."""
+        match self.request.work:
+            case Choose():
+                return "given"
+            case Generate(sampling=params) if params.logprobs:
+                return "likeliest"
+        return None
 
 
 class VllmEngine:
@@ -65,6 +78,8 @@ class VllmEngine:
         self._numbers = itertools.count()
         self._pending: dict[str, _Pending] = {}
         self._owners: dict[str, _Pending] = {}  # by the forks' ids
+        self._asking: Counter[Asks | None] = Counter()  # of the requests that vLLM works on
+        self._held: deque[_Pending] = deque()  # until those that ask otherwise are done
         self._ready: deque[Completion] = deque()
 
     @classmethod
@@ -72,7 +87,7 @@ class VllmEngine:
         """Loads the checkpoint. `vllm_args` go to vLLM's EngineArgs as they are. Raises ConfigError for what cannot
         run."""
         model = load_config(config.model)
-        problem = checkpoint_problem(model)
+        problem = checkpoint_problem(model, config.task)
         if problem:
             raise ConfigError(f"engine.kind=vllm: {problem}")
         tokenizer = Tokenizer.from_dir(config.model)
@@ -97,6 +112,8 @@ class VllmEngine:
 
     def step(self) -> list[Completion]:
         """One step of vLLM; returns what finished."""
+        while self._held and not self._must_wait(self._held[0]):
+            self._begin(self._held.popleft())
         for core in self._cores.values():
             for output in core.step():
                 self._take(output)
@@ -118,6 +135,7 @@ class VllmEngine:
         """Ends everything in flight without completions and lets the model's memory go; once more does nothing."""
         self._pending.clear()
         self._owners.clear()
+        self._held.clear()
         self._ready.clear()
         for core in self._cores.values():
             core.close()
@@ -136,39 +154,50 @@ class VllmEngine:
         check(request, prompt, model, settings.max_model_len, settings.max_engine_len)
         media = place_media(request, prompt, model)
         runner: Runner = "generate" if isinstance(request.work, Generate | Choose) else "pooling"
-        pending = _Pending(request=request, prompt=prompt, media=media, runner=runner)
-        room = self.settings.max_model_len - len(prompt)
-        forks = self._forks(request, room)
-        if isinstance(request.work, Classify):  # vLLM pools the last token; what follows a token never changes it
-            prompt = prompt[: pooled_index(prompt, model.pad_token_id) + 1]
-        core = self._core(runner)
+        forks = self._forks(request, settings.max_model_len - len(prompt))
+        pending = _Pending(request=request, prompt=prompt, media=media, runner=runner, planned=forks)
         self._pending[request.id] = pending
-        try:
-            for fork in forks:
-                self._start(core, pending, fork, prompt, room)
-        except ValueError as error:
-            self._forget(pending)
-            raise RowError("refused", f"vLLM refuses the request: {error}") from error
-        except ConfigError as error:  # a constraint that cannot be compiled
-            self._forget(pending)
-            raise RowError("invalid_constraint", str(error)) from error
+        if pending.asks and (self._held or self._must_wait(pending)):
+            self._held.append(pending)
+        else:
+            self._begin(pending)
+
+    def _must_wait(self, pending: _Pending) -> bool:
+        return any(asks not in (None, pending.asks) for asks in +self._asking)
 
     def _forks(self, request: Request, room: int) -> list[Fork]:
         match request.work:
             case Generate() as work:
-                if work.constraint:
+                try:
                     self._matcher(work)
+                except ConfigError as error:  # a constraint that cannot be compiled
+                    raise RowError("invalid_constraint", str(error)) from error
                 return list(sample_forks(work, self._vocabulary, min(work.sampling.max_tokens, room)))
             case Choose() as work:
                 return list(choice_forks(work, self._vocabulary))
         return [pooling_fork(request.work)]
 
-    def _start(self, core: VllmCore, pending: _Pending, fork: Fork, prompt: list[int], room: int) -> None:
+    def _begin(self, pending: _Pending) -> None:
+        """Hands a request to vLLM, which may refuse it."""
+        core = self._core(pending.runner)
+        prompt = pending.prompt
+        if isinstance(pending.request.work, Classify):
+            # vLLM pools the last token; what follows a token never changes it.
+            prompt = prompt[: pooled_index(prompt, self.settings.model.pad_token_id) + 1]
+        self._asking[pending.asks] += 1
+        try:
+            for fork in pending.planned:
+                self._start(core, pending, fork, prompt)
+        except ValueError as error:
+            self._forget(pending)
+            refusal = RowError("refused", f"vLLM refuses the request: {error}")
+            self._ready.append(_failed(pending.request, refusal))
+
+    def _start(self, core: VllmCore, pending: _Pending, fork: Fork, prompt: list[int]) -> None:
         id = str(next(self._numbers))
         work = pending.request.work
         if isinstance(work, Generate):
-            max_tokens = min(work.sampling.max_tokens, room)
-            decoding = Decoding(work.sampling, self.tokenizer, max_tokens=max_tokens)
+            decoding = Decoding(work.sampling, self.tokenizer, max_tokens=fork.params.max_tokens)
             pending.transcripts[id] = Transcript(decoding, self._matcher(work))
         core.add(id, engine_input([*prompt, *fork.suffix], pending.media), fork.params)
         pending.forks[id] = fork
@@ -224,14 +253,23 @@ class VllmEngine:
         del self._owners[id]
         pending.open.remove(id)
         if not pending.open:
-            del self._pending[pending.request.id]
+            self._remove(pending)
             self._ready.append(self._completion(pending, "scored"))
 
     def _forget(self, pending: _Pending) -> None:
-        del self._pending[pending.request.id]
+        """Takes a request back from vLLM, or from those held."""
+        if pending in self._held:
+            self._held.remove(pending)
+            del self._pending[pending.request.id]
+            return
+        self._remove(pending)
         for id in pending.open:
             del self._owners[id]
         self._cores[pending.runner].abort(list(pending.open))
+
+    def _remove(self, pending: _Pending) -> None:
+        del self._pending[pending.request.id]
+        self._asking[pending.asks] -= 1
 
     def _completion(self, pending: _Pending, reason: FinishReason) -> Completion:
         work = pending.request.work

