@@ -20,6 +20,7 @@ from jobs.config import Place, Problem, job_keys
 from models.config import ModelConfig
 from models.config_reader import load_config
 from models.engine.request import SamplingParams
+from models.engine.vllm_limits import MAX_VIDEOS, check_installed, checkpoint_problem, sampling_problems
 from models.errors import ConfigError
 from pipelines.job import Job, MediaSection, TaskConfig
 from pipelines.prompts import PromptTemplate, input_columns, media_columns
@@ -200,7 +201,7 @@ def _check_sampling(job: Job) -> Iterator[Problem]:
 def _check_engine(job: Job) -> Iterator[Problem]:
     engine = job.engine
     if engine.kind == "vllm":
-        yield Problem(key="engine.kind", message="vllm is not available in this version; use torch (or auto)")
+        yield from _check_vllm(job)
     if engine.tensor_parallel_size != 1:
         yield Problem(
             key="engine.tensor_parallel_size",
@@ -211,6 +212,20 @@ def _check_engine(job: Job) -> Iterator[Problem]:
         yield Problem(key="engine.device", message=f'it is "{engine.device}", but it must be auto, cpu or cuda')
     elif engine.device.startswith("cuda") and not has_cuda_device() and "RAY_ADDRESS" not in os.environ:
         yield Problem(key="engine.device", message="this machine has no NVIDIA device; use auto or cpu")
+
+
+def _check_vllm(job: Job) -> Iterator[Problem]:
+    """What vLLM cannot do with the job's keys alone; a cluster's workers may have it though this machine does not."""
+    if "RAY_ADDRESS" not in os.environ:
+        try:
+            check_installed()
+        except ConfigError as error:
+            yield _problem_from(error, "engine.kind")
+    for name, message in sampling_problems(job.sampling, constrained=job.task.kind == "extract"):
+        yield Problem(key=f"sampling.{name}", message=f"{message}; or use engine.kind torch")
+    if isinstance(job.task.video, list) and len(job.task.video) > MAX_VIDEOS:
+        message = f"vLLM takes {MAX_VIDEOS} video in a prompt; name one column, or use engine.kind torch"
+        yield Problem(key="task.video", message=message)
 
 
 def has_cuda_device() -> bool:
@@ -276,6 +291,8 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
         return None, [_of_model(str(error))]
     problems = [_of_model(text) for text in _head_problems(job, config)]
     problems += _limit_problems(job, config)
+    if job.engine.kind == "vllm" and (refusal := checkpoint_problem(config, job.task.kind)):
+        problems.append(Problem(key="engine.kind", message=refusal))
     if not (path / "tokenizer.json").is_file():
         problems.append(_of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text"))
     if job.engine.kind != "echo":

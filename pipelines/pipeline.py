@@ -163,6 +163,7 @@ def engine_config(job: Job) -> EngineConfig:
         tensor_parallel_size=engine.tensor_parallel_size,
         max_step_tokens=engine.max_step_tokens,
         max_model_len=engine.max_model_len,
+        task=job.task.kind,
     )
 
 

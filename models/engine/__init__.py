@@ -20,7 +20,6 @@ from models.engine.request import (
     TopLogprob,
     Work,
 )
-from models.errors import ConfigError
 
 __all__ = [
     "Choose",
@@ -62,8 +61,14 @@ def build_engine(config: EngineConfig) -> Engine:
             num_labels=model.num_labels,
             merge_size=model.vision.spatial_merge_size if model.vision else None,
         )
+    from models.config_reader import load_config
+    from models.engine.settings import resolve_auto
+
+    config = resolve_auto(config, load_config(config.model))
     if config.kind == "vllm":
-        raise ConfigError("engine.kind=vllm: this version runs engine.kind torch or echo; use one of these")
+        from models.engine.vllm_engine import VllmEngine
+
+        return VllmEngine.from_checkpoint(config)
     from models.engine.engine import TorchEngine
 
     return TorchEngine.from_checkpoint(config)

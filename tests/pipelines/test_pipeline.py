@@ -213,7 +213,7 @@ def test_messages_and_generation(echo_checkpoint: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_that_the_engine_refuses_is_a_config_error(echo_checkpoint: Path, tmp_path: Path) -> None:
     write_input(tmp_path, num_parquet=2)
     job = make_job(echo_checkpoint, tmp_path, engine=EngineSection(kind="vllm"))
-    with pytest.raises(ConfigError, match=r"engine\.kind=vllm"):
+    with pytest.raises(ConfigError, match=r"engine\.kind: vLLM is not installed"):
         run(job)
 
 
