@@ -20,7 +20,7 @@ from jobs.config import Place, Problem, job_keys
 from models.config import ModelConfig
 from models.config_reader import load_config
 from models.engine.request import SamplingParams
-from models.engine.vllm_limits import MAX_VIDEOS, check_installed, checkpoint_problem, sampling_problems
+from models.engine.vllm_limits import check_installed, checkpoint_problem, sampling_problems
 from models.errors import ConfigError
 from pipelines.job import Job, MediaSection, TaskConfig
 from pipelines.prompts import PromptTemplate, input_columns, media_columns
@@ -223,9 +223,6 @@ def _check_vllm(job: Job) -> Iterator[Problem]:
             yield _problem_from(error, "engine.kind")
     for name, message in sampling_problems(job.sampling, constrained=job.task.kind == "extract"):
         yield Problem(key=f"sampling.{name}", message=f"{message}; or use engine.kind torch")
-    if isinstance(job.task.video, list) and len(job.task.video) > MAX_VIDEOS:
-        message = f"vLLM takes {MAX_VIDEOS} video in a prompt; name one column, or use engine.kind torch"
-        yield Problem(key="task.video", message=message)
 
 
 def has_cuda_device() -> bool:

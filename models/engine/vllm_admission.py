@@ -9,7 +9,7 @@ from models.config import ModelConfig
 from models.engine.engine import choice_tree
 from models.engine.media import PlacedMedia, place
 from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Request, Tag
-from models.engine.vllm_limits import MAX_VIDEOS, generate_problem
+from models.engine.vllm_limits import generate_problem
 from models.errors import RowError
 
 HEADS = {Generate: "causal_lm", Choose: "causal_lm", Classify: "sequence_classification", Tag: "token_classification"}
@@ -62,9 +62,4 @@ def place_media(request: Request, prompt: list[int], model: ModelConfig) -> Plac
         )
     if request.media is None and model.media_tokens.image_token_id not in prompt:
         return None
-    videos = sum(item.kind == "video" for item in request.media.items) if request.media else 0
-    if videos > MAX_VIDEOS:
-        raise RowError(
-            "unsupported_media", f"the prompt shows {videos} videos; vLLM takes {MAX_VIDEOS}: use engine.kind torch"
-        )
     return place(request.media, prompt, model.media_tokens, model.vision)

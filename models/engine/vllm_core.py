@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,9 @@ from models.processing.tokenizer import Tokenizer
 
 Runner = Literal["generate", "pooling"]
 
+# Switched off where vLLM has them: its own normalisation of pixels, which come normalised.
+NEWER_ARGUMENTS = ("mm_device_do_normalize",)
+CPU_BLOCK_MULTIPLE = 32
 # Read by vLLM when it is imported or built. All of these are what an engine inside a worker process needs; a user's own
 # values stay.
 ENVIRONMENT = {
@@ -46,7 +49,7 @@ class VllmSettings:
 def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[str, Any]) -> VllmSettings:
     """vLLM's arguments for a config; those in `extra` win. Raises ConfigError for what cannot run."""
     check_installed()
-    config = resolve_auto(config, model)
+    config = resolve_auto(replace(config, kind="vllm"), model)
     device = torch.device(config.device)
     dtype = getattr(torch, config.dtype)
     longest = model.longest_context
@@ -57,6 +60,8 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
     assert max_num_seqs != "auto"
     assert step_tokens != "auto"
     assert block_size != "auto"
+    if device.type == "cpu" and block_size % CPU_BLOCK_MULTIPLE:
+        raise ConfigError(f"engine.block_size={block_size}: vLLM on a CPU takes multiples of {CPU_BLOCK_MULTIPLE}")
     max_engine_len = min(max_model_len + 1, longest)
     arguments: dict[str, Any] = {
         "model": config.model,
@@ -89,6 +94,10 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
         # A prompt cut over steps ends vLLM 0.32 where samples have seeds: it rewinds a generator as only CUDA's can be.
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(step_tokens, max_engine_len)
+    if model.vision is not None:
+        # Media come rendered: nothing of vLLM's looks at them before its model does, and profiling would.
+        arguments |= {"skip_mm_profiling": True, "mm_processor_cache_gb": 0, "hf_overrides": _with_biases}
+        arguments |= dict.fromkeys(NEWER_ARGUMENTS, False)
     return VllmSettings(
         model=model,
         device=device,
@@ -97,6 +106,15 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
         max_engine_len=max_engine_len,
         arguments=arguments | dict(extra),
     )
+
+
+def _with_biases(hf_config: Any) -> Any:
+    """GLM-4.1V's queries, keys and values always have biases; without this key, vLLM leaves them out and says nothing.
+
+    Published files have it, files that a newer transformers has saved have not.
+    """
+    hf_config.get_text_config().attention_bias = True  # vLLM also tries this on a config without parts
+    return hf_config
 
 
 def _executor(config: EngineConfig, device: torch.device) -> str:
@@ -116,8 +134,12 @@ class VllmCore:
         from vllm.v1.executor import Executor
 
         self.runner = runner
+        if settings.model.vision is not None:
+            from models.engine.vllm_glm4v import register
+
+            register()
         try:
-            engine_config = EngineArgs(**settings.arguments, runner=runner).create_engine_config()
+            engine_config = EngineArgs(**_known(settings.arguments, EngineArgs), runner=runner).create_engine_config()
         except ValueError as error:  # pydantic's and vLLM's own refusals are both ValueErrors
             raise ConfigError(f"engine.kind=vllm: vLLM cannot run {settings.arguments['model']}: {error}") from error
         self._llm = LLMEngine(
@@ -163,6 +185,12 @@ class VllmCore:
                 tokenizer=tokenizer,
                 vocab_size=self._llm.vllm_config.model_config.get_vocab_size(),
             )
+
+
+def _known(arguments: Mapping[str, Any], engine_args: Any) -> dict[str, Any]:
+    """Without the newer arguments that the installed version has not."""
+    names = {field.name for field in fields(engine_args)}
+    return {name: value for name, value in arguments.items() if name in names or name not in NEWER_ARGUMENTS}
 
 
 def _set_environment() -> None:

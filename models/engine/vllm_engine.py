@@ -27,12 +27,13 @@ from models.engine.settings import resolve_end_ids
 from models.engine.vllm_admission import check, place_media
 from models.engine.vllm_core import Runner, VllmCore, VllmSettings, resolve_settings
 from models.engine.vllm_limits import checkpoint_problem
-from models.engine.vllm_media import engine_input
+from models.engine.vllm_media import MediaRenderer, RenderedMedia
 from models.engine.vllm_outputs import Scores, Transcript, label_logprobs, read_array, read_scores
 from models.engine.vllm_requests import Fork, Vocabulary, choice_forks, is_greedy, pooling_fork, sample_forks
 from models.errors import ConfigError, RowError
 from models.processing.tokenizer import Tokenizer
 
+QUEUE_DEPTH = 2  # requests given to vLLM for each one that it can run: rendered media take several times their bytes
 Asks = Literal["given", "likeliest"]
 
 
@@ -73,13 +74,15 @@ class VllmEngine:
     def __init__(self, settings: VllmSettings, tokenizer: Tokenizer) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
+        vision, model_dir = settings.model.vision, settings.arguments["model"]
+        self._renderer = MediaRenderer.from_dir(model_dir, vision, settings.dtype) if vision else None
         self._vocabulary = Vocabulary.of(tokenizer, settings.model.vocab_size)
         self._cores: dict[Runner, VllmCore] = {}
         self._numbers = itertools.count()
         self._pending: dict[str, _Pending] = {}
         self._owners: dict[str, _Pending] = {}  # by the forks' ids
         self._asking: Counter[Asks | None] = Counter()  # of the requests that vLLM works on
-        self._held: deque[_Pending] = deque()  # until those that ask otherwise are done
+        self._held: deque[_Pending] = deque()  # in their order
         self._ready: deque[Completion] = deque()
 
     @classmethod
@@ -157,13 +160,16 @@ class VllmEngine:
         forks = self._forks(request, settings.max_model_len - len(prompt))
         pending = _Pending(request=request, prompt=prompt, media=media, runner=runner, planned=forks)
         self._pending[request.id] = pending
-        if pending.asks and (self._held or self._must_wait(pending)):
+        if self._held or self._must_wait(pending):
             self._held.append(pending)
         else:
             self._begin(pending)
 
     def _must_wait(self, pending: _Pending) -> bool:
-        return any(asks not in (None, pending.asks) for asks in +self._asking)
+        """While vLLM has plenty to choose from, or works on requests that ask otherwise."""
+        if self._asking.total() >= QUEUE_DEPTH * self.settings.arguments["max_num_seqs"]:
+            return True
+        return pending.asks is not None and any(asks not in (None, pending.asks) for asks in +self._asking)
 
     def _forks(self, request: Request, room: int) -> list[Fork]:
         match request.work:
@@ -185,21 +191,22 @@ class VllmEngine:
             # vLLM pools the last token; what follows a token never changes it.
             prompt = prompt[: pooled_index(prompt, self.settings.model.pad_token_id) + 1]
         self._asking[pending.asks] += 1
+        media = self._renderer.render(pending.media) if self._renderer and pending.media else RenderedMedia()
         try:
             for fork in pending.planned:
-                self._start(core, pending, fork, prompt)
+                self._start(core, pending, fork, media.input([*prompt, *fork.suffix]))
         except ValueError as error:
             self._forget(pending)
             refusal = RowError("refused", f"vLLM refuses the request: {error}")
             self._ready.append(_failed(pending.request, refusal))
 
-    def _start(self, core: VllmCore, pending: _Pending, fork: Fork, prompt: list[int]) -> None:
+    def _start(self, core: VllmCore, pending: _Pending, fork: Fork, prompt: Any) -> None:
         id = str(next(self._numbers))
         work = pending.request.work
         if isinstance(work, Generate):
             decoding = Decoding(work.sampling, self.tokenizer, max_tokens=fork.params.max_tokens)
             pending.transcripts[id] = Transcript(decoding, self._matcher(work))
-        core.add(id, engine_input([*prompt, *fork.suffix], pending.media), fork.params)
+        core.add(id, prompt, fork.params)
         pending.forks[id] = fork
         pending.open.add(id)
         self._owners[id] = pending

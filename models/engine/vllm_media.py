@@ -1,18 +1,104 @@
-"""A prompt and its media in vLLM's own engine form, so that neither its processor nor its renderer ever runs.
+"""Prompts and their media in vLLM's own engine form, so that neither its processor nor its renderer ever runs.
 
-Knows nothing of requests.
+Patches are normalised here as the published processors do it; vLLM computes positions and features. Knows nothing of
+requests.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm.inputs.engine import tokens_input
+import torch
+from vllm.inputs.engine import mm_input, tokens_input
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
 
-from models.engine.media import PlacedMedia
+from models.config import VisionConfig
+from models.engine.media import PlacedMedia, Span
+from models.engine.request import MediaItem
+from models.normalization import MediaKind
+from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
+from models.processing.patches import pixel_values
 
 
-def engine_input(tokens: list[int], media: PlacedMedia | None) -> Any:
-    """A prompt's tokens and media as vLLM's engine takes them."""
-    assert media is None
-    return tokens_input(tokens)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaRenderer:
+    """`configs` are the checkpoint's, `dtype` is what the vision tower computes in."""
+
+    configs: dict[MediaKind, ImageProcessorConfig]
+    dtype: torch.dtype
+
+    @classmethod
+    def from_dir(cls, model_dir: str, vision: VisionConfig, dtype: torch.dtype) -> MediaRenderer:
+        """Normalisation is the processors' matter, the size of patches the network's."""
+        found: dict[MediaKind, ImageProcessorConfig] = {
+            "image": ImageProcessorConfig.from_dir(model_dir),
+            "video": VideoProcessorConfig.from_dir(model_dir),
+        }
+        sizes = {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size}
+        return cls(configs={kind: replace(config, **sizes) for kind, config in found.items()}, dtype=dtype)
+
+    def render(self, media: PlacedMedia) -> RenderedMedia:
+        """Normalises all patches: eight times the bytes (in float32), so not before vLLM is near to use them."""
+        items: dict[str, list[MultiModalKwargsItem]] = {}
+        hashes: dict[str, list[str]] = {}
+        places: dict[str, list[PlaceholderRange]] = {}
+        for spans in _by_item(media.spans):
+            item = spans[0].item
+            items.setdefault(item.kind, []).append(self._arguments(item))
+            hashes.setdefault(item.kind, []).append(_name(item))
+            places.setdefault(item.kind, []).append(_placeholders(spans))
+        return RenderedMedia(items=items, hashes=hashes, places=places)
+
+    def _arguments(self, item: MediaItem) -> MultiModalKwargsItem:
+        pixels, grid = (
+            ("pixel_values", "image_grid_thw") if item.kind == "image" else ("pixel_values_videos", "video_grid_thw")
+        )
+        values = pixel_values(torch.from_numpy(item.patches), self.configs[item.kind]).to(self.dtype)
+        fields = {
+            pixels: MultiModalFieldConfig.flat_from_sizes(item.kind, torch.tensor([len(values)])),
+            grid: MultiModalFieldConfig.batched(item.kind, keep_on_cpu=True),
+        }
+        found = MultiModalKwargsItems.from_hf_inputs({pixels: values, grid: torch.tensor([item.grid_thw])}, fields)
+        return found[item.kind][0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedMedia:
+    """A prompt's media for all of its forks; empty where it shows none."""
+
+    items: dict[str, list[MultiModalKwargsItem]] = field(default_factory=dict)
+    hashes: dict[str, list[str]] = field(default_factory=dict)
+    places: dict[str, list[PlaceholderRange]] = field(default_factory=dict)
+
+    def input(self, tokens: list[int]) -> Any:
+        """Tokens, beginning with the prompt's, as vLLM's engine takes them."""
+        if not self.items:
+            return tokens_input(tokens)
+        return mm_input(tokens, MultiModalKwargsItems(self.items), self.hashes, self.places)
+
+
+def _by_item(spans: tuple[Span, ...]) -> list[list[Span]]:
+    """An image has one span; a video's frames follow each other."""
+    groups: list[list[Span]] = []
+    for span in spans:
+        if groups and groups[-1][0].item is span.item and span.first:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return groups
+
+
+def _name(item: MediaItem) -> str:
+    return f"{item.kind}-{'x'.join(map(str, item.grid_thw))}-{item.digest.hex()}"
+
+
+def _placeholders(spans: list[Span]) -> PlaceholderRange:
+    """From the first feature to the last; the tokens between a video's frames are text."""
+    start, end = spans[0].start, spans[-1].end
+    if len(spans) == 1:
+        return PlaceholderRange(offset=start, length=end - start)
+    is_feature = torch.zeros(end - start, dtype=torch.bool)
+    for span in spans:
+        is_feature[span.start - start : span.end - start] = True
+    return PlaceholderRange(offset=start, length=end - start, is_embed=is_feature)
