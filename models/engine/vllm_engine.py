@@ -76,7 +76,6 @@ class VllmEngine:
         self.tokenizer = tokenizer
         vision, model_dir = settings.model.vision, settings.arguments["model"]
         self._renderer = MediaRenderer.from_dir(model_dir, vision, settings.dtype) if vision else None
-        self._vocabulary = Vocabulary.of(tokenizer, settings.model.vocab_size)
         self._cores: dict[Runner, VllmCore] = {}
         self._numbers = itertools.count()
         self._pending: dict[str, _Pending] = {}
@@ -143,6 +142,10 @@ class VllmEngine:
         for core in self._cores.values():
             core.close()
         self._cores.clear()
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self.tokenizer, self.settings.model.vocab_size)
 
     def _core(self, runner: Runner) -> VllmCore:
         if runner not in self._cores:

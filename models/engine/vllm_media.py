@@ -35,8 +35,10 @@ class MediaRenderer:
             "image": ImageProcessorConfig.from_dir(model_dir),
             "video": VideoProcessorConfig.from_dir(model_dir),
         }
-        sizes = {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size}
-        return cls(configs={kind: replace(config, **sizes) for kind, config in found.items()}, dtype=dtype)
+        patch, temporal = vision.patch_size, vision.temporal_patch_size
+        for kind, config in found.items():
+            found[kind] = replace(config, patch_size=patch, temporal_patch_size=temporal)
+        return cls(configs=found, dtype=dtype)
 
     def render(self, media: PlacedMedia) -> RenderedMedia:
         """Normalises all patches: eight times the bytes (in float32), so not before vLLM is near to use them."""

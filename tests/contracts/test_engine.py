@@ -36,6 +36,7 @@ from models.engine import (
 )
 from models.engine.echo import EchoEngine
 from models.engine.engine import TorchEngine
+from models.engine.vllm_limits import is_installed
 from models.processing.tokenizer import Tokenizer
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
 from tests.models.media_cases import MakeGlm4v, make_glm4v, make_item, make_prompt
@@ -55,19 +56,60 @@ def build_echo(path: Path) -> EchoEngine:
     return EchoEngine(max_model_len=MAX_MODEL_LEN, tokenizer=Tokenizer.from_dir(str(path)), hidden_size=256)
 
 
-ENGINES: dict[str, Callable[[Path], Engine]] = {"torch": build_torch, "echo": build_echo}
+def build_vllm(path: Path, **config: Any) -> Engine:
+    """The vLLM engine of the session, or a new one for another checkpoint or configuration: it takes seconds."""
+    key = (path, *sorted(config.items()))
+    if key not in _vllm_engines:
+        close_vllm()
+        small = {"max_model_len": MAX_MODEL_LEN, "kv_cache_tokens": 4096}
+        _vllm_engines[key] = build_engine(EngineConfig(model=str(path), kind="vllm", **(small | config)))
+    return _vllm_engines[key]
+
+
+def close_vllm() -> None:
+    while _vllm_engines:
+        _vllm_engines.popitem()[1].close()
+
+
+def release(engine: Engine) -> None:
+    """Closes an engine, or makes ready for the next test one that is kept."""
+    if engine not in _vllm_engines.values():
+        engine.close()
+    drain(engine)
+
+
+# Each is tested where it is installed: see `make test` and `make test-vllm`.
+_vllm_engines: dict[Any, Engine] = {}
+WITH_VLLM: dict[str, Callable[..., Engine]] = {"vllm": build_vllm} if is_installed() else {}
+ENGINES: dict[str, Callable[..., Engine]] = {"torch": build_torch, "echo": build_echo} | WITH_VLLM
+WRITERS: dict[str, Callable[..., Any]] = {"torch": build_torch} | WITH_VLLM  # those that have a model
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> Iterator[Engine]:
     built = ENGINES[request.param](make_checkpoint("glm4"))
     yield built
-    built.close()
+    release(built)
+
+
+@pytest.fixture(params=WRITERS)
+def writer(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> Iterator[Any]:
+    """An engine with a model; its tokenizer's end ids may be changed."""
+    built = WRITERS[request.param](make_checkpoint("glm4"))
+    end_ids = built.tokenizer.eos_token_ids
+    yield built
+    built.tokenizer.eos_token_ids = end_ids
+    release(built)
 
 
 @pytest.fixture
 def torch_engine(make_checkpoint: MakeCheckpoint) -> TorchEngine:
     return build_torch(make_checkpoint("glm4"))
+
+
+def able(engine: Engine, name: str) -> str:
+    """The name of the work, or of another one where an engine has to refuse it."""
+    return "hidden" if name == "logits" and type(engine).__name__ == "VllmEngine" else name
 
 
 def drain(engine: Engine) -> dict[str, Completion]:
@@ -109,6 +151,10 @@ def hash_of(text: str) -> int:
     return int.from_bytes(text.encode(), "big") % 10_007
 
 
+def works(engine: Engine) -> dict[str, Work]:
+    return {name: work for name, work in WORKS.items() if able(engine, name) == name}
+
+
 WORKS: dict[str, Work] = {
     "generate": generate(),
     "sampled": generate(temperature=1.0, seed=5, n=3, logprobs=2),
@@ -124,7 +170,9 @@ WORKS: dict[str, Work] = {
 
 
 def test_every_work_in_one_batch(engine: Engine) -> None:
-    requests = [request(f"{name}-{length}", work, length) for length in (1, 20, 40) for name, work in WORKS.items()]
+    requests = [
+        request(f"{name}-{length}", work, length) for length in (1, 20, 40) for name, work in works(engine).items()
+    ]
     done = run(engine, requests)
     for asked in requests:
         assert_answers(asked, done[asked.id])
@@ -170,9 +218,8 @@ def assert_array(got: Completion, shape: tuple[int, ...]) -> None:
     [(0, "empty_prompt"), (MAX_MODEL_LEN + 1, "prompt_too_long"), (MAX_MODEL_LEN * 40, "prompt_too_long")],
 )
 def test_a_prompt_that_cannot_run_ends_in_an_error(engine: Engine, work: str, length: int, code: str) -> None:
-    done = run(
-        engine, [request("before", WORKS[work]), request("bad", WORKS[work], length), request("after", generate())]
-    )
+    asked = WORKS[able(engine, work)]
+    done = run(engine, [request("before", asked), request("bad", asked, length), request("after", generate())])
     bad = done["bad"]
     assert (bad.finish_reason, bad.prompt_tokens, bad.outputs, bad.array) == ("error", length, (), None)
     assert bad.error is not None
@@ -188,11 +235,11 @@ def test_output_needs_room_for_one_token(engine: Engine) -> None:
 
 
 def test_aborted_requests_come_back_once(engine: Engine) -> None:
-    engine.submit([request(name, work) for name, work in WORKS.items()])
+    engine.submit([request(name, work) for name, work in works(engine).items()])
     engine.abort(["choose", "sampled", "never seen", "choose"])
     engine.abort(["sampled"])
     done = drain(engine)
-    assert set(done) == set(WORKS)
+    assert set(done) == set(works(engine))
     aborted = {name for name, completion in done.items() if completion.finish_reason == "abort"}
     assert aborted == {"choose", "sampled"}
     for name in aborted:
@@ -205,15 +252,15 @@ def test_aborted_requests_come_back_once(engine: Engine) -> None:
 @pytest.mark.parametrize("steps", range(1, 8))
 def test_abort_in_the_middle_of_work(engine: Engine, steps: int) -> None:
     """Some are prefilling, some decoding, some waiting, some done: each still comes back exactly once."""
-    engine.submit([request(f"{name}-{i}", work, 30) for i in range(3) for name, work in WORKS.items()])
+    engine.submit([request(f"{name}-{i}", work, 30) for i in range(3) for name, work in works(engine).items()])
     done: dict[str, Completion] = {}
     for _ in range(steps):
         done |= {completion.id: completion for completion in engine.step()}
-    victims = [f"{name}-{i}" for i in (0, 2) for name in WORKS]
+    victims = [f"{name}-{i}" for i in (0, 2) for name in works(engine)]
     engine.abort(victims)
     rest = drain(engine)
     assert not set(done) & set(rest)
-    assert len(done) + len(rest) == 3 * len(WORKS)
+    assert len(done) + len(rest) == 3 * len(works(engine))
     for name, completion in rest.items():
         assert completion.finish_reason == "abort" if name in victims else completion.error is None
 
@@ -245,7 +292,7 @@ def test_has_work_until_the_last_completion_is_out(engine: Engine) -> None:
 
 @pytest.mark.parametrize("work", WORKS)
 def test_a_finished_id_may_be_used_again(engine: Engine, work: str) -> None:
-    first, second = (run(engine, [request("a", WORKS[work])])["a"] for _ in range(2))
+    first, second = (run(engine, [request("a", WORKS[able(engine, work)])])["a"] for _ in range(2))
     assert_same_answer(first, second)
 
 
@@ -279,21 +326,28 @@ def test_an_id_is_in_flight_until_its_completion_is_out(engine: Engine, end: str
 
 def test_work_can_be_added_while_other_work_runs(engine: Engine) -> None:
     done: dict[str, Completion] = {}
-    for i, (name, work) in enumerate(WORKS.items()):
+    for i, (name, work) in enumerate(works(engine).items()):
         engine.submit([request(name, work, 10 + i)])
         done |= {completion.id: completion for completion in engine.step()}
     done |= drain(engine)
-    assert set(done) == set(WORKS)
+    assert set(done) == set(works(engine))
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_close_ends_everything(make_checkpoint: MakeCheckpoint, name: str) -> None:
-    engine = ENGINES[name](make_checkpoint("glm4"))
+    path = make_checkpoint("glm4")
+    engine = ENGINES[name](path)
+    before = run(engine, [request("a", generate())])["a"]
     engine.submit([request("a", generate()), request("b", Embed(), 0)])
     engine.step()
     engine.submit([request("c", generate())])
     engine.close()
     assert not engine.has_work()
+    engine.close()
+    close_vllm()
+    after = ENGINES[name](path)
+    assert_same_answer(before, run(after, [request("a", generate())])["a"])
+    release(after)
 
 
 # Prompts with media, for every engine
@@ -301,8 +355,8 @@ def test_close_ends_everything(make_checkpoint: MakeCheckpoint, name: str) -> No
 SHOWN = make_prompt([5, (1, 4, 6), 3, [(3, 2, 4)], 4])
 MEDIA_ENGINES: dict[str, Callable[[Path], Engine]] = {
     name: lambda path, name=name: build_engine(EngineConfig(model=str(path), kind=name, kv_cache_tokens=1024))
-    for name in ENGINES
-}
+    for name in ("torch", "echo")
+} | WITH_VLLM
 
 
 @pytest.mark.parametrize("name", MEDIA_ENGINES)
@@ -313,7 +367,7 @@ def test_media_tokens_are_counted(make_glm4v: MakeGlm4v, name: str) -> None:
     done = run(engine, [text, shown])
     counted = {id: (completion.error, completion.media_tokens) for id, completion in done.items()}
     assert counted == {"text": (None, 0), "shown": (None, 6 + 3 * 2)}
-    engine.close()
+    release(engine)
 
 
 @pytest.mark.parametrize("name", MEDIA_ENGINES)
@@ -322,14 +376,14 @@ def test_an_answer_depends_on_the_media(make_glm4v: MakeGlm4v, name: str, work: 
     engine = MEDIA_ENGINES[name](make_glm4v())
     other = replace(SHOWN, items=[make_item(99, (1, 4, 6)), *SHOWN.items[1:]])
     requests = [
-        Request(id=id, input_ids=SHOWN.ids, work=WORKS[work], media=prompt.media)
+        Request(id=id, input_ids=SHOWN.ids, work=WORKS[able(engine, work)], media=prompt.media)
         for id, prompt in (("a", SHOWN), ("again", SHOWN), ("b", other))
     ]
     done = run(engine, requests)
     assert_same_answer(done["a"], done["again"])
     with pytest.raises(AssertionError):
         assert_same_answer(done["a"], done["b"])
-    engine.close()
+    release(engine)
 
 
 @pytest.mark.parametrize("name", MEDIA_ENGINES)
@@ -340,13 +394,13 @@ def test_a_text_checkpoint_refuses_media(make_checkpoint: MakeCheckpoint, name: 
     assert done["shown"].error is not None
     assert done["shown"].error.code == "unsupported_media"
     assert done["text"].error is None
-    engine.close()
+    release(engine)
 
 
 # Generated text
 
 
-def outputs(engine: TorchEngine, work: Generate, length: int = 20) -> tuple[Output, ...]:
+def outputs(engine: Any, work: Generate, length: int = 20) -> tuple[Output, ...]:
     return run(engine, [request("r", work, length)])["r"].outputs
 
 
@@ -369,89 +423,91 @@ def says(text: str, **sampling: Any) -> Generate:
     ],
 )
 def test_text_ends_before_the_stop_string(
-    torch_engine: TorchEngine, logprobs: int, stop: tuple[str, ...], text: str, reason: str | None
+    writer: Any, logprobs: int, stop: tuple[str, ...], text: str, reason: str | None
 ) -> None:
-    (output,) = outputs(torch_engine, says("Zürich 你好 🙂 end", stop=stop, logprobs=logprobs))
+    (output,) = outputs(writer, says("Zürich 你好 🙂 end", stop=stop, logprobs=logprobs))
     assert (output.text, output.finish_reason, output.stop_reason) == (text, "stop", reason)
-    said = bytes(token_bytes(torch_engine, output)).decode()
+    said = bytes(token_bytes(writer, output)).decode()
     assert said.startswith(text + (reason or ""))  # token_ids hold the stop string, too
 
 
-def token_bytes(engine: TorchEngine, output: Output) -> bytes:
+def token_bytes(engine: Any, output: Output) -> bytes:
     return b"".join(map(engine.tokenizer.token_bytes, output.token_ids))
 
 
-def test_a_character_cut_by_max_tokens_is_marked(torch_engine: TorchEngine) -> None:
-    (output,) = outputs(torch_engine, says("aü", max_tokens=2))
+def test_a_character_cut_by_max_tokens_is_marked(writer: Any) -> None:
+    (output,) = outputs(writer, says("aü", max_tokens=2))
     assert (output.text, output.finish_reason, len(output.token_ids)) == ("a�", "length", 2)
 
 
-def test_a_stop_token_ends_the_text_before_itself(torch_engine: TorchEngine) -> None:
-    (free,) = outputs(torch_engine, generate(**PAST_ANY_END))
+def test_a_stop_token_ends_the_text_before_itself(writer: Any) -> None:
+    (free,) = outputs(writer, generate(**PAST_ANY_END))
     stop = free.token_ids[5]
-    (output,) = outputs(torch_engine, generate(stop_token_ids=(stop,), **PAST_ANY_END))
+    (output,) = outputs(writer, generate(stop_token_ids=(stop,), **PAST_ANY_END))
     first = free.token_ids.index(stop)
     assert output.token_ids == free.token_ids[: first + 1]
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
-    assert output.text == token_bytes(torch_engine, free)[:first].decode(errors="replace")
+    assert output.text == token_bytes(writer, free)[:first].decode(errors="replace")
 
 
-def test_end_ids_end_the_text_unless_ignored(torch_engine: TorchEngine) -> None:
-    (free,) = outputs(torch_engine, generate(**PAST_ANY_END))
+def test_end_ids_end_the_text_unless_ignored(writer: Any) -> None:
+    (free,) = outputs(writer, generate(**PAST_ANY_END))
     assert (len(free.token_ids), free.finish_reason) == (8, "length")
-    torch_engine.tokenizer.eos_token_ids = (free.token_ids[0],)
-    (output,) = outputs(torch_engine, generate())
+    writer.tokenizer.eos_token_ids = (free.token_ids[0],)
+    (output,) = outputs(writer, generate())
     assert (output.token_ids, output.text, output.finish_reason) == (free.token_ids[:1], "", "stop")
     assert output.stop_reason is None
-    assert outputs(torch_engine, generate(**PAST_ANY_END)) == (free,)
+    assert outputs(writer, generate(**PAST_ANY_END)) == (free,)
 
 
 @pytest.mark.parametrize("min_tokens", [1, 3, 8])
-def test_min_tokens_put_the_end_off(torch_engine: TorchEngine, min_tokens: int) -> None:
-    (free,) = outputs(torch_engine, generate(**PAST_ANY_END))
+def test_min_tokens_put_the_end_off(writer: Any, min_tokens: int) -> None:
+    (free,) = outputs(writer, generate(**PAST_ANY_END))
     end = free.token_ids[0]
-    torch_engine.tokenizer.eos_token_ids = (end,)
-    (output,) = outputs(torch_engine, generate(min_tokens=min_tokens, stop_token_ids=(free.token_ids[1],)))
+    writer.tokenizer.eos_token_ids = (end,)
+    (output,) = outputs(writer, generate(min_tokens=min_tokens, stop_token_ids=(free.token_ids[1],)))
     assert min_tokens <= len(output.token_ids) <= 8
     assert not {end, free.token_ids[1]} & set(output.token_ids[: min_tokens - 1])
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 30])
-def test_max_tokens(torch_engine: TorchEngine, max_tokens: int) -> None:
-    (output,) = outputs(torch_engine, generate(max_tokens=max_tokens, **PAST_ANY_END))
+def test_max_tokens(writer: Any, max_tokens: int) -> None:
+    (output,) = outputs(writer, generate(max_tokens=max_tokens, **PAST_ANY_END))
     assert (len(output.token_ids), output.finish_reason) == (max_tokens, "length")
 
 
-def test_seeds_give_the_same_tokens_in_a_crowd(make_checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize("name", WRITERS)
+def test_seeds_give_the_same_tokens_in_a_crowd(make_checkpoint: MakeCheckpoint, name: str) -> None:
     """Whatever else is in the batch, however the steps fall, and though others share the prompt."""
     path = make_checkpoint("glm4")
     sampling = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 20, **PAST_ANY_END}
     mine = Request(id="mine", input_ids=random_ids(1, 25), work=generate(seed=7, n=2, **sampling))
-    alone = run(build_torch(path), [mine])["mine"].outputs
+    alone = run(WRITERS[name](path), [mine])["mine"].outputs
     assert alone[0].token_ids != alone[1].token_ids
     crowd = [
         Request(id=f"c{i}", input_ids=random_ids(i % 3, 25), work=generate(seed=99 + i, **sampling)) for i in range(12)
     ]
     for max_step_tokens in (7, 300):
-        together = run(build_torch(path, max_step_tokens=max_step_tokens), [*crowd[:6], mine, *crowd[6:]])
+        engine = WRITERS[name](path, max_step_tokens=max_step_tokens)
+        together = run(engine, [*crowd[:6], mine, *crowd[6:]])
         assert together["mine"].outputs == alone
         assert len({completion.outputs[0].token_ids for completion in together.values()}) == len(together)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.3, "n": 2}])
 def test_logprobs_are_the_oracles_log_softmax(
-    make_checkpoint: MakeCheckpoint, torch_engine: TorchEngine, sampling: dict[str, Any]
+    make_checkpoint: MakeCheckpoint, writer: Any, sampling: dict[str, Any]
 ) -> None:
     """Of the model's own logits: before temperature, filters and penalties."""
     oracle = load_oracle(make_checkpoint("glm4"))
     asked = request("r", generate(logprobs=4, max_tokens=12, **PAST_ANY_END, **sampling))
-    for output in run(torch_engine, [asked])["r"].outputs:
+    for output in run(writer, [asked])["r"].outputs:
         ids = torch.tensor([[*asked.input_ids, *output.token_ids]])
         with torch.no_grad():
             expected = oracle(ids).logits[0, len(asked.input_ids) - 1 : -1].double().log_softmax(-1)
         own = expected.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
         np.testing.assert_allclose(output.logprobs, own, atol=1e-4)
-        values, best = expected[:, : torch_engine.tokenizer.vocab_size].topk(4)
+        values, best = expected[:, : writer.tokenizer.vocab_size].topk(4)
         assert output.top_logprobs is not None
         assert [[top.token_id for top in tops] for tops in output.top_logprobs] == best.tolist()
         np.testing.assert_allclose([[top.logprob for top in tops] for tops in output.top_logprobs], values, atol=1e-4)
@@ -469,9 +525,10 @@ SCHEMA = {
 }
 
 
+@pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("logprobs", [0, 1])
-def test_constrained_outputs_match(make_checkpoint: MakeCheckpoint, logprobs: int) -> None:
-    engine = build_torch(make_checkpoint("glm4"), max_model_len=512)
+def test_constrained_outputs_match(make_checkpoint: MakeCheckpoint, name: str, logprobs: int) -> None:
+    engine = WRITERS[name](make_checkpoint("glm4"), max_model_len=512)
     sampling = SamplingParams(temperature=1.0, seed=2, n=3, max_tokens=400, logprobs=logprobs)
     pattern = r"[A-Z]{2}-[0-9]{4}(, (yes|nein))?"
     schema, regex = Constraint(kind="json_schema", text=json.dumps(SCHEMA)), Constraint(kind="regex", text=pattern)
@@ -490,8 +547,8 @@ def test_constrained_outputs_match(make_checkpoint: MakeCheckpoint, logprobs: in
 
 
 @pytest.mark.parametrize("constraint", [Constraint(kind="regex", text="("), Constraint(kind="json_schema", text="{")])
-def test_an_unusable_constraint_is_its_requests_error(torch_engine: TorchEngine, constraint: Constraint) -> None:
-    done = run(torch_engine, [request("bad", Generate(constraint=constraint)), request("good", generate())])
+def test_an_unusable_constraint_is_its_requests_error(writer: Any, constraint: Constraint) -> None:
+    done = run(writer, [request("bad", Generate(constraint=constraint)), request("good", generate())])
     assert done["bad"].error is not None
     assert done["bad"].error.code == "invalid_constraint"
     assert done["good"].error is None
@@ -523,12 +580,12 @@ def test_a_head_that_the_checkpoint_lacks(make_checkpoint: MakeCheckpoint, head:
 
 
 @pytest.mark.parametrize("token", [-1, 512, 1 << 40])
-def test_ids_outside_the_vocabulary(torch_engine: TorchEngine, token: int) -> None:
+def test_ids_outside_the_vocabulary(writer: Any, token: int) -> None:
     bad = [
         Request(id="prompt", input_ids=[1, token], work=generate()),
         Request(id="choice", input_ids=[1, 2], work=Choose(choices=((1, token, 2),))),
     ]
-    done = run(torch_engine, [*bad, request("good", generate())])
+    done = run(writer, [*bad, request("good", generate())])
     for asked in bad:
         error = done[asked.id].error
         assert error is not None
