@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,6 @@ from models.processing.tokenizer import Tokenizer
 
 Runner = Literal["generate", "pooling"]
 
-# Switched off where vLLM has them: its own normalisation of pixels, which come normalised.
-NEWER_ARGUMENTS = ("mm_device_do_normalize",)
 CPU_BLOCK_MULTIPLE = 32
 # Read by vLLM when it is imported or built. All of these are what an engine inside a worker process needs; a user's own
 # values stay.
@@ -50,62 +48,83 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
     """vLLM's arguments for a config; those in `extra` win. Raises ConfigError for what cannot run."""
     check_installed()
     config = resolve_auto(replace(config, kind="vllm"), model)
-    device = torch.device(config.device)
-    dtype = getattr(torch, config.dtype)
-    longest = model.longest_context
-    max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
-    if max_model_len > longest:
-        raise ConfigError(f"engine.max_model_len={max_model_len}: the checkpoint takes at most {longest} tokens")
-    max_num_seqs, step_tokens, block_size = config.max_num_seqs, config.max_step_tokens, config.block_size
-    assert max_num_seqs != "auto"
-    assert step_tokens != "auto"
-    assert block_size != "auto"
-    if device.type == "cpu" and block_size % CPU_BLOCK_MULTIPLE:
-        raise ConfigError(f"engine.block_size={block_size}: vLLM on a CPU takes multiples of {CPU_BLOCK_MULTIPLE}")
-    max_engine_len = min(max_model_len + 1, longest)
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    cache = _cache_arguments(config, model, dtype, device)
+    max_model_len = _max_model_len(config, model, cache)
+    max_engine_len = min(max_model_len + 1, model.longest_context)
     arguments: dict[str, Any] = {
         "model": config.model,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
         "distributed_executor_backend": _executor(config, device),
         "max_model_len": max_engine_len,
-        "max_num_seqs": min(max_num_seqs, step_tokens),  # it refuses more sequences than tokens in a step
-        "max_num_batched_tokens": step_tokens,
-        "block_size": block_size,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(int(config.max_step_tokens), int(config.max_num_seqs)),
         "enable_prefix_caching": config.prefix_caching,
         "generation_config": "vllm",  # every sampling parameter comes with its request
         "logprobs_mode": "raw_logprobs",
         "max_logprobs": -1,
         "structured_outputs_config": {"backend": "guidance"},
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "seed": 0,
     }
-    if config.kv_cache_tokens != "auto" or device.type == "cpu":
-        tokens = config.kv_cache_tokens
-        if tokens == "auto":
-            tokens = default_kv_tokens(model, dtype, device, max_useful=max_num_seqs * max_model_len)
-        blocks = max(2, -(-tokens // block_size))  # it keeps one for itself
-        arguments["num_gpu_blocks_override"] = blocks
-        ranks = min(config.tensor_parallel_size, model.num_key_value_heads)
-        arguments["kv_cache_memory_bytes"] = blocks * block_size * bytes_per_token(model, dtype) // ranks
     if device.type == "cpu":
-        # Compiling takes most of a minute on two cores, longer than many a job.
-        arguments["enforce_eager"] = True
-        # A prompt cut over steps ends vLLM 0.32 where samples have seeds: it rewinds a generator as only CUDA's can be.
-        arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(step_tokens, max_engine_len)
+        arguments |= {
+            # Compiling takes most of a minute on two cores, longer than many a job.
+            "enforce_eager": True,
+            # A prompt cut over steps ends vLLM 0.32 where samples have seeds: it rewinds generators as only CUDA's can.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(arguments["max_num_batched_tokens"], max_engine_len),
+        }
     if model.vision is not None:
-        # Media come rendered: nothing of vLLM's looks at them before its model does, and profiling would.
-        arguments |= {"skip_mm_profiling": True, "mm_processor_cache_gb": 0, "hf_overrides": _with_biases}
-        arguments |= dict.fromkeys(NEWER_ARGUMENTS, False)
+        arguments |= {
+            "mm_processor_cache_gb": 0,
+            "mm_device_do_normalize": False,  # media come rendered
+            "skip_mm_profiling": True,  # which would run the processors
+            "hf_overrides": _with_biases,
+        }
     return VllmSettings(
         model=model,
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
         max_engine_len=max_engine_len,
-        arguments=arguments | dict(extra),
+        arguments=arguments | cache | dict(extra),
     )
+
+
+def _cache_arguments(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Block size and, where it is not what vLLM finds free on a GPU, the number of blocks."""
+    block_size, tokens = config.block_size, config.kv_cache_tokens
+    assert block_size != "auto"
+    if device.type == "cpu" and block_size % CPU_BLOCK_MULTIPLE:
+        raise ConfigError(f"engine.block_size={block_size}: vLLM on a CPU takes multiples of {CPU_BLOCK_MULTIPLE}")
+    if tokens == "auto" and device.type == "cuda":
+        return {"block_size": block_size}
+    if tokens == "auto":
+        max_useful = int(config.max_num_seqs) * model.longest_context
+        tokens = default_kv_tokens(model, dtype, device, max_useful=max_useful)
+    blocks = 1 - (-tokens // block_size)  # it keeps one for itself
+    ranks = min(config.tensor_parallel_size, model.num_key_value_heads)
+    return {
+        "block_size": block_size,
+        "num_gpu_blocks_override": blocks,
+        "kv_cache_memory_bytes": blocks * block_size * bytes_per_token(model, dtype) // ranks,
+    }
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, cache: Mapping[str, Any]) -> int:
+    """ "auto" is what the checkpoint takes and the cache holds."""
+    longest = model.longest_context
+    if config.max_model_len == "auto":
+        blocks = cache.get("num_gpu_blocks_override")
+        return longest if blocks is None else min(longest, (blocks - 1) * cache["block_size"])
+    if config.max_model_len > longest:
+        raise ConfigError(f"engine.max_model_len={config.max_model_len}: the checkpoint takes at most {longest} tokens")
+    return config.max_model_len
 
 
 def _with_biases(hf_config: Any) -> Any:
@@ -143,7 +162,7 @@ class VllmCore:
 
             register()
         try:
-            engine_config = EngineArgs(**_known(settings.arguments, EngineArgs), runner=runner).create_engine_config()
+            engine_config = EngineArgs(**settings.arguments, runner=runner).create_engine_config()
             self._llm = LLMEngine(
                 vllm_config=engine_config,
                 executor_class=Executor.get_class(engine_config),
@@ -194,12 +213,6 @@ class VllmCore:
                 tokenizer=tokenizer,
                 vocab_size=self._llm.vllm_config.model_config.get_vocab_size(),
             )
-
-
-def _known(arguments: Mapping[str, Any], engine_args: Any) -> dict[str, Any]:
-    """Without the newer arguments that the installed version has not."""
-    names = {field.name for field in fields(engine_args)}
-    return {name: value for name, value in arguments.items() if name in names or name not in NEWER_ARGUMENTS}
 
 
 def _set_environment() -> None:

@@ -41,6 +41,14 @@ def generate(**sampling: Any) -> Change:
     return change
 
 
+def with_vllm(**sampling: Any) -> Change:
+    def change(job: dict[str, Any]) -> None:
+        generate(**sampling)(job)
+        job["engine"] = {"kind": "vllm"}
+
+    return change
+
+
 # (name, change of the good job, what the message must say: its place and its remedy)
 BAD: list[tuple[str, Change, list[str]]] = [
     ("unknown key", top(modle="x"), ["job.yaml:18: modle: unknown key", "did you mean model?"]),
@@ -93,6 +101,7 @@ BAD: list[tuple[str, Change, list[str]]] = [
     ("media root", top(media={"root": "nowhere"}), ["media.root", "nowhere: no such directory"]),
     ("media host", top(media={"hosts": ["https://a.org/x"]}), ["media.hosts", "no host name", "images.example.com"]),
     ("vllm", top(engine={"kind": "vllm"}), ["job.yaml:17: engine.kind", "use torch"]),
+    ("vllm temperature", with_vllm(temperature=3.0), ["sampling.temperature", "0.01 to 2.0", "engine.kind torch"]),
     ("tensor parallel", top(engine={"tensor_parallel_size": 2}), ["engine.tensor_parallel_size", "engine.replicas"]),
     ("device", top(engine={"device": "gpu"}), ["engine.device", "auto, cpu or cuda"]),
     ("context", top(engine={"max_model_len": 129}), ["engine.max_model_len", "at most 128 tokens", "lower it"]),

@@ -190,7 +190,7 @@ def test_what_vllm_cannot_do_is_its_requests_error(vllm_engine: Engine, work: Wo
     [
         ({"block_size": 4}, "multiples of 32"),
         ({"max_model_len": 4096}, "at most 1024 tokens"),
-        ({"kv_cache_tokens": 64}, "vLLM cannot run"),
+        ({"kv_cache_tokens": 64, "max_model_len": 512}, "vLLM cannot run"),
     ],
 )
 def test_settings_that_vllm_cannot_take(make_checkpoint: MakeCheckpoint, change: dict[str, Any], message: str) -> None:
