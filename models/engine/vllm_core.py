@@ -16,7 +16,6 @@ from models.config import ModelConfig
 from models.engine.interface import EngineConfig
 from models.engine.kv_cache import bytes_per_token, default_kv_tokens
 from models.engine.settings import resolve_auto
-from models.engine.vllm_limits import check_installed
 from models.errors import ConfigError
 from models.processing.tokenizer import Tokenizer
 
@@ -46,7 +45,6 @@ class VllmSettings:
 
 def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[str, Any]) -> VllmSettings:
     """vLLM's arguments for a config; those in `extra` win. Raises ConfigError for what cannot run."""
-    check_installed()
     config = resolve_auto(replace(config, kind="vllm"), model)
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     cache = _cache_arguments(config, model, dtype, device)
