@@ -63,11 +63,12 @@ def build_engine(config: EngineConfig) -> Engine:
         )
     from models.config_reader import load_config
     from models.engine.settings import resolve_auto
-    from models.engine.vllm_limits import check_installed
+    from models.engine.vllm_limits import check_installed, set_environment
 
     config = resolve_auto(config, load_config(config.model))
     if config.kind == "vllm":
         check_installed()
+        set_environment()
         from models.engine.vllm_engine import VllmEngine
 
         return VllmEngine.from_checkpoint(config)

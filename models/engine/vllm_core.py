@@ -1,11 +1,10 @@
 """One running vLLM engine in this process, made from an EngineConfig.
 
-Owns vLLM's arguments and environment variables, building and closing. Knows nothing of Requests and Completions.
+Owns vLLM's arguments, building and closing. Knows nothing of Requests and Completions.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,19 +15,14 @@ from models.config import ModelConfig
 from models.engine.interface import EngineConfig
 from models.engine.kv_cache import bytes_per_token, default_kv_tokens
 from models.engine.settings import resolve_auto
+from models.engine.vllm_limits import set_environment
 from models.errors import ConfigError
+from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
 from models.processing.tokenizer import Tokenizer
 
 Runner = Literal["generate", "pooling"]
 
 CPU_BLOCK_MULTIPLE = 32
-# Read by vLLM when it is imported or built. All of these are what an engine inside a worker process needs; a user's own
-# values stay.
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding leaves one of two cores unused
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +31,7 @@ class VllmSettings:
 
     model: ModelConfig
     device: torch.device
-    dtype: torch.dtype
+    pixel_dtype: torch.dtype | None  # of normalised pixels; None where vLLM normalises bytes on the device
     max_model_len: int
     max_engine_len: int  # as vLLM is told, which demands room for a token even where none is wanted
     arguments: Mapping[str, Any]
@@ -75,17 +69,18 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(arguments["max_num_batched_tokens"], max_engine_len),
         }
+    pixel_dtype = None if _device_normalizes(config.model) else dtype
     if model.vision is not None:
         arguments |= {
             "mm_processor_cache_gb": 0,
-            "mm_device_do_normalize": False,  # media come rendered
+            "mm_device_do_normalize": pixel_dtype is None,
             "skip_mm_profiling": True,  # which would run the processors
             "hf_overrides": _with_biases,
         }
     return VllmSettings(
         model=model,
         device=device,
-        dtype=dtype,
+        pixel_dtype=pixel_dtype,
         max_model_len=max_model_len,
         max_engine_len=max_engine_len,
         arguments=arguments | cache | dict(extra),
@@ -125,6 +120,12 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, cache: Mapping[str,
     return config.max_model_len
 
 
+def _device_normalizes(model_dir: str) -> bool:
+    """Whether vLLM's own normalisation, which it reads for images alone, is right for videos too."""
+    image, video = ImageProcessorConfig.from_dir(model_dir), VideoProcessorConfig.from_dir(model_dir)
+    return image.normalization == video.normalization
+
+
 def _with_biases(hf_config: Any) -> Any:
     """GLM-4.1V's queries, keys and values always have biases; without this key, vLLM leaves them out and says nothing.
 
@@ -149,7 +150,7 @@ class VllmCore:
 
     def __init__(self, settings: VllmSettings, runner: Runner, tokenizer: Tokenizer) -> None:
         """Loads the model. Raises ConfigError when vLLM refuses the checkpoint or an argument."""
-        _set_environment()
+        set_environment()
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
@@ -211,9 +212,3 @@ class VllmCore:
                 tokenizer=tokenizer,
                 vocab_size=self._llm.vllm_config.model_config.get_vocab_size(),
             )
-
-
-def _set_environment() -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the CPU platform would start a process for the model
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)

@@ -33,7 +33,8 @@ from models.engine.vllm_requests import Fork, Vocabulary, choice_forks, is_greed
 from models.errors import ConfigError, RowError
 from models.processing.tokenizer import Tokenizer
 
-QUEUE_DEPTH = 2  # requests given to vLLM for each one that it can run: rendered media take several times their bytes
+QUEUE_DEPTH = 2  # requests given to vLLM for each one that it can run
+MEDIA_BYTES = 1 << 30  # of rendered media given to vLLM, which keeps them until their requests are done
 Asks = Literal["given", "likeliest"]
 
 
@@ -46,6 +47,7 @@ class _Pending:
     media: PlacedMedia | None
     runner: Runner
     planned: list[Fork]
+    media_bytes: int
     forks: dict[str, Fork] = field(default_factory=dict)
     open: set[str] = field(default_factory=set)
     transcripts: dict[str, Transcript] = field(default_factory=dict)
@@ -75,12 +77,13 @@ class VllmEngine:
         self.settings = settings
         self.tokenizer = tokenizer
         vision, model_dir = settings.model.vision, settings.arguments["model"]
-        self._renderer = MediaRenderer.from_dir(model_dir, vision, settings.dtype) if vision else None
+        self._renderer = MediaRenderer.from_dir(model_dir, vision, settings.pixel_dtype) if vision else None
         self._cores: dict[Runner, VllmCore] = {}
         self._numbers = itertools.count()
         self._pending: dict[str, _Pending] = {}
         self._owners: dict[str, _Pending] = {}  # by the forks' ids
         self._asking: Counter[Asks | None] = Counter()  # of the requests that vLLM works on
+        self._media_bytes = 0  # theirs, rendered
         self._held: deque[_Pending] = deque()  # in their order
         self._ready: deque[Completion] = deque()
 
@@ -161,7 +164,10 @@ class VllmEngine:
         media = place_media(request, prompt, model)
         runner: Runner = "generate" if isinstance(request.work, Generate | Choose) else "pooling"
         forks = self._forks(request, settings.max_model_len - len(prompt))
-        pending = _Pending(request=request, prompt=prompt, media=media, runner=runner, planned=forks)
+        media_bytes = self._renderer.num_bytes(media) if self._renderer and media else 0
+        pending = _Pending(
+            request=request, prompt=prompt, media=media, runner=runner, planned=forks, media_bytes=media_bytes
+        )
         self._pending[request.id] = pending
         if self._held or self._must_wait(pending):
             self._held.append(pending)
@@ -171,6 +177,8 @@ class VllmEngine:
     def _must_wait(self, pending: _Pending) -> bool:
         """While vLLM has plenty to choose from, or works on requests that ask otherwise."""
         if self._asking.total() >= QUEUE_DEPTH * self.settings.arguments["max_num_seqs"]:
+            return True
+        if self._media_bytes and self._media_bytes + pending.media_bytes > MEDIA_BYTES:
             return True
         return pending.asks is not None and any(asks not in (None, pending.asks) for asks in +self._asking)
 
@@ -194,6 +202,7 @@ class VllmEngine:
             # vLLM pools the last token; what follows a token never changes it.
             prompt = prompt[: pooled_index(prompt, self.settings.model.pad_token_id) + 1]
         self._asking[pending.asks] += 1
+        self._media_bytes += pending.media_bytes
         media = self._renderer.render(pending.media) if self._renderer and pending.media else RenderedMedia()
         try:
             for fork in pending.planned:
@@ -280,6 +289,7 @@ class VllmEngine:
     def _remove(self, pending: _Pending) -> None:
         del self._pending[pending.request.id]
         self._asking[pending.asks] -= 1
+        self._media_bytes -= pending.media_bytes
 
     def _completion(self, pending: _Pending, reason: FinishReason) -> Completion:
         work = pending.request.work

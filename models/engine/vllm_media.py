@@ -1,7 +1,7 @@
 """Prompts and their media in vLLM's own engine form, so that neither its processor nor its renderer ever runs.
 
-Patches are normalised here as the published processors do it; vLLM computes positions and features. Knows nothing of
-requests.
+Patches stay bytes where vLLM normalises them on the device, else they are normalised here; vLLM computes positions and
+features. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from models.config import VisionConfig
 from models.engine.media import PlacedMedia, Span
 from models.engine.request import MediaItem
 from models.normalization import MediaKind
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
+from models.processing.media_config import NUM_CHANNELS, ImageProcessorConfig, VideoProcessorConfig
 from models.processing.patches import pixel_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRenderer:
-    """`configs` are the checkpoint's, `dtype` is what the vision tower computes in."""
+    """`configs` are the checkpoint's. With a `dtype`, pixels are handed over normalised; without one, as bytes."""
 
     configs: dict[MediaKind, ImageProcessorConfig]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     @classmethod
-    def from_dir(cls, model_dir: str, vision: VisionConfig, dtype: torch.dtype) -> MediaRenderer:
+    def from_dir(cls, model_dir: str, vision: VisionConfig, dtype: torch.dtype | None) -> MediaRenderer:
         """Normalisation is the processors' matter, the size of patches the network's."""
         found: dict[MediaKind, ImageProcessorConfig] = {
             "image": ImageProcessorConfig.from_dir(model_dir),
@@ -40,8 +40,15 @@ class MediaRenderer:
             found[kind] = replace(config, patch_size=patch, temporal_patch_size=temporal)
         return cls(configs=found, dtype=dtype)
 
+    def num_bytes(self, media: PlacedMedia) -> int:
+        """What the media of a prompt take once they are rendered."""
+        size = 1 if self.dtype is None else self.dtype.itemsize
+        items = [spans[0].item for spans in _by_item(media.spans)]
+        copies = {kind: config.temporal_patch_size if kind == "image" else 1 for kind, config in self.configs.items()}
+        return sum(item.patches.nbytes * copies[item.kind] * size for item in items)
+
     def render(self, media: PlacedMedia) -> RenderedMedia:
-        """Normalises all patches: eight times the bytes (in float32), so not before vLLM is near to use them."""
+        """Several times the bytes of the patches, so not before vLLM is near to use them."""
         items: dict[str, list[MultiModalKwargsItem]] = {}
         hashes: dict[str, list[str]] = {}
         places: dict[str, list[PlaceholderRange]] = {}
@@ -56,13 +63,21 @@ class MediaRenderer:
         pixels, grid = (
             ("pixel_values", "image_grid_thw") if item.kind == "image" else ("pixel_values_videos", "video_grid_thw")
         )
-        values = pixel_values(torch.from_numpy(item.patches), self.configs[item.kind]).to(self.dtype)
+        values = self._pixels(item)
         fields = {
             pixels: MultiModalFieldConfig.flat_from_sizes(item.kind, torch.tensor([len(values)])),
             grid: MultiModalFieldConfig.batched(item.kind, keep_on_cpu=True),
         }
         found = MultiModalKwargsItems.from_hf_inputs({pixels: values, grid: torch.tensor([item.grid_thw])}, fields)
         return found[item.kind][0]
+
+    def _pixels(self, item: MediaItem) -> torch.Tensor:
+        """[patches, channels * temporal_patch_size * patch * patch], an image's frame repeated."""
+        config, patches = self.configs[item.kind], torch.from_numpy(item.patches)
+        if self.dtype is not None:
+            return pixel_values(patches, config).to(self.dtype)
+        frames = patches.view(len(patches), NUM_CHANNELS, -1, config.patch_size**2)
+        return frames.expand(-1, -1, config.temporal_patch_size, -1).reshape(len(patches), -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

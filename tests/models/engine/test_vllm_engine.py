@@ -128,6 +128,19 @@ def assert_equal(asked: Request, expected: Completion, got: Completion) -> None:
         np.testing.assert_allclose(got.array, expected.array, atol=LABEL_TOLERANCE)
 
 
+def test_two_ranks_give_what_one_gives(make_checkpoint: MakeCheckpoint) -> None:
+    path = str(make_checkpoint("glm4"))
+    names = ("likeliest", "tree", "json")
+    requests = [Request(id=name, input_ids=random_ids(1, 40), work=WORKS[name]) for name in names]
+    answers = []
+    for kind, ranks in (("torch", 1), ("vllm", 2)):
+        engine = build_engine(EngineConfig(model=path, kind=kind, max_model_len=256, tensor_parallel_size=ranks))
+        answers.append(run(engine, requests))
+        engine.close()
+    for asked in requests:
+        assert_equal(asked, answers[0][asked.id], answers[1][asked.id])
+
+
 @pytest.fixture(scope="module")
 def vllm_engine(make_checkpoint: MakeCheckpoint) -> Iterator[Engine]:
     config = EngineConfig(model=str(make_checkpoint("glm4")), kind="vllm", max_model_len=256, kv_cache_tokens=4096)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.engine import Choose, Embed, EngineConfig, Generate, Inspect, Request, SamplingParams
+from models.engine import (
+    Choose,
+    Completion,
+    Embed,
+    EngineConfig,
+    Generate,
+    Inspect,
+    Request,
+    SamplingParams,
+    vllm_engine,
+)
 from models.engine.vllm_engine import VllmEngine
 from models.engine.vllm_requests import Vocabulary, sample_forks
 from models.processing.images import ImageProcessor
+from models.processing.patches import MediaPatches
 from models.processing.prompt import MediaPrompts
 from tests.models.engine.test_vllm_engine import assert_equal, both, run
-from tests.models.media_cases import MakeGlm4v, Prompt, make_glm4v, make_prompt
+from tests.models.media_cases import MakeGlm4v, Prompt, make_glm4v, make_item, make_prompt
 
 __all__ = ["make_glm4v"]  # a fixture
 
@@ -37,14 +50,22 @@ WORKS = {
 }
 
 
-def test_media_give_what_they_give_with_torch(make_glm4v: MakeGlm4v) -> None:
-    """This also holds the biases of GLM-4.1V, which vLLM leaves out of files like these, saved by transformers."""
+@pytest.mark.parametrize("video", [{}, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}])
+def test_media_give_what_they_give_with_torch(make_glm4v: MakeGlm4v, tmp_path: Path, video: dict[str, Any]) -> None:
+    """This also holds the biases of GLM-4.1V, which vLLM leaves out of files like these, saved by transformers.
+
+    Where videos are normalised otherwise than images, vLLM's own normalisation is not used.
+    """
+    path = make_glm4v()
+    if video:
+        path = Path(shutil.copytree(path, tmp_path / "checkpoint"))
+        (path / "video_preprocessor_config.json").write_text(json.dumps(video))
     requests = [
         Request(id=f"{name}: {shown}", input_ids=prompt.ids, work=work, media=prompt.media)
         for name, work in WORKS.items()
         for shown, prompt in PROMPTS.items()
     ]
-    for asked, expected, got in both(make_glm4v(), requests):
+    for asked, expected, got in both(path, requests):
         assert_equal(asked, expected, got)
         assert got.media_tokens == expected.media_tokens
 
@@ -71,6 +92,26 @@ def test_patches_give_what_vllm_makes_of_the_picture(tiny_glm: VllmEngine, size:
     assert ours.token_ids == tuple(theirs.token_ids)
     own = [entry[id].logprob for entry, id in zip(theirs.logprobs, theirs.token_ids, strict=True)]
     np.testing.assert_allclose(ours.logprobs, own, atol=1e-5)
+
+
+def test_rendered_media_are_bounded(tiny_glm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests wait, only a bounded number of bytes is rendered for them; each still comes back."""
+    item = make_item(1, (1, 8, 8), patch=14)
+    prompts = MediaPrompts.from_dir(TINY_GLM, tiny_glm.tokenizer)
+    ids = tiny_glm.tokenizer.encode_control("<|begin_of_image|><|image|><|end_of_image|>Which shape is it?")
+    patches = MediaPatches(kind="image", patches=item.patches, grid=item.grid_thw, digest="00" * 32, source=(1, 1, 1))
+    expanded, media = prompts.place(ids, [patches])
+    monkeypatch.setattr(vllm_engine, "MEDIA_BYTES", 5 * item.patches.nbytes)  # two images, whose frame stands twice
+    work = Choose(choices=((5,), (6,)))
+    tiny_glm.submit([Request(id=str(i), input_ids=expanded, work=work, media=media) for i in range(7)])
+    assert len(tiny_glm._held) == 5
+    done: list[Completion] = []
+    while tiny_glm.has_work():
+        assert tiny_glm._media_bytes <= 4 * item.patches.nbytes
+        done += tiny_glm.step()
+    assert {completion.id for completion in done} == {str(i) for i in range(7)}
+    assert all(completion.error is None for completion in done)
+    assert tiny_glm._media_bytes == 0
 
 
 def _past_the_seam(engine: VllmEngine, ids: list[int], picture: Image.Image, work: Generate) -> Any:
