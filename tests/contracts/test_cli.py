@@ -18,7 +18,7 @@ COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
     "label": (["job"], ["--debug", "--extend", "--set"]),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
-    "retry": (["output"], ["--code", "--debug", "--endpoint-url"]),
+    "retry": (["output"], ["--code", "--debug", "--endpoint-url", "--set"]),
     "gc": (["output"], ["--debug", "--endpoint-url"]),
     "inspect": (["model"], ["--debug"]),
     "doctor": ([], ["--debug"]),
