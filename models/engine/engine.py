@@ -16,16 +16,18 @@ import torch
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine.batch import Wanted, build_batch
+from models.engine.batch import Batch, Wanted, build_batch
+from models.engine.batch_paged import build_paged_batch
 from models.engine.block_manager import BlockManager
 from models.engine.choice_tree import ChoiceTree
 from models.engine.constraints import Constraints
 from models.engine.decoding import Decoding
 from models.engine.interface import EngineConfig
+from models.engine.kernels import make_runner
 from models.engine.media import PlacedMedia, place
 from models.engine.media_encoder import MediaEncoder
 from models.engine.request import Choose, Classify, Completion, Embed, Generate, Inspect, Request, Tag, TopLogprob
-from models.engine.runner import Runner, StepOutput, TorchRunner
+from models.engine.runner import Runner, StepOutput
 from models.engine.sampler import SampleRow, sample
 from models.engine.scheduler import Chunk, Scheduler
 from models.engine.sequence import Sequence
@@ -103,8 +105,7 @@ class TorchEngine:
         encoder = None
         if model.vision:
             encoder = MediaEncoder(model.vision, device=device, max_bytes=limits.media_cache_bytes)
-        runner = TorchRunner(model, num_slots=limits.num_blocks * limits.block_size, encoder=encoder)
-        return cls(runner, tokenizer, limits)
+        return cls(make_runner(model, limits, encoder), tokenizer, limits)
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
@@ -147,12 +148,7 @@ class TorchEngine:
     def _compute(self, chunks: list[Chunk]) -> tuple[list[Wanted], StepOutput, list[_Draw]] | None:
         """A step's numbers; nothing but memory has changed by then. None where that ran out: all is as before."""
         try:
-            batch, wanted = build_batch(
-                chunks,
-                self.scheduler,
-                num_heads=self.config.num_attention_heads,
-                eos_token_ids=self.tokenizer.eos_token_ids,
-            )
+            batch, wanted = self._batch(chunks)
             output = self._runner.run(batch)
             return wanted, output, self._draw(wanted, output.sample_logits)
         except (RuntimeError, MemoryError) as error:
@@ -162,6 +158,14 @@ class TorchEngine:
         # Outside the handler: the exception has held the step's tensors.
         self._take_back(chunks, reason)
         return None
+
+    def _batch(self, chunks: list[Chunk]) -> tuple[Batch, list[Wanted]]:
+        """The step in the form that the runner's attention reads."""
+        end_ids = self.tokenizer.eos_token_ids
+        if self.limits.tile_queries:
+            block_size, tile_queries = self.limits.block_size, self.limits.tile_queries
+            return build_paged_batch(chunks, block_size=block_size, tile_queries=tile_queries, eos_token_ids=end_ids)
+        return build_batch(chunks, self.scheduler, num_heads=self.config.num_attention_heads, eos_token_ids=end_ids)
 
     def _take_back(self, chunks: list[Chunk], reason: str) -> None:
         self.scheduler.take_back(chunks)

@@ -67,7 +67,18 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
-        hidden = self._model.backbone(
+        hidden = self._hidden(batch)
+        return StepOutput(
+            sample_logits=self._head(hidden, batch.sample_rows),
+            pair_logprobs=self._pair_logprobs(hidden, batch),
+            class_logits=self._class_logits(hidden, batch.class_rows),
+            logits=self._all_logits(hidden, batch.logit_rows),
+            hidden=self._hidden_rows(hidden, batch.hidden_rows),
+        )
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of the wanted rows [W, hidden_size]."""
+        hidden: torch.Tensor = self._model.backbone(
             self._tensor(batch.input_ids),
             self._tensor(batch.positions),
             int(batch.positions.max()),
@@ -75,13 +86,7 @@ class TorchRunner:
             self._attention(batch),
             self._media(batch),
         )
-        return StepOutput(
-            sample_logits=self._head(hidden, batch.sample_rows),
-            pair_logprobs=self._pair_logprobs(hidden, batch),
-            class_logits=self._class_logits(hidden, batch.class_rows),
-            logits=self._all_logits(hidden, batch.logit_rows),
-            hidden=hidden[self._tensor(batch.hidden_rows)].float().cpu().numpy(),
-        )
+        return hidden
 
     def free_memory(self) -> None:
         if self.encoder:
@@ -126,6 +131,11 @@ class TorchRunner:
         pieces = [self._head(hidden, rows[start : start + LOGIT_ROWS]) for start in range(0, len(rows), LOGIT_ROWS)]
         return torch.cat([piece.cpu() for piece in pieces]).numpy()
 
+    def _hidden_rows(self, hidden: torch.Tensor, rows: Ints) -> Floats:
+        if not len(rows):
+            return np.empty((0, self.config.hidden_size), dtype=np.float32)
+        return hidden[self._tensor(rows)].float().cpu().numpy()
+
     def _attention(self, batch: Batch) -> AttentionBatch:
         groups = tuple(map(self._group, batch.groups))
         same = batch.out_groups is batch.groups
@@ -157,7 +167,7 @@ class TorchRunner:
         bias = torch.zeros(tail.shape, device=tail.device).masked_fill_(tail, float("-inf"))
         return bias.repeat_interleave(self.config.num_attention_heads // self.config.num_key_value_heads, dim=1)
 
-    def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> torch.Tensor:
+    def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._model.device)
 
 

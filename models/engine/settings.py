@@ -12,6 +12,7 @@ import torch
 from models.config import ModelConfig
 from models.config_reader import load_config
 from models.engine.interface import EngineConfig
+from models.engine.kernels import resolve_tile_queries
 from models.engine.kv_cache import default_kv_tokens
 from models.errors import ConfigError
 from models.processing.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class Limits:
     block_size: int
     prefix_caching: bool
     media_cache_bytes: int
+    tile_queries: int = 0  # of the fused attention; 0 where attention is plain torch
 
 
 def resolve_end_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
@@ -99,4 +101,5 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype,
         media_cache_bytes=(
             MEDIA_CACHE_BYTES[device.type] if config.media_cache_bytes == "auto" else config.media_cache_bytes
         ),
+        tile_queries=resolve_tile_queries(config, model, device),
     )
