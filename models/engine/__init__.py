@@ -21,6 +21,7 @@ from models.engine.request import (
     Work,
 )
 from models.errors import ConfigError
+from models.parallel import TorchGroup
 
 __all__ = [
     "Choose",
@@ -44,8 +45,8 @@ __all__ = [
 ]
 
 
-def build_engine(config: EngineConfig) -> Engine:
-    """Loads the model that `config` names and returns the engine that runs it.
+def build_engine(config: EngineConfig, group: TorchGroup | None = None) -> Engine:
+    """Loads the model that `config` names and returns the engine that runs it, as rank 0 of a group if there is one.
 
     Raises ConfigError for a checkpoint or option that cannot run.
     """
@@ -66,4 +67,4 @@ def build_engine(config: EngineConfig) -> Engine:
         raise ConfigError("engine.kind=vllm: this version runs engine.kind torch or echo; use one of these")
     from models.engine.engine import TorchEngine
 
-    return TorchEngine.from_checkpoint(config)
+    return TorchEngine.from_checkpoint(config, group)

@@ -15,6 +15,7 @@ from models.engine.interface import EngineConfig
 from models.engine.kernels import resolve_tile_queries
 from models.engine.kv_cache import default_kv_tokens
 from models.errors import ConfigError
+from models.parallel import SINGLE, ParallelGroup
 from models.processing.tokenizer import Tokenizer
 
 # Throughput settings: on a CPU activations of a step should stay near the caches, and small blocks waste few shared
@@ -53,8 +54,25 @@ def resolve_end_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...
     return ids
 
 
-def resolve_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ConfigError for a device that this machine has not."""
+def resolve_device(device: str, group: ParallelGroup = SINGLE) -> torch.device:
+    """ "auto" is CUDA where there is one; of several ranks each has a GPU of its own number.
+
+    Raises ConfigError for a device that this machine has not.
+    """
+    found = _resolve_device(device)
+    if group.size == 1 or found.type != "cuda":
+        return found
+    if ":" in device:
+        raise ConfigError(f"engine.device={device!r}: {group.size} ranks have a GPU each; use cuda")
+    if group.rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"engine.tensor_parallel_size={group.size}: this process sees {torch.cuda.device_count()} GPUs; use at "
+            "most as many ranks"
+        )
+    return torch.device("cuda", group.rank)
+
+
+def _resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -80,7 +98,13 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Limits:
+def resolve_limits(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: ParallelGroup = SINGLE,
+) -> Limits:
     """Numbers for every "auto". Raises ConfigError when max_model_len exceeds what the checkpoint was made for."""
     longest = model.longest_context
     max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
@@ -90,7 +114,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype,
     max_num_seqs = NUM_SEQS[device.type] if config.max_num_seqs == "auto" else config.max_num_seqs
     kv_tokens = config.kv_cache_tokens
     if kv_tokens == "auto":
-        kv_tokens = default_kv_tokens(model, dtype, device, max_useful=max_num_seqs * max_model_len)
+        kv_tokens = default_kv_tokens(model, dtype, device, max_useful=max_num_seqs * max_model_len, group=group)
     return Limits(
         max_model_len=max_model_len,
         max_step_tokens=STEP_TOKENS[device.type] if config.max_step_tokens == "auto" else config.max_step_tokens,
