@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from glm_actors.row_worker import Step
-    from pipelines.stages import Workers
+    from pipelines.shares import Workers
 
 WAVE_UNITS = 10_000
 RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data adds a word on its own retries to the errors of a stage
