@@ -1,7 +1,8 @@
 # make demo   label the shipped tickets, pictures and clips and print the accuracy against gold
 # make test   everything that a change must pass: ruff, mypy, pytest
+# make test-faults   the long form of the kill suite, about 25 minutes on two quiet cores; GLM_BATCH_FAULTS_SEED=N
 #
-# Both make .venv on a fresh machine and use it again until pyproject.toml changes. PYTHON names the interpreter
+# All make .venv on a fresh machine and use it again until pyproject.toml changes. PYTHON names the interpreter
 # (3.11 or newer); pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf) are respected.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := out/demo
 
 .DELETE_ON_ERROR:
-.PHONY: demo test clean
+.PHONY: demo test test-faults clean
 
 demo: $(VENV)/installed
 	@rm -rf $(DEMO)
@@ -25,6 +26,9 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+test-faults: $(VENV)/installed-test
+	$(BIN)/pytest -v -m faults tests/faults
 
 clean:
 	rm -rf $(VENV) out
