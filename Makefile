@@ -1,8 +1,9 @@
 # make demo   label the shipped tickets, pictures and clips and print the accuracy against gold
 # make test   everything that a change must pass: ruff, mypy, pytest
 # make test-vllm   the tests of engine.kind vllm, with vLLM for CPUs in an environment of its own
+# make test-faults   the long form of the kill suite, about 25 minutes on two quiet cores; GLM_BATCH_FAULTS_SEED=N
 #
-# They make .venv (.venv-vllm) on a fresh machine and use it again until pyproject.toml changes. PYTHON names the interpreter
+# All make .venv (.venv-vllm) on a fresh machine and use it again until pyproject.toml changes. PYTHON names the interpreter
 # (3.11 or newer); pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf) are respected.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 DEMO := out/demo
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-vllm clean
+.PHONY: demo test test-vllm test-faults clean
 
 demo: $(VENV)/installed
 	@rm -rf $(DEMO)
@@ -32,6 +33,9 @@ test: $(VENV)/installed-test
 # vLLM's GLM-4.1V imports torchvision, whose build for CUDA works beside a CPU torch only with tests/vllm_environment.
 test-vllm: $(VLLM_VENV)/installed
 	PYTHONPATH=tests/vllm_environment $(VLLM_BIN)/pytest -k vllm tests/contracts/test_engine.py tests/models/engine
+
+test-faults: $(VENV)/installed-test
+	$(BIN)/pytest -v -m faults tests/faults
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) out

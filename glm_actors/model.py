@@ -11,7 +11,7 @@ import faulthandler
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -23,7 +23,8 @@ from glm_actors.guard import Answer, Guard, RayBook
 from glm_actors.journal import Journal, UnitJournal
 from glm_actors.loop import EngineLoop
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
-from models.engine import Completion, EngineConfig, Request, build_engine
+from glm_actors.worker_group import WorkerGroup, needs_ranks
+from models.engine import Completion, Engine, EngineConfig, Request, build_engine
 from models.errors import EngineError, GlmBatchError, RowError
 
 # Read by torch's CPU libraries when they are loaded; a user's own values stay.
@@ -86,7 +87,10 @@ class ModelActor:
 
     def _load(self, config: EngineConfig, watchdog: Watchdog) -> None:
         try:
-            self._loop = EngineLoop(partial(build_engine, config), watchdog)
+            build: Callable[[], Engine] = partial(build_engine, config)
+            if needs_ranks(config):
+                build = WorkerGroup(config, self._lose_rank).build_engine
+            self._loop = EngineLoop(build, watchdog)
         except GlmBatchError as error:
             self._refusal = error
         except Exception as error:  # a process's border: the job's user must see what it was
@@ -106,6 +110,9 @@ class ModelActor:
     def _end_hanging(self, reason: str) -> None:
         faulthandler.dump_traceback(STDERR, all_threads=True)
         self._guard.die(reason)
+
+    def _lose_rank(self, reason: str) -> None:
+        self._guard.die(f"its group of ranks is broken: {reason}")
 
 
 def _completions(answer: Answer[list[Completion]], requests: Sequence[Request]) -> Iterator[Completion]:

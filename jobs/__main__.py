@@ -6,11 +6,12 @@ so that `--help` and refusals come at once.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -170,5 +171,21 @@ def _shortened(lines: list[str]) -> list[str]:
     return [lines[0], f"... {len(lines) - SHOWN_LINES + 1} lines more ...", *lines[2 - SHOWN_LINES :]]
 
 
+def main() -> NoReturn:
+    """The command line as a process of its own.
+
+    It ends without the interpreter's tidying: by then all is committed and Ray is shut down, and a native thread of
+    Ray's that is still about could only abort it, with another exit code.
+    """
+    code = EXIT_OK
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else EXIT_OK
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -16,12 +16,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from jobs.cluster_plan import num_gpus
 from jobs.config import Place, Problem, job_keys
 from models.config import ModelConfig
 from models.config_reader import load_config
 from models.engine.request import SamplingParams
 from models.engine.vllm_limits import check_installed, checkpoint_problem, sampling_problems
 from models.errors import ConfigError
+from models.parallel import check_parts
 from pipelines.job import Job, MediaSection, TaskConfig
 from pipelines.prompts import PromptTemplate, input_columns, media_columns
 from pipelines.schema import output_schema
@@ -202,15 +204,15 @@ def _check_engine(job: Job) -> Iterator[Problem]:
     engine = job.engine
     if engine.kind == "vllm":
         yield from _check_vllm(job)
-    if engine.tensor_parallel_size != 1:
-        yield Problem(
-            key="engine.tensor_parallel_size",
-            message="splitting a model over devices is not available in this version; use 1, and engine.replicas for "
-            "more devices",
-        )
+    if engine.tensor_parallel_size > 1 and re.fullmatch(r"cuda:\d+", engine.device):
+        yield Problem(key="engine.device", message=f"{engine.tensor_parallel_size} ranks have a GPU each; use cuda")
+    if engine.replica_range[0] > engine.replica_range[1]:
+        yield Problem(key="engine.replicas", message="the fewest come first: write [fewest, most]")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", engine.device):
         yield Problem(key="engine.device", message=f'it is "{engine.device}", but it must be auto, cpu or cuda')
-    elif engine.device.startswith("cuda") and not has_cuda_device() and "RAY_ADDRESS" not in os.environ:
+    elif engine.device.startswith("cuda") and not (
+        has_cuda_device() or job.cluster.gpus not in ("auto", 0) or "RAY_ADDRESS" in os.environ
+    ):
         yield Problem(key="engine.device", message="this machine has no NVIDIA device; use auto or cpu")
 
 
@@ -226,18 +228,22 @@ def _check_vllm(job: Job) -> Iterator[Problem]:
 
 
 def has_cuda_device() -> bool:
-    """Whether the driver made a device file, which costs no import of torch to see."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether this machine has a GPU."""
+    return num_gpus() > 0
 
 
 def _check_ranges(job: Job) -> Iterator[Problem]:
     at_least_one = (
-        "engine.replicas", "engine.max_step_tokens", "engine.max_model_len", "preprocess.workers", "commit.unit_rows",
+        "engine.replicas", "engine.tensor_parallel_size", "engine.max_step_tokens", "engine.max_model_len",
+        "cluster.nodes", "cluster.cpus", "preprocess.workers", "commit.unit_rows",
     )  # fmt: skip
     for key in at_least_one:
         value = value_of(job, key)
-        if value != "auto" and value < 1:
-            yield Problem(key=key, message=f"it is {value}, but it must be at least 1")
+        least = min(value) if isinstance(value, tuple) else value
+        if least != "auto" and least < 1:
+            yield Problem(key=key, message=f"it is {least}, but it must be at least 1")
+    if job.cluster.gpus != "auto" and job.cluster.gpus < 0:
+        yield Problem(key="cluster.gpus", message=f"it is {job.cluster.gpus}, but it must be at least 0")
     if not 0 < job.commit.every_seconds < float("inf"):
         yield Problem(key="commit.every_seconds", message=f"it is {job.commit.every_seconds}, but it must be above 0")
     if not 0 <= job.max_error_rate <= 1:
@@ -361,6 +367,10 @@ def _limit_problems(job: Job, config: ModelConfig) -> Iterator[Problem]:
     if limit != "auto" and limit > longest:
         message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
         yield Problem(key="engine.max_model_len", message=message)
+    try:
+        check_parts(config, job.engine.tensor_parallel_size)
+    except ConfigError as error:
+        yield Problem(key="engine.tensor_parallel_size", message=str(error).partition(": ")[2])
     if job.engine.dtype == "float16" and config.family != "glm":
         message = "GLM-4 outgrows the numbers that float16 can hold; use bfloat16 or float32"
         yield Problem(key="engine.dtype", message=message)

@@ -243,7 +243,7 @@ def _explain(error: Any, data: dict[str, Any]) -> Problem:
             key, value = name, value.get(part) if isinstance(value, dict) else value
         else:
             break
-    if error["type"] == "missing":
+    if error["type"] == "missing" and key == ".".join(map(str, error["loc"])):
         return Problem(key=key, message="the key is missing; every job needs it")
     if error["type"] == "value_error":
         return _from_post_init(key, str(error["ctx"]["error"]))
@@ -282,6 +282,8 @@ def describe(hint: Any) -> str:
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)} whole numbers"
     if origin in (list, tuple):
         return "a list of whole numbers" if arguments[0] is int else f"a list of {describe(arguments[0])}"
     if origin is dict or dataclasses.is_dataclass(hint):

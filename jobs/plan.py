@@ -20,7 +20,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jobs.checks import Checked, check_job, has_cuda_device
+from jobs.checks import Checked, check_job
+from jobs.cluster_plan import cluster_lines, described_nodes
 from jobs.config import load_job
 from jobs.display import clock_time, short
 from jobs.media_plan import MediaSize, media_lines, media_note, media_tokens
@@ -29,6 +30,7 @@ from models.engine.request import Choose, Generate, Work
 from models.errors import RowError
 from pipelines.job import Job
 from pipelines.plan import Plan, Unit, make_plan
+from pipelines.shares import uses_gpus
 from pipelines.source import Row, decode_rows
 from pipelines.tasks import Prompt, TaskRunner
 
@@ -152,6 +154,7 @@ def report_lines(job: Job, checked: Checked, plan: Plan, sample: Sample) -> Iter
     """Name and text of each line below the prompts."""
     yield "rows", f"{plan.num_rows:,} in {plan.num_units:,} units of up to {plan.unit_rows:,} rows"
     yield "output", f"{job.output}: columns {', '.join(checked.schema.names)}"
+    yield from cluster_lines(job)
     yield "sample", f"{sample.rows:,} rows from {sample.units} of {plan.num_units:,} units"
     if plan.duplicates:
         yield "duplicate keys", f"{len(plan.duplicates):,} rows of the whole input repeat the key of an earlier row"
@@ -238,7 +241,7 @@ def time_text(job: Job, estimate: Estimate, num_rows: int, row_seconds: float = 
     """A rough time with its basis; none where the job would run on hardware that was not measured."""
     if job.engine.kind == "echo":
         return f"about {clock_time(START_S + num_rows * ROW_OVERHEAD_S)}: the echo engine computes nothing"
-    if job.engine.device.startswith("cuda") or (job.engine.device == "auto" and has_cuda_device()):
+    if uses_gpus(job, described_nodes(job)):
         return f"not estimated: {short(estimate.flops / 1e12)} TFLOP on a GPU, whose rate was not measured"
     rate = measure_gemm()
     each = ROW_OVERHEAD_S + row_seconds / (os.cpu_count() or 1)

@@ -20,6 +20,9 @@ class ByteCache(Generic[Value]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
     def get(self, key: Hashable) -> Value | None:
         """The value, which becomes the one used last; None when it is not here."""
         if key not in self._values:

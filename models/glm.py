@@ -1,6 +1,7 @@
 """GLM (glm-4-9b-chat-hf): attention -> MLP -> decoder layer -> backbone, over packed tokens and a paged KV cache.
 
-Legend: T packed tokens, W wanted rows, H hidden_size, K kv heads, G query heads per kv head, D head_dim.
+Legend: T packed tokens, W wanted rows, H hidden_size, K kv heads, G query heads per kv head, D head_dim. In a parallel
+group K and G count this rank's heads; what passes from layer to layer is complete on every rank.
 Knows nothing of engines, requests or heads.
 """
 
@@ -15,10 +16,11 @@ from torch import nn
 from models.config import ModelConfig
 from models.layers.attention import Attend, AttentionBatch, AttentionGroup, store
 from models.layers.attention_grouped import attend_grouped
-from models.layers.embedding import Embedding
-from models.layers.linear import GatedLinear, Linear, QKVLinear
+from models.layers.embedding import Embedding, embedding
+from models.layers.linear import GatedLinear, QKVLinear, RowLinear
 from models.layers.norm import RMSNorm
 from models.layers.rope import RopeTable, rotate_
+from models.parallel import SINGLE, ParallelGroup
 from models.weights import Targets
 
 Pages = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values, each [K, num_slots, D]
@@ -39,21 +41,25 @@ class MediaRows:
 class Attention(nn.Module):
     """Grouped-query attention with partial rotary embedding. The output projection never has a bias."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend, group: ParallelGroup
+    ) -> None:
         super().__init__()
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, config.head_dim
+        self.head_dim = config.head_dim
         self.attend = attend
         self.qkv_proj = QKVLinear(
             config.hidden_size,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             bias=config.attention_bias,
             dtype=dtype,
             device=device,
+            group=group,
         )
-        self.o_proj = Linear(heads * config.head_dim, config.hidden_size, bias=False, dtype=dtype, device=device)
+        self.num_heads, self.num_kv_heads = self.qkv_proj.heads.size, self.qkv_proj.kv_heads.size
+        all_heads = config.num_attention_heads * config.head_dim
+        self.o_proj = RowLinear(all_heads, config.hidden_size, dtype=dtype, device=device, group=group)
 
     def forward(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
         """x [T, H] -> [T, H]; writes the keys and values of all T tokens first."""
@@ -85,11 +91,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(up * silu(gate)); rows 0..I-1 of the fused gate_up weight are the gate, the rest is up."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
         super().__init__()
         inner = config.intermediate_size
-        self.gate_up_proj = GatedLinear(config.hidden_size, inner, dtype=dtype, device=device)
-        self.down_proj = Linear(inner, config.hidden_size, bias=False, dtype=dtype, device=device)
+        self.gate_up_proj = GatedLinear(config.hidden_size, inner, dtype=dtype, device=device, group=group)
+        self.down_proj = RowLinear(inner, config.hidden_size, dtype=dtype, device=device, group=group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.gate_up_proj(x))  # type: ignore[no-any-return]
@@ -105,10 +111,12 @@ class DecoderLayer(nn.Module):
     input_layernorm: RMSNorm
     post_attention_layernorm: RMSNorm
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend, group: ParallelGroup
+    ) -> None:
         super().__init__()
-        self.self_attn = Attention(config, dtype=dtype, device=device, attend=attend)
-        self.mlp = MLP(config, dtype=dtype, device=device)
+        self.self_attn = Attention(config, dtype=dtype, device=device, attend=attend, group=group)
+        self.mlp = MLP(config, dtype=dtype, device=device, group=group)
         for name in self.norm_names:
             setattr(self, name, RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device))
 
@@ -147,12 +155,21 @@ class Backbone(nn.Module):
     prefix = "model"  # of the checkpoint's names
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend = attend_grouped
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attend: Attend = attend_grouped,
+        group: ParallelGroup = SINGLE,
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed_tokens: Embedding = embedding(
+            config.vocab_size, config.hidden_size, dtype=dtype, device=device, group=group
+        )
         self.layers = nn.ModuleList(
-            self.layer_class(config, dtype=dtype, device=device, attend=attend) for _ in range(config.num_hidden_layers)
+            self.layer_class(config, dtype=dtype, device=device, attend=attend, group=group)
+            for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.rope = RopeTable(config.rope, device=device)
@@ -183,7 +200,7 @@ class Backbone(nn.Module):
     def targets(self) -> Targets:
         """Checkpoint names of the whole backbone and the views that they fill."""
         found: Targets = {
-            f"{self.prefix}.embed_tokens.weight": self.embed_tokens.weight,
+            f"{self.prefix}.embed_tokens.weight": self.embed_tokens.target(),
             f"{self.prefix}.norm.weight": self.norm.weight,
         }
         for i, layer in enumerate(self.layers):

@@ -14,11 +14,12 @@ from models.glm import Backbone
 from models.glm4 import Glm4Backbone
 from models.glm4v import Glm4vBackbone
 from models.glm4v_vision import VisionTower
-from models.heads import CausalLMHead, ClassificationHead
+from models.heads import CausalLMHead, ClassificationHead, ShardedLMHead
 from models.layers.attention import Attend
 from models.layers.attention_grouped import attend_grouped
 from models.layers.linear import pack_linears
 from models.layers.linear_packed import can_pack
+from models.parallel import SINGLE, ParallelGroup, check_parts
 from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
 from models.weights import load_weights
 
@@ -27,7 +28,10 @@ BACKBONES: dict[str, type[Backbone]] = {"glm": Backbone, "glm4": Glm4Backbone, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A loaded network; `vision` is None where it reads nothing but text."""
+    """A loaded network, or one rank's part of it; `vision` is None where it reads nothing but text.
+
+    num_heads, num_kv_heads: those that are here.
+    """
 
     config: ModelConfig
     backbone: Backbone
@@ -35,22 +39,31 @@ class Model:
     head: CausalLMHead | ClassificationHead
     dtype: torch.dtype
     device: torch.device
+    num_heads: int
+    num_kv_heads: int
 
 
 def build_model(
-    model_dir: str | Path, *, dtype: torch.dtype, device: torch.device, attend: Attend = attend_grouped
+    model_dir: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attend: Attend = attend_grouped,
+    group: ParallelGroup = SINGLE,
 ) -> Model:
-    """Loads a checkpoint. Raises ConfigError for what cannot be loaded or is unsafe in `dtype`."""
+    """Loads a checkpoint, or a rank's part of it. Raises ConfigError for what cannot be loaded or is unsafe."""
     config = load_config(model_dir)
+    check_parts(config, group.size)
     if config.family != "glm" and dtype == torch.float16:
         raise ConfigError(
             f"{model_dir}: {config.family} in float16 is refused: its residual stream outgrows float16's largest "
             "number (65504), and the norms after each sublayer turn that into NaN; use bfloat16 or float32"
         )
-    backbone = BACKBONES[config.family](config, dtype=dtype, device=device, attend=attend)
+    backbone = BACKBONES[config.family](config, dtype=dtype, device=device, attend=attend, group=group)
     head: CausalLMHead | ClassificationHead
     if config.head == "causal_lm":
-        head = CausalLMHead(config, backbone, dtype=dtype, device=device)
+        causal = CausalLMHead if group.size == 1 else ShardedLMHead
+        head = causal(config, backbone, dtype=dtype, device=device, group=group)
     else:
         head = ClassificationHead(config, dtype=dtype, device=device)
     vision = VisionTower(config.vision, dtype=dtype, device=device) if config.vision else None
@@ -68,4 +81,13 @@ def build_model(
     if can_pack(dtype, device):
         for module in filter(None, (backbone, head, vision)):
             pack_linears(module)
-    return Model(config=config, backbone=backbone, head=head, vision=vision, dtype=dtype, device=device)
+    return Model(
+        config=config,
+        backbone=backbone,
+        head=head,
+        vision=vision,
+        dtype=dtype,
+        device=device,
+        num_heads=group.part(config.num_attention_heads).size,
+        num_kv_heads=group.kv_part(config.num_key_value_heads).size,
+    )

@@ -7,6 +7,7 @@ and copies, so that peak memory is the model plus about one tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,21 @@ from models.errors import ConfigError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Targets = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A target that takes pieces of a stored tensor of this shape: where each lies there, and the view that it fills.
+
+    No more of the file is read than these.
+    """
+
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[tuple[slice, ...], torch.Tensor], ...]
+
+
+Target = torch.Tensor | Cut
+Targets = dict[str, Target]
 
 
 def load_weights(model_dir: str | Path, targets: Targets, *, copies: Targets | None = None) -> None:
@@ -33,15 +48,14 @@ def load_weights(model_dir: str | Path, targets: Targets, *, copies: Targets | N
     _compare(Path(model_dir), set(stored) - set(copies), set(targets))
     in_file_order = sorted(stored.items(), key=lambda item: (item[0] in copies, item[1][1], item[0]))
     for name, (stored_name, shard) in in_file_order:
-        tensor, target = _read(shard, stored_name), known[name]
-        _check_tensor(shard, stored_name, tensor, target)
-        if name not in copies:
-            target.copy_(tensor)
-        elif not torch.equal(tensor.to(target.device, target.dtype), target):
-            raise ConfigError(
-                f"{shard}: tensor {stored_name} differs from the one that config.json ties it to; set "
-                "tie_word_embeddings to false if both are meant, or remove the tensor"
-            )
+        for tensor, view in _read(shard, stored_name, known[name]):
+            if name not in copies:
+                view.copy_(tensor)
+            elif not torch.equal(tensor.to(view.device, view.dtype), view):
+                raise ConfigError(
+                    f"{shard}: tensor {stored_name} differs from the one that config.json ties it to; set "
+                    "tie_word_embeddings to false if both are meant, or remove the tensor"
+                )
 
 
 def _by_target(shards: dict[str, Path], known: Targets) -> dict[str, tuple[str, Path]]:
@@ -55,9 +69,12 @@ def _by_target(shards: dict[str, Path], known: Targets) -> dict[str, tuple[str, 
     return found
 
 
-def _check_tensor(shard: Path, name: str, tensor: torch.Tensor, target: torch.Tensor) -> None:
-    if tensor.shape != target.shape:
-        raise ConfigError(f"{shard}: tensor {name} is {list(tensor.shape)}, config.json asks for {list(target.shape)}")
+def _check_shape(shard: Path, name: str, shape: list[int], target: Target) -> None:
+    if shape != list(target.shape):
+        raise ConfigError(f"{shard}: tensor {name} is {shape}, config.json asks for {list(target.shape)}")
+
+
+def _check_dtype(shard: Path, name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in STORED_DTYPES:
         raise ConfigError(
             f"{shard}: tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; quantised checkpoints "
@@ -107,11 +124,20 @@ def _names(shard: Path) -> Iterator[str]:
         raise ConfigError(f"{shard}: not a readable safetensors file ({error}); copy it again") from error
 
 
-def _read(shard: Path, name: str) -> torch.Tensor:
+def _read(shard: Path, name: str, target: Target) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the target takes of a stored tensor, each with the view that it fills. Raises ConfigError."""
     # The file is opened anew for each tensor, so that its mapped pages are given back and never add up to the file.
     try:
         with safe_open(shard, framework="pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+            if isinstance(target, torch.Tensor):
+                tensor = file.get_tensor(name)
+                _check_shape(shard, name, list(tensor.shape), target)
+                _check_dtype(shard, name, tensor)
+                return [(tensor, target)]
+            stored = file.get_slice(name)
+            _check_shape(shard, name, stored.get_shape(), target)
+            _check_dtype(shard, name, stored[:0])
+            return [(stored[place], view) for place, view in target.pieces]
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{shard}: tensor {name} cannot be read ({error}); copy the file again") from error
 

@@ -1,6 +1,7 @@
-"""The Ray cluster a job runs on: an existing one, or a small quiet one on this machine; and each stage's share of it.
+"""The Ray cluster a job runs on: an existing one, or a small quiet one on this machine.
 
-Owns every setting of Ray itself. Imports ray inside functions only. Knows nothing of rows.
+Owns every setting of Ray itself, and says what machines there are: pipelines.shares deals them out. Imports ray inside
+functions only. Knows nothing of rows.
 """
 
 from __future__ import annotations
@@ -11,24 +12,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import psutil
 
 from pipelines.job import Job
-from pipelines.media import reads_media
-
-if TYPE_CHECKING:
-    from pipelines.stages import Workers
+from pipelines.shares import Node, Workers, share_out
 
 MIN_LOGICAL_CPUS = 2
 OBJECT_STORE_SHARE = 0.1
 MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
-PREPROCESSORS_PER_CORE = 0.25
-MEDIA_PREPROCESSORS_PER_CORE = 0.5  # beside an engine on the same cores; beside one on a GPU, all cores but
-CORES_PER_GPU_REPLICA = 2
-COMMITTERS_PER_CORE = 0.125
-MAX_CPUS_EACH = 0.25
 
 
 @contextmanager
@@ -47,36 +39,23 @@ def cluster() -> Iterator[None]:
 
 
 def job_workers(job: Job) -> Workers:
-    """How many processes each stage gets on this cluster."""
+    """How many processes each stage gets on this cluster, and what each asks for. Raises ConfigError."""
+    return share_out(job, cluster_nodes())
+
+
+def cluster_nodes() -> tuple[Node, ...]:
+    """The machines of the running cluster. Ray may have been told of more CPUs than this one has cores."""
     import ray
 
-    from pipelines.stages import Workers
-
-    cores = os.cpu_count() or 1
-    replicas = job.engine.replicas
-    committers = max(1, int(cores * COMMITTERS_PER_CORE))
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    wants_gpu = job.engine.device != "cpu" and job.engine.kind != "echo"
-    has_gpus = resources.get("GPU", 0) >= replicas * job.engine.tensor_parallel_size
-    preprocessors = _preprocessors(job, cores, on_gpu=wants_gpu and has_gpus)
-    return Workers(
-        preprocessors=preprocessors,
-        committers=committers,
-        replicas=replicas,
-        # All of them must fit at once: a stage that finds no CPU left would stall the others.
-        cpus_each=min(MAX_CPUS_EACH, round(resources["CPU"] / (preprocessors + committers + replicas + 1), 3)),
-        gpus_per_replica=job.engine.tensor_parallel_size if wants_gpu and has_gpus else 0,
-        threads_per_replica=max(1, cores // replicas),
-    )
-
-
-def _preprocessors(job: Job, cores: int, *, on_gpu: bool) -> int:
-    if job.preprocess.workers != "auto":
-        return job.preprocess.workers
-    if not reads_media(job, job.model):
-        return max(1, int(cores * PREPROCESSORS_PER_CORE))
-    free = cores - CORES_PER_GPU_REPLICA * job.engine.replicas if on_gpu else int(cores * MEDIA_PREPROCESSORS_PER_CORE)
-    return max(1, free)
+    here, cores = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+    found = []
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        resources = node["Resources"]
+        cpus = float(resources.get("CPU", 0))
+        if node["Alive"] and cpus:
+            own = min(cores, int(cpus)) if node["NodeID"] == here else int(cpus)
+            found.append(Node(cores=max(1, own), cpus=cpus, gpus=int(resources.get("GPU", 0))))
+    return tuple(found)
 
 
 def _start() -> None:

@@ -42,15 +42,35 @@ class TaskConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSection:
-    """The `engine:` section; all but `replicas` goes to models.engine.EngineConfig."""
+    """The `engine:` section; all but `replicas` goes to models.engine.EngineConfig.
+
+    Two `replicas` are the fewest and the most: the pool grows while units wait, as far as the cluster has room.
+    """
 
     kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     tensor_parallel_size: int = 1
-    replicas: int = 1
+    replicas: int | tuple[int, int] = 1
     max_step_tokens: int | Auto = "auto"
     max_model_len: int | Auto = "auto"
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """The fewest and the most."""
+        return (self.replicas, self.replicas) if isinstance(self.replicas, int) else self.replicas
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSection:
+    """The `cluster:` section: machines to plan for, each with so many cores and GPUs; "auto" is this machine.
+
+    It tells `glm-batch plan` alone: a run takes the cluster that it finds.
+    """
+
+    nodes: int | Auto = "auto"
+    cpus: int | Auto = "auto"
+    gpus: int | Auto = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +132,7 @@ class Job:
     carry: list[str] = field(default_factory=list)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineSection = field(default_factory=EngineSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
     preprocess: PreprocessSection = field(default_factory=PreprocessSection)
     media: MediaSection = field(default_factory=MediaSection)
     commit: CommitSection = field(default_factory=CommitSection)

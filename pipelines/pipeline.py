@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from glm_actors.row_worker import Step
-    from pipelines.stages import Workers
+    from pipelines.shares import Workers
 
 WAVE_UNITS = 10_000
+EXECUTOR_END_S = 30.0
 RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data adds a word on its own retries to the errors of a stage
 
 
@@ -224,6 +225,8 @@ def _abandon(dataset: Dataset) -> None:
     executor: Any = getattr(dataset, "_current_executor", None)
     if executor is not None:
         executor.shutdown(force=True)
+        # Ray waits for its thread for 2 s only; one that is still in Ray's core when that ends aborts the process.
+        executor.join(timeout=EXECUTOR_END_S)
 
 
 def _own_error(error: BaseException | None) -> GlmBatchError | None:

@@ -7,7 +7,6 @@ inside functions only. Knows nothing of prompts, engines' insides or the commit 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,26 +25,12 @@ from pipelines.commit import CommitRecord
 from pipelines.journal import Journal
 from pipelines.plan import Plan, Unit
 from pipelines.rows import UNIT, TaskSpec, task_runner
+from pipelines.shares import Workers
 from pipelines.steps import Order, Parse, Render
 
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
 PATIENCE = Patience()
 HANG_LIMITS = HangLimits()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workers:
-    """How many processes a stage gets, and what each of them may use.
-
-    `cpus_each` are logical CPUs, which only tell Ray how many processes fit; the engine's threads use the real cores.
-    """
-
-    preprocessors: int
-    committers: int
-    replicas: int
-    cpus_each: float
-    gpus_per_replica: int
-    threads_per_replica: int
 
 
 class Preprocessor(RowWorker):
@@ -116,18 +101,25 @@ def render(dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledge
 def infer(
     dataset: Dataset, engine: EngineConfig, workers: Workers, ledger: Any = None, journal: Journal | None = None
 ) -> Dataset:
-    """Requests -> completions, on model actors that each keep several units in flight."""
+    """Requests -> completions, on model actors that each keep several units in flight.
+
+    A model actor asks for what all its ranks need: see glm_actors.worker_group.
+    """
+    can_grow = workers.replicas > workers.min_replicas
     # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by the plan.
     map_units = dataset.map_batches_internal if workers.gpus_per_replica else dataset.map_batches
     return map_units(
         ModelActor,
-        fn_constructor_args=(engine, workers.threads_per_replica, ledger, UNIT, HANG_LIMITS, journal),
+        fn_constructor_args=(engine, workers.threads_per_rank, ledger, UNIT, HANG_LIMITS, journal),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            size=workers.replicas,
+            min_size=workers.min_replicas,
+            max_size=workers.replicas,
+            initial_size=workers.min_replicas,
             max_concurrent_calls_per_actor=UNITS_IN_ENGINE,
-            max_tasks_in_flight_per_actor=UNITS_IN_ENGINE + 2,
+            # Ray Data starts another replica once those it has are given 1.75 times what they work at.
+            max_tasks_in_flight_per_actor=UNITS_IN_ENGINE * 2 if can_grow else UNITS_IN_ENGINE + 2,
             enable_true_multi_threading=True,
         ),
         num_cpus=None if workers.gpus_per_replica else workers.cpus_each,

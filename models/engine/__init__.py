@@ -20,6 +20,7 @@ from models.engine.request import (
     TopLogprob,
     Work,
 )
+from models.parallel import TorchGroup
 
 __all__ = [
     "Choose",
@@ -43,8 +44,8 @@ __all__ = [
 ]
 
 
-def build_engine(config: EngineConfig) -> Engine:
-    """Loads the model that `config` names and returns the engine that runs it.
+def build_engine(config: EngineConfig, group: TorchGroup | None = None) -> Engine:
+    """Loads the model that `config` names and returns the engine that runs it, as rank 0 of a group if there is one.
 
     Raises ConfigError for a checkpoint or option that cannot run.
     """
@@ -74,4 +75,4 @@ def build_engine(config: EngineConfig) -> Engine:
         return VllmEngine.from_checkpoint(config)
     from models.engine.engine import TorchEngine
 
-    return TorchEngine.from_checkpoint(config)
+    return TorchEngine.from_checkpoint(config, group)

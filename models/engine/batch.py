@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from models.engine.scheduler import Chunk, Scheduler
 from models.engine.sequence import Sequence
 
 Ints = NDArray[np.int64]
+Layout = Any  # tuple[Group, ...], or models.engine.batch_paged.PagedLayout
 SHORT_QUERIES = 16  # up to this many queries a sequence is padded together with others
 MAX_SCORES = 1 << 22  # scores of one part (all heads), so that they stay near the caches
 MIN_QUERIES = 16  # however long the context, a part has at least this many queries
@@ -49,6 +51,9 @@ class Batch:
     positions: [tokens], or [3, tokens] where media are among them. media: what takes the place of embeddings, with
     tokens counted as packed rows.
 
+    groups, out_groups: who attends to what, in the form that the runner's attention reads; out_groups for the wanted
+    rows alone, and groups itself where all are wanted.
+
     The rest says what becomes of the W wanted rows, each an index into them: `sample_rows` give logits to sample from,
     `class_rows` class logits, `logit_rows` and `hidden_rows` everything; pairs (score_rows[pair_rows[i]],
     pair_tokens[i]) give one log-probability each.
@@ -57,9 +62,9 @@ class Batch:
     input_ids: Ints
     positions: Ints
     slots: Ints
-    groups: tuple[Group, ...]
+    groups: Layout
     out_rows: Ints
-    out_groups: tuple[Group, ...]
+    out_groups: Layout
     sample_rows: Ints
     score_rows: Ints
     pair_rows: Ints
@@ -109,8 +114,8 @@ def build_batch(
         groups=groups,
         out_rows=out_rows,
         out_groups=groups if all_wanted else _groups(wanted_segments, shared, block_size, num_heads),
-        media=tuple(_media(chunks)),
-        **_outputs(wanted, eos_token_ids),
+        media=tuple(media_spans(chunks)),
+        **outputs(wanted, eos_token_ids),
     )
     return batch, wanted
 
@@ -123,7 +128,7 @@ def _positions(chunks: list[Chunk]) -> Ints:
     return np.concatenate(found, axis=-1)
 
 
-def _media(chunks: list[Chunk]) -> Iterator[Span]:
+def media_spans(chunks: list[Chunk]) -> Iterator[Span]:
     """The spans, cut where their chunks end."""
     row = 0
     for chunk in chunks:
@@ -260,7 +265,8 @@ def _visible(segment: Segment, prefix_len: int) -> NDArray[np.bool_]:
     return visible
 
 
-def _outputs(wanted: list[Wanted], eos_token_ids: tuple[int, ...]) -> dict[str, Ints]:
+def outputs(wanted: list[Wanted], eos_token_ids: tuple[int, ...]) -> dict[str, Ints]:
+    """The fields of a Batch that say what becomes of its wanted rows."""
     found: dict[str, list[int]] = {
         name: []
         for name in ("sample_rows", "score_rows", "pair_rows", "pair_tokens", "class_rows", "logit_rows", "hidden_rows")

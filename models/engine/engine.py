@@ -16,31 +16,25 @@ import torch
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine.batch import Wanted, build_batch
+from models.engine.batch import Batch, Wanted, build_batch
+from models.engine.batch_paged import build_paged_batch
 from models.engine.block_manager import BlockManager
 from models.engine.choice_tree import ChoiceTree
 from models.engine.constraints import Constraints
 from models.engine.decoding import Decoding
 from models.engine.interface import EngineConfig
 from models.engine.media import PlacedMedia, place
-from models.engine.media_encoder import MediaEncoder
+from models.engine.ranks import build_runner, lead
 from models.engine.request import Choose, Classify, Completion, Embed, Generate, Inspect, Request, Tag, TopLogprob
-from models.engine.runner import Runner, StepOutput, TorchRunner
+from models.engine.runner import Runner, StepOutput
 from models.engine.sampler import SampleRow, sample
 from models.engine.scheduler import Chunk, Scheduler
 from models.engine.sequence import Sequence
-from models.engine.settings import (
-    UNPROVEN_STEPS,
-    Limits,
-    resolve_device,
-    resolve_dtype,
-    resolve_end_ids,
-    resolve_limits,
-)
+from models.engine.settings import UNPROVEN_STEPS, Limits, resolve_end_ids
 from models.engine.step_size import StepSize, is_out_of_memory
 from models.errors import ConfigError, RowError
+from models.parallel import TorchGroup
 from models.processing.tokenizer import Tokenizer
-from models.registry import build_model
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -87,23 +81,20 @@ class TorchEngine:
         self._ready: deque[Completion] = deque()
 
     @classmethod
-    def from_checkpoint(cls, config: EngineConfig) -> TorchEngine:
-        """Loads the checkpoint. Raises ConfigError for what it or the device cannot do."""
-        if config.tensor_parallel_size != 1:
+    def from_checkpoint(cls, config: EngineConfig, group: TorchGroup | None = None) -> TorchEngine:
+        """Loads the checkpoint; with a group, as its rank 0 while the others are in models.engine.ranks.serve.
+
+        Raises ConfigError for what the checkpoint or the device cannot do.
+        """
+        if config.tensor_parallel_size != (group.size if group else 1):
             raise ConfigError(
-                f"engine.tensor_parallel_size={config.tensor_parallel_size}: this version runs each replica on one "
-                "rank; set it to 1"
+                f"engine.tensor_parallel_size={config.tensor_parallel_size}: a single process is one rank; set it to 1 "
+                "here, or run a job: glm-batch starts the other ranks"
             )
-        device = resolve_device(config.device)
         tokenizer = Tokenizer.from_dir(config.model)
-        dtype = resolve_dtype(config, device)
-        model = build_model(config.model, dtype=dtype, device=device)
-        limits = resolve_limits(config, model.config, dtype, device)
-        tokenizer.eos_token_ids = resolve_end_ids(tokenizer, model.config)
-        encoder = None
-        if model.vision:
-            encoder = MediaEncoder(model.vision, device=device, max_bytes=limits.media_cache_bytes)
-        runner = TorchRunner(model, num_slots=limits.num_blocks * limits.block_size, encoder=encoder)
+        runner: Runner
+        runner, limits = lead(config, group) if group else build_runner(config)
+        tokenizer.eos_token_ids = resolve_end_ids(tokenizer, runner.config)
         return cls(runner, tokenizer, limits)
 
     def submit(self, requests: list[Request]) -> None:
@@ -147,12 +138,7 @@ class TorchEngine:
     def _compute(self, chunks: list[Chunk]) -> tuple[list[Wanted], StepOutput, list[_Draw]] | None:
         """A step's numbers; nothing but memory has changed by then. None where that ran out: all is as before."""
         try:
-            batch, wanted = build_batch(
-                chunks,
-                self.scheduler,
-                num_heads=self.config.num_attention_heads,
-                eos_token_ids=self.tokenizer.eos_token_ids,
-            )
+            batch, wanted = self._batch(chunks)
             output = self._runner.run(batch)
             return wanted, output, self._draw(wanted, output.sample_logits)
         except (RuntimeError, MemoryError) as error:
@@ -162,6 +148,14 @@ class TorchEngine:
         # Outside the handler: the exception has held the step's tensors.
         self._take_back(chunks, reason)
         return None
+
+    def _batch(self, chunks: list[Chunk]) -> tuple[Batch, list[Wanted]]:
+        """The step in the form that the runner's attention reads."""
+        end_ids = self.tokenizer.eos_token_ids
+        if self.limits.tile_queries:
+            block_size, tile_queries = self.limits.block_size, self.limits.tile_queries
+            return build_paged_batch(chunks, block_size=block_size, tile_queries=tile_queries, eos_token_ids=end_ids)
+        return build_batch(chunks, self.scheduler, num_heads=self.config.num_attention_heads, eos_token_ids=end_ids)
 
     def _take_back(self, chunks: list[Chunk], reason: str) -> None:
         self.scheduler.take_back(chunks)
@@ -190,7 +184,9 @@ class TorchEngine:
             self._drop(pending)
         self._pending.clear()
         self._ready.clear()
-        self.__dict__.pop("_runner", None)
+        runner: Runner | None = self.__dict__.pop("_runner", None)
+        if runner:
+            runner.close()
 
     # From a request to sequences
 

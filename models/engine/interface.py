@@ -55,6 +55,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     tensor_parallel_size: int = 1
+    cuda_kernels: bool = False  # on an NVIDIA GPU: fused kernels and recorded decode steps, not plain torch
     max_step_tokens: int | Auto = "auto"
     max_num_seqs: int | Auto = "auto"
     max_model_len: int | Auto = "auto"

@@ -49,13 +49,18 @@ class MediaEncoder:
     def features(self, items: Iterable[MediaItem]) -> dict[Key, torch.Tensor]:
         """Each item's features [t * h * w / merge^2, hidden_size]; what is asked for last is forgotten last."""
         wanted = {item.key: item for item in items}
+        missing = self.missing(wanted.values())
         found = {key: self._features.get(key) for key in wanted}
-        missing = [item for key, item in wanted.items() if found[key] is None]
         found |= self._encode(missing) if missing else {}
         features = {key: value for key, value in found.items() if value is not None}
         for key, value in features.items():
             self._features.put(key, value, value.nbytes + ENTRY_BYTES)
         return features
+
+    def missing(self, items: Iterable[MediaItem]) -> list[MediaItem]:
+        """Those that `features` would encode, in its order."""
+        wanted = {item.key: item for item in items}
+        return [item for key, item in wanted.items() if key not in self._features]
 
     def forget(self) -> None:
         """Frees the remembered features."""

@@ -18,6 +18,7 @@ from models.engine.batch import Batch, Group, Ints
 from models.engine.kv_cache import KVCache
 from models.engine.media_encoder import MediaEncoder
 from models.glm import MediaRows
+from models.heads import CausalLMHead
 from models.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
 from models.registry import Model
 
@@ -55,19 +56,37 @@ class Runner(Protocol):
         """Lets go of what can be computed again."""
         ...
 
+    def close(self) -> None:
+        """Ends what other processes do for it."""
+        ...
+
 
 class TorchRunner:
-    """The runner of a single process; `encoder` is None where the model reads nothing but text."""
+    """The runner of one process, which has the whole model or is one rank of several: see models.engine.ranks.
+
+    `encoder` is None where the model reads nothing but text.
+    """
 
     def __init__(self, model: Model, *, num_slots: int, encoder: MediaEncoder | None = None) -> None:
         self.config = model.config
         self.encoder = encoder
         self._model = model
-        self._cache = KVCache(model.config, num_slots, dtype=model.dtype, device=model.device)
+        self._cache = KVCache(model.config, model.num_kv_heads, num_slots, dtype=model.dtype, device=model.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
-        hidden = self._model.backbone(
+        hidden = self._hidden(batch)
+        return StepOutput(
+            sample_logits=self._head(hidden, batch.sample_rows),
+            pair_logprobs=self._pair_logprobs(hidden, batch),
+            class_logits=self._class_logits(hidden, batch.class_rows),
+            logits=self._all_logits(hidden, batch.logit_rows),
+            hidden=self._hidden_rows(hidden, batch.hidden_rows),
+        )
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of the wanted rows [W, hidden_size]."""
+        hidden: torch.Tensor = self._model.backbone(
             self._tensor(batch.input_ids),
             self._tensor(batch.positions),
             int(batch.positions.max()),
@@ -75,19 +94,16 @@ class TorchRunner:
             self._attention(batch),
             self._media(batch),
         )
-        return StepOutput(
-            sample_logits=self._head(hidden, batch.sample_rows),
-            pair_logprobs=self._pair_logprobs(hidden, batch),
-            class_logits=self._class_logits(hidden, batch.class_rows),
-            logits=self._all_logits(hidden, batch.logit_rows),
-            hidden=hidden[self._tensor(batch.hidden_rows)].float().cpu().numpy(),
-        )
+        return hidden
 
     def free_memory(self) -> None:
         if self.encoder:
             self.encoder.forget()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Nothing: it is alone."""
 
     def _media(self, batch: Batch) -> MediaRows | None:
         """Every item of the step encoded or found, and the features that its rows take."""
@@ -108,11 +124,11 @@ class TorchRunner:
         """log P(token) at the scored rows: the whole vocabulary counts, a few numbers leave the device."""
         found = np.empty(len(batch.pair_rows), dtype=np.float32)
         for start in range(0, len(batch.score_rows), LOGIT_ROWS):
-            logits = self._head(hidden, batch.score_rows[start : start + LOGIT_ROWS])
+            assert isinstance(self._model.head, CausalLMHead), "choices are refused where there is another head"
+            scored = hidden[self._tensor(batch.score_rows[start : start + LOGIT_ROWS])]
             here = (batch.pair_rows >= start) & (batch.pair_rows < start + LOGIT_ROWS)
-            rows = self._tensor(batch.pair_rows[here] - start)
-            picked = logits[rows, self._tensor(batch.pair_tokens[here])] - logits.logsumexp(-1)[rows]
-            found[here] = picked.cpu().numpy()
+            rows, tokens = self._tensor(batch.pair_rows[here] - start), self._tensor(batch.pair_tokens[here])
+            found[here] = self._model.head.pair_logprobs(scored, rows, tokens).cpu().numpy()
         return found
 
     def _class_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
@@ -125,6 +141,11 @@ class TorchRunner:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
         pieces = [self._head(hidden, rows[start : start + LOGIT_ROWS]) for start in range(0, len(rows), LOGIT_ROWS)]
         return torch.cat([piece.cpu() for piece in pieces]).numpy()
+
+    def _hidden_rows(self, hidden: torch.Tensor, rows: Ints) -> Floats:
+        if not len(rows):
+            return np.empty((0, self.config.hidden_size), dtype=np.float32)
+        return hidden[self._tensor(rows)].float().cpu().numpy()
 
     def _attention(self, batch: Batch) -> AttentionBatch:
         groups = tuple(map(self._group, batch.groups))
@@ -155,9 +176,9 @@ class TorchRunner:
         first = int(columns[0]) if len(columns) else hidden.shape[2]
         tail = self._tensor(hidden[:, :, first:])
         bias = torch.zeros(tail.shape, device=tail.device).masked_fill_(tail, float("-inf"))
-        return bias.repeat_interleave(self.config.num_attention_heads // self.config.num_key_value_heads, dim=1)
+        return bias.repeat_interleave(self._model.num_heads // self._model.num_kv_heads, dim=1)
 
-    def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> torch.Tensor:
+    def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._model.device)
 
 

@@ -95,12 +95,13 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], *, vocab_size: int) -> Sam
         chosen[index], best[index] = _choose(known[index], [rows[i] for i in other])
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs]
     logprobs, top_logprobs = _logprobs(logits, chosen, rows, wanted, vocab_size)
-    broken = (~torch.isfinite(best)).nonzero()[:, 0].tolist()
+    # One transfer for both: a device waits for each. float64 holds every id exactly.
+    token_ids, scores = torch.stack((chosen.double(), best.double())).cpu().numpy()
     return Sampled(
-        token_ids=chosen.tolist(),
+        token_ids=token_ids.astype(np.int64).tolist(),
         logprobs=logprobs,
         top_logprobs=top_logprobs,
-        errors={i: _row_error(float(best[i])) for i in broken},
+        errors={int(i): _row_error(float(scores[i])) for i in np.flatnonzero(~np.isfinite(scores))},
     )
 
 

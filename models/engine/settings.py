@@ -13,9 +13,11 @@ import torch
 from models.config import ModelConfig
 from models.config_reader import load_config
 from models.engine.interface import Auto, EngineConfig
+from models.engine.kernels import resolve_tile_queries
 from models.engine.kv_cache import default_kv_tokens
 from models.engine.vllm_limits import checkpoint_problem, is_installed
 from models.errors import ConfigError
+from models.parallel import SINGLE, ParallelGroup
 from models.processing.tokenizer import Tokenizer
 
 # Throughput settings: on a CPU activations of a step should stay near the caches, and small blocks waste few shared
@@ -40,6 +42,7 @@ class Limits:
     block_size: int
     prefix_caching: bool
     media_cache_bytes: int
+    tile_queries: int = 0  # of the fused attention; 0 where attention is plain torch
 
 
 def resolve_end_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
@@ -53,8 +56,25 @@ def resolve_end_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...
     return ids
 
 
-def resolve_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ConfigError for a device that this machine has not."""
+def resolve_device(device: str, group: ParallelGroup = SINGLE) -> torch.device:
+    """ "auto" is CUDA where there is one; of several ranks each has a GPU of its own number.
+
+    Raises ConfigError for a device that this machine has not.
+    """
+    found = _resolve_device(device)
+    if group.size == 1 or found.type != "cuda":
+        return found
+    if ":" in device:
+        raise ConfigError(f"engine.device={device!r}: {group.size} ranks have a GPU each; use cuda")
+    if group.rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"engine.tensor_parallel_size={group.size}: this process sees {torch.cuda.device_count()} GPUs; use at "
+            "most as many ranks"
+        )
+    return torch.device("cuda", group.rank)
+
+
+def _resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -80,7 +100,13 @@ def _cpu_has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Limits:
+def resolve_limits(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: ParallelGroup = SINGLE,
+) -> Limits:
     """Numbers for every "auto". Raises ConfigError when max_model_len exceeds what the checkpoint was made for."""
     longest = model.longest_context
     max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
@@ -90,7 +116,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype,
     max_num_seqs = NUM_SEQS[device.type] if config.max_num_seqs == "auto" else config.max_num_seqs
     kv_tokens = config.kv_cache_tokens
     if kv_tokens == "auto":
-        kv_tokens = default_kv_tokens(model, dtype, device, max_useful=max_num_seqs * max_model_len)
+        kv_tokens = default_kv_tokens(model, dtype, device, max_useful=max_num_seqs * max_model_len, group=group)
     return Limits(
         max_model_len=max_model_len,
         max_step_tokens=STEP_TOKENS[device.type] if config.max_step_tokens == "auto" else config.max_step_tokens,
@@ -101,6 +127,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype,
         media_cache_bytes=(
             MEDIA_CACHE_BYTES[device.type] if config.media_cache_bytes == "auto" else config.media_cache_bytes
         ),
+        tile_queries=resolve_tile_queries(config, model, device),
     )
 
 
@@ -117,16 +144,17 @@ def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     """The rule behind "auto": engine, device, dtype, sequences in flight, step size and block size, by device, model
     and task.
 
-    On a CPU the engine is torch, which is the faster one there; on CUDA vllm where it is installed and can do the task,
-    else torch. Raises ConfigError for a device that this machine has not.
+    On a CPU the engine is torch, which is the faster one there, and on several ranks too; on one GPU vllm where it is
+    installed and can do the task, else torch. Raises ConfigError for a device that this machine has not.
     """
     if config.kind == "echo":
         return config
     device = resolve_device(config.device)
     kind = config.kind
     if kind == "auto":
+        alone = config.tensor_parallel_size == 1
         able = device.type == "cuda" and is_installed() and not checkpoint_problem(model, config.task)
-        kind = "vllm" if able else "torch"
+        kind = "vllm" if able and alone else "torch"
     vllm = kind == "vllm"
     return replace(
         config,

@@ -48,7 +48,9 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
         "model": config.model,
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
-        "distributed_executor_backend": _executor(config, device),
+        # Ranks are processes of their own here: the model's actor holds the GPUs of all of them, and vLLM's Ray executor
+        # would ask for them once more.
+        "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
         "max_model_len": max_engine_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": max(int(config.max_step_tokens), int(config.max_num_seqs)),
@@ -101,11 +103,11 @@ def _cache_arguments(
         max_useful = int(config.max_num_seqs) * model.longest_context
         tokens = default_kv_tokens(model, dtype, device, max_useful=max_useful)
     blocks = 1 - (-tokens // block_size)  # it keeps one for itself
-    ranks = min(config.tensor_parallel_size, model.num_key_value_heads)
+    kv_heads = max(1, model.num_key_value_heads // config.tensor_parallel_size)  # of each rank
     return {
         "block_size": block_size,
         "num_gpu_blocks_override": blocks,
-        "kv_cache_memory_bytes": blocks * block_size * bytes_per_token(model, dtype) // ranks,
+        "kv_cache_memory_bytes": blocks * block_size * bytes_per_token(model, kv_heads, dtype),
     }
 
 
@@ -133,12 +135,6 @@ def _with_biases(hf_config: Any) -> Any:
     """
     hf_config.get_text_config().attention_bias = True  # vLLM also tries this on a config without parts
     return hf_config
-
-
-def _executor(config: EngineConfig, device: torch.device) -> str:
-    if config.tensor_parallel_size == 1:
-        return "uni"
-    return "ray" if device.type == "cuda" else "mp"
 
 
 _alive: set[VllmCore] = set()

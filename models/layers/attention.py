@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,16 +46,19 @@ class AttentionBatch:
     """One step's attention: where new keys and values go, and who sees what.
 
     slots [tokens]: the cache slot of each packed token. groups: all queries. out_rows [W] and out_groups: the rows
-    whose final hidden state somebody wants, and the same attention for them alone, with rows counted within out_rows.
+    whose final hidden state somebody wants, and the same attention for them alone, with rows counted within out_rows;
+    out_groups is groups itself where all rows are wanted.
     """
 
     slots: torch.Tensor
-    groups: tuple[AttentionGroup, ...]
+    groups: Visible
     out_rows: torch.Tensor
-    out_groups: tuple[AttentionGroup, ...]
+    out_groups: Visible
 
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[AttentionGroup, ...]], torch.Tensor]
+# Who sees what, in the form that the attend function takes: groups, or models.layers.paged.PagedQueries.
+Visible = Any
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Visible], torch.Tensor]
 
 
 def store(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,4 +1,7 @@
-"""Linear layers, each of which knows which checkpoint tensors fill which part of its weight."""
+"""Linear layers, each of which knows which checkpoint tensors fill which part of its weight.
+
+In a parallel group a layer has its rank's rows (columns, heads) of the stored weight; sizes are given as stored.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.layers import linear_packed
-from models.weights import Targets
+from models.parallel import SINGLE, ParallelGroup, Part
+from models.weights import Cut, Target, Targets
 
 
 class Linear(nn.Module):
@@ -45,8 +49,34 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class RowLinear(Linear):
+    """A linear layer whose input is dealt to the ranks: each has columns of the weight, and the products are added."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: ParallelGroup = SINGLE,
+    ) -> None:
+        self.part, self.group = group.part(in_features), group
+        super().__init__(self.part.size, out_features, bias=False, dtype=dtype, device=device)
+
+    def targets(self, name: str) -> Targets:
+        return {f"{name}.weight": cut(self.weight, self.part, dim=1)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: this rank's columns of it, [rows, its share of in_features] -> [rows, out_features], complete."""
+        return self.group.all_reduce(super().forward(x))
+
+
 class QKVLinear(Linear):
-    """The query, key and value projections as one product: rows are [all q heads | all k heads | all v heads]."""
+    """The query, key and value projections as one product: rows are [all q heads | all k heads | all v heads].
+
+    A rank has the rows of its own heads; where there are more ranks than kv heads, several have the same one.
+    """
 
     def __init__(
         self,
@@ -58,8 +88,11 @@ class QKVLinear(Linear):
         bias: bool,
         dtype: torch.dtype,
         device: torch.device,
+        group: ParallelGroup = SINGLE,
     ) -> None:
-        self.sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        self.heads, self.kv_heads = group.part(num_heads), group.kv_part(num_kv_heads)
+        self.parts = [heads.times(head_dim) for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        self.sizes = [part.size for part in self.parts]
         super().__init__(in_features, sum(self.sizes), bias=bias, dtype=dtype, device=device)
 
     def targets(self, name: str) -> Targets:
@@ -68,8 +101,9 @@ class QKVLinear(Linear):
         for kind in ("weight", "bias"):
             fused = getattr(self, kind)
             if fused is not None:
-                for part, view in zip(("q_proj", "k_proj", "v_proj"), torch.split(fused, self.sizes), strict=True):
-                    found[f"{name}.{part}.{kind}"] = view
+                views = torch.split(fused, self.sizes)
+                for stored, view, part in zip(("q_proj", "k_proj", "v_proj"), views, self.parts, strict=True):
+                    found[f"{name}.{stored}.{kind}"] = cut(view, part)
         return found
 
     def forward_qk_v(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,11 +114,30 @@ class QKVLinear(Linear):
 
 
 class GatedLinear(Linear):
-    """silu(x G^T) * (x U^T) from one weight: its first half is the gate G, the second is U."""
+    """silu(x G^T) * (x U^T) from one weight: its first half is the gate G, the second is U. A rank has rows of both."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(in_features, 2 * out_features, bias=False, dtype=dtype, device=device)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: ParallelGroup = SINGLE,
+    ) -> None:
+        self.part = group.part(out_features)
+        super().__init__(in_features, 2 * self.part.size, bias=False, dtype=dtype, device=device)
         self.packed_up: torch.Tensor | None = None
+
+    def targets(self, name: str) -> Targets:
+        """Rows 0 to out_features - 1 of the stored weight are the gate, the rest is U."""
+        part = self.part
+        if part.size == part.total:
+            return {f"{name}.weight": self.weight}
+        gate, up = self.weight.chunk(2)
+        places = (slice(start, start + part.size) for start in (part.start, part.total + part.start))
+        pieces = tuple(zip(((place,) for place in places), (gate, up), strict=True))
+        return {f"{name}.weight": Cut(shape=(2 * part.total, self.in_features), pieces=pieces)}
 
     def pack(self) -> None:
         gate, up = self.weight.chunk(2)
@@ -97,6 +150,15 @@ class GatedLinear(Linear):
             return linear_packed.gated(x, self.packed, self.packed_up)
         gate, up = F.linear(x, self.weight).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+
+def cut(view: torch.Tensor, part: Part, dim: int = 0) -> Target:
+    """What fills `view`: the stored tensor, or in dimension `dim` this part of it."""
+    if part.size == part.total:
+        return view
+    shape = (*view.shape[:dim], part.total, *view.shape[dim + 1 :])
+    place = (*[slice(None)] * dim, slice(part.start, part.start + part.size))
+    return Cut(shape=shape, pieces=((place, view),))
 
 
 def pack_linears(module: nn.Module) -> None:

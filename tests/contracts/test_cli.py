@@ -18,7 +18,7 @@ COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
     "label": (["job"], ["--debug", "--extend", "--set"]),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
-    "retry": (["output"], ["--code", "--debug", "--endpoint-url"]),
+    "retry": (["output"], ["--code", "--debug", "--endpoint-url", "--set"]),
     "gc": (["output"], ["--debug", "--endpoint-url"]),
     "inspect": (["model"], ["--debug"]),
     "doctor": ([], ["--debug"]),
@@ -38,7 +38,7 @@ def test_commands_arguments_and_options() -> None:
 
 def test_the_console_script() -> None:
     scripts = importlib.metadata.entry_points(group="console_scripts", name="glm-batch")
-    assert [script.value for script in scripts] == ["jobs.__main__:app"]
+    assert [script.value for script in scripts] == ["jobs.__main__:main"]
 
 
 def test_the_exit_codes() -> None:

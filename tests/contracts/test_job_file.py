@@ -54,9 +54,12 @@ KEYS = {
     "engine.dtype": ('one of "auto", "float32", "bfloat16", "float16"', "auto"),
     "engine.device": (TEXT, "auto"),
     "engine.tensor_parallel_size": (WHOLE, 1),
-    "engine.replicas": (WHOLE, 1),
+    "engine.replicas": ("a whole number or a list of 2 whole numbers", 1),
     "engine.max_step_tokens": (WHOLE_OR_AUTO, "auto"),
     "engine.max_model_len": (WHOLE_OR_AUTO, "auto"),
+    "cluster.nodes": (WHOLE_OR_AUTO, "auto"),
+    "cluster.cpus": (WHOLE_OR_AUTO, "auto"),
+    "cluster.gpus": (WHOLE_OR_AUTO, "auto"),
     "preprocess.workers": (WHOLE_OR_AUTO, "auto"),
     "preprocess.min_pixels": (WHOLE_OR_NULL, None),
     "preprocess.max_pixels": (WHOLE_OR_NULL, None),
@@ -75,7 +78,15 @@ KEYS = {
     "storage.endpoint_url": (TEXT_OR_NULL, None),
     "storage.anon": (SWITCH, False),
 }
-SECTIONS = {"sampling", "engine", "preprocess", "media", "commit", "storage"}  # their defaults are those of their keys
+SECTIONS = {
+    "sampling",
+    "engine",
+    "cluster",
+    "preprocess",
+    "media",
+    "commit",
+    "storage",
+}  # their defaults are those of their keys
 
 
 def test_keys_types_and_defaults() -> None:

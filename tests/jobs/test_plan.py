@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.checks import check_job
+from jobs.cluster_plan import cluster_lines
 from jobs.config import load_job
 from jobs.plan import estimate_job, excerpt, measure_gemm, plan, shared_prefix_share, take_sample
 from models.config_reader import load_config
 from models.engine.request import Choose, Embed, Generate, SamplingParams
+from models.errors import ConfigError
 from pipelines.plan import make_plan
 
 
@@ -76,6 +78,39 @@ def test_plan_prints_files_prompts_tokens_and_errors(work: Any, capsys: pytest.C
 def test_plan_of_a_sample_without_a_good_row(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
     plan(work.write_job(lambda job: job["task"].update(prompt="{text}" + "x" * 500)).name, [])
     assert "none: the sample has no row without an error" in capsys.readouterr().out
+
+
+def test_plan_for_a_cluster_that_is_not_here(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def describe(job: dict[str, Any]) -> None:
+        job["cluster"] = {"nodes": 2, "cpus": 64, "gpus": 8}
+        job["engine"] = {"kind": "torch", "device": "cuda", "tensor_parallel_size": 2, "replicas": [2, 7]}
+
+    plan(work.write_job(describe).name, [])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "2 nodes of 64 cores and 8 GPUs",
+        "2 to 7 replicas of 2 ranks, 2 GPUs on one node, 8 threads a rank; 2 GPUs left over",
+        "32 preprocessing and 16 committing workers",
+        "node 1 4 replicas on 8 of 8 GPUs, 16 preprocessing workers",
+        "node 2 3 replicas on 6 of 8 GPUs, 16 preprocessing workers",
+        "not estimated",
+    ):
+        assert part in text, part
+    with pytest.raises(ConfigError, match=r"engine.replicas: 9 replicas of 2 GPUs .* room for 8"):
+        plan("job.yaml", ["engine.replicas=9"])
+
+
+def test_plan_of_this_machine(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("jobs.cluster_plan.num_gpus", lambda: 0)
+    job, _ = load_job(work.write_job().name)
+    assert list(cluster_lines(job)) == [
+        ("cluster", "this machine: 1 node of 4 cores and 0 GPUs"),
+        (
+            "replicas",
+            "1 replica of no GPU, 4 threads; 1 preprocessing and 1 committing workers (0.25 logical CPUs each)",
+        ),
+    ]
 
 
 def test_an_excerpt_spells_control_characters_and_counts_what_it_leaves_out() -> None:

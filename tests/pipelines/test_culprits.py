@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 import signal
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,55 +140,6 @@ def test_rows_that_end_the_engine_fail_alone(
     assert 4 <= len(set(starts)) <= 10
 
 
-def kill_at_random(starts: Path, seed: int, times: int, ended: threading.Event) -> int:
-    """SIGKILLs whichever process started last, so many times, each at a random moment of its life."""
-    chance = random.Random(seed)
-    killed: set[int] = set()
-    while len(killed) < times and not ended.wait(0.02):
-        pids = [int(line) for line in starts.read_text().splitlines()] if starts.exists() else []
-        if pids and pids[-1] not in killed:
-            time.sleep(chance.uniform(0.0, 0.4))
-            with suppress(ProcessLookupError):
-                os.kill(pids[-1], signal.SIGKILL)
-                killed.add(pids[-1])
-    return len(killed)
-
-
-def run_under_fire(job: Job, starts: Path, seed: int) -> int:
-    """Runs the job while its processes are killed five times; how many kills hit."""
-    ended = threading.Event()
-    kills: list[int] = []
-    killer = threading.Thread(target=lambda: kills.append(kill_at_random(starts, seed, 5, ended)))
-    killer.start()
-    try:
-        run(job)
-    finally:
-        ended.set()
-        killer.join()
-    return kills[0]
-
-
-def slow_engine() -> EchoEngine:
-    class Slow(EchoEngine):
-        def step(self) -> Any:
-            time.sleep(0.3)
-            return super().step()
-
-    return Slow()
-
-
-def test_model_actors_killed_at_random_change_no_record(
-    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_input(tmp_path)
-    undisturbed = make_job(echo_checkpoint, tmp_path, "undisturbed", 5)
-    run(undisturbed)
-    monkeypatch.setattr("pipelines.stages.ModelActor", actor_with(slow_engine, tmp_path / "starts"))
-    disturbed = make_job(echo_checkpoint, tmp_path, "disturbed", 5)
-    assert run_under_fire(disturbed, tmp_path / "starts", seed=1) == 5
-    assert records(disturbed) == records(undisturbed)
-
-
 class Before:
     """A step that does something first."""
 
@@ -231,10 +179,6 @@ def at_bad_rows(table: pa.Table, start: int, stop: int) -> None:
         kill_self()
 
 
-def wait_a_little(table: pa.Table, start: int, stop: int) -> None:
-    time.sleep(0.2)
-
-
 @pytest.mark.parametrize(
     ("worker", "step"), [(Preprocessor, "reading"), (Preprocessor, "preparing"), (Committer, "parsing")]
 )
@@ -270,16 +214,3 @@ def test_a_commit_that_always_dies_ends_the_job(
     monkeypatch.undo()
     run(job)  # goes on from there
     assert len(records(job)) == NUM_ROWS
-
-
-def test_preprocessors_killed_at_random_change_no_record(
-    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_input(tmp_path)
-    undisturbed = make_job(echo_checkpoint, tmp_path, "undisturbed", 5)
-    run(undisturbed)
-    workers = worker_with(Preprocessor, "preparing", wait_a_little, tmp_path / "starts")
-    monkeypatch.setattr("pipelines.stages.Preprocessor", workers)
-    disturbed = make_job(echo_checkpoint, tmp_path, "disturbed", 5)
-    assert run_under_fire(disturbed, tmp_path / "starts", seed=2) == 5
-    assert records(disturbed) == records(undisturbed)

@@ -114,6 +114,16 @@ def test_the_rule_behind_auto(
     assert settings.resolve_auto(found, load_config(path)) == found
 
 
+def test_several_ranks_are_torch(monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint) -> None:
+    """The ranks are there before the engine is chosen."""
+    install(monkeypatch, vllm="0.32.0")
+    monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: True)
+    path = make_checkpoint("glm4")
+    config = EngineConfig(model=str(path), tensor_parallel_size=2)
+    assert settings.resolve_auto(config, load_config(path)).kind == "torch"
+    assert settings.resolve_auto(replace(config, kind="vllm"), load_config(path)).kind == "vllm"
+
+
 def test_what_is_given_stays(make_checkpoint: MakeCheckpoint) -> None:
     path: Path = make_checkpoint("glm4")
     given = EngineConfig(
