@@ -48,8 +48,7 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
         "model": config.model,
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
-        # Ranks are processes of their own here: the model's actor holds the GPUs of all of them, and vLLM's Ray executor
-        # would ask for them once more.
+        # The model's actor holds the GPUs of all ranks; vLLM's Ray executor would ask for them once more.
         "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
         "max_model_len": max_engine_len,
         "max_num_seqs": config.max_num_seqs,
