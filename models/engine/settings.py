@@ -1,4 +1,4 @@
-"""What "auto" means: device, dtype and sizes of a TorchEngine, resolved from its EngineConfig and the checkpoint.
+"""What "auto" means: engine, device, dtype and sizes, resolved from an EngineConfig and the checkpoint.
 
 Knows nothing of requests or scheduling.
 """
