@@ -14,6 +14,9 @@ import pytest
 
 # Before Ray starts, so that its workers have them: no test may reach a real store, or wait for one.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Test processes beside each other: with a team of threads each, all would wait for cores again and again.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "hidden_size": 8, "intermediate_size": 16,

@@ -112,7 +112,13 @@ def tensors(groups: tuple[Group, ...]) -> tuple[AttentionGroup, ...]:
     config = SimpleNamespace(
         num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, num_hidden_layers=1
     )
-    model = SimpleNamespace(config=config, dtype=torch.float32, device=torch.device("cpu"))
+    model = SimpleNamespace(
+        config=config,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     return tuple(map(TorchRunner(model, num_slots=1)._group, groups))  # type: ignore[arg-type]
 
 
