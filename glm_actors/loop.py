@@ -9,20 +9,28 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 from glm_actors.watchdog import Watchdog
 from models.engine.interface import Engine
-from models.engine.request import Completion, Request
+from models.engine.request import Completion, Delta, Request
 from models.errors import EngineError
+
+OnDelta = Callable[[Delta], None]
 
 
 class Submission(Future[list[Completion]]):
-    """Requests that were submitted together: a future of one completion for each of them, in their order."""
+    """Requests that were submitted together: a future of one completion for each of them, in their order.
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    It cannot be cancelled: EngineLoop.abort ends its requests, which still complete. `on_delta` gets what streaming
+    requests among them write; it is called on the loop's thread, must return at once and never raises.
+    """
+
+    def __init__(self, requests: Sequence[Request], on_delta: OnDelta | None = None) -> None:
         super().__init__()
+        self.set_running_or_notify_cancel()
         self.requests = requests
+        self.on_delta = on_delta
         self._completions: dict[str, Completion] = {}
 
     def finished(self) -> list[Completion]:
@@ -34,6 +42,21 @@ class Submission(Future[list[Completion]]):
         self._completions[completion.id] = completion
         if len(self._completions) == len(self.requests):
             self.set_result([self._completions[request.id] for request in self.requests])
+
+
+class _Look:
+    """A question to the engine, and the future of its answer."""
+
+    def __init__(self, at: Callable[[Engine], Any]) -> None:
+        self._at = at
+        self.seen: Future[Any] = Future()
+        self.seen.set_running_or_notify_cancel()
+
+    def take(self, engine: Engine) -> None:
+        try:
+            self.seen.set_result(self._at(engine))
+        except Exception as error:  # a thread's border: it belongs to whoever asked
+            self.seen.set_exception(error)
 
 
 class EngineLoop:
@@ -51,7 +74,10 @@ class EngineLoop:
         built: Future[Engine] = Future()
         self._condition = threading.Condition()
         self._arrived: list[Submission] = []
+        self._unwanted: list[str] = []
+        self._looks: list[_Look] = []
         self._waiting: dict[str, Submission] = {}
+        self._streams = False  # an engine is asked for deltas once anybody wants some
         self._failure: EngineError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, args=(build, built), name="engine-loop", daemon=True)
@@ -63,9 +89,12 @@ class EngineLoop:
         """Why the loop is dead; None while it lives."""
         return self._failure
 
-    def submit(self, requests: Sequence[Request]) -> Submission:
-        """Raises EngineError when the loop is dead, and ValueError for an id that is in flight already."""
-        submission = Submission(requests)
+    def submit(self, requests: Sequence[Request], on_delta: OnDelta | None = None) -> Submission:
+        """`on_delta`: see Submission; it gets all of a request's deltas before its completion counts.
+
+        Raises EngineError when the loop is dead, and ValueError for an id that is in flight already.
+        """
+        submission = Submission(requests, on_delta)
         with self._condition:
             if self._failure is not None:
                 raise self._failure
@@ -77,6 +106,23 @@ class EngineLoop:
             self._arrived.append(submission)
             self._condition.notify()
         return submission
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Ends requests early, after the present step at the latest; unknown ids are ignored."""
+        with self._condition:
+            self._unwanted += ids
+            self._condition.notify()
+
+    def look(self, at: Callable[[Engine], Any]) -> Future[Any]:
+        """What `at` finds in the engine between two steps. The future fails with what it raises, or EngineError."""
+        look = _Look(at)
+        with self._condition:
+            if self._failure is not None:
+                look.seen.set_exception(self._failure)
+            else:
+                self._looks.append(look)
+                self._condition.notify()
+        return look.seen
 
     def close(self) -> None:
         """Ends the thread after its present step and closes the engine; requests still in flight fail."""
@@ -103,6 +149,8 @@ class EngineLoop:
             while self._take_arrivals():
                 with self._watch("step"):
                     completions = self._engine.step()
+                if self._streams:
+                    self._hand_out(self._engine.deltas())
                 self._deliver(completions)
             self._fail(EngineError("the engine was closed"))
             self._engine.close()
@@ -118,12 +166,28 @@ class EngineLoop:
     def _take_arrivals(self) -> bool:
         """Hands new requests to the engine; sleeps when there is nothing to do. False when the loop should end."""
         with self._condition:
-            self._condition.wait_for(lambda: self._closing or self._arrived or self._engine.has_work())
+            self._condition.wait_for(
+                lambda: self._closing or self._arrived or self._unwanted or self._looks or self._engine.has_work()
+            )
             arrived, self._arrived = self._arrived, []
+            unwanted, self._unwanted = self._unwanted, []
+            looks, self._looks = self._looks, []
             closing = self._closing
         if arrived and not closing:
-            self._engine.submit([request for submission in arrived for request in submission.requests])
+            requests = [request for submission in arrived for request in submission.requests]
+            self._streams = self._streams or any(request.stream for request in requests)
+            self._engine.submit(requests)
+        if unwanted and not closing:
+            self._engine.abort(unwanted)
+        for look in looks:
+            look.take(self._engine)
         return not closing
+
+    def _hand_out(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            on_delta = self._waiting[delta.id].on_delta
+            if on_delta is not None:
+                on_delta(delta)
 
     def _deliver(self, completions: list[Completion]) -> None:
         with self._condition:
@@ -141,5 +205,8 @@ class EngineLoop:
             unanswered = set(self._waiting.values())
             self._waiting.clear()
             self._arrived.clear()
+            looks, self._looks = self._looks, []
             for submission in unanswered:
                 submission.set_exception(failure)
+            for look in looks:
+                look.seen.set_exception(failure)

@@ -7,7 +7,7 @@ logits, caches or other sequences.
 from __future__ import annotations
 
 from models.engine.constraints import Matcher
-from models.engine.request import FinishReason, Output, SamplingParams, TopLogprob
+from models.engine.request import Delta, FinishReason, Output, SamplingParams, TopLogprob
 from models.processing.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
@@ -28,6 +28,7 @@ class Decoding:
         self._stop_reason: str | int | None = None
         self._logprobs: list[float] = []
         self._top_logprobs: list[tuple[TopLogprob, ...]] = []
+        self._given_tokens = self._given_chars = 0  # what deltas have handed out
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -51,16 +52,40 @@ class Decoding:
     def output(self) -> Output:
         """What was generated, once `finish_reason` is set."""
         assert self.finish_reason is not None
-        rest = "" if isinstance(self._stop_reason, str) else self._detokenizer.finish()
+        if not isinstance(self._stop_reason, str):
+            self._text += self._detokenizer.finish()  # which has nothing more to say a second time
         wants_logprobs = self.params.logprobs > 0
         return Output(
             token_ids=tuple(self.token_ids),
-            text=self._text + rest,
+            text=self._text,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
             logprobs=tuple(self._logprobs) if wants_logprobs else None,
             top_logprobs=tuple(self._top_logprobs) if wants_logprobs else None,
         )
+
+    def delta(self, id: str, index: int) -> Delta:
+        """What was added since the last call: see Delta."""
+        text = self.output().text if self.finish_reason else self._text[: len(self._text) - self._num_unsafe()]
+        tokens, chars = slice(self._given_tokens, None), slice(self._given_chars, None)
+        self._given_tokens, self._given_chars = len(self.token_ids), len(text)
+        return Delta(
+            id=id,
+            index=index,
+            token_ids=tuple(self.token_ids[tokens]),
+            text=text[chars],
+            finish_reason=self.finish_reason,
+            logprobs=tuple(self._logprobs[tokens]) if self.params.logprobs else (),
+            top_logprobs=tuple(self._top_logprobs[tokens]) if self.params.logprobs else (),
+        )
+
+    def _num_unsafe(self) -> int:
+        """Characters at the end of the text with which a stop string may have begun."""
+        longest = max(map(len, self.params.stop), default=1) - 1
+        for count in range(min(longest, len(self._text)), 0, -1):
+            if any(stop.startswith(self._text[-count:]) for stop in self.params.stop):
+                return count
+        return 0
 
     def _forced(self) -> list[int]:
         """Jump-forward: tokens without an alternative need no sampling, only their keys and values."""

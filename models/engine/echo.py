@@ -17,6 +17,7 @@ from models.engine.request import (
     Choose,
     Classify,
     Completion,
+    Delta,
     Embed,
     FinishReason,
     Generate,
@@ -57,6 +58,7 @@ class EchoEngine:
         self._merge_size = merge_size
         self._waiting: dict[str, Request] = {}
         self._aborted: list[Completion] = []
+        self._deltas: list[Delta] = []
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError for an id that is in flight already."""
@@ -66,10 +68,18 @@ class EchoEngine:
             self._waiting[request.id] = request
 
     def step(self) -> list[Completion]:
-        done = self._aborted + [self._answer(request) for request in self._waiting.values()]
+        answers = [self._answer(request) for request in self._waiting.values()]
+        for request, answer in zip(self._waiting.values(), answers, strict=True):
+            if request.stream:
+                self._deltas += [_delta(request.id, index, output) for index, output in enumerate(answer.outputs)]
+        done = self._aborted + answers
         self._waiting.clear()
         self._aborted = []
         return done
+
+    def deltas(self) -> list[Delta]:
+        gained, self._deltas = self._deltas, []
+        return gained
 
     def abort(self, ids: list[str]) -> None:
         for request_id in ids:
@@ -134,3 +144,15 @@ class EchoEngine:
         if request.media is not None and self._merge_size is None:
             return RowError("unsupported_media", "the prompt shows media; the checkpoint reads text")
         return None
+
+
+def _delta(id: str, index: int, output: Output) -> Delta:
+    """The whole output at once: it is written in one step."""
+    return Delta(
+        id=id,
+        index=index,
+        token_ids=output.token_ids,
+        text=output.text,
+        finish_reason=output.finish_reason,
+        logprobs=output.logprobs or (),
+    )

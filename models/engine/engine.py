@@ -25,7 +25,18 @@ from models.engine.decoding import Decoding
 from models.engine.interface import EngineConfig
 from models.engine.media import PlacedMedia, place
 from models.engine.ranks import build_runner, lead
-from models.engine.request import Choose, Classify, Completion, Embed, Generate, Inspect, Request, Tag, TopLogprob
+from models.engine.request import (
+    Choose,
+    Classify,
+    Completion,
+    Delta,
+    Embed,
+    Generate,
+    Inspect,
+    Request,
+    Tag,
+    TopLogprob,
+)
 from models.engine.runner import Runner, StepOutput
 from models.engine.sampler import SampleRow, sample
 from models.engine.scheduler import Chunk, Scheduler
@@ -79,6 +90,7 @@ class TorchEngine:
         self._step_size = StepSize(limits.max_step_tokens)
         self._pending: dict[str, _Pending] = {}
         self._ready: deque[Completion] = deque()
+        self._deltas: list[Delta] = []
 
     @classmethod
     def from_checkpoint(cls, config: EngineConfig, group: TorchGroup | None = None) -> TorchEngine:
@@ -167,6 +179,10 @@ class TorchEngine:
                 f"{sequence.num_prompt} tokens): {reason}; shorten it or its media, or lower engine.kv_cache_tokens"
             )
             self._fail(self._pending[sequence.request.id], RowError("out_of_memory", message))
+
+    def deltas(self) -> list[Delta]:
+        gained, self._deltas = self._deltas, []
+        return gained
 
     def abort(self, ids: list[str]) -> None:
         for request_id in ids:
@@ -344,6 +360,8 @@ class TorchEngine:
             self._fail(pending, error)
             return
         sequence.tokens += [draw.token_id, *forced]
+        if pending.request.stream:
+            self._deltas.append(decoding.delta(pending.request.id, sequence.sample_index))
         if decoding.finish_reason:
             self._finish_sequence(pending, sequence, decoding.finish_reason)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from models.engine.request import Completion, Request
+from models.engine.request import Completion, Delta, Request
 
 Auto = Literal["auto"]
 Task = Literal["choose", "generate", "extract", "classify", "tag", "embed"]
@@ -24,6 +24,13 @@ class Engine(Protocol):
 
     def step(self) -> list[Completion]:
         """Does one bounded piece of work and returns whatever finished. Raises EngineError when it cannot go on."""
+        ...
+
+    def deltas(self) -> list[Delta]:
+        """What streaming requests have gained since the last call, in order; to be asked for after each step.
+
+        All deltas of a request are out once they have been asked for after the step that completed it.
+        """
         ...
 
     def abort(self, ids: list[str]) -> None:

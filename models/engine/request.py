@@ -163,13 +163,15 @@ class Media:
 class Request:
     """One prompt and the work to do on it. `id` is unique among the requests in flight.
 
-    In a prompt with media each feature of an image or of a video's frame has a placeholder token of its own.
+    In a prompt with media each feature of an image or of a video's frame has a placeholder token of its own. With
+    `stream` the engine hands out what Generate writes while it is written: see Delta.
     """
 
     id: str
     input_ids: SequenceOf[int]
     work: Work
     media: Media | None = None
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +192,24 @@ class Output:
     stop_reason: str | int | None = None
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[TopLogprob, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a streaming request's output number `index` has gained.
+
+    Joined in order, the deltas of an output make its Output: the texts its `text`, and so on. Half a character, and
+    what may yet become a stop string, waits for a later delta. The last one, and no other, has a finish_reason; an
+    output that is ended early (abort, error) has none.
+    """
+
+    id: str
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[TopLogprob, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

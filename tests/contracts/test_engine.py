@@ -22,6 +22,7 @@ from models.engine import (
     Classify,
     Completion,
     Constraint,
+    Delta,
     Embed,
     Engine,
     EngineConfig,
@@ -606,3 +607,93 @@ def test_a_half_computed_prompt_that_loses_its_cache_is_right(make_checkpoint: M
     assert done["late"].num_preemptions > 0
     assert_answers(asked, done["late"])
     assert_same_answer(done["late"], run(build_torch(path), [asked])["late"])
+
+
+# What streaming requests gain on the way
+
+
+@pytest.fixture(params=[False, True], ids=["alone", "crowded"])
+def crowd(request: pytest.FixtureRequest) -> list[Request]:
+    """Others beside the request at hand, so that steps fall elsewhere and caches are lost."""
+    return [globals()["request"](f"x{i}", generate(max_tokens=20), 30) for i in range(6)] if request.param else []
+
+
+def run_streaming(engine: Engine, requests: list[Request]) -> tuple[dict[str, Completion], list[Delta]]:
+    engine.submit(requests)
+    done: dict[str, Completion] = {}
+    gained: list[Delta] = []
+    while engine.has_work():
+        finished = engine.step()
+        deltas = engine.deltas()
+        assert not {delta.id for delta in deltas} & done.keys(), "a delta after the completion"
+        gained += deltas
+        done |= {completion.id: completion for completion in finished}
+    assert engine.deltas() == []
+    return done, gained
+
+
+def assert_deltas_are_the_outputs(completion: Completion, gained: list[Delta]) -> None:
+    for index, output in enumerate(completion.outputs):
+        mine = [delta for delta in gained if (delta.id, delta.index) == (completion.id, index)]
+        assert "".join(delta.text for delta in mine) == output.text
+        assert sum((delta.token_ids for delta in mine), ()) == output.token_ids
+        assert sum((delta.logprobs for delta in mine), ()) == (output.logprobs or ())
+        assert sum((delta.top_logprobs for delta in mine), ()) == (output.top_logprobs or ())
+        assert [delta.finish_reason for delta in mine] == [None] * (len(mine) - 1) + [output.finish_reason]
+
+
+STREAMED: dict[str, Generate] = {
+    "greedy": generate(),
+    "sampled": generate(temperature=1.0, seed=5, n=3, logprobs=2, max_tokens=20),
+    "one": generate(max_tokens=1),
+    "past any end": generate(max_tokens=30, **PAST_ANY_END),
+}
+
+
+@pytest.mark.parametrize("work", STREAMED)
+def test_deltas_joined_are_the_outputs(engine: Engine, work: str, crowd: list[Request]) -> None:
+    asked = replace(request("mine", STREAMED[work]), stream=True)
+    done, gained = run_streaming(engine, [*crowd, asked])
+    assert {delta.id for delta in gained} == {"mine"}
+    assert_deltas_are_the_outputs(done["mine"], gained)
+    assert_same_answer(done["mine"], run(engine, [request("mine", STREAMED[work])])["mine"])
+
+
+def test_requests_that_fail_or_do_not_decode_stream_nothing(engine: Engine) -> None:
+    asked = [replace(request("embed", Embed()), stream=True), replace(request("bad", generate(), 0), stream=True)]
+    done, gained = run_streaming(engine, asked)
+    assert (set(done), gained) == ({"embed", "bad"}, [])
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_an_abort_ends_the_stream(engine: Engine, steps: int) -> None:
+    """What has been handed out by then is what the request would have said."""
+    asked = replace(request("mine", STREAMED["past any end"]), stream=True)
+    (whole,) = run(engine, [asked])["mine"].outputs
+    engine.deltas()
+    engine.submit([asked])
+    gained: list[Delta] = []
+    for _ in range(steps):
+        engine.step()
+        gained += engine.deltas()
+    engine.abort(["mine"])
+    drain(engine)
+    assert engine.deltas() == []
+    assert whole.text.startswith("".join(delta.text for delta in gained))
+    if isinstance(engine, TorchEngine):
+        assert all(delta.finish_reason is None for delta in gained)
+
+
+@pytest.mark.parametrize("logprobs", [0, 1])
+@pytest.mark.parametrize("stop", [(), ("你好",), ("🙂", "好"), ("ende", "d!"), ("ch 你?", "h 你好 x", "Zürz")])
+def test_a_stream_shows_no_stop_string_and_no_half_character(
+    torch_engine: TorchEngine, logprobs: int, stop: tuple[str, ...]
+) -> None:
+    asked = Request(
+        id="r", input_ids=random_ids(1, 9), work=says("Zürich 你好 🙂 end", stop=stop, logprobs=logprobs), stream=True
+    )
+    done, gained = run_streaming(torch_engine, [asked])
+    assert_deltas_are_the_outputs(done["r"], gained)
+    assert "\ufffd" not in "".join(delta.text for delta in gained)
+    if logprobs and not stop:  # nothing is forced and nothing held back: characters come one by one
+        assert [delta.text for delta in gained if delta.text] == [*"Zürich 你好 🙂 end"]

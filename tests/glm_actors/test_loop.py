@@ -9,7 +9,7 @@ import pytest
 
 from glm_actors.loop import EngineLoop
 from models.engine.echo import EchoEngine
-from models.engine.request import Classify, Completion, Request
+from models.engine.request import Classify, Completion, Delta, Generate, Request
 from models.errors import ConfigError, EngineError
 
 
@@ -169,3 +169,64 @@ def test_what_building_raises_reaches_the_caller() -> None:
 
     with pytest.raises(ConfigError, match="no such model"):
         EngineLoop(build)
+
+
+class TalkingEngine(EchoEngine):
+    """Says one token a step for each request, until it has said three; waits for `gate` before each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Semaphore(0)
+        self.said: dict[str, int] = {}
+
+    def step(self) -> list[Completion]:
+        assert self.gate.acquire(timeout=10)
+        done, self._aborted = self._aborted, []
+        for id in list(self._waiting):
+            self.said[id] = self.said.get(id, 0) + 1
+            self._deltas.append(Delta(id=id, index=0, token_ids=(self.said[id],), text="x"))
+            if self.said[id] == 3:
+                done.append(self._done(self._waiting.pop(id), "stop"))
+        return done
+
+
+def test_deltas_come_to_whoever_submitted_before_the_completion() -> None:
+    loop = EngineLoop(TalkingEngine)
+    engine = loop.look(lambda engine: engine).result(timeout=10)
+    heard: dict[str, list[int]] = {"a": [], "b": []}
+    streams = [
+        loop.submit(
+            [Request(id=id, input_ids=[1], work=Generate(), stream=True)],
+            lambda delta: heard[delta.id].extend(delta.token_ids),
+        )
+        for id in heard
+    ]
+    quiet = loop.submit(requests("c"))
+    engine.gate.release(5)
+    for stream in streams:
+        assert [completion.finish_reason for completion in stream.result(timeout=10)] == ["stop"]
+    assert heard == {"a": [1, 2, 3], "b": [1, 2, 3]}
+    assert ids(quiet) == ["c"]
+    loop.close()
+
+
+def test_an_aborted_request_completes_and_nobody_can_cancel_the_future() -> None:
+    loop = EngineLoop(TalkingEngine)
+    engine = loop.look(lambda engine: engine).result(timeout=10)
+    first, second = loop.submit(requests("a")), loop.submit(requests("b"))
+    loop.abort(["a", "nobody"])
+    assert not first.cancel()
+    engine.gate.release(9)
+    assert first.result(timeout=10)[0].finish_reason == "abort"
+    assert second.result(timeout=10)[0].finish_reason == "stop"
+    loop.close()
+
+
+def test_a_look_fails_alone_or_with_the_engine() -> None:
+    loop = EngineLoop(EchoEngine)
+    with pytest.raises(ZeroDivisionError):
+        loop.look(lambda engine: 1 / 0).result(timeout=10)
+    assert loop.look(lambda engine: engine.has_work()).result(timeout=10) is False
+    loop.close()
+    with pytest.raises(EngineError, match="closed"):
+        loop.look(lambda engine: engine.has_work()).result(timeout=10)
