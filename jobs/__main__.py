@@ -116,6 +116,19 @@ def gc(output: OutputArgument, endpoint_url: EndpointOption = None, debug: Debug
 
 
 @app.command()
+def serve(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="What to serve (YAML).", show_default=False)],
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let everybody in, without a token.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer requests over HTTP with an OpenAI-compatible interface, until Ctrl-C or SIGTERM."""
+    with errors_for_people(debug):
+        from jobs.serve import serve as run_serve
+
+        run_serve(config, insecure=insecure)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory.", show_default=False)],
     debug: DebugOption = False,

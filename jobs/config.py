@@ -24,6 +24,7 @@ from models.errors import ConfigError
 from pipelines.job import Job
 
 REQUIRED = "required"
+Yaml = tuple[dict[str, Any], dict[str, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ class JobKey:
 
 def load_job(path: str, overrides: Sequence[str] = ()) -> tuple[Job, Place]:
     """Reads a job file and applies `a.b=value` overrides. Raises ConfigError that names each key and its place."""
-    return _job(*_read_yaml(path), path, overrides)
+    return _job(*read_yaml(path), path, overrides)
 
 
 def load_kept_job(text: bytes, path: str, overrides: Sequence[str] = ()) -> tuple[Job, Place]:
@@ -90,7 +91,7 @@ def _job(data: dict[str, Any], lines: Mapping[str, int], path: str, overrides: S
         _assign(data, key, value)
     place = Place(path=path, lines=lines, overridden=frozenset(key for key, _ in assignments))
     place.refuse(list(_unknown_keys(data, "")))
-    place.refuse(list(_unquoted_dates(data, "")))
+    place.refuse(list(unquoted_dates(data, "")))
     return _validate(data, place), place
 
 
@@ -112,12 +113,13 @@ def _declared_keys(owner: type, prefix: str) -> Iterator[tuple[str, JobKey]]:
             yield from _declared_keys(hint, f"{prefix}{field.name}.")
 
 
-def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+def read_yaml(path: str, what: str = "a job file is a mapping of keys (model, input, output, task ...)") -> Yaml:
+    """A YAML file's mapping and the line of each of its keys. Raises ConfigError; `what` says what it should be."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"{path}: the job file cannot be read: {reason}") from error
+        raise ConfigError(f"{path}: the file cannot be read: {reason}") from error
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -125,7 +127,7 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}{_yaml_line(error)}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a job file is a mapping of keys (model, input, output, task ...)")
+        raise ConfigError(f"{path}: {what}")
     return data, dict(_key_lines(node, "", path))
 
 
@@ -207,14 +209,14 @@ def _nearest(name: str, prefix: str) -> str:
     return f"; known here: {', '.join(siblings)}"
 
 
-def _unquoted_dates(value: Any, key: str) -> Iterator[Problem]:
+def unquoted_dates(value: Any, key: str) -> Iterator[Problem]:
     """YAML turns unquoted dates into objects that no key takes."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _unquoted_dates(inner, f"{key}.{name}".lstrip("."))
+            yield from unquoted_dates(inner, f"{key}.{name}".lstrip("."))
     elif isinstance(value, list):
         for inner in value:
-            yield from _unquoted_dates(inner, key)
+            yield from unquoted_dates(inner, key)
     elif not isinstance(value, str | int | float | bool | None):
         yield Problem(key=key, message=f"YAML reads {value} as a {type(value).__name__}: put it in quotes")
 

@@ -169,7 +169,7 @@ def test_a_broken_file_names_the_line(work: Any, text: str, said: str) -> None:
 
 
 def test_a_missing_or_binary_job_file(work: Any) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: the job file cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: the file cannot be read: No such file"):
         load_job("none.yaml")
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):

@@ -1,0 +1,204 @@
+"""Deployment: an ingress that speaks HTTP and one deployment for each model, as a Ray Serve application.
+
+Owns what Ray needs to know: resources, queue lengths, autoscaling, health checks. Imports Ray inside functions only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from glm_actors.model import CPU_SETTINGS
+from glm_actors.serving.errors import ApiError, busy, unavailable
+from glm_actors.serving.protocol import Body
+from glm_actors.serving.settings import Caps, ServedModel, ServeSettings
+
+APP_NAME = "glm-batch"
+CONSTRUCTOR_RETRIES = 3
+DRAIN_POLL_S = 0.2
+HEALTH_PERIOD_S = 2.0
+HEALTH_TIMEOUT_S = 30.0
+PROBE_TIMEOUT_S = 10.0
+ROUTER_SLACK = 64  # requests of a replica that come on top of its queue only to hear that it is full
+TARGET_SHARE = 0.5  # of a replica's queue; beyond it another replica starts
+Json = dict[str, Any]
+
+
+class ModelDeployment:
+    """A Replica as Ray Serve wants it. Errors of a request are returned, not raised: Ray would log them as its own."""
+
+    def __init__(self, model: ServedModel, caps: Caps, num_threads: int) -> None:
+        # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        for name, value in CPU_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        from glm_actors.serving.replica import Replica
+
+        self._replica = Replica(model, caps)
+
+    async def answer(self, body: Body) -> Json | ApiError:
+        try:
+            return await self._replica.answer(body)
+        except ApiError as error:
+            return error
+
+    async def stream(self, body: Body) -> AsyncIterator[Any]:
+        """Pieces, or an ApiError as the last item."""
+        try:
+            async with contextlib.aclosing(self._replica.stream(body)) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    yield piece
+        except ApiError as error:
+            yield error
+
+    async def stats(self) -> Json:
+        return await self._replica.stats()
+
+    async def check_blocks(self) -> None:
+        await self._replica.check_blocks()
+
+    async def check_health(self) -> None:
+        """Ray Serve calls this, and replaces the replica when it raises."""
+        await self._replica.check_health()
+
+
+class Ingress:
+    """The HTTP process. Its application is built where it runs."""
+
+    def __init__(self, caps: Caps, token_digest: bytes | None, replicas: Mapping[str, int], *handles: Any) -> None:
+        """`replicas` are the most that each model may have; `handles` are the models' in that order."""
+        from glm_actors.serving.app import build_app
+
+        self._caps = caps
+        backend = RayBackend(dict(zip(replicas, handles, strict=True)), replicas)
+        self._border = build_app(backend, caps, token_digest)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._border
+
+    async def drain(self) -> None:
+        """From now on nothing new is taken."""
+        self._border.draining = True
+
+
+class RayBackend:
+    """The Backend whose models are Ray Serve deployments."""
+
+    def __init__(self, handles: Mapping[str, Any], replicas: Mapping[str, int]) -> None:
+        self._handles, self._replicas = handles, replicas
+
+    @property
+    def models(self) -> list[str]:
+        return list(self._handles)
+
+    async def answer(self, model: str, body: Body) -> Json:
+        response = self._handles[model].answer.remote(body)
+        try:
+            with _ray_failures():
+                found: Json | ApiError = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        if isinstance(found, ApiError):
+            raise found
+        return found
+
+    async def stream(self, model: str, body: Body) -> AsyncIterator[Any]:
+        response = self._handles[model].options(stream=True).stream.remote(body)
+        ended = False
+        try:
+            with _ray_failures():
+                async for piece in response:
+                    if isinstance(piece, ApiError):
+                        raise piece
+                    yield piece
+            ended = True
+        finally:
+            if not ended:
+                response.cancel()
+
+    async def stats(self) -> dict[str, list[Json]]:
+        """Ray's router picks the replicas, so that one may be missed; it is heard of another time."""
+        asked = {name: [self._probe(name) for _ in range(most)] for name, most in self._replicas.items()}
+        return {name: [found for found in await asyncio.gather(*probes) if found] for name, probes in asked.items()}
+
+    async def is_healthy(self) -> bool:
+        return all(await asyncio.gather(*(self._probe(name) for name in self._handles)))
+
+    async def _probe(self, name: str) -> Json | None:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                with _ray_failures():
+                    found: Json = await self._handles[name].stats.remote()
+                    return found
+        except (ApiError, TimeoutError):
+            return None
+
+
+@contextlib.contextmanager
+def _ray_failures() -> Any:
+    """What Ray raises when a replica is full, gone or cannot answer, as the client hears it."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import BackPressureError, RayServeException
+
+    try:
+        yield
+    except BackPressureError:
+        raise busy() from None
+    except (RayError, RayServeException) as error:
+        raise unavailable() from error
+
+
+def build_application(
+    settings: ServeSettings, token_digest: bytes | None, *, num_cpus: float, num_threads: int, num_gpus: int = 0
+) -> Any:
+    """The Ray Serve application. `num_cpus` are those that Ray counts for a replica, `num_gpus` for a rank of one."""
+    from ray import serve
+
+    deployment: Any = serve.deployment  # whose annotations know of decorators alone
+    caps = settings.limits
+    bound = []
+    for name, model in settings.models.items():
+        options: dict[str, Any] = {
+            "name": deployment_name(name),
+            "max_ongoing_requests": caps.max_queue + ROUTER_SLACK,
+            "max_queued_requests": caps.max_queue,
+            "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus * model.engine.tensor_parallel_size},
+            "max_constructor_retry_count": CONSTRUCTOR_RETRIES,
+            "health_check_period_s": HEALTH_PERIOD_S,
+            "health_check_timeout_s": HEALTH_TIMEOUT_S,
+            "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
+            "graceful_shutdown_timeout_s": caps.drain_s,
+            **_scaling(model, caps),
+        }
+        bound.append(deployment(ModelDeployment).options(**options).bind(model, caps, num_threads))
+    most = {name: model.replica_range[1] for name, model in settings.models.items()}
+    ingress = deployment(serve.ingress()(Ingress)).options(
+        name="ingress",
+        max_ongoing_requests=(caps.max_queue + ROUTER_SLACK) * sum(most.values()) * 2,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        graceful_shutdown_timeout_s=caps.drain_s,
+    )
+    return ingress.bind(caps, token_digest, most, *bound)
+
+
+def _scaling(model: ServedModel, caps: Caps) -> dict[str, Any]:
+    least, most = model.replica_range
+    if least == most:
+        return {"num_replicas": least}
+    return {
+        "autoscaling_config": {
+            "min_replicas": least,
+            "max_replicas": most,
+            "target_ongoing_requests": max(1.0, caps.max_queue * TARGET_SHARE),
+        }
+    }
+
+
+def deployment_name(model: str) -> str:
+    """Ray has its own use for some characters."""
+    return "model-" + "".join(c if c.isalnum() or c in "-_." else "_" for c in model)

@@ -1,0 +1,78 @@
+"""ApiError: a refusal or failure as a client sees it, in OpenAI's form, without internals.
+
+Owns the HTTP status of each of the engine's error codes. Knows nothing of the HTTP server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.errors import RowError
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
+# Whatever else is wrong with a row is wrong with what was asked.
+STATUS_OF_CODE = {"not_finite": 500, "wrong_shape": 500, "out_of_memory": 503}
+CODES = {"prompt_too_long": "context_length_exceeded"}  # where OpenAI has a name of its own
+RETRY_AFTER_S = 1
+
+
+class ApiError(Exception):
+    """`status` is HTTP's, `code` a short stable name, `param` the request's field. It survives a pickle."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(status, message, code, param, retry_after)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """{"error": {"message", "type", "param", "code"}}"""
+        type_ = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": type_, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def of_row(error: RowError) -> ApiError:
+    """What a client hears of a row's error."""
+    status = STATUS_OF_CODE.get(error.code, 400)
+    return ApiError(status, error.message, CODES.get(error.code, error.code))
+
+
+def bad(param: str, message: str) -> ApiError:
+    """A field of the request that cannot be used."""
+    return ApiError(400, f"{param}: {message}", "invalid_value", param)
+
+
+def busy() -> ApiError:
+    return ApiError(429, "the queue is full; try again", "queue_full", None, RETRY_AFTER_S)
+
+
+def unavailable() -> ApiError:
+    return ApiError(503, "the model is not available at the moment; try again", "unavailable", None, RETRY_AFTER_S)
+
+
+def timed_out(seconds: float) -> ApiError:
+    return ApiError(504, f"the request took longer than {seconds:g} s and was ended", "timeout")
+
+
+def internal() -> ApiError:
+    return ApiError(500, "the server failed to answer; its log says more", "internal_error")

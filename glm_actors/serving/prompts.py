@@ -1,0 +1,143 @@
+"""Prompter: texts and conversations of requests to token ids and media, for one checkpoint and under one set of caps.
+
+Owns what a prompt may hold: how long, how many images, from where. Blocking; for worker threads. Knows nothing of what
+is asked about the prompt.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from glm_actors.media import MediaLoader, MediaRules
+from glm_actors.serving.errors import bad
+from glm_actors.serving.settings import Caps
+from models.config_reader import load_config
+from models.engine.request import Media
+from models.errors import ConfigError, RowError
+from models.processing.chat import Chat
+from models.processing.messages import media_parts
+from models.processing.patches import MediaPatches
+from models.processing.prompt import MediaPrompts
+from models.processing.tokenizer import Tokenizer
+
+LABEL_SETS = 64  # whose tokens are remembered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """What goes to the engine."""
+
+    input_ids: Sequence[int]
+    media: Media | None = None
+
+
+class Prompter:
+    """One checkpoint's way from what a request says to what the engine takes. Several threads may use it."""
+
+    def __init__(self, model_dir: str, caps: Caps) -> None:
+        """Raises ConfigError for a checkpoint whose files cannot be used. One without a chat template has no chat."""
+        self.config = load_config(model_dir)
+        self.tokenizer = Tokenizer.from_dir(model_dir)
+        self._caps = caps
+        self._chat = _chat_of(model_dir, self.tokenizer)
+        self._media: MediaPrompts | None = None
+        self._loader: MediaLoader | None = None
+        self._one_at_a_time = threading.Lock()
+        if self.config.vision is not None:
+            self._media = MediaPrompts.from_dir(model_dir, self.tokenizer)
+            rules = MediaRules(max_bytes=caps.max_media_bytes, decode_timeout_s=caps.decode_s)
+            image = replace(self._media.image, max_source_pixels=caps.max_pixels)
+            self._loader = MediaLoader(rules, image, self._media.video)
+        self._choices = lru_cache(LABEL_SETS)(self._tokenize_labels)
+
+    def start(self) -> None:
+        """Begins to start the process that decodes images, where the model takes any."""
+        if self._loader:
+            self._loader.start()
+
+    def close(self) -> None:
+        if self._loader:
+            self._loader.close()
+
+    @property
+    def chat(self) -> Chat:
+        """Raises RowError for a checkpoint without a chat template."""
+        if self._chat is None:
+            raise RowError("unsupported_work", "this model has no chat template; use /v1/completions")
+        return self._chat
+
+    def raw(self, text: str, param: str) -> Prompt:
+        """Raw text, between the special tokens that the checkpoint puts around one."""
+        self._check_chars(len(text), param)
+        return Prompt(input_ids=self.tokenizer.encode_raw(text))
+
+    def conversation(
+        self, messages: Sequence[dict[str, Any]], *, thinking: bool = False, start_answer: bool = False
+    ) -> Prompt:
+        """Messages with their images and videos. Raises RowError and ApiError."""
+        messages = [_with_known_role(message) for message in messages]
+        parts = media_parts(messages)
+        self._check_chars(sum(map(_num_chars, messages)), "messages")
+        if len(parts) > self._caps.max_media:
+            raise bad("messages", f"they show {len(parts)} images and videos; this server takes {self._caps.max_media}")
+        ids = self.chat.prompt_ids(messages, thinking=thinking, start_answer=start_answer)
+        if not parts:
+            return Prompt(input_ids=ids)
+        if self._media is None or self._loader is None:
+            raise RowError("unsupported_media", f"{self.config.architecture} reads text only: leave out the media")
+        with self._one_at_a_time:
+            loaded = self._loader.load([(part.kind, part.source) for part in parts])
+        ids, media = self._media.place(ids, _all_loaded(loaded))
+        return Prompt(input_ids=ids, media=media)
+
+    def choices(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each label's tokens as the model would write it. Raises ApiError for labels that cannot be scored."""
+        return self._choices(tuple(labels))
+
+    def _tokenize_labels(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        try:
+            return tuple(self.chat.label_continuations(labels))
+        except ConfigError as error:
+            raise bad("labels", str(error).removeprefix("task.labels: ")) from error
+
+    def _check_chars(self, num_chars: int, param: str) -> None:
+        if num_chars > self._caps.max_prompt_chars:
+            raise bad(param, f"{num_chars:,} characters; this server takes {self._caps.max_prompt_chars:,}")
+
+
+def _chat_of(model_dir: str, tokenizer: Tokenizer) -> Chat | None:
+    try:
+        return Chat.from_dir(model_dir, tokenizer)
+    except ConfigError as error:
+        if "no chat template" in str(error):
+            return None
+        raise
+
+
+def _with_known_role(message: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's newer name of the system's role, as templates know it."""
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
+
+
+def _num_chars(message: dict[str, Any]) -> int:
+    """Characters that go into the template: all but the media."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return sum(
+            len(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
+    return len(content) if isinstance(content, str) else 0
+
+
+def _all_loaded(loaded: Sequence[MediaPatches | RowError]) -> list[MediaPatches]:
+    media = []
+    for number, item in enumerate(loaded, start=1):
+        if isinstance(item, RowError):
+            which = f"medium {number} of {len(loaded)}: " if len(loaded) > 1 else ""
+            raise RowError(item.code, which + item.message)
+        media.append(item)
+    return media

@@ -1,0 +1,102 @@
+"""`glm-batch serve`: start Ray Serve with a configuration's models, wait for a signal, end without losing a request.
+
+Owns the order of these. What is checked lies in jobs.serve_config, what runs in glm_actors.serving.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from glm_actors.serving.border import digest_of
+from glm_actors.serving.deploy import APP_NAME, build_application
+from glm_actors.serving.settings import ServedModel, ServeSettings
+from jobs.serve_config import check_settings, load_settings
+from models.errors import EngineError
+
+DRAIN_CALL_S = 30.0
+QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
+
+
+def serve(path: str, *, insecure: bool = False) -> None:
+    """Serves until SIGINT or SIGTERM. Raises ConfigError before Ray starts, EngineError when a model does not load."""
+    settings, place = load_settings(path)
+    token = check_settings(settings, place, insecure=insecure)
+    if insecure and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        print(f"glm-batch: without a token, everybody who reaches {settings.host} is answered", file=sys.stderr)
+    from pipelines.cluster import cluster
+
+    with cluster(), _signals() as asked:
+        ingress = start(settings, None if token is None else digest_of(token))
+        names = ", ".join(settings.models)
+        print(f"glm-batch: serving {names} at http://{_shown(settings.host)}:{settings.port}/v1", flush=True)
+        asked.wait()
+        print(
+            f"glm-batch: finishing what is being answered, for {settings.limits.drain_s:g} s at most", file=sys.stderr
+        )
+        stop(ingress)
+
+
+def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
+    """Starts the application on the present cluster; returns the ingress' handle once all models are loaded."""
+    import ray
+    from ray import serve as ray_serve
+
+    cores = os.cpu_count() or 1
+    replicas = sum(model.replica_range[1] for model in settings.models.values())
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    wanted = sum(model.replica_range[1] for model in settings.models.values() if _wants_gpu(model))
+    has_gpus = resources.get("GPU", 0) >= wanted > 0
+    application = build_application(
+        settings,
+        token_digest,
+        num_cpus=min(1.0, round(resources["CPU"] / (replicas + 1), 3)),
+        num_threads=max(1, cores // replicas),
+        num_gpus=int(has_gpus),
+    )
+    options = {"host": settings.host, "port": settings.port}
+    ray_serve.start(proxy_location="HeadOnly", http_options=options, logging_config=QUIET)
+    try:
+        return ray_serve.run(application, name=APP_NAME, route_prefix="/", logging_config=QUIET)
+    except RuntimeError as error:
+        raise EngineError(f"the models cannot be loaded: {error}") from error
+
+
+def stop(ingress: Any) -> None:
+    """Refuses what is new, lets the rest finish within its time, and ends the application."""
+    from ray import serve as ray_serve
+
+    ingress.drain.remote().result(timeout_s=DRAIN_CALL_S)
+    ray_serve.delete(APP_NAME)
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; the second of them ends the process at once."""
+    asked = threading.Event()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            os._exit(128 + signum)
+        asked.set()
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _wants_gpu(model: ServedModel) -> bool:
+    return model.engine.device != "cpu" and model.engine.kind != "echo"
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,184 @@
+"""A serve configuration: YAML to ServeSettings, and whether it can be served.
+
+Owns every refusal that comes before Ray starts, with the key's place and the remedy. Loads tokenizers, no weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import socket
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from glm_actors.serving.deploy import deployment_name
+from glm_actors.serving.prompts import Prompter
+from glm_actors.serving.settings import Caps, ServedModel, ServeSettings
+from jobs.checks import weight_problems
+from jobs.config import Place, Problem, describe, read_yaml, unquoted_dates
+from models.config_reader import load_config
+from models.errors import ConfigError
+
+WHAT = "a serve configuration is a mapping of keys (models, host, port, token_env, limits ...)"
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
+MIN_TOKEN_CHARS = 16
+
+
+def load_settings(path: str) -> tuple[ServeSettings, Place]:
+    """Raises ConfigError that names each key and its place."""
+    data, lines = read_yaml(path, WHAT)
+    place = Place(path=path, lines=lines, overridden=frozenset())
+    place.refuse(list(_unknown_keys(data, ServeSettings, "")))
+    place.refuse(list(unquoted_dates(data, "")))
+    try:
+        # JSON text in strict mode is exactly YAML's view of a value: "64" is no number.
+        return pydantic.TypeAdapter(ServeSettings).validate_json(json.dumps(data), strict=True), place
+    except pydantic.ValidationError as error:
+        problems = [_explain(each, data) for each in error.errors(include_url=False)]
+        place.refuse(list({problem.key: problem for problem in reversed(problems)}.values())[::-1])
+        raise AssertionError("a validation error without a problem") from error
+
+
+def check_settings(settings: ServeSettings, place: Place, *, insecure: bool) -> str | None:
+    """The token, None with `insecure`. Raises ConfigError with all problems of keys, or else all of checkpoints."""
+    token, token_problems = _token(settings, insecure=insecure)
+    place.refuse([*_key_problems(settings), *token_problems])
+    limits = settings.limits
+    place.refuse([each for name, model in settings.models.items() for each in _model_problems(name, model, limits)])
+    place.refuse(list(_port_problems(settings)))
+    return token
+
+
+def _key_problems(settings: ServeSettings) -> Iterator[Problem]:
+    if not settings.models:
+        yield Problem(key="models", message="it is empty; name at least one model")
+    if not 1 <= settings.port <= 65535:
+        yield Problem(key="port", message=f"it is {settings.port}, but it must be 1 to 65535")
+    for field in dataclasses.fields(Caps):
+        value = getattr(settings.limits, field.name)
+        if not 0 < value < float("inf"):
+            yield Problem(key=f"limits.{field.name}", message=f"it is {value}, but it must be above 0")
+    if len({deployment_name(name) for name in settings.models}) < len(settings.models):
+        yield Problem(key="models", message="two names differ in / and _ alone; Ray cannot tell them apart")
+    for name, model in settings.models.items():
+        yield from _served_problems(f"models.{name}", name, model)
+
+
+def _served_problems(key: str, name: str, model: ServedModel) -> Iterator[Problem]:
+    if not re.fullmatch(MODEL_NAME, name):
+        yield Problem(key=key, message="a name has letters, digits and . _ / - and begins with a letter or digit")
+    counts = [model.replicas] if isinstance(model.replicas, int) else model.replicas
+    least, most = (counts[0], counts[-1]) if counts else (0, 0)
+    if len(counts) not in (1, 2) or not 1 <= least <= most:
+        message = f"it is {model.replicas}; give a number from 1 on, or [least, most]"
+        yield Problem(key=f"{key}.replicas", message=message)
+    if model.engine.kind == "vllm":
+        yield Problem(key=f"{key}.engine.kind", message="serve runs torch or echo in this version; use one of these")
+    if model.engine.tensor_parallel_size != 1:
+        message = "serve runs each replica on one rank in this version; set it to 1"
+        yield Problem(key=f"{key}.engine.tensor_parallel_size", message=message)
+    try:
+        _ = model.engine_config
+    except ValueError as error:
+        yield Problem(key=f"{key}.engine", message=str(error))
+
+
+def _token(settings: ServeSettings, *, insecure: bool) -> tuple[str | None, list[Problem]]:
+    given = [key for key in ("token_env", "token_file") if getattr(settings, key) is not None]
+    if insecure:
+        contradiction = "with --insecure nobody is asked for it; leave one of them out"
+        return None, [Problem(key=key, message=contradiction) for key in given]
+    if len(given) != 1:
+        message = "name the environment variable with the clients' token, or a file in token_file (or use --insecure)"
+        return None, [Problem(key="token_env", message=message)]
+    if settings.token_env is not None:
+        token, where = os.environ.get(settings.token_env), f"the environment variable {settings.token_env}"
+    else:
+        token, where = _read_token(settings.token_file or ""), f"the file {settings.token_file}"
+    if token is None:
+        return None, [Problem(key=given[0], message=f"{where} is not there; set it")]
+    if len(token) < MIN_TOKEN_CHARS or not token.isascii() or any(character.isspace() for character in token):
+        message = f"{where} must hold at least {MIN_TOKEN_CHARS} ASCII characters without blanks"
+        return None, [Problem(key=given[0], message=message)]
+    return token, []
+
+
+def _read_token(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _model_problems(name: str, model: ServedModel, caps: Caps) -> Iterator[Problem]:
+    key, path = f"models.{name}.model", Path(model.model)
+    if not path.is_dir():
+        yield Problem(key=key, message=f"{path}: no such directory; name a checkpoint in the Hugging Face layout")
+        return
+    try:
+        config = load_config(path)
+        Prompter(model.model, caps).close()
+    except ConfigError as error:
+        yield Problem(key=key, message=str(error))
+        return
+    limit, longest = model.engine.max_model_len, config.longest_context
+    if limit != "auto" and limit > longest:
+        message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
+        yield Problem(key=f"models.{name}.engine.max_model_len", message=message)
+    if model.engine.kind != "echo":
+        yield from (Problem(key=key, message=text) for text in weight_problems(path))
+
+
+def _port_problems(settings: ServeSettings) -> Iterator[Problem]:
+    """Ray would start the server elsewhere than here, and tell of a used port late."""
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        yield Problem(key="port", message=f"{settings.host}:{settings.port} cannot be used: {reason}; choose another")
+
+
+def _unknown_keys(data: Mapping[Any, Any], owner: type, prefix: str) -> Iterator[Problem]:
+    hints = typing.get_type_hints(owner)
+    for name, value in data.items():
+        hint = hints.get(name)
+        if hint is None:
+            close = difflib.get_close_matches(str(name), hints, n=1)
+            told = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(hints)}"
+            yield Problem(key=f"{prefix}{name}", message=f"unknown key; {told}")
+        elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
+            yield from _unknown_keys(value, typing.cast(type, hint), f"{prefix}{name}.")
+        elif isinstance(value, dict) and name == "models":
+            for model, section in value.items():
+                if isinstance(section, dict):
+                    yield from _unknown_keys(section, ServedModel, f"{prefix}{name}.{model}.")
+
+
+def _explain(error: Any, data: dict[str, Any]) -> Problem:
+    """pydantic's error in our words: the key, the value found, what it takes instead."""
+    hint: Any = ServeSettings
+    names: list[str] = []
+    value: Any = data
+    for part in error["loc"]:
+        if dataclasses.is_dataclass(hint) and isinstance(part, str):
+            hint = typing.get_type_hints(hint).get(part)
+        elif typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        else:
+            break
+        names.append(str(part))
+        value = value.get(part) if isinstance(value, dict) else None
+    key = ".".join(names)
+    if error["type"] == "missing":
+        return Problem(key=key, message="the key is missing")
+    return Problem(key=key, message=f"it is {json.dumps(value, ensure_ascii=False)}, but it must be {describe(hint)}")
