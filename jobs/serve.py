@@ -5,6 +5,7 @@ Owns the order of these. What is checked lies in jobs.serve_config, what runs in
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -40,7 +41,7 @@ def serve(path: str, *, insecure: bool = False) -> None:
         print(
             f"glm-batch: finishing what is being answered, for {settings.limits.drain_s:g} s at most", file=sys.stderr
         )
-        stop(ingress)
+        stop(ingress, settings.limits.drain_s)
 
 
 def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
@@ -61,6 +62,7 @@ def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
         num_gpus=int(has_gpus),
     )
     options = {"host": settings.host, "port": settings.port}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(proxy_location="HeadOnly", http_options=options, logging_config=QUIET)
     try:
         return ray_serve.run(application, name=APP_NAME, route_prefix="/", logging_config=QUIET)
@@ -68,11 +70,13 @@ def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
         raise EngineError(f"the models cannot be loaded: {error}") from error
 
 
-def stop(ingress: Any) -> None:
+def stop(ingress: Any, drain_s: float) -> None:
     """Refuses what is new, lets the rest finish within its time, and ends the application."""
     from ray import serve as ray_serve
 
-    ingress.drain.remote().result(timeout_s=DRAIN_CALL_S)
+    unfinished = ingress.drain.remote().result(timeout_s=drain_s + DRAIN_CALL_S)
+    if unfinished:
+        print(f"glm-batch: {unfinished} requests were not finished in time", file=sys.stderr)
     ray_serve.delete(APP_NAME)
 
 

@@ -20,7 +20,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from glm_actors.serving.border import Border
-from glm_actors.serving.errors import ApiError, internal
+from glm_actors.serving.errors import ApiError, bad, internal
 from glm_actors.serving.metrics import Metrics
 from glm_actors.serving.protocol import (
     Body,
@@ -212,7 +212,7 @@ class _Routes:
 
 
 async def _rest(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    async with contextlib.aclosing(events) as all_:  # type: ignore[type-var]
+    async with contextlib.aclosing(events) as all_:
         yield first
         async for event in all_:
             yield event
@@ -261,7 +261,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused_by_router(_: Request, error: HTTPException) -> Response:
-        return await refused(_, ApiError(error.status_code, str(error.detail)[:MAX_MESSAGE]))
+        code = "invalid_json" if error.status_code == 400 else None  # which only the parser of a body raises
+        return await refused(_, ApiError(error.status_code, str(error.detail)[:MAX_MESSAGE], code))
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
@@ -270,10 +271,13 @@ def _add_errors(app: FastAPI) -> None:
 
 def _of_validation(error: RequestValidationError) -> ApiError:
     """The first problem that pydantic names; the value itself is not repeated."""
-    first = error.errors()[0]
-    path = [str(part)[:80] for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
+    problems = error.errors()
+    kind, path = problems[0]["type"], [str(part)[:80] for part in problems[0]["loc"] if part != "body"]
+    if kind == "json_invalid":
         return ApiError(400, "the body is not valid JSON", "invalid_json")
-    param = ".".join(path) or None
-    message = "unknown field; remove it" if first["type"] == "extra_forbidden" else str(first["msg"])
-    return ApiError(400, f"{param or 'the body'}: {message}"[:MAX_MESSAGE], "invalid_value", param)
+    if not path:
+        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json", "invalid_json")
+    if len(problems) > 1 and all(len(each["loc"]) > 2 and each["loc"][:2] == ("body", path[0]) for each in problems):
+        return bad(path[0], "it has none of the forms that it may have; the API's page shows them")
+    message = "unknown field; remove it" if kind == "extra_forbidden" else str(problems[0]["msg"])
+    return bad(".".join(path), message[:MAX_MESSAGE])

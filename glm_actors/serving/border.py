@@ -30,11 +30,15 @@ def digest_of(token: str) -> bytes:
 
 
 class Border:
-    """Wraps an ASGI app. `token_digest` None lets everybody in. Set `draining` to refuse what is new."""
+    """Wraps an ASGI app. `token_digest` None lets everybody in. Set `draining` to refuse what is new.
+
+    `num_active` requests are being answered.
+    """
 
     def __init__(self, app: App, caps: Caps, token_digest: bytes | None) -> None:
         self._app, self._caps, self._token_digest = app, caps, token_digest
         self.draining = False
+        self.num_active = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +56,11 @@ class Border:
             return
         if body is None:  # the client is gone
             return
-        await self._app(scope, _replay(body, receive), send)
+        self.num_active += 1
+        try:
+            await self._app(scope, _replay(body, receive), send)
+        finally:
+            self.num_active -= 1
 
     def _check_token(self, header: bytes) -> None:
         if self._token_digest is None:

@@ -79,9 +79,14 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         return self._border
 
-    async def drain(self) -> None:
-        """From now on nothing new is taken."""
+    async def drain(self) -> int:
+        """From now on nothing new is taken. Returns when all is answered; else, after drain_s, how many are not."""
         self._border.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._caps.drain_s):
+                while self._border.num_active:
+                    await asyncio.sleep(DRAIN_POLL_S)
+        return self._border.num_active
 
 
 class RayBackend:

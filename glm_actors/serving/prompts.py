@@ -24,6 +24,7 @@ from models.processing.patches import MediaPatches
 from models.processing.prompt import MediaPrompts
 from models.processing.tokenizer import Tokenizer
 
+ONLY_INLINE = "images and videos are taken as data: URLs alone"
 LABEL_SETS = 64  # whose tokens are remembered
 
 
@@ -138,6 +139,7 @@ def _all_loaded(loaded: Sequence[MediaPatches | RowError]) -> list[MediaPatches]
     for number, item in enumerate(loaded, start=1):
         if isinstance(item, RowError):
             which = f"medium {number} of {len(loaded)}: " if len(loaded) > 1 else ""
-            raise RowError(item.code, which + item.message)
+            message = ONLY_INLINE if item.code == "media_forbidden" else item.message
+            raise RowError(item.code, which + message)
         media.append(item)
     return media
