@@ -17,7 +17,7 @@ from typing import Any
 
 from glm_actors.serving.border import digest_of
 from glm_actors.serving.deploy import APP_NAME, build_application
-from glm_actors.serving.settings import ServedModel, ServeSettings
+from glm_actors.serving.settings import ServeSettings
 from jobs.serve_config import check_settings, load_settings
 from models.errors import EngineError
 
@@ -50,16 +50,16 @@ def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
     from ray import serve as ray_serve
 
     cores = os.cpu_count() or 1
-    replicas = sum(model.replica_range[1] for model in settings.models.values())
+    counts = {name: model.replica_range[1] for name, model in settings.models.items()}
+    ranks = {name: counts[name] * model.engine.tensor_parallel_size for name, model in settings.models.items()}
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    wanted = sum(model.replica_range[1] for model in settings.models.values() if _wants_gpu(model))
-    has_gpus = resources.get("GPU", 0) >= wanted > 0
+    wanted = sum(ranks[name] for name, model in settings.models.items() if model.wants_gpu)
     application = build_application(
         settings,
         token_digest,
-        num_cpus=min(1.0, round(resources["CPU"] / (replicas + 1), 3)),
-        num_threads=max(1, cores // replicas),
-        num_gpus=int(has_gpus),
+        num_cpus=min(1.0, round(resources["CPU"] / (sum(counts.values()) + 1), 3)),
+        num_threads=max(1, cores // sum(ranks.values())),
+        use_gpus=resources.get("GPU", 0) >= wanted,
     )
     options = {"host": settings.host, "port": settings.port}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -96,10 +96,6 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _wants_gpu(model: ServedModel) -> bool:
-    return model.engine.device != "cpu" and model.engine.kind != "echo"
 
 
 def _shown(host: str) -> str:

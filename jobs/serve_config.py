@@ -25,6 +25,7 @@ from jobs.checks import weight_problems
 from jobs.config import Place, Problem, describe, read_yaml, unquoted_dates
 from models.config_reader import load_config
 from models.errors import ConfigError
+from models.parallel import check_parts
 
 WHAT = "a serve configuration is a mapping of keys (models, host, port, token_env, limits ...)"
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
@@ -81,9 +82,6 @@ def _served_problems(key: str, name: str, model: ServedModel) -> Iterator[Proble
         yield Problem(key=f"{key}.replicas", message=message)
     if model.engine.kind == "vllm":
         yield Problem(key=f"{key}.engine.kind", message="serve runs torch or echo in this version; use one of these")
-    if model.engine.tensor_parallel_size != 1:
-        message = "serve runs each replica on one rank in this version; set it to 1"
-        yield Problem(key=f"{key}.engine.tensor_parallel_size", message=message)
     try:
         _ = model.engine_config
     except ValueError as error:
@@ -128,6 +126,10 @@ def _model_problems(name: str, model: ServedModel, caps: Caps) -> Iterator[Probl
     except ConfigError as error:
         yield Problem(key=key, message=str(error))
         return
+    try:
+        check_parts(config, model.engine.tensor_parallel_size)
+    except ConfigError as error:
+        yield Problem(key=f"models.{name}.engine.tensor_parallel_size", message=str(error).partition(": ")[2])
     limit, longest = model.engine.max_model_len, config.longest_context
     if limit != "auto" and limit > longest:
         message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"

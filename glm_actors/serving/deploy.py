@@ -158,9 +158,9 @@ def _ray_failures() -> Any:
 
 
 def build_application(
-    settings: ServeSettings, token_digest: bytes | None, *, num_cpus: float, num_threads: int, num_gpus: int = 0
+    settings: ServeSettings, token_digest: bytes | None, *, num_cpus: float, num_threads: int, use_gpus: bool = False
 ) -> Any:
-    """The Ray Serve application. `num_cpus` are those that Ray counts for a replica, `num_gpus` for a rank of one."""
+    """The Ray Serve application. `num_cpus` are what Ray counts for a replica; with `use_gpus` each rank has one."""
     from ray import serve
 
     deployment: Any = serve.deployment  # whose annotations know of decorators alone
@@ -171,7 +171,7 @@ def build_application(
             "name": deployment_name(name),
             "max_ongoing_requests": caps.max_queue + ROUTER_SLACK,
             "max_queued_requests": caps.max_queue,
-            "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": num_gpus * model.engine.tensor_parallel_size},
+            "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": _num_gpus(model) if use_gpus else 0},
             "max_constructor_retry_count": CONSTRUCTOR_RETRIES,
             "health_check_period_s": HEALTH_PERIOD_S,
             "health_check_timeout_s": HEALTH_TIMEOUT_S,
@@ -189,6 +189,10 @@ def build_application(
         graceful_shutdown_timeout_s=caps.drain_s,
     )
     return ingress.bind(caps, token_digest, most, *bound)
+
+
+def _num_gpus(model: ServedModel) -> int:
+    return model.engine.tensor_parallel_size if model.wants_gpu else 0
 
 
 def _scaling(model: ServedModel, caps: Caps) -> dict[str, Any]:

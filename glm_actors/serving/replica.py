@@ -26,6 +26,7 @@ from glm_actors.serving.protocol import Body, TokenizeRequest
 from glm_actors.serving.settings import Caps, ServedModel
 from glm_actors.serving.tasks import Json, StreamTask, Task, build_task, usage_of
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
+from glm_actors.worker_group import WorkerGroup, needs_ranks
 from models.engine import Delta, Engine, build_engine
 from models.errors import EngineError, RowError
 
@@ -52,7 +53,11 @@ class Replica:
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
         self._prompter = Prompter(model.model, caps)
         self._prompter.start()
-        self._loop = EngineLoop(partial(build_engine, model.engine_config), Watchdog(HangLimits(), _end_process))
+        config = model.engine_config
+        build: Callable[[], Engine] = partial(build_engine, config)
+        if needs_ranks(config):
+            build = WorkerGroup(config, _end_process).build_engine
+        self._loop = EngineLoop(build, Watchdog(HangLimits(), _end_process))
 
     async def answer(self, body: Body) -> Json:
         """The whole response to a request. Raises ApiError."""
@@ -211,7 +216,7 @@ def _check_blocks(engine: Engine) -> None:
 
 
 def _end_process(reason: str) -> None:
-    """A hanging engine cannot be ended from outside its thread; Ray starts another replica."""
+    """What hangs or has lost a rank cannot be ended from outside its thread; Ray starts another replica."""
     print(f"glm-batch: {reason}; this replica ends", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(STDERR, all_threads=True)
     os._exit(1)

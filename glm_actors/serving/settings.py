@@ -47,6 +47,11 @@ class ServedModel:
         return EngineConfig(model=self.model, **chosen)
 
     @property
+    def wants_gpu(self) -> bool:
+        """Whether it would take a GPU for each rank if there are enough."""
+        return self.engine.device != "cpu" and self.engine.kind != "echo"
+
+    @property
     def replica_range(self) -> tuple[int, int]:
         """(least, most) replicas."""
         if isinstance(self.replicas, int):

@@ -20,6 +20,7 @@ COMMANDS = {
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
     "retry": (["output"], ["--code", "--debug", "--endpoint-url", "--set"]),
     "gc": (["output"], ["--debug", "--endpoint-url"]),
+    "serve": (["config"], ["--debug", "--insecure"]),
     "inspect": (["model"], ["--debug"]),
     "doctor": ([], ["--debug"]),
 }
