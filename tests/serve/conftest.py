@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples" / "tiny_glm")
 TOKEN = "a-token-for-these-tests"
 MODEL = "tiny-glm"
+TWO_RANKS = "tiny-glm/two-ranks"
 START_S = 240.0
 CAPS = {"max_tokens": 1000, "max_queue": 64, "max_n": 4}
 # One thread: the machine's cores belong to many.
@@ -70,7 +71,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     config = {
-        "models": {MODEL: {"model": TINY, "engine": {"dtype": "float32"}}},
+        "models": {
+            MODEL: {"model": TINY, "engine": {"dtype": "float32"}},
+            TWO_RANKS: {"model": TINY, "engine": {"dtype": "float32", "tensor_parallel_size": 2}},
+        },
         "port": port,
         "token_env": "GLM_TEST_TOKEN",
         "limits": CAPS,

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pydantic
 import pytest
 
-from tests.serve.conftest import CAPS, MODEL, ROOT, TOKEN, Server
+from tests.serve.conftest import CAPS, MODEL, ROOT, TOKEN, TWO_RANKS, Server
 
 TICKET: list[Any] = [
     {"role": "system", "content": "You work at the support desk of a web shop."},
@@ -27,8 +27,17 @@ LONG: dict[str, Any] = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
 
 
 def test_models_are_listed(server: Server) -> None:
-    assert [model.id for model in server.client.models.list()] == [MODEL]
-    assert server.client.models.retrieve(MODEL).owned_by == "glm-batch"
+    assert [model.id for model in server.client.models.list()] == [MODEL, TWO_RANKS]
+    assert server.client.models.retrieve(TWO_RANKS).owned_by == "glm-batch"
+
+
+def test_each_model_answers_to_its_name_on_one_rank_or_two(server: Server) -> None:
+    answers = [
+        server.client.chat.completions.create(model=model, messages=TICKET, temperature=0, max_tokens=12)
+        for model in (MODEL, TWO_RANKS)
+    ]
+    assert [answer.model for answer in answers] == [MODEL, TWO_RANKS]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
 
 
 def test_a_stream_joined_is_the_whole_answer(server: Server) -> None:
