@@ -27,7 +27,7 @@ TOKEN = "a-token-for-these-tests"
 MODEL = "tiny-glm"
 TWO_RANKS = "tiny-glm/two-ranks"
 START_S = 240.0
-CAPS = {"max_tokens": 1000, "max_queue": 64, "max_n": 4}
+CAPS = {"max_tokens": 1000, "max_queue": 16, "max_n": 4}
 # One thread: the machine's cores belong to many.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLM_TEST_TOKEN": TOKEN, "COLUMNS": "80"}
 

@@ -198,6 +198,23 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
     assert idle["glm_output_tokens_total"] == server.metrics()["glm_output_tokens_total"]
 
 
+def test_a_full_queue_is_tried_again(server: Server) -> None:
+    """The package waits as long as Retry-After says, and comes again."""
+    create = server.client.completions.create
+    streams = [create(model=MODEL, prompt="Where is", stream=True, logprobs=1, **LONG) for _ in range(16)]
+    for stream in streams:
+        next(iter(stream))
+    with pytest.raises(openai.RateLimitError) as caught:
+        create(model=MODEL, prompt="Where is", max_tokens=4)
+    assert caught.value.response.headers["Retry-After"] == "1"
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(server.client.with_options(max_retries=8).completions.create, model=MODEL, prompt="Where")
+        for stream in streams:
+            stream.close()
+        assert later.result().choices[0].finish_reason
+    server.wait_until_idle()
+
+
 def test_many_clients_at_once(server: Server) -> None:
     """Each hears its own answer, the same as alone."""
 
