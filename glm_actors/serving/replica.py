@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 from glm_actors.loop import EngineLoop, OnDelta, Submission
 from glm_actors.serving.errors import ApiError, busy, internal, of_row, timed_out, unavailable
 from glm_actors.serving.prompts import Prompter
-from glm_actors.serving.protocol import Body, TokenizeRequest
+from glm_actors.serving.protocol import Body, ChatRequest, TokenizeRequest
+from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps, ServedModel
 from glm_actors.serving.tasks import Json, StreamTask, Task, build_task, usage_of
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
@@ -30,7 +31,8 @@ from glm_actors.worker_group import WorkerGroup, needs_ranks
 from models.engine import Delta, Engine, build_engine
 from models.errors import EngineError, RowError
 
-PREPARING_THREADS = 2
+TEXT_THREADS = 2
+SLOW_THREADS = 4
 Found = TypeVar("Found")
 
 
@@ -50,7 +52,10 @@ class Replica:
         self.name = uuid.uuid4().hex[:8]
         self._model, self._caps = model, caps
         self._in_flight = 0
-        self._threads = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
+        # What may wait for a decoder or a compiler must not keep plain text waiting.
+        self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="prepare-text")
+        self._slow_threads = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="prepare-slow")
+        self._schemas = SchemaChecker(caps.schema_s)
         self._prompter = Prompter(model.model, caps)
         self._prompter.start()
         config = model.engine_config
@@ -63,8 +68,8 @@ class Replica:
         """The whole response to a request. Raises ApiError."""
         with self._place():
             if isinstance(body, TokenizeRequest):
-                return await self._prepare(partial(self._tokenize, body))
-            task: Task = await self._prepare(partial(self._task, body))
+                return await self._prepare(body, partial(self._tokenize, body))
+            task: Task = await self._prepare(body, partial(self._task, body))
             submission = self._submit(task)
             try:
                 async with asyncio.timeout(self._caps.request_s):
@@ -78,7 +83,7 @@ class Replica:
     async def stream(self, body: Body) -> AsyncIterator[Piece]:
         """The response piece by piece; the last one has the usage. Raises ApiError, at any time."""
         with self._place():
-            task: StreamTask = await self._prepare(partial(self._task, body))
+            task: StreamTask = await self._prepare(body, partial(self._task, body))
             events: asyncio.Queue[Delta | None] = asyncio.Queue()
             post = partial(_post, asyncio.get_running_loop(), events)
             submission = self._submit(task, post)
@@ -112,7 +117,9 @@ class Replica:
     def close(self) -> None:
         """Ends the engine and the threads; requests in flight fail."""
         self._loop.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._text_threads, self._slow_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
+        self._schemas.close()
         self._prompter.close()
 
     @contextlib.contextmanager
@@ -125,10 +132,11 @@ class Replica:
         finally:
             self._in_flight -= 1
 
-    async def _prepare(self, work: Callable[[], Found]) -> Found:
+    async def _prepare(self, body: Body, work: Callable[[], Found]) -> Found:
         """Does a request's own work in a thread. Raises ApiError for what is wrong with the request."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            threads = self._slow_threads if _may_be_slow(body) else self._text_threads
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
         except RowError as error:
             raise of_row(error) from error
         except ApiError:
@@ -138,7 +146,7 @@ class Replica:
             raise internal() from error
 
     def _task(self, body: Body) -> Any:
-        return build_task(body, self._prompter, self._caps, thinking=self._model.thinking)
+        return build_task(body, self._prompter, self._schemas, self._caps, thinking=self._model.thinking)
 
     def _tokenize(self, body: TokenizeRequest) -> Json:
         if body.prompt is not None and body.messages is None:
@@ -173,6 +181,13 @@ class Replica:
         while not events.empty():
             found.append(events.get_nowait())
         return found
+
+
+def _may_be_slow(body: Body) -> bool:
+    """Whether it has media, or a schema of its own."""
+    messages = getattr(body, "messages", None) or []
+    has_format = isinstance(body, ChatRequest) and body.response_format is not None
+    return has_format or any(isinstance(message.get("content"), list) for message in messages)
 
 
 def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Delta | None], delta: Delta | None) -> None:

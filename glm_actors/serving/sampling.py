@@ -10,6 +10,7 @@ import secrets
 
 from glm_actors.serving.errors import ApiError, bad
 from glm_actors.serving.protocol import ChatRequest, CompletionRequest, ResponseFormat, Sampled
+from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps
 from models.engine.request import Constraint, SamplingParams
 
@@ -67,7 +68,7 @@ def completion_sampling(body: CompletionRequest, caps: Caps) -> SamplingParams:
     return sampling_of(body, caps, max_tokens=given, logprobs=body.logprobs)
 
 
-def constraint_of(format_: ResponseFormat | None, caps: Caps) -> Constraint | None:
+def constraint_of(format_: ResponseFormat | None, caps: Caps, schemas: SchemaChecker) -> Constraint | None:
     """The schema that the answer must match. Raises ApiError for one that decoding cannot follow."""
     if format_ is None or format_.type == "text":
         return None
@@ -81,15 +82,8 @@ def constraint_of(format_: ResponseFormat | None, caps: Caps) -> Constraint | No
         raise bad("response_format", "the schema is nested too deeply") from error
     if len(text) > caps.max_schema_bytes:
         raise bad("response_format", f"the schema has {len(text):,} bytes; this server takes {caps.max_schema_bytes:,}")
-    _check_schema(text)
-    return Constraint(kind="json_schema", text=text)
-
-
-def _check_schema(text: str) -> None:
-    import llguidance
-
-    problem = llguidance.LLMatcher.validate_grammar(llguidance.grammar_from("json_schema", text))
+    problem = schemas.problem(text)
     if problem:
-        reason = " ".join(problem.split())[:300]
-        message = f"response_format: not a JSON schema that decoding can follow: {reason}"
+        message = f"response_format: not a JSON schema that decoding can follow: {problem[:300]}"
         raise ApiError(400, message, "invalid_constraint", "response_format")
+    return Constraint(kind="json_schema", text=text)

@@ -64,8 +64,9 @@ class Caps:
     """The `limits:` section: what one request may ask for, and how many may be about.
 
     `max_tokens` bounds what a request may write and is also the default of chat. `max_pixels` counts an image's pixels
-    before decoding. `max_queue` counts the requests that wait or run in one replica; what comes beyond is told to come
-    again. Times are seconds; `drain_s` is how long requests may take to end once the server shall stop.
+    before decoding; `schema_s` is how long a JSON schema may take to compile. `max_queue` counts the requests that wait
+    or run in one replica; what comes beyond is told to come again. Times are seconds; `drain_s` is how long requests
+    may take to end once the server shall stop.
     """
 
     max_body_bytes: int = 32 << 20
@@ -84,6 +85,7 @@ class Caps:
     request_s: float = 600.0
     body_s: float = 30.0
     decode_s: float = 30.0
+    schema_s: float = 2.0
     drain_s: float = 60.0
 
 

@@ -30,6 +30,7 @@ from glm_actors.serving.protocol import (
 )
 from glm_actors.serving.reasoning import ReasoningStream
 from glm_actors.serving.sampling import chat_sampling, completion_sampling, constraint_of
+from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps
 from models.engine.request import (
     Choose,
@@ -66,11 +67,11 @@ class StreamTask(Task, Protocol):
         ...
 
 
-def build_task(body: Body, prompter: Prompter, caps: Caps, *, thinking: bool) -> Task:
+def build_task(body: Body, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool) -> Task:
     """The task of a request. `thinking` is the model's default. Raises ApiError and RowError."""
     match body:
         case ChatRequest():
-            return ChatTask(body, prompter, caps, thinking=thinking)
+            return ChatTask(body, prompter, schemas, caps, thinking=thinking)
         case CompletionRequest():
             return CompletionTask(body, prompter, caps)
         case EmbeddingRequest():
@@ -85,12 +86,14 @@ def build_task(body: Body, prompter: Prompter, caps: Caps, *, thinking: bool) ->
 class ChatTask:
     """POST /v1/chat/completions"""
 
-    def __init__(self, body: ChatRequest, prompter: Prompter, caps: Caps, *, thinking: bool) -> None:
+    def __init__(
+        self, body: ChatRequest, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool
+    ) -> None:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model, self._tokenizer, self._chat = body.model, prompter.tokenizer, prompter.chat
         self._gives_ids, self._alternatives = bool(body.return_token_ids), body.top_logprobs or 0
-        sampling, constraint = chat_sampling(body, caps), constraint_of(body.response_format, caps)
+        sampling, constraint = chat_sampling(body, caps), constraint_of(body.response_format, caps, schemas)
         self._thinking = _thinks(body, thinking, constrained=constraint is not None)
         prompt = prompter.conversation(
             body.messages, thinking=self._thinking, start_answer=constraint is not None and not self._thinking

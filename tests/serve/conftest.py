@@ -103,7 +103,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def replica() -> Iterator[Replica]:
     """The shipped model in this process, without Ray and HTTP."""
     model = ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14))
-    built = Replica(model, Caps(max_queue=6, max_media=2, max_pixels=1_000_000, max_prompt_chars=5000, request_s=120.0))
+    built = Replica(
+        model,
+        Caps(max_queue=6, max_media=2, max_pixels=1_000_000, max_prompt_chars=5000, request_s=120.0, schema_s=1.0),
+    )
     yield built
     built.close()
 

@@ -78,6 +78,7 @@ def schema(value: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
 
 
+PATTERNS = [{"type": "string", "pattern": f".*{number}.*"} for number in range(200)]
 THINKING = {"thinking": {"type": "enabled"}}
 # (what is added to a good request, what the refusal must say)
 HOSTILE_CHATS: dict[str, tuple[dict[str, Any], str]] = {
@@ -114,6 +115,7 @@ HOSTILE_CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "deep schema": (schema(deep(400)), "recursion limit"),
     "large schema": (schema({"enum": ["x" * 20] * 10_000}), "bytes"),
     "bad pattern": (schema({"type": "string", "pattern": "("}), "unclosed group"),
+    "schema that is searched for ages": (schema({"allOf": PATTERNS}), "longer than 1 s to compile"),
     "look-behind": (schema({"type": "string", "pattern": "(?<=a)b"}), "look-behind"),
     "bomb": (image(bomb()), "10000x10000 pixels"),
     "not an image": (image(data_url(b"GIF89a no")), "no image in"),
