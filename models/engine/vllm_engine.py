@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from models.engine.decoding import Decoding
 from models.engine.engine import choice_tree, pooled_index
 from models.engine.interface import EngineConfig
 from models.engine.media import PlacedMedia
-from models.engine.request import Choose, Classify, Completion, FinishReason, Generate, Output, Request
+from models.engine.request import Choose, Classify, Completion, Delta, FinishReason, Generate, Output, Request
 from models.engine.settings import resolve_end_ids
 from models.engine.vllm_admission import check, place_media
 from models.engine.vllm_core import Runner, VllmCore, VllmSettings, resolve_settings
@@ -86,6 +86,7 @@ class VllmEngine:
         self._media_bytes = 0  # theirs, rendered
         self._held: deque[_Pending] = deque()  # in their order
         self._ready: deque[Completion] = deque()
+        self._deltas: list[Delta] = []
 
     @classmethod
     def from_checkpoint(cls, config: EngineConfig, vllm_args: Mapping[str, Any] | None = None) -> VllmEngine:
@@ -125,6 +126,10 @@ class VllmEngine:
         done = list(self._ready)
         self._ready.clear()
         return done
+
+    def deltas(self) -> list[Delta]:
+        gained, self._deltas = self._deltas, []
+        return gained
 
     def abort(self, ids: list[str]) -> None:
         for request_id in ids:
@@ -260,6 +265,8 @@ class VllmEngine:
                 transcript.add(sample.token_ids, sample.logprobs, self._vocabulary.num_tokens)
                 if output.finished:
                     transcript.finish(sample.finish_reason)
+                if pending.request.stream:
+                    self._deltas += _deltas(pending, id)
                 return transcript.decoding.finish_reason is not None
             case Choose():
                 fork = pending.forks[id]
@@ -320,6 +327,16 @@ def _outputs(pending: _Pending) -> tuple[Output, ...]:
     found = [each.decoding for each in pending.transcripts.values() if each.decoding.finish_reason]
     copies = work.sampling.n if is_greedy(work.sampling) else 1
     return tuple(decoding.output() for decoding in found) * copies
+
+
+def _deltas(pending: _Pending, id: str) -> list[Delta]:
+    """What a sample has gained, as often as it counts."""
+    index, decoding = list(pending.forks).index(id), pending.transcripts[id].decoding
+    delta = decoding.delta(pending.request.id, index)
+    work = pending.request.work
+    if isinstance(work, Generate) and is_greedy(work.sampling):
+        return [replace(delta, index=copy) for copy in range(work.sampling.n)]
+    return [delta]
 
 
 def _failed(request: Request, error: RowError) -> Completion:
