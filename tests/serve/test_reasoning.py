@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from glm_actors.serving.protocol import ChatRequest
 from glm_actors.serving.reasoning import ReasoningStream
+from glm_actors.serving.replica import Replica
+from glm_actors.serving.settings import Caps, ServedModel, ServeEngine
 from models.processing.chat import Chat
 from models.processing.tokenizer import Tokenizer
 from tests.serve.conftest import TINY
@@ -51,3 +58,48 @@ def test_pieces_joined(chats: dict[str, Chat], form: str, text: str, thinking: b
         found.append(stream.add("".join(pieces[-1:]), last=True))
         assert "".join(first for first, _ in found) == (reasoning or "")
         assert "".join(second for _, second in found) == answer
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    """A checkpoint that reasons first; what it says is the end of its prompt."""
+    folder = tmp_path_factory.mktemp("thinker")
+    for file in Path(TINY).glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text(TEMPLATES["open"])
+    replica = Replica(ServedModel(model=str(folder), engine=ServeEngine(kind="echo"), thinking=True), Caps())
+    yield replica
+    replica.close()
+
+
+def ask(replica: Replica, **fields: Any) -> dict[str, Any]:
+    """The message of an answer, whole or put together from its chunks."""
+    body = ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "Hm. </think> Yes."}], "max_tokens": 200} | fields
+    )
+
+    async def whole() -> dict[str, Any]:
+        found: dict[str, Any] = (await replica.answer(body))["choices"][0]["message"]
+        return found
+
+    async def streamed() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        async for piece in replica.stream(body):
+            for chunk in piece.chunks:
+                for field, text in chunk["choices"][0]["delta"].items():
+                    found[field] = found.get(field, "") + text
+        return found
+
+    return asyncio.run(streamed() if body.stream else whole())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_has_a_field_of_its_own(thinker: Replica, stream: bool) -> None:
+    message = ask(thinker, stream=stream)
+    assert message["role"] == "assistant"
+    assert message["reasoning_content"].endswith("Hm.")
+    assert message["content"].startswith("Yes.")
+    for off in ({"thinking": {"type": "disabled"}}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        plain = ask(thinker, stream=stream, **off)
+        assert "reasoning_content" not in plain
+        assert "Hm. </think> Yes." in plain["content"]

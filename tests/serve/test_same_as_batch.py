@@ -6,7 +6,6 @@ import asyncio
 import base64
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -41,14 +40,20 @@ def job_of(name: str) -> Job:
     return load_job(str(EXAMPLES / f"{name}.yaml"), [f"model={TINY}"])[0]
 
 
-def rows_of(folder: str) -> list[dict[str, Any]]:
-    """Rows that can be labelled."""
-    rows = pq.read_table(EXAMPLES / folder / ("tickets-1.parquet" if folder == "support" else "shapes-1.parquet"))
-    return list(islice((row for row in rows.to_pylist() if _is_usable(row)), NUM_ROWS))
+def rows_of(folder: str, job: Job) -> list[dict[str, Any]]:
+    """Rows that can be labelled: the shards hold some that cannot."""
+    name = {"support": "tickets-1", "shapes": "shapes-1", "clips": "clips-1"}[folder]
+    rows = pq.read_table(EXAMPLES / folder / f"{name}.parquet").slice(0, 3 * NUM_ROWS).to_pylist()
+    runner = TaskRunner(job, job.model)
+    good = [row for row, prompt in zip(rows, runner.prompts(rows), strict=True) if isinstance(prompt, Prompt)]
+    runner.close()
+    return good[:NUM_ROWS]
 
 
-def _is_usable(row: dict[str, Any]) -> bool:
-    return bool(row.get("text")) or len(row.get("image") or b"") > 200
+def _medium(row: dict[str, Any]) -> tuple[str, bytes]:
+    """The kind of what a row shows, and its bytes."""
+    kind = "video" if "video" in row else "image"
+    return kind, row.get(kind) or b""
 
 
 def batch(job: Job, rows: list[dict[str, Any]], engine: TorchEngine) -> list[tuple[Columns, Completion]]:
@@ -80,7 +85,8 @@ def ask(replica: Replica, bodies: list[Body]) -> list[dict[str, Any]]:
 
 
 def test_generated_tokens(replica: Replica, engine: TorchEngine) -> None:
-    job, rows = job_of("reply"), rows_of("support")
+    job = job_of("reply")
+    rows = rows_of("support", job)
     bodies: list[Body] = [
         ChatRequest(
             model=MODEL, temperature=0.0, max_tokens=job.sampling.max_tokens, return_token_ids=True,
@@ -100,7 +106,8 @@ def test_generated_tokens(replica: Replica, engine: TorchEngine) -> None:
 
 
 def test_extracted_json(replica: Replica, engine: TorchEngine) -> None:
-    job, rows = job_of("extract"), rows_of("support")
+    job = job_of("extract")
+    rows = rows_of("support", job)
     format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": job.task.schema}}
     bodies: list[Body] = [
         ChatRequest.model_validate(
@@ -118,9 +125,10 @@ def test_extracted_json(replica: Replica, engine: TorchEngine) -> None:
         assert answer["choices"][0]["message"]["content"].strip() == columns["json"]
 
 
-@pytest.mark.parametrize(("name", "folder"), [("route", "support"), ("shape", "shapes")])
+@pytest.mark.parametrize(("name", "folder"), [("route", "support"), ("shape", "shapes"), ("motion", "clips")])
 def test_label_probabilities(replica: Replica, engine: TorchEngine, name: str, folder: str) -> None:
-    job, rows = job_of(name), rows_of(folder)
+    job = job_of(name)
+    rows = rows_of(folder, job)
     if folder == "support":
         bodies = [
             ScoreRequest(
@@ -139,18 +147,16 @@ def test_label_probabilities(replica: Replica, engine: TorchEngine, name: str, f
 
 
 def _shown(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    url = "data:image/png;base64," + base64.b64encode(row["image"]).decode()
-    return {
-        "role": "user",
-        "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": job.task.prompt}],
-    }
+    kind, data = _medium(row)
+    part = {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/any;base64," + base64.b64encode(data).decode()}}
+    return {"role": "user", "content": [part, {"type": "text", "text": job.task.prompt}]}
 
 
 def test_vectors(replica: Replica, engine: TorchEngine) -> None:
-    rows = rows_of("support")
-    body = EmbeddingRequest(model=MODEL, input=[row["text"] for row in rows], pooling="mean", normalize=False)
     data = {"kind": "embed", "prompt": "{text}", "pooling": "mean"}
     job = _with_task(job_of("reply"), data)
+    rows = rows_of("support", job)
+    body = EmbeddingRequest(model=MODEL, input=[row["text"] for row in rows], pooling="mean", normalize=False)
     (answer,) = ask(replica, [body])
     for (columns, _), item in zip(batch(job, rows, engine), answer["data"], strict=True):
         np.testing.assert_allclose(item["embedding"], columns["vector"], atol=1e-5)
