@@ -12,7 +12,8 @@ TIME_OF_DAY = {  # but for gmtime, which makes the labels
     "datetime": {"now", "utcnow", "today"},
     "date": {"today"},
 }
-ALLOWED = ["models/processing/chat.py"]  # templates may write today's date into a prompt
+# Templates may write today's date into a prompt; OpenAI's answers say when they were made.
+ALLOWED = {"models/processing/chat.py", "glm_actors/serving/tasks.py"}
 
 
 def readings(tree: ast.AST) -> Iterator[ast.Attribute]:
@@ -22,12 +23,12 @@ def readings(tree: ast.AST) -> Iterator[ast.Attribute]:
 
 
 def test_nothing_decides_by_the_time_of_day() -> None:
-    found = [
+    found = {
         str(path.relative_to(ROOT))
         for package in ("models", "glm_actors", "pipelines", "jobs")
         for path in sorted((ROOT / package).rglob("*.py"))
         for _ in readings(ast.parse(path.read_text()))
-    ]
+    }
     assert found == ALLOWED
 
 
