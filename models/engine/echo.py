@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from models.engine.request import (
     Output,
     Request,
     Tag,
+    refuse_known_ids,
 )
 from models.errors import RowError
 
@@ -62,10 +64,8 @@ class EchoEngine:
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError for an id that is in flight already."""
-        for request in requests:
-            if request.id in self._waiting or any(request.id == completion.id for completion in self._aborted):
-                raise ValueError(f"request id {request.id!r} is in flight already")
-            self._waiting[request.id] = request
+        refuse_known_ids(requests, chain(self._waiting, (completion.id for completion in self._aborted)))
+        self._waiting |= {request.id: request for request in requests}
 
     def step(self) -> list[Completion]:
         answers = [self._answer(request) for request in self._waiting.values()]

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from models.engine.request import (
     Request,
     Tag,
     TopLogprob,
+    refuse_known_ids,
 )
 from models.engine.runner import Runner, StepOutput
 from models.engine.sampler import SampleRow, sample
@@ -111,11 +113,7 @@ class TorchEngine:
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
-        known = self._pending.keys() | {completion.id for completion in self._ready}
-        for request in requests:
-            if request.id in known:
-                raise ValueError(f"request id {request.id!r} is in flight already")
-            known.add(request.id)
+        refuse_known_ids(requests, chain(self._pending, (completion.id for completion in self._ready)))
         for request in requests:
             try:
                 pending = self._admit(request)

@@ -5,6 +5,7 @@ Owns plain frozen data and its validation. Knows nothing of files, rows, tokeniz
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
@@ -234,3 +235,12 @@ class Completion:
     error: RowError | None = None
     num_preemptions: int = 0
     media_tokens: int = 0
+
+
+def refuse_known_ids(requests: SequenceOf[Request], in_flight: Iterable[str]) -> None:
+    """Raises ValueError for an id that is in flight already, or that two of the requests have."""
+    known = set(in_flight)
+    for request in requests:
+        if request.id in known:
+            raise ValueError(f"request id {request.id!r} is in flight already")
+        known.add(request.id)

@@ -22,7 +22,17 @@ from models.engine.decoding import Decoding
 from models.engine.engine import choice_tree, pooled_index
 from models.engine.interface import EngineConfig
 from models.engine.media import PlacedMedia
-from models.engine.request import Choose, Classify, Completion, Delta, FinishReason, Generate, Output, Request
+from models.engine.request import (
+    Choose,
+    Classify,
+    Completion,
+    Delta,
+    FinishReason,
+    Generate,
+    Output,
+    Request,
+    refuse_known_ids,
+)
 from models.engine.settings import resolve_end_ids
 from models.engine.vllm_admission import check, place_media
 from models.engine.vllm_core import Runner, VllmCore, VllmSettings, resolve_settings
@@ -105,11 +115,7 @@ class VllmEngine:
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
-        known = self._pending.keys() | {completion.id for completion in self._ready}
-        for request in requests:
-            if request.id in known:
-                raise ValueError(f"request id {request.id!r} is in flight already")
-            known.add(request.id)
+        refuse_known_ids(requests, itertools.chain(self._pending, (completion.id for completion in self._ready)))
         for request in requests:
             try:
                 self._admit(request)

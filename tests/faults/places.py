@@ -57,7 +57,7 @@ class Laptop:
         return list(_with_title(_family(driver.pid), ROLES[role]))
 
     def kill_node(self, driver: subprocess.Popen[bytes], chance: random.Random) -> bool:
-        raise NotImplementedError("a laptop's only node is the driver's own")
+        raise AssertionError("a laptop's only node is the driver's own")
 
 
 class Farm:
