@@ -28,7 +28,7 @@ from pipelines.job import CommitSection
 from pipelines.journal import Journal, leftovers
 from pipelines.metrics import Counts
 from pipelines.rows import UNIT
-from pipelines.storage import StorageError
+from pipelines.storage import StorageError, Store
 from tests.pipelines.test_commit import commit, make_plan, rows
 from tests.pipelines.test_culprits import NUM_ROWS, actor_with, make_job, records, write_input
 
@@ -36,8 +36,8 @@ TABLE = pa.table({"row_key": ["a", "b"], "value": [1.5, None]})
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    output = Output.at(str(tmp_path / "out"))
+def journal(store: Store) -> Journal:
+    output = Output(store)
     output.begin(make_plan())
     return Journal(output=output, every_seconds=0.1)
 

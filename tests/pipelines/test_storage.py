@@ -6,32 +6,15 @@ import hashlib
 import io
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from models.errors import ConfigError
 from pipelines.job import StorageSection
 from pipelines.s3 import S3
-from pipelines.storage import Entry, LocalStore, S3Store, Store, check_store, open_store
+from pipelines.storage import Entry, Store, check_store, open_store
 from tests.s3_faults import FAULTS, new_bucket, proxy
-
-
-@pytest.fixture(params=["local", "s3", "faulty s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "local":
-        local = LocalStore(tmp_path)
-        local.prepare(["tmp", "parts"])
-        yield local
-        return
-    endpoint: str = request.getfixturevalue("s3_server")
-    url = f"s3://{new_bucket(endpoint)}/out"
-    if request.param == "s3":
-        yield S3Store(url, StorageSection(endpoint_url=endpoint))
-        return
-    with proxy(endpoint, seed=1, one_in=3, stall_s=0.05) as faulty:
-        yield S3Store(url, StorageSection(endpoint_url=faulty.url))
 
 
 def test_what_is_written_is_read(store: Store) -> None:
