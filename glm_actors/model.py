@@ -22,6 +22,7 @@ from glm_actors.batches import to_requests, with_completions
 from glm_actors.guard import Answer, Guard, RayBook
 from glm_actors.journal import Journal, UnitJournal
 from glm_actors.loop import EngineLoop
+from glm_actors.startup import loading
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
 from glm_actors.worker_group import WorkerGroup, needs_ranks
 from models.engine import Completion, Engine, EngineConfig, Request, build_engine
@@ -90,7 +91,8 @@ class ModelActor:
             build: Callable[[], Engine] = partial(build_engine, config)
             if needs_ranks(config):
                 build = WorkerGroup(config, self._lose_rank).build_engine
-            self._loop = EngineLoop(build, watchdog)
+            with loading():
+                self._loop = EngineLoop(build, watchdog)
         except GlmBatchError as error:
             self._refusal = error
         except Exception as error:  # a process's border: the job's user must see what it was

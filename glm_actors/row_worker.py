@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from glm_actors.guard import Guard, RayBook, Run
+from glm_actors.startup import loading
 from models.errors import GlmBatchError, RowError
 
 
@@ -44,7 +45,8 @@ class RowWorker:
     def __init__(self, build: Callable[[], Sequence[Step]], ledger: Any = None, unit_column: str | None = None) -> None:
         self._unit_column = unit_column
         self._guard = Guard(RayBook(ledger) if ledger is not None else None, self.what)
-        self._steps = build() if not self._guard.refusal else ()
+        with loading():
+            self._steps = build() if not self._guard.refusal else ()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self._guard.refusal:  # raised here, because Ray would wrap it in the constructor into an actor's death

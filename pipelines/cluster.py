@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import psutil
 
+from glm_actors.startup import loading
 from pipelines.job import Job
 from pipelines.shares import Node, Workers, share_out
 
@@ -26,12 +27,15 @@ MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 @contextmanager
 def cluster() -> Iterator[None]:
     """Ray for the duration of a job. A cluster that this call started ends with it; another one is left alone."""
-    import ray
+    with loading():
+        import ray
 
-    if ray.is_initialized():
+        running = ray.is_initialized()
+        if not running:
+            _start()
+    if running:
         yield
         return
-    _start()
     try:
         yield
     finally:

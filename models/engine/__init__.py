@@ -71,7 +71,7 @@ def build_engine(config: EngineConfig, group: TorchGroup | None = None) -> Engin
     config = resolve_auto(config, load_config(config.model))
     if config.kind == "vllm":
         check_installed()
-        set_environment()
+        set_environment(config.device)
         from models.engine.vllm_engine import VllmEngine
 
         return VllmEngine.from_checkpoint(config)

@@ -5,6 +5,7 @@ Owns vLLM's arguments, building and closing. Knows nothing of Requests and Compl
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -145,7 +146,7 @@ class VllmCore:
 
     def __init__(self, settings: VllmSettings, runner: Runner, tokenizer: Tokenizer) -> None:
         """Loads the model. Raises ConfigError when vLLM refuses the checkpoint or an argument."""
-        set_environment()
+        set_environment(settings.device.type)
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
@@ -155,6 +156,7 @@ class VllmCore:
             from models.engine.vllm_glm4v import register
 
             register()
+        gc.freeze()  # while vLLM builds it collects garbage five times: none of it among its own modules
         try:
             engine_config = EngineArgs(**settings.arguments, runner=runner).create_engine_config()
             self._llm = LLMEngine(

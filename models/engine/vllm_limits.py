@@ -58,9 +58,12 @@ def check_installed() -> None:
         raise ConfigError(f"engine.kind: vLLM {version} is installed here; install {wanted} or use torch")
 
 
-def set_environment() -> None:
-    """For an engine inside this process. Call it before vLLM is imported."""
+def set_environment(device: str) -> None:
+    """For an engine inside this process, on `device`. Call it before vLLM is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the CPU platform would start a process for the model
+    if device == "cpu":
+        # Also where it compiles no model, vLLM compiles small functions of its sampler, seconds before the first row.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
