@@ -21,6 +21,7 @@ from glm_actors.batches import request_table, to_completions
 from glm_actors.model import SECONDS
 from models.engine.request import Completion, Request
 from models.errors import RowError
+from pipelines.affinity import with_prefix_key
 from pipelines.job import Job
 from pipelines.metrics import Counts
 from pipelines.prompts import cell_text, prompt_columns
@@ -96,7 +97,7 @@ def render_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -
     result = request_table(keys, requests).append_column(UNIT, table[UNIT])
     for name, column in (_beside(spec.job, rows) | carried).items():
         result = result.append_column(name, column)
-    return result
+    return with_prefix_key(result)
 
 
 def parse_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:

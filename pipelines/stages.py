@@ -22,6 +22,7 @@ from glm_actors.suspects import Ledger, Patience
 from glm_actors.watchdog import HangLimits
 from models.engine.interface import EngineConfig
 from pipelines.commit import CommitRecord
+from pipelines.dispatch import ByAffinity
 from pipelines.journal import Journal
 from pipelines.plan import Plan, Unit
 from pipelines.rows import UNIT, TaskSpec, task_runner
@@ -106,6 +107,8 @@ def infer(
     A model actor asks for what all its ranks need: see glm_actors.worker_group.
     """
     can_grow = workers.replicas > workers.min_replicas
+    if workers.replicas > 1:
+        dataset.context.custom_execution_callback_classes = [ByAffinity]
     # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by the plan.
     map_units = dataset.map_batches_internal if workers.gpus_per_replica else dataset.map_batches
     return map_units(
