@@ -16,21 +16,22 @@ from models.engine.interface import Engine
 from models.engine.request import Completion, Delta, Request
 from models.errors import EngineError
 
-OnDelta = Callable[[Delta], None]
+OnDeltas = Callable[[list[Delta]], None]
 
 
 class Submission(Future[list[Completion]]):
     """Requests that were submitted together: a future of one completion for each of them, in their order.
 
-    It cannot be cancelled: EngineLoop.abort ends its requests, which still complete. `on_delta` gets what streaming
-    requests among them write; it is called on the loop's thread, must return at once and never raises.
+    It cannot be cancelled: EngineLoop.abort ends its requests, which still complete. `on_deltas` gets what streaming
+    requests among them write; it is called on the loop's thread, must return at once and never raises. Submissions
+    with the same one (by ==) share a call for each step of the engine.
     """
 
-    def __init__(self, requests: Sequence[Request], on_delta: OnDelta | None = None) -> None:
+    def __init__(self, requests: Sequence[Request], on_deltas: OnDeltas | None = None) -> None:
         super().__init__()
         self.set_running_or_notify_cancel()
         self.requests = requests
-        self.on_delta = on_delta
+        self.on_deltas = on_deltas
         self._completions: dict[str, Completion] = {}
 
     def finished(self) -> list[Completion]:
@@ -89,12 +90,12 @@ class EngineLoop:
         """Why the loop is dead; None while it lives."""
         return self._failure
 
-    def submit(self, requests: Sequence[Request], on_delta: OnDelta | None = None) -> Submission:
-        """`on_delta`: see Submission; it gets all of a request's deltas before its completion counts.
+    def submit(self, requests: Sequence[Request], on_deltas: OnDeltas | None = None) -> Submission:
+        """`on_deltas`: see Submission; it gets all of a request's deltas before its completion counts.
 
         Raises EngineError when the loop is dead, and ValueError for an id that is in flight already.
         """
-        submission = Submission(requests, on_delta)
+        submission = Submission(requests, on_deltas)
         with self._condition:
             if self._failure is not None:
                 raise self._failure
@@ -184,10 +185,13 @@ class EngineLoop:
         return not closing
 
     def _hand_out(self, deltas: list[Delta]) -> None:
+        gained: dict[OnDeltas, list[Delta]] = {}
         for delta in deltas:
-            on_delta = self._waiting[delta.id].on_delta
-            if on_delta is not None:
-                on_delta(delta)
+            on_deltas = self._waiting[delta.id].on_deltas
+            if on_deltas is not None:
+                gained.setdefault(on_deltas, []).append(delta)
+        for on_deltas, own in gained.items():
+            on_deltas(own)
 
     def _deliver(self, completions: list[Completion]) -> None:
         with self._condition:

@@ -60,10 +60,10 @@ def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
         num_cpus=min(1.0, round(resources["CPU"] / (sum(counts.values()) + 1), 3)),
         num_threads=max(1, cores // sum(ranks.values())),
         use_gpus=resources.get("GPU", 0) >= wanted,
+        listen_on=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
     )
-    options = {"host": settings.host, "port": settings.port}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.start(proxy_location="HeadOnly", http_options=options, logging_config=QUIET)
+    ray_serve.start(proxy_location="Disabled", logging_config=QUIET)
     try:
         return ray_serve.run(application, name=APP_NAME, route_prefix="/", logging_config=QUIET)
     except RuntimeError as error:

@@ -20,6 +20,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "pydantic": ("jobs/", "glm_actors/serving/"),
     "fastapi": ("glm_actors/serving/",),
     "starlette": ("glm_actors/serving/",),
+    "uvicorn": ("glm_actors/serving/",),
     "prometheus_client": ("glm_actors/serving/",),
     "typer": ("jobs/",),
     "rich": ("jobs/",),

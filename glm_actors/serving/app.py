@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from glm_actors.serving.border import Border
 from glm_actors.serving.errors import ApiError, bad, internal
 from glm_actors.serving.metrics import Metrics
+from glm_actors.serving.pieces import Piece
 from glm_actors.serving.protocol import (
     Body,
     ChatRequest,
@@ -32,7 +33,6 @@ from glm_actors.serving.protocol import (
     ScoreRequest,
     TokenizeRequest,
 )
-from glm_actors.serving.replica import Piece
 from glm_actors.serving.settings import Caps
 
 Json = dict[str, Any]

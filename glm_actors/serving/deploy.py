@@ -9,18 +9,23 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm_actors.model import CPU_SETTINGS
 from glm_actors.serving.errors import ApiError, busy, unavailable
+from glm_actors.serving.pieces import Address, Mailbox, Outlets, Piece
 from glm_actors.serving.protocol import Body
 from glm_actors.serving.settings import Caps, ServedModel, ServeSettings
+
+if TYPE_CHECKING:
+    from glm_actors.serving.listener import Listener
 
 APP_NAME = "glm-batch"
 CONSTRUCTOR_RETRIES = 3
 DRAIN_POLL_S = 0.2
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
+NODE_SHARE = 0.001  # of what Ray has one of on each node, to name the node
 PROBE_TIMEOUT_S = 10.0
 ROUTER_SLACK = 64  # requests of a replica that come on top of its queue only to hear that it is full
 TARGET_SHARE = 0.5  # of a replica's queue; beyond it another replica starts
@@ -38,6 +43,7 @@ class ModelDeployment:
         from glm_actors.serving.replica import Replica
 
         self._replica = Replica(model, caps)
+        self._outlets = Outlets()
 
     async def answer(self, body: Body) -> Json | ApiError:
         try:
@@ -45,14 +51,15 @@ class ModelDeployment:
         except ApiError as error:
             return error
 
-    async def stream(self, body: Body) -> AsyncIterator[Any]:
-        """Pieces, or an ApiError as the last item."""
+    async def feed(self, body: Body, address: Address, number: int) -> ApiError | None:
+        """Sends the response piece by piece to the Mailbox at `address`, as its stream `number`."""
         try:
-            async with contextlib.aclosing(self._replica.stream(body)) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    yield piece
+            outlet = await self._outlets.to(address)
+            with outlet.stream(number) as give:
+                await self._replica.feed(body, give)
         except ApiError as error:
-            yield error
+            return error
+        return None
 
     async def stats(self) -> Json:
         return await self._replica.stats()
@@ -70,11 +77,26 @@ class Ingress:
 
     def __init__(self, caps: Caps, token_digest: bytes | None, replicas: Mapping[str, int], *handles: Any) -> None:
         """`replicas` are the most that each model may have; `handles` are the models' in that order."""
+        import ray
+
         from glm_actors.serving.app import build_app
 
         self._caps = caps
-        backend = RayBackend(dict(zip(replicas, handles, strict=True)), replicas)
+        self._listener: Listener | None = None
+        backend = RayBackend(dict(zip(replicas, handles, strict=True)), replicas, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._border = build_app(backend, caps, token_digest)
+
+    async def reconfigure(self, address: Mapping[str, Any]) -> None:
+        """Ray Serve calls this with the deployment's user_config, if it has one: where to listen, beside Ray's proxy.
+
+        One process less for every byte to go through.
+        """
+        from glm_actors.serving.listener import Listener
+
+        if self._listener is not None:
+            await self._listener.close()
+        self._listener = Listener(self._border, address["host"], address["port"])
+        await self._listener.start()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._border
@@ -92,8 +114,10 @@ class Ingress:
 class RayBackend:
     """The Backend whose models are Ray Serve deployments."""
 
-    def __init__(self, handles: Mapping[str, Any], replicas: Mapping[str, int]) -> None:
+    def __init__(self, handles: Mapping[str, Any], replicas: Mapping[str, int], host: str) -> None:
+        """`host` is this machine's address within the cluster."""
         self._handles, self._replicas = handles, replicas
+        self._mailbox = Mailbox(host)
 
     @property
     def models(self) -> list[str]:
@@ -111,19 +135,24 @@ class RayBackend:
             raise found
         return found
 
-    async def stream(self, model: str, body: Body) -> AsyncIterator[Any]:
-        response = self._handles[model].options(stream=True).stream.remote(body)
-        ended = False
-        try:
-            with _ray_failures():
-                async for piece in response:
-                    if isinstance(piece, ApiError):
-                        raise piece
+    async def stream(self, model: str, body: Body) -> AsyncIterator[Piece]:
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        address = await self._mailbox.address()
+        with self._mailbox.box(pieces.put_nowait) as number:
+            response = self._handles[model].feed.remote(body, address, number)
+            feeding = asyncio.ensure_future(_fed(response))
+            # Only a failure ends the stream: the last pieces may come after Ray's word that all is done.
+            feeding.add_done_callback(lambda done: pieces.put_nowait(None) if _has_failed(done) else None)
+            try:
+                while (piece := await pieces.get()) is not None:
                     yield piece
-            ended = True
-        finally:
-            if not ended:
-                response.cancel()
+                    if piece.usage is not None:
+                        break
+                await feeding
+            finally:
+                if not feeding.done():
+                    response.cancel()
+                    feeding.cancel()
 
     async def stats(self) -> dict[str, list[Json]]:
         """Ray's router picks the replicas, so that one may be missed; it is heard of another time."""
@@ -143,6 +172,17 @@ class RayBackend:
             return None
 
 
+async def _fed(response: Any) -> None:
+    with _ray_failures():
+        found: ApiError | None = await response
+    if found is not None:
+        raise found
+
+
+def _has_failed(done: asyncio.Future[None]) -> bool:
+    return done.cancelled() or done.exception() is not None
+
+
 @contextlib.contextmanager
 def _ray_failures() -> Any:
     """What Ray raises when a replica is full, gone or cannot answer, as the client hears it."""
@@ -158,9 +198,19 @@ def _ray_failures() -> Any:
 
 
 def build_application(
-    settings: ServeSettings, token_digest: bytes | None, *, num_cpus: float, num_threads: int, use_gpus: bool = False
+    settings: ServeSettings,
+    token_digest: bytes | None,
+    *,
+    num_cpus: float,
+    num_threads: int,
+    use_gpus: bool = False,
+    listen_on: str | None = None,
 ) -> Any:
-    """The Ray Serve application. `num_cpus` are what Ray counts for a replica; with `use_gpus` each rank has one."""
+    """The Ray Serve application. `num_cpus` are what Ray counts for a replica; with `use_gpus` each rank has one.
+
+    On the node with the IP address `listen_on` it listens for itself, at the settings' host and port. Without that, as
+    under `serve run`, it is reached through Ray's proxy.
+    """
     from ray import serve
 
     deployment: Any = serve.deployment  # whose annotations know of decorators alone
@@ -184,7 +234,8 @@ def build_application(
     ingress = deployment(serve.ingress()(Ingress)).options(
         name="ingress",
         max_ongoing_requests=(caps.max_queue + ROUTER_SLACK) * sum(most.values()) * 2,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {f"node:{listen_on}": NODE_SHARE} if listen_on else {}},
+        user_config={"host": settings.host, "port": settings.port} if listen_on else None,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=caps.drain_s,
     )

@@ -15,12 +15,13 @@ import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from glm_actors.loop import EngineLoop, OnDelta, Submission
+from glm_actors.loop import EngineLoop, OnDeltas, Submission
 from glm_actors.serving.errors import ApiError, busy, internal, of_row, timed_out, unavailable
+from glm_actors.serving.pieces import Give, Piece
 from glm_actors.serving.prompts import Prompter
 from glm_actors.serving.protocol import Body, ChatRequest, TokenizeRequest
 from glm_actors.serving.schema_check import SchemaChecker
@@ -28,7 +29,7 @@ from glm_actors.serving.settings import Caps, ServedModel
 from glm_actors.serving.tasks import Json, StreamTask, Task, build_task, usage_of
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
 from glm_actors.worker_group import WorkerGroup, needs_ranks
-from models.engine import Delta, Engine, build_engine
+from models.engine import Completion, Delta, Engine, build_engine
 from models.errors import EngineError, RowError
 
 TEXT_THREADS = 2
@@ -36,13 +37,25 @@ SLOW_THREADS = 4
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A part of a stream: chunks for the client, how many tokens they stand for, and at the very end the usage."""
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """A streaming request: who makes chunks of its deltas, who takes them, and what went wrong with that."""
 
-    chunks: list[Json] = field(default_factory=list)
-    num_tokens: int = 0
-    usage: Json | None = None
+    task: StreamTask
+    give: Give
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Post:
+    """What the engine's thread calls. Equal for all streams of an event loop, so that a step wakes it once."""
+
+    loop: asyncio.AbstractEventLoop
+    give_out: Callable[[list[Delta]], None]
+
+    def __call__(self, deltas: list[Delta]) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
+            self.loop.call_soon_threadsafe(self.give_out, deltas)
 
 
 class Replica:
@@ -52,6 +65,7 @@ class Replica:
         self.name = uuid.uuid4().hex[:8]
         self._model, self._caps = model, caps
         self._in_flight = 0
+        self._streams: dict[str, _Stream] = {}  # by the ids of their requests
         # What may wait for a decoder or a compiler must not keep plain text waiting.
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="prepare-text")
         self._slow_threads = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="prepare-slow")
@@ -70,35 +84,33 @@ class Replica:
             if isinstance(body, TokenizeRequest):
                 return await self._prepare(body, partial(self._tokenize, body))
             task: Task = await self._prepare(body, partial(self._task, body))
-            submission = self._submit(task)
-            try:
-                async with asyncio.timeout(self._caps.request_s):
-                    completions = await _wait(submission)
-            except TimeoutError:
-                raise timed_out(self._caps.request_s) from None
-            finally:
-                self._leave(submission)
-            return task.answer(completions)
+            return task.answer(await self._completions(self._submit(task)))
 
     async def stream(self, body: Body) -> AsyncIterator[Piece]:
         """The response piece by piece; the last one has the usage. Raises ApiError, at any time."""
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        feeding = asyncio.ensure_future(self.feed(body, pieces.put_nowait))
+        feeding.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            await feeding
+        finally:
+            feeding.cancel()
+            await asyncio.wait({feeding})
+
+    async def feed(self, body: Body, give: Give) -> None:
+        """As `stream`, for the caller's `give`, which is called in this event loop and never raises."""
         with self._place():
             task: StreamTask = await self._prepare(body, partial(self._task, body))
-            events: asyncio.Queue[Delta | None] = asyncio.Queue()
-            post = partial(_post, asyncio.get_running_loop(), events)
-            submission = self._submit(task, post)
-            submission.add_done_callback(lambda _: post(None))
-            deadline = asyncio.get_running_loop().time() + self._caps.request_s
-            try:
-                while (deltas := await self._gained(events, deadline))[-1] is not None:
-                    yield _piece(task, deltas)
-                if len(deltas) > 1:
-                    yield _piece(task, deltas[:-1])
-                completions = await _wait(submission)
-            finally:
-                self._leave(submission)
+            stream = _Stream(task, give)
+            with self._streaming(stream):
+                submission = self._submit(task, _Post(asyncio.get_running_loop(), self._give_out))
+                completions = await self._completions(submission)
+            if stream.error is not None:
+                raise internal() from stream.error
             task.answer(completions)  # raises what went wrong with any of them
-            yield Piece(usage=usage_of(completions))
+            give(Piece(usage=usage_of(completions)))
 
     async def stats(self) -> Json:
         """Numbers of this moment: requests here, sequences in the engine, blocks of its cache."""
@@ -160,27 +172,49 @@ class Replica:
         longest = self._prompter.config.longest_context if limit == "auto" else limit
         return {"count": len(prompt.input_ids), "max_model_len": longest, "tokens": list(prompt.input_ids)}
 
-    def _submit(self, task: Task, on_delta: OnDelta | None = None) -> Submission:
+    def _submit(self, task: Task, on_deltas: OnDeltas | None = None) -> Submission:
         try:
-            return self._loop.submit(task.requests, on_delta)
+            return self._loop.submit(task.requests, on_deltas)
         except EngineError as error:
             raise unavailable() from error
 
-    def _leave(self, submission: Submission) -> None:
-        """What nobody waits for any more makes room for others."""
-        if not submission.done():
-            self._loop.abort([request.id for request in submission.requests])
-
-    async def _gained(self, events: asyncio.Queue[Delta | None], deadline: float) -> list[Delta | None]:
-        """All that is there, at least one. None, the last of all, says that the submission is done."""
+    async def _completions(self, submission: Submission) -> list[Completion]:
+        """All of them, in time. What nobody waits for any more makes room for others. Raises ApiError."""
         try:
-            async with asyncio.timeout_at(deadline):
-                found = [await events.get()]
+            async with asyncio.timeout(self._caps.request_s):
+                return await asyncio.wrap_future(submission)
         except TimeoutError:
             raise timed_out(self._caps.request_s) from None
-        while not events.empty():
-            found.append(events.get_nowait())
-        return found
+        except EngineError as error:
+            traceback.print_exception(error, file=sys.stderr)
+            raise unavailable() from error
+        finally:
+            if not submission.done():
+                self._loop.abort([request.id for request in submission.requests])
+
+    @contextlib.contextmanager
+    def _streaming(self, stream: _Stream) -> Iterator[None]:
+        ids = [request.id for request in stream.task.requests]
+        self._streams |= dict.fromkeys(ids, stream)
+        try:
+            yield
+        finally:
+            for id in ids:
+                del self._streams[id]
+
+    def _give_out(self, deltas: list[Delta]) -> None:
+        """A step's deltas: each stream gets its own as one piece."""
+        gained: dict[_Stream, list[Delta]] = {}
+        for delta in deltas:
+            if stream := self._streams.get(delta.id):  # else it was left
+                gained.setdefault(stream, []).append(delta)
+        for stream, own in gained.items():
+            try:
+                stream.give(_piece(stream.task, own))
+            except Exception as error:  # a request's border: whatever it was, the others go on
+                traceback.print_exception(error, file=sys.stderr)
+                stream.error = error
+                self._loop.abort([request.id for request in stream.task.requests])
 
 
 def _may_be_slow(body: Body) -> bool:
@@ -190,25 +224,9 @@ def _may_be_slow(body: Body) -> bool:
     return has_format or any(isinstance(message.get("content"), list) for message in messages)
 
 
-def _post(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Delta | None], delta: Delta | None) -> None:
-    """Called on the engine's thread, which nobody's end may disturb."""
-    with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
-        loop.call_soon_threadsafe(events.put_nowait, delta)
-
-
-async def _wait(submission: Submission) -> list[Any]:
-    """The completions. Raises ApiError when the engine died."""
-    try:
-        return await asyncio.wrap_future(submission)
-    except EngineError as error:
-        traceback.print_exception(error, file=sys.stderr)
-        raise unavailable() from error
-
-
-def _piece(task: StreamTask, deltas: list[Delta | None]) -> Piece:
-    found = [delta for delta in deltas if delta is not None]
-    chunks = [chunk for delta in found for chunk in task.chunks(delta)]
-    return Piece(chunks=chunks, num_tokens=sum(len(delta.token_ids) for delta in found))
+def _piece(task: StreamTask, deltas: list[Delta]) -> Piece:
+    chunks = [chunk for delta in deltas for chunk in task.chunks(delta)]
+    return Piece(chunks=chunks, num_tokens=sum(len(delta.token_ids) for delta in deltas))
 
 
 def _engine_stats(engine: Engine) -> Json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 
@@ -190,22 +191,26 @@ class TalkingEngine(EchoEngine):
         return done
 
 
-def test_deltas_come_to_whoever_submitted_before_the_completion() -> None:
+def test_deltas_come_to_whoever_submitted_before_the_completion_in_one_call_a_step() -> None:
     loop = EngineLoop(TalkingEngine)
     engine = loop.look(lambda engine: engine).result(timeout=10)
-    heard: dict[str, list[int]] = {"a": [], "b": []}
+    heard: dict[str, list[list[tuple[str, int]]]] = {"together": [], "alone": []}
+
+    def note(name: str, deltas: list[Delta]) -> None:
+        heard[name].append([(delta.id, *delta.token_ids) for delta in deltas])
+
+    together, alone = partial(note, "together"), partial(note, "alone")
     streams = [
-        loop.submit(
-            [Request(id=id, input_ids=[1], work=Generate(), stream=True)],
-            lambda delta: heard[delta.id].extend(delta.token_ids),
-        )
-        for id in heard
+        loop.submit([Request(id=id, input_ids=[1], work=Generate(), stream=True)], on_deltas)
+        for id, on_deltas in (("a", together), ("b", together), ("d", alone))
     ]
     quiet = loop.submit(requests("c"))
     engine.gate.release(5)
     for stream in streams:
         assert [completion.finish_reason for completion in stream.result(timeout=10)] == ["stop"]
-    assert heard == {"a": [1, 2, 3], "b": [1, 2, 3]}
+    assert [pair for deltas in heard["alone"] for pair in deltas] == [("d", 1), ("d", 2), ("d", 3)]
+    assert [pair for deltas in heard["together"] for pair in deltas if pair[0] == "a"] == [("a", 1), ("a", 2), ("a", 3)]
+    assert any(len(deltas) == 2 for deltas in heard["together"])  # but for a first step before the second came
     assert ids(quiet) == ["c"]
     loop.close()
 
