@@ -25,9 +25,10 @@ from models.engine.vllm_limits import check_installed, checkpoint_problem, sampl
 from models.errors import ConfigError
 from models.parallel import check_parts
 from pipelines.job import Job, MediaSection, TaskConfig
+from pipelines.listing import InputFile
 from pipelines.prompts import PromptTemplate, input_columns, media_columns
 from pipelines.schema import output_schema
-from pipelines.source import InputFile, Source
+from pipelines.source import Source
 from pipelines.tasks import TaskRunner, check_schema
 
 HEADS = {

@@ -31,8 +31,8 @@ from models.errors import RowError
 from pipelines.job import Job
 from pipelines.plan import Plan, Unit, make_plan
 from pipelines.shares import uses_gpus
-from pipelines.source import Row, decode_rows
 from pipelines.tasks import Prompt, TaskRunner
+from pipelines.values import Row, decode_rows
 
 SAMPLED_UNITS = 8
 ROWS_PER_UNIT = 64

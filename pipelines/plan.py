@@ -22,9 +22,11 @@ import pyarrow as pa
 from models.errors import ConfigError, RowError
 from pipelines.job import Job
 from pipelines.keys import Place, find_duplicates
+from pipelines.listing import InputFile
 from pipelines.media import media_row_bytes, reads_media
 from pipelines.prompts import input_columns
-from pipelines.source import InputFile, Row, RowRange, Source, decode_rows, parse_line, row_key, split_lines
+from pipelines.source import RowRange, Source
+from pipelines.values import Row, decode_rows, parse_line, row_key, split_lines
 
 FORMAT = 1
 MAX_UNIT_ROWS = 1000
@@ -62,11 +64,16 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFile:
-    """An input file after it was opened once. `offsets` (JSONL) are the byte at which each unit starts, and the end."""
+    """An input file after it was opened once. `offsets` (JSONL) are the byte at which each unit starts, and the end.
+
+    `lines` (JSONL) are the numbers of the lines with which the units start, where empty lines make them other than the
+    rows' numbers.
+    """
 
     file: InputFile
     num_rows: int
     offsets: tuple[int, ...] = ()
+    lines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,8 @@ class Plan:
             for k, start in enumerate(range(0, planned.num_rows, self.unit_rows)):
                 start_byte, stop_byte = planned.offsets[k : k + 2] if planned.offsets else (0, 0)
                 stop = min(start + self.unit_rows, planned.num_rows)
-                rows = RowRange(start=start, stop=stop, start_byte=start_byte, stop_byte=stop_byte)
+                line = planned.lines[k] if planned.lines else start + 1
+                rows = RowRange(start=start, stop=stop, start_byte=start_byte, stop_byte=stop_byte, start_line=line)
                 yield Unit(index=index, file=number, rows=rows)
                 index += 1
 
@@ -116,7 +124,8 @@ class Plan:
 
     def to_json(self) -> bytes:
         files = [
-            asdict(planned.file) | {"rows": planned.num_rows, "offsets": list(planned.offsets)}
+            asdict(planned.file)
+            | {"rows": planned.num_rows, "offsets": list(planned.offsets), "lines": list(planned.lines)}
             for planned in self.files
         ]
         content = {
@@ -140,6 +149,7 @@ class Plan:
                 file=InputFile(**{name: entry[name] for name in ("name", "path", "size", "stamp")}),
                 num_rows=entry["rows"],
                 offsets=tuple(entry["offsets"]),
+                lines=tuple(entry.get("lines", ())),
             )
             for entry in content["files"]
         )
@@ -341,19 +351,30 @@ def _estimated_rows(source: Source, file: InputFile) -> int:
 def _scan_lines(source: Source, file: InputFile, unit_rows: int) -> PlannedFile:
     """Finds where each unit of a JSONL file begins, holding one block of lines at a time."""
     offsets: list[int] = []
-    num_rows = end = 0
+    lines: list[int] = []
+    num_rows = num_lines = end = 0
     for offset, block in source.line_blocks(file):
-        starts = offset + _row_starts(block)
+        starts, is_row = _line_starts(block)
         # The first row of the block that begins a unit.
         first = -num_rows % unit_rows
-        offsets += [int(start) for start in starts[first::unit_rows]]
-        num_rows += len(starts)
+        begins = np.flatnonzero(is_row)[first::unit_rows]
+        offsets += [offset + int(start) for start in starts[begins]]
+        lines += [num_lines + int(line) + 1 for line in begins]
+        num_rows += int(is_row.sum())
+        num_lines += len(starts)
         end = offset + len(block)
-    return PlannedFile(file=file, num_rows=num_rows, offsets=(*offsets, end) if num_rows else ())
+    return PlannedFile(
+        file=file,
+        num_rows=num_rows,
+        offsets=(*offsets, end) if num_rows else (),
+        lines=tuple(lines) if num_lines > num_rows else (),
+    )
 
 
-def _row_starts(block: bytes) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Where the rows of a block of whole lines begin; lines that are empty or a lone "\\r" are no rows."""
+def _line_starts(
+    block: bytes,
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Where the lines of a block begin, and which are rows: those that are empty or a lone "\\r" are not."""
     data = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
     if not block.endswith(b"\n"):
@@ -361,8 +382,7 @@ def _row_starts(block: bytes) -> np.ndarray[Any, np.dtype[np.int64]]:
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts
     lone_return = (lengths == 1) & (data[np.minimum(starts, len(data) - 1)] == ord("\r"))
-    kept: np.ndarray[Any, np.dtype[np.int64]] = starts[(lengths > 0) & ~lone_return]
-    return kept
+    return starts, (lengths > 0) & ~lone_return
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

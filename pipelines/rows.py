@@ -23,10 +23,11 @@ from models.engine.request import Completion, Request
 from models.errors import RowError
 from pipelines.affinity import with_prefix_key
 from pipelines.job import Job
+from pipelines.listing import InputFile
 from pipelines.metrics import Counts
 from pipelines.prompts import cell_text, prompt_columns
-from pipelines.source import LINE, InputFile, Row, column_values, decode_rows, key_text, parse_line, row_key
 from pipelines.tasks import TOKEN_COLUMNS, TaskRunner
+from pipelines.values import LINE, Row, column_values, decode_rows, key_text, parse_line, row_key
 
 UNIT, ROW, FIRST, LOST = "#unit", "#row", "#first", "#lost"
 GOLD, PROMPT, RIGHT = "#gold", "#prompt", "#right"

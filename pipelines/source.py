@@ -1,63 +1,46 @@
-"""Input files: what there is, how many rows, and the rows of one unit as an Arrow table.
+"""Reading of input files: how many rows there are, and the rows of one unit as an Arrow table.
 
-Owns Parquet and JSONL on local disks and s3://, and everything that can be wrong with a file as a whole. A row that
-is wrong by itself becomes a RowError in `decode_rows`. Knows nothing of tasks, Ray, or where results go.
+Owns Parquet and JSONL on local disks and s3://, and everything that can be wrong with a file as a whole. Which files
+there are says pipelines.listing; what a row's values are, pipelines.values. Knows nothing of tasks or Ray.
 """
 
 from __future__ import annotations
 
-import glob
-import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import chain, pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.utils import glob_translate
 
 from models.errors import ConfigError, RowError
 from pipelines.job import StorageSection
-from pipelines.s3 import S3, ChangedError, Object
+from pipelines.listing import InputFile, is_remote, list_files
+from pipelines.s3 import S3, ChangedError
 from pipelines.storage import StorageError
+from pipelines.values import (
+    LINE,
+    NUMBER,
+    column_values,
+    is_text,
+    line_key,
+    numbered_lines,
+    parse_line,
+    split_lines,
+    usable_key,
+)
 
-Format = Literal["parquet", "jsonl"]
-Row = dict[str, Any]
-
-SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-LINE = "line"  # the one column of a unit's table that comes from JSONL: each row's own bytes
 SAMPLE_ROWS = 1000
 SCAN_BYTES = 4 << 20
 FOOTER_THREADS = 8
-MAGIC = re.compile(r"[*?\[]")  # where a glob begins
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputFile:
-    """A file before it was opened. `name` is the path as the job spells it, `stamp` changes when the content does."""
-
-    name: str
-    path: str
-    size: int
-    stamp: str
-
-    @property
-    def format(self) -> Format:
-        return SUFFIXES[os.path.splitext(self.path)[1]]
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Stands for a value that Python cannot hold: a date after the year 9999, a list with text that is not UTF-8."""
 
 
 class DamagedError(ConfigError):
@@ -66,12 +49,15 @@ class DamagedError(ConfigError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowRange:
-    """Rows [start, stop) of one file; for JSONL also the bytes [start_byte, stop_byte) they lie in."""
+    """Rows [start, stop) of one file; for JSONL also the bytes [start_byte, stop_byte) they lie in, and the number of
+    the line (from 1, empty ones counted) with which they begin.
+    """
 
     start: int
     stop: int
     start_byte: int = 0
     stop_byte: int = 0
+    start_line: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +68,12 @@ class Source:
     columns: tuple[str, ...]
 
     def list_files(self, patterns: Sequence[str]) -> list[InputFile]:
-        """The files that `input` names, each once, directories and globs in name order. Raises ConfigError."""
-        found: dict[str, InputFile] = {}
-        for pattern in patterns:
-            for file in sorted(self._expand(pattern), key=lambda file: file.name):
-                found.setdefault(file.path, file)
-        return list(found.values())
+        """See pipelines.listing."""
+        return list_files(patterns, self.storage)
 
     def open(self, file: InputFile) -> Any:
         """A seekable binary file for Arrow and for Python alike."""
-        if _is_remote(file.path):
+        if is_remote(file.path):
             return self._s3.open(file.path, file.size, file.stamp)
         return pa.OSFile(file.path)
 
@@ -137,13 +119,13 @@ class Source:
         if file.format == "parquet":
             with self._parquet(file) as parquet:
                 for batch in parquet.iter_batches(batch_size=65536, columns=[key]):
-                    yield [_usable_key(value) for value in column_values(batch.column(0))]
+                    yield [usable_key(value) for value in column_values(batch.column(0))]
             return
         for _, block in self.line_blocks(file):
-            yield [_line_key(line, key) for line in split_lines(block)]
+            yield [line_key(line, key) for line in split_lines(block)]
 
     def read(self, file: InputFile, rows: RowRange) -> pa.Table:
-        """The unit's rows: the wanted columns of a Parquet file, or the column LINE with a JSONL file's raw lines.
+        """The unit's rows: the wanted columns of a Parquet file, or a JSONL file's raw lines as LINE and NUMBER.
 
         Raises ConfigError when the file is no longer what it was when the job was planned, DamagedError when Parquet
         cannot decode these rows, and StorageError when the store fails.
@@ -163,8 +145,7 @@ class Source:
             raise DamagedError(
                 f"input: {file.name} is damaged at rows {rows.start} to {rows.stop - 1}: {error}"
             ) from error
-        table = pa.table({LINE: pa.array(split_lines(data), pa.binary())})
-        return _complete(table, file, rows)
+        return _complete(_lines_table(numbered_lines(data, rows.start_line)), file, rows)
 
     def by_row_group(self, file: InputFile, rows: RowRange) -> list[RowRange]:
         """The row range of a Parquet file, cut where its row groups meet."""
@@ -176,7 +157,7 @@ class Source:
     def blank(self, file: InputFile, num_rows: int) -> pa.Table:
         """As many rows as `read` would give, with nothing in them."""
         if file.format == "jsonl":
-            return pa.table({LINE: pa.array([b""] * num_rows, pa.binary())})
+            return _lines_table([(None, b"")] * num_rows)
         return pa.table({field.name: pa.nulls(num_rows, field.type) for field in self._read_schema(file)})
 
     def _read_schema(self, file: InputFile) -> pa.Schema:
@@ -184,37 +165,8 @@ class Source:
         schema = self._footer(file).schema.to_arrow_schema()
         return pa.schema([schema.field(column) for column in self.columns or schema.names[:1]])
 
-    def _expand(self, pattern: str) -> list[InputFile]:
-        files = self._remote_files(pattern) if _is_remote(pattern) else _local_files(pattern)
-        if not files:
-            raise ConfigError(f"input: {pattern!r} matches no Parquet or JSONL file; check the path")
-        for file in files:
-            if os.path.splitext(file.path)[1] not in SUFFIXES:
-                raise ConfigError(
-                    f"input: {file.name} is neither Parquet nor JSONL by its name ({', '.join(SUFFIXES)}); "
-                    "convert or unpack it, or narrow the pattern"
-                )
-        return files
-
-    def _remote_files(self, pattern: str) -> list[InputFile]:
-        """Objects that a glob, a folder or a name means. Listed in pages, which say sizes and tags too."""
-        try:
-            if glob.has_magic(pattern):
-                matches = re.compile(glob_translate(pattern)).fullmatch
-                return self._listed(MAGIC.split(pattern, maxsplit=1)[0], lambda url: matches(url) is not None)
-            folder = self._listed(pattern.rstrip("/") + "/", _is_data)
-            return folder or [_remote_file(self._s3.look(pattern))]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise ConfigError(f"input: {pattern!r} cannot be listed ({error}); check storage and access") from error
-
-    def _listed(self, prefix: str, is_wanted: Callable[[str], bool]) -> list[InputFile]:
-        pages = self._s3.pages(prefix, deep=True)
-        return [_remote_file(each) for page, _ in pages for each in page if is_wanted(each.url)]
-
     def _bytes(self, file: InputFile, start: int, stop: int) -> bytes:
-        if _is_remote(file.path):
+        if is_remote(file.path):
             return self._s3.read(file.path, start, stop, file.stamp)
         with open(file.path, "rb") as stream:
             stream.seek(start)
@@ -318,118 +270,6 @@ def _cursor(source: Source, file: InputFile) -> _ParquetCursor:
     return _ParquetCursor(source, file)
 
 
-def split_lines(data: bytes) -> list[bytes]:
-    """The lines that are rows: empty lines are not."""
-    return [line for line in data.split(b"\n") if line and line != b"\r"]
-
-
-def parse_line(line: bytes) -> Row | RowError:
-    """One line of JSONL as a row."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return RowError("not_utf8", f"the line is not UTF-8 at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        return RowError("bad_json", f"the line is not JSON: {error}")
-    if not isinstance(row, dict):
-        return RowError("bad_json", f"the line is JSON but no object: it holds {type(row).__name__}")
-    return row
-
-
-def decode_rows(table: pa.Table) -> list[Row | RowError]:
-    """The rows of a unit's table, in order. Bytes that are no UTF-8 stay bytes in their column."""
-    if table.column_names == [LINE]:
-        return [parse_line(line) for line in table[LINE].to_pylist()]
-    columns = [column_values(table[name]) for name in table.column_names]
-    names = table.column_names
-    if not columns:
-        return [{} for _ in range(table.num_rows)]
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Python values; a text that is not UTF-8 comes as its bytes, and what Python cannot hold as Unreadable."""
-    try:
-        values: list[Any] = column.to_pylist()
-        return values
-    except (ValueError, OverflowError):
-        if not _is_text(column.type):
-            return [_scalar_value(value) for value in column]
-        raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
-        return [_text_or_bytes(value) for value in raw.to_pylist()]
-
-
-def row_key(file: InputFile, row: int) -> str:
-    """The key of a row where the job names no key column, or the row has none: input file and row number from 0."""
-    return f"{file.name}:{row}"
-
-
-def key_text(row: Row, key: str) -> str:
-    """A row's key as text. Raises RowError when it is null or cannot be one."""
-    value = row.get(key)
-    if value is None:
-        raise RowError("null_key", f"the key column {key!r} is null")
-    if isinstance(value, bytes):
-        raise RowError("not_utf8", f"the key column {key!r} is not UTF-8")
-    text = _usable_key(value)
-    if text is None:
-        raise RowError("wrong_type", f"the key column {key!r} holds {type(value).__name__}; keys are text or integers")
-    return text
-
-
-def _usable_key(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        return None
-    text = str(value)
-    return text if text.isascii() or _is_unicode(text) else None
-
-
-def _line_key(line: bytes, key: str) -> str | None:
-    row = parse_line(line)
-    return None if isinstance(row, RowError) else _usable_key(row.get(key))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _text_or_bytes(value: bytes | None) -> str | bytes | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return value
-
-
-def _scalar_value(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError):
-        return Unreadable()
-
-
-def _local_files(pattern: str) -> list[InputFile]:
-    if os.path.isdir(pattern):
-        paths = [path for path in glob.iglob(os.path.join(pattern, "**"), recursive=True) if _is_data(path)]
-    else:
-        paths = glob.glob(pattern, recursive=True)
-        paths = [pattern] if not paths and os.path.isfile(pattern) else paths
-        paths = [path for path in paths if not os.path.isdir(path)]
-    return [_local_file(path) for path in paths]
-
-
-def _local_file(path: str) -> InputFile:
-    status = os.stat(path)
-    return InputFile(name=path, path=os.path.abspath(path), size=status.st_size, stamp=str(status.st_mtime_ns))
-
-
-def _remote_file(found: Object) -> InputFile:
-    return InputFile(name=found.url, path=found.url, size=found.size, stamp=found.etag)
-
-
 @contextmanager
 def _readable(file: InputFile) -> Iterator[None]:
     """Says of a Parquet file that cannot be read which one it is."""
@@ -455,22 +295,15 @@ def _changed(file: InputFile, how: str) -> str:
     )
 
 
+def _lines_table(lines: Sequence[tuple[int | None, bytes]]) -> pa.Table:
+    numbers, texts = [number for number, _ in lines], [line for _, line in lines]
+    return pa.table({LINE: pa.array(texts, pa.binary()), NUMBER: pa.array(numbers, pa.int64())})
+
+
 def _complete(table: pa.Table, file: InputFile, rows: RowRange) -> pa.Table:
     if table.num_rows != rows.stop - rows.start:
         raise ConfigError(_changed(file, f"rows {rows.start} to {rows.stop} are {table.num_rows} now"))
     return table
-
-
-def _is_remote(path: str) -> bool:
-    return path.startswith("s3://")
-
-
-def _is_data(path: str) -> bool:
-    return os.path.splitext(path)[1] in SUFFIXES and not os.path.basename(path).startswith((".", "_"))
-
-
-def _is_text(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype))
 
 
 def _refuse_extensions(file: InputFile, metadata: dict[bytes, bytes]) -> None:
@@ -495,7 +328,7 @@ def _refuse_exotic(dtype: pa.DataType, file: InputFile, column: str) -> None:
         _refuse_exotic(child, file, column)
     nested = types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype)
     nested = nested or types.is_struct(dtype) or types.is_map(dtype) or types.is_dictionary(dtype)
-    text = _is_text(dtype) or types.is_binary(dtype) or types.is_large_binary(dtype)
+    text = is_text(dtype) or types.is_binary(dtype) or types.is_large_binary(dtype)
     if isinstance(dtype, pa.BaseExtensionType) or not (nested or text or types.is_primitive(dtype) or _scalar(dtype)):
         raise ConfigError(
             f"input: {file.name}: column {column!r} has type {dtype}; only plain types are read: "

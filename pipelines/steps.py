@@ -16,6 +16,7 @@ from glm_actors.model import SECONDS
 from models.errors import EngineError, RowError
 from pipelines.commit import CommitRecord
 from pipelines.journal import Journal
+from pipelines.listing import InputFile
 from pipelines.plan import Unit, UnitSizes
 from pipelines.rows import (
     UNIT,
@@ -26,7 +27,7 @@ from pipelines.rows import (
     render_unit,
     unit_table,
 )
-from pipelines.source import DamagedError, InputFile, RowRange, Source
+from pipelines.source import DamagedError, RowRange, Source
 
 ORDER = "#order"
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 from pipelines.commit import Output
 from pipelines.gc import collect
 from pipelines.lease import own
+from pipelines.listing import InputFile
 from pipelines.metrics import Counts
 from pipelines.plan import Plan, PlannedFile
-from pipelines.source import InputFile
 
 NUM_ROWS, UNIT_ROWS = 11, 2
 SCHEMA = pa.schema({"row_key": pa.string()})

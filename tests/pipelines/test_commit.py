@@ -14,9 +14,9 @@ import pytest
 
 from models.errors import ConfigError
 from pipelines.commit import CommitRecord, Output
+from pipelines.listing import InputFile
 from pipelines.metrics import Counts
 from pipelines.plan import Plan, PlannedFile
-from pipelines.source import InputFile
 from pipelines.storage import LocalStore, StorageError
 
 SCHEMA = pa.schema({"row_key": pa.string()})

@@ -21,8 +21,9 @@ from pipelines.job import CommitSection, Job, StorageSection, TaskConfig
 from pipelines.plan import Plan, choose_unit_rows, make_plan
 from pipelines.prompts import cell_text
 from pipelines.s3 import S3
-from pipelines.source import DamagedError, RowRange, Source, decode_rows, key_text, row_key
+from pipelines.source import DamagedError, RowRange, Source
 from pipelines.steps import Order, Read
+from pipelines.values import LINE, NUMBER, decode_rows, key_text, row_key
 from tests.s3_faults import new_bucket
 
 
@@ -67,6 +68,13 @@ def write_jsonl(path: Path, values: list[str], end: str = "\n") -> Path:
     return path
 
 
+def check_line_numbers(table: pa.Table, path: str) -> None:
+    """Each row of JSONL says which line of its file it is, empty lines counted."""
+    if NUMBER in table.column_names:
+        lines = Path(path).read_bytes().split(b"\n")
+        assert [lines[number - 1] for number in table[NUMBER].to_pylist()] == table[LINE].to_pylist()
+
+
 # ---- cutting
 
 
@@ -99,6 +107,8 @@ def test_units_cover_all_rows_exactly_once(
     assert plan.num_units == len(units)
     assert [unit.index for unit in plan.units()] == list(range(len(units)))
     assert [plan.unit_sizes[unit.index] for unit in plan.units()] == [len(unit) for unit in units]
+    for unit in plan.units():
+        check_line_numbers(source.read(plan.files[unit.file].file, unit.rows), plan.files[unit.file].file.path)
 
 
 def test_units_can_be_read_in_any_order(tmp_path: Path) -> None:
