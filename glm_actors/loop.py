@@ -6,9 +6,11 @@ Owns the hand-over of requests and completions between threads. Knows nothing of
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from glm_actors.watchdog import Watchdog
@@ -60,6 +62,14 @@ class _Look:
             self.seen.set_exception(error)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Seconds in which the engine worked, and in which it had nothing to do."""
+
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+
+
 class EngineLoop:
     """Builds an engine in a thread of its own and steps it there while it has work.
 
@@ -81,6 +91,8 @@ class EngineLoop:
         self._streams = False  # an engine is asked for deltas once anybody wants some
         self._failure: EngineError | None = None
         self._closing = False
+        self._usage = Usage()
+        self._marked: float | None = None  # until when time is accounted for, from the first requests on
         self._thread = threading.Thread(target=self._run, args=(build, built), name="engine-loop", daemon=True)
         self._thread.start()
         self._engine = built.result()
@@ -125,6 +137,12 @@ class EngineLoop:
                 self._condition.notify()
         return look.seen
 
+    def take_usage(self) -> Usage:
+        """Of the time since the last call; what was before the first requests is nobody's."""
+        with self._condition:
+            usage, self._usage = self._usage, Usage()
+        return usage
+
     def close(self) -> None:
         """Ends the thread after its present step and closes the engine; requests still in flight fail."""
         with self._condition:
@@ -167,6 +185,7 @@ class EngineLoop:
     def _take_arrivals(self) -> bool:
         """Hands new requests to the engine; sleeps when there is nothing to do. False when the loop should end."""
         with self._condition:
+            self._account(busy=True)
             self._condition.wait_for(
                 lambda: self._closing or self._arrived or self._unwanted or self._looks or self._engine.has_work()
             )
@@ -174,6 +193,9 @@ class EngineLoop:
             unwanted, self._unwanted = self._unwanted, []
             looks, self._looks = self._looks, []
             closing = self._closing
+            if arrived and self._marked is None:
+                self._marked = time.monotonic()
+            self._account(busy=False)
         if arrived and not closing:
             requests = [request for submission in arrived for request in submission.requests]
             self._streams = self._streams or any(request.stream for request in requests)
@@ -183,6 +205,15 @@ class EngineLoop:
         for look in looks:
             look.take(self._engine)
         return not closing
+
+    def _account(self, *, busy: bool) -> None:
+        """Counts the time since the last call as busy, or as idle."""
+        if self._marked is None:
+            return
+        now = time.monotonic()
+        took, self._marked = now - self._marked, now
+        usage = self._usage
+        self._usage = replace(usage, busy_s=usage.busy_s + took) if busy else replace(usage, idle_s=usage.idle_s + took)
 
     def _hand_out(self, deltas: list[Delta]) -> None:
         gained: dict[OnDeltas, list[Delta]] = {}

@@ -22,6 +22,7 @@ from glm_actors.batches import to_requests, with_completions
 from glm_actors.guard import Answer, Guard, RayBook
 from glm_actors.journal import Journal, UnitJournal
 from glm_actors.loop import EngineLoop
+from glm_actors.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, spent, with_spent
 from glm_actors.startup import loading
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
 from glm_actors.worker_group import WorkerGroup, needs_ranks
@@ -36,7 +37,6 @@ CPU_SETTINGS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "128",
 }
-SECONDS = "engine_seconds"  # column: how long the unit was in the engine, from submission to its last completion
 
 
 class ModelActor:
@@ -69,7 +69,7 @@ class ModelActor:
             self._load(config, Watchdog(hang_limits or HangLimits(), self._end_hanging))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Completes a unit's requests: see glm_actors.batches for both tables, to which this adds SECONDS."""
+        """Completes a unit's requests: see glm_actors.batches for both tables, to which this adds what was spent."""
         if self._refusal:
             raise self._refusal
         begun = time.monotonic()
@@ -83,8 +83,13 @@ class ModelActor:
 
         answers = self._guard.run(f"unit {unit}", table.num_rows, complete)
         completions = [done for answer in answers for done in _completions(answer, requests[first[answer.start] :])]
-        seconds = pa.array([time.monotonic() - begun] * table.num_rows, pa.float64())
-        return with_completions(table, completions).append_column(SECONDS, seconds)
+        seconds = spent(table) | {IN_ENGINE: time.monotonic() - begun} | self._usage()
+        return with_spent(with_completions(table, completions), seconds)
+
+    def _usage(self) -> dict[str, float]:
+        assert self._loop is not None
+        usage = self._loop.take_usage()
+        return {ENGINE_BUSY: usage.busy_s, ENGINE_IDLE: usage.idle_s}
 
     def _load(self, config: EngineConfig, watchdog: Watchdog) -> None:
         try:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from glm_actors.guard import Guard, RayBook, Run
+from glm_actors.spent import Stopwatch, spent, with_spent
 from glm_actors.startup import loading
 from models.errors import GlmBatchError, RowError
 
@@ -55,14 +56,12 @@ class RowWorker:
         return self._guard.run_steps(f"unit {unit}", partial(self._whole, table), partial(self._careful, unit, table))
 
     def _whole(self, table: pa.Table) -> pa.Table:
-        for step in self._steps:
-            table = _isolated(step, table, 0, step.num_rows(table))
-        return table
+        return self._timed(table, lambda step, table: _isolated(step, table, 0, step.num_rows(table)))
 
     def _careful(self, unit: object, table: pa.Table, run: Run) -> pa.Table:
-        for step in self._steps:
+        def over(step: Step, table: pa.Table) -> pa.Table:
             answers = run(f"{step.name} of unit {unit}", step.num_rows(table), partial(_isolated, step, table))
-            table = _joined(
+            return _joined(
                 [
                     step(table, answer.start, answer.stop, answer.result)
                     if isinstance(answer.result, RowError)
@@ -70,6 +69,15 @@ class RowWorker:
                     for answer in answers
                 ]
             )
+
+        return self._timed(table, over)
+
+    def _timed(self, table: pa.Table, over: Callable[[Step, pa.Table], pa.Table]) -> pa.Table:
+        stopwatch = Stopwatch(spent(table))
+        for step in self._steps:
+            with stopwatch.on(step.name):
+                table = over(step, table)
+            table = with_spent(table, stopwatch.seconds)
         return table
 
 

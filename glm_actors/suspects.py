@@ -99,6 +99,7 @@ class Ledger:
             "in %.1f s", name, worker.deaths, worker.barren, reason, where, arrival.wait_s,
         )  # fmt: skip
         for unit, start, stop in in_flight:
+            self.lose(stop - start)
             self._suspect(unit, start, stop, reason, alone=len(in_flight) == 1)
         return arrival
 
@@ -137,6 +138,9 @@ class Ledger:
     def say(self, name: str, last_words: str) -> None:
         """A worker is about to end its own process, and why."""
         self._worker(name).last_words = last_words
+
+    def lose(self, num_rows: int) -> None:
+        """Rows were in work when their process died. For a subclass that counts them."""
 
     def _worker(self, name: str) -> _Worker:
         return self._workers.setdefault(name, _Worker())

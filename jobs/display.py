@@ -6,7 +6,7 @@ Owns wording and layout, for 80 columns and more. Knows nothing of how the numbe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console, Group
@@ -15,11 +15,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.bottleneck import bottleneck
 from pipelines.commit import Status
 from pipelines.metrics import Counts, Phase, Progress, Summary
 
 LOG_EVERY_S = 5.0
 BAR_WIDTH = 24
+SHOWN_SHARE = 0.01
 PHASES: dict[Phase, str] = {
     "planning": "listing the input",
     "starting": "starting the workers and loading the model",
@@ -115,6 +117,8 @@ def summary_table(summary: Summary, *, name: str, max_error_rate: float) -> Tabl
     if summary.working_s > 0:
         done = summary.counts.rows - summary.resumed_rows
         table.add_row("rate", f"{done / summary.working_s:,.0f} rows/s")
+    for line in stage_lines(summary.spent):
+        table.add_row(*line)
     table.add_row("output", Text(summary.output))
     for note in summary.notes:
         table.add_row("note", Text(note))
@@ -130,7 +134,21 @@ def status_table(status: Status, output: str) -> Table:
     table.add_row("rows", f"{status.counts.rows:,} of {status.num_rows:,}")
     for line in count_lines(status.counts):
         table.add_row(*line)
+    for line in stage_lines(status.spent):
+        table.add_row(*line)
     return table
+
+
+def stage_lines(spent: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Where the time goes, and what to change; nothing where that is not known."""
+    found = bottleneck(spent)
+    if found is None:
+        return
+    yield "engine", f"busy {found.engine_share:.0%} of its time, else waiting for rows"
+    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in found.shares.items() if share >= SHOWN_SHARE)
+    if shares:
+        yield "other workers", shares
+    yield "bottleneck", f"{found.stage}: {found.remedy}"
 
 
 def count_lines(counts: Counts) -> Iterator[tuple[str, str]]:
@@ -196,6 +214,7 @@ def _rates(progress: Progress) -> list[str]:
         f"output {short((counts.output_tokens - resumed.output_tokens) / seconds)} tok/s",
         f"errors {counts.error_rows:,}",
         f"cached {counts.cached_share:.0%}",
+        *([f"engine busy {found.engine_share:.0%}"] if (found := bottleneck(progress.spent)) else []),
     ]
 
 

@@ -16,14 +16,15 @@ that died or came second. Knows nothing of Ray, of tasks, or of what kind of sto
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -31,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import ConfigError
+from pipelines.bottleneck import COMMITTING, summed
 from pipelines.crash import reach
 from pipelines.job import StorageSection
 from pipelines.metrics import Counts
@@ -40,6 +42,7 @@ from pipelines.storage import TEMPORARY, S3Store, StorageError, Store, check_sto
 FORMAT = 1
 PLAN, JOB, MANIFEST = "plan.json", "job.json", "manifest.json"
 PARTS, COMMITS, LEASE, JOURNAL = "parts", "commits", "lease", "journal"
+LATEST = 50  # units that say what a job is at just now
 FOLDERS = (PARTS, COMMITS, LEASE, JOURNAL, TEMPORARY)
 VERIFIERS = 4  # parts in memory at a time
 READERS = 32  # commit records read at a time from a store with long round trips
@@ -50,7 +53,10 @@ PLAN_NAME = re.compile(r"plan(?:-(\d+))?\.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """What counts for one unit: `part` is a path below the output, `checksum` the SHA-256 of its bytes."""
+    """What counts for one unit: `part` is a path below the output, `checksum` the SHA-256 of its bytes.
+
+    For people only: `at` is when it was committed (UTC, as ISO 8601), `spent` where its seconds went until then.
+    """
 
     unit: int
     generation: int = 1
@@ -59,6 +65,8 @@ class CommitRecord:
     num_bytes: int
     checksum: str
     counts: Counts
+    at: str = ""
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         content = asdict(self) | {"format": FORMAT, "id": unit_id(self.unit), "counts": self.counts.to_json()}
@@ -68,7 +76,7 @@ class CommitRecord:
     def from_json(cls, data: bytes) -> CommitRecord:
         content = json.loads(data)
         content["counts"] = Counts.from_json(content["counts"])
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +103,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How far an output has come, by its plan and commit records."""
+    """How far an output has come, by its plan and commit records. `spent` is what its LATEST units have taken."""
 
     num_rows: int
     num_units: int
@@ -103,6 +111,7 @@ class Status:
     counts: Counts
     finished: bool
     job: Identity
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +194,21 @@ class Output:
 
     # ---- units
 
-    def commit(self, unit: int, table: pa.Table, counts: Counts, generation: int = 1) -> CommitRecord:
+    def commit(
+        self, unit: int, table: pa.Table, counts: Counts, generation: int = 1, spent: Mapping[str, float] | None = None
+    ) -> CommitRecord:
         """Writes a unit's rows as a part and creates its commit record; returns the record that counts.
 
-        That is an earlier attempt's when there is one, and then this attempt's part is removed again. Raises
-        StorageError when the store fails.
+        `spent` are the unit's seconds so far. The record is an earlier attempt's when there is one, and then this
+        attempt's part is removed again. Raises StorageError when the store fails.
         """
         with self.writable():
-            return self.record(unit, generation) or self._commit(unit, table, counts, generation)
+            return self.record(unit, generation) or self._commit(unit, table, counts, generation, spent or {})
 
-    def _commit(self, unit: int, table: pa.Table, counts: Counts, generation: int) -> CommitRecord:
+    def _commit(
+        self, unit: int, table: pa.Table, counts: Counts, generation: int, spent: Mapping[str, float]
+    ) -> CommitRecord:
+        begun = time.monotonic()
         data = _parquet_bytes(table)
         part = f"{PARTS}/{unit_generation(unit, generation)}-{uuid.uuid4().hex[:8]}.parquet"
         reach("before_part")
@@ -208,6 +222,8 @@ class Output:
             num_bytes=len(data),
             checksum=hashlib.sha256(data).hexdigest(),
             counts=counts,
+            at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            spent={**spent, COMMITTING: round(time.monotonic() - begun, 4)},
         )
         reach("before_record")
         is_first = self.store.create(_record_name(unit, generation), record.to_json())
@@ -335,9 +351,12 @@ class Output:
         """Raises ConfigError when no job has begun here."""
         plan = self.standing_plan()
         units, counts = 0, Counts()
+        latest: list[tuple[str, int, Mapping[str, float]]] = []
         for record in self.records(plan):
             units += 1
             counts += record.counts
+            push = heapq.heappush if len(latest) < LATEST else heapq.heappushpop
+            push(latest, (record.at, record.unit, record.spent))
         return Status(
             num_rows=plan.num_rows,
             num_units=plan.num_units,
@@ -345,6 +364,7 @@ class Output:
             counts=counts,
             finished=self.is_finished(plan),
             job=plan.identity,
+            spent=summed(spent for _, _, spent in latest),
         )
 
     def verify(self) -> Iterator[tuple[Part, str | None]]:

@@ -81,6 +81,7 @@ _INTEGERS = (
 class Progress:
     """A moment of a run: `counts` of everything committed so far, of which `resumed` was there when it began.
 
+    `spent` says what this run's units have taken of its workers' seconds: see pipelines.bottleneck.
     `elapsed_s` counts from the start of this run, `working_s` from the moment when the engine was up and got its first
     unit; it is 0 until that unit is committed.
     """
@@ -91,6 +92,7 @@ class Progress:
     rows_total: int = 0
     counts: Counts = field(default_factory=Counts)
     resumed: Counts = field(default_factory=Counts)
+    spent: Mapping[str, float] = field(default_factory=dict)
     elapsed_s: float = 0.0
     working_s: float = 0.0
 
@@ -114,4 +116,5 @@ class Summary:
     resumed_rows: int
     elapsed_s: float
     working_s: float
+    spent: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ from models.engine.interface import EngineConfig
 from models.errors import EngineError, GlmBatchError
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Manifest, Output
+from pipelines.exporter import Exporter
 from pipelines.job import Job, job_file
 from pipelines.journal import Journal, tidy
 from pipelines.lease import own
@@ -94,7 +95,7 @@ def build_dataset(job: Job) -> Dataset:
 
     prepared = prepare(job, None)
     units = list(prepared.plan.units())
-    workers, ledger = job_workers(job), stages.start_ledger()
+    workers, ledger = job_workers(job), stages.start_ledger(prepared.plan)
     read = Read(job_source(job))
     dataset = completed(stages.order(prepared.plan, units, workers), read, prepared.spec, workers, ledger)
     dataset = stages.parse(dataset, prepared.spec, workers, ledger)
@@ -148,7 +149,7 @@ def committed(
     """The whole graph, as in the diagram above."""
     from pipelines import stages
 
-    ledger = stages.start_ledger()
+    ledger = stages.start_ledger(plan)
     dataset = completed(stages.order(plan, units, workers), read, spec, workers, ledger, journal)
     return stages.commit(dataset, spec, commit, workers, ledger)
 
@@ -182,10 +183,10 @@ def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: W
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
         journal = Journal(output=output, every_seconds=job.commit.every_seconds)
         plan, spec, read = prepared.plan, prepared.spec, Read(job_source(job))
-        commit = Commit(journal, plan.unit_sizes, spec)
+        commit, exporter = Commit(journal, plan.unit_sizes, spec), Exporter(plan.fingerprint)
         for wave in waves(pending):
             dataset = committed(plan, wave, read, spec, workers, journal, commit)
-            follow(dataset, watch, lambda record, seconds: work.add_checked(job, record.counts, seconds))
+            follow(dataset, watch, exporter, lambda record: work.add_checked(job, record))
             if watch.stop.is_asked:
                 break
     if watch.stop.signum is not None and not work.is_complete:
@@ -198,7 +199,7 @@ def waves(units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
         yield units[start : start + WAVE_UNITS]
 
 
-def follow(dataset: Dataset, watch: Watch, on_record: Callable[[CommitRecord, float], None]) -> None:
+def follow(dataset: Dataset, watch: Watch, exporter: Exporter, on_record: Callable[[CommitRecord], None]) -> None:
     """Runs a graph that ends in commits, and tells of each record; ends early when `watch` says so."""
     from ray.exceptions import ActorDiedError, RayError
 
@@ -206,9 +207,10 @@ def follow(dataset: Dataset, watch: Watch, on_record: Callable[[CommitRecord, fl
 
     try:
         with watch.stop.listening():
-            for record, seconds in watched(stages.committed(dataset), watch.is_over):
+            for record in watched(stages.committed(dataset), watch.is_over):
                 watch.count()
-                on_record(record, seconds)
+                exporter.count(record.counts, record.spent)
+                on_record(record)
     except (RayError, RuntimeError) as error:
         cause = _own_error(error)
         if cause is not None:

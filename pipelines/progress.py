@@ -6,9 +6,11 @@ Knows nothing of how rows are processed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
-from pipelines.commit import Output
+from glm_actors.spent import IN_ENGINE
+from pipelines.commit import CommitRecord, Output
 from pipelines.job import Job
 from pipelines.metrics import Counts, Phase, Progress, Summary
 from pipelines.plan import Plan, Unit
@@ -26,6 +28,7 @@ class Work:
         self._started: float | None = None
         self._done: set[int] = set()
         self._resumed = self._counts = Counts()
+        self._spent: Counter[str] = Counter()
         self._num_rows = self._num_units = self._units_done = 0
 
     def tell(self, phase: Phase) -> None:
@@ -40,6 +43,7 @@ class Work:
                 rows_total=self._num_rows,
                 counts=self._counts,
                 resumed=self._resumed,
+                spent=dict(self._spent),
                 elapsed_s=now - self._begun,
                 working_s=now - self._started if self._started is not None else 0.0,
             )
@@ -70,16 +74,17 @@ class Work:
             f"{self._num_rows:,} rows) committed; the same command goes on from there"
         )
 
-    def add(self, counts: Counts, seconds_in_engine: float) -> None:
+    def add(self, counts: Counts, spent: Mapping[str, float]) -> None:
         """Counts a unit. The first one to come says when the engine began to work: what was before is start-up."""
         if self._started is None:
-            self._started = time.monotonic() - seconds_in_engine
+            self._started = time.monotonic() - spent.get(IN_ENGINE, 0.0)
         self._counts += counts
+        self._spent.update(spent)
         self._units_done += 1
         self.tell("running")
 
-    def add_checked(self, job: Job, counts: Counts, seconds_in_engine: float) -> None:
-        self.add(counts, seconds_in_engine)
+    def add_checked(self, job: Job, record: CommitRecord) -> None:
+        self.add(record.counts, record.spent)
         self.refuse_errors(job)
 
     def refuse_errors(self, job: Job) -> None:
@@ -97,6 +102,7 @@ class Work:
             output=output.place,
             counts=self._counts,
             resumed_rows=self._resumed.rows,
+            spent=dict(self._spent),
             elapsed_s=now - self._begun,
             working_s=now - self._started if self._started is not None else 0.0,
         )

@@ -17,10 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from glm_actors.spent import spent
 from models.config_reader import load_config
 from models.errors import ConfigError, EngineError, RowError
+from pipelines.bottleneck import COMMITTING, READING
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Output, part_of
+from pipelines.exporter import Exporter
 from pipelines.job import Job
 from pipelines.journal import Journal, tidy
 from pipelines.lease import Lease, own
@@ -94,7 +97,7 @@ class ReadFailed:
     read: Read
     journal: Journal
     codes: Sequence[str]
-    name: str = "reading"
+    name: str = READING
 
     def num_rows(self, table: pa.Table) -> int:
         return self.read.num_rows(table)
@@ -114,7 +117,7 @@ class Recommit:
     journal: Journal
     spec: TaskSpec
     codes: Sequence[str]
-    name: str = "committing"
+    name: str = COMMITTING
 
     def num_rows(self, table: pa.Table) -> int:
         return 1  # the unit is committed as a whole
@@ -131,9 +134,9 @@ class Recommit:
         failed = part.take(failed_positions(part, self.codes))
         old = count_rows(failed.append_column(RIGHT, pa.nulls(failed.num_rows, pa.bool_())))
         counts = before.counts - replace(old, gold_rows=new.gold_rows) + new
-        record = output.commit(unit, whole, counts, generation + 1)
+        record = output.commit(unit, whole, counts, generation + 1, spent(table))
         self.journal.forget(unit)
-        return committed_table(record, table)
+        return committed_table(record)
 
 
 def _checked(job: Job, plan: Plan, touched: Mapping[int, CommitRecord]) -> tuple[TaskSpec, dict[str, object]]:
@@ -171,10 +174,11 @@ def _process(
 
         workers = job_workers(spec.job)
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
+        exporter = Exporter(plan.fingerprint)
         read = ReadFailed(Read(job_source(spec.job)), journal, codes)
         for wave in waves(units):
             dataset = committed(plan, wave, read, spec, workers, journal, Recommit(journal, spec, codes))
-            follow(dataset, watch, lambda record, seconds: work.add(_recomputed(touched, record, codes), seconds))
+            follow(dataset, watch, exporter, lambda record: work.add(_recomputed(touched, record, codes), record.spent))
             if watch.stop.is_asked:
                 break
     if watch.stop.signum is not None and not work.is_complete:

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glm_actors.batches import request_table, to_completions
-from glm_actors.model import SECONDS
 from models.engine.request import Completion, Request
 from models.errors import RowError
 from pipelines.affinity import with_prefix_key
@@ -31,7 +30,7 @@ from pipelines.values import LINE, Row, column_values, decode_rows, key_text, pa
 
 UNIT, ROW, FIRST, LOST = "#unit", "#row", "#first", "#lost"
 GOLD, PROMPT, RIGHT = "#gold", "#prompt", "#right"
-OWN_PARSED = ((UNIT, pa.int32()), (SECONDS, pa.float64()), (RIGHT, pa.bool_()))
+OWN_PARSED = ((UNIT, pa.int32()), (RIGHT, pa.bool_()))
 INPUT = "in."
 INPUT_LINE = INPUT + LINE
 
@@ -125,7 +124,7 @@ def parse_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) ->
         else pa.array([row[field.name] for row in outputs], field.type)
         for field in spec.schema
     }
-    own = {UNIT: table[UNIT], SECONDS: table[SECONDS], RIGHT: pa.array(right, pa.bool_())}
+    own = {UNIT: table[UNIT], RIGHT: pa.array(right, pa.bool_())}
     return pa.table(columns | own, schema=pa.schema([*spec.schema, *OWN_PARSED]))
 
 

@@ -23,6 +23,7 @@ from glm_actors.watchdog import HangLimits
 from models.engine.interface import EngineConfig
 from pipelines.commit import CommitRecord
 from pipelines.dispatch import ByAffinity
+from pipelines.exporter import RECOMPUTED, Exporter
 from pipelines.journal import Journal
 from pipelines.plan import Plan, Unit
 from pipelines.rows import UNIT, TaskSpec, task_runner
@@ -86,11 +87,22 @@ def order(plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
     return dataset
 
 
-def start_ledger() -> Any:
+class CountingLedger(Ledger):
+    """A Ledger that exports how many rows the deaths of a job's workers have cost."""
+
+    def __init__(self, job: str, patience: Patience) -> None:
+        super().__init__(patience)
+        self._exporter = Exporter(job)
+
+    def lose(self, num_rows: int) -> None:
+        self._exporter.add(RECOMPUTED, num_rows)
+
+
+def start_ledger(plan: Plan) -> Any:
     """The actor to which workers tell what they are at: see glm_actors.suspects. It ends with its last handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(Ledger).options(**options).remote(PATIENCE)
+    return ray.remote(CountingLedger).options(**options).remote(plan.fingerprint, PATIENCE)
 
 
 def render(dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
@@ -148,12 +160,12 @@ def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -
     )
 
 
-def committed(dataset: Dataset) -> Iterable[tuple[CommitRecord, float]]:
-    """Runs the graph; gives each commit record as it arrives, and the unit's seconds in the engine. Rows stay away."""
+def committed(dataset: Dataset) -> Iterable[CommitRecord]:
+    """Runs the graph; gives each commit record as it arrives. Rows stay away."""
     batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     for batch in batches:
         for row in batch.to_pylist():
-            yield CommitRecord.from_json(row["record"]), row["seconds"]
+            yield CommitRecord.from_json(row["record"])
 
 
 def _rows(

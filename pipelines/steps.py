@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from glm_actors.model import SECONDS
+from glm_actors.spent import spent
 from models.errors import EngineError, RowError
+from pipelines.bottleneck import COMMITTING, PARSING, PREPARING, READING
 from pipelines.commit import CommitRecord
 from pipelines.journal import Journal
 from pipelines.listing import InputFile
@@ -64,7 +65,7 @@ class Read:
     """An order -> the unit's rows: see pipelines.rows.unit_table."""
 
     source: Source
-    name: str = "reading"
+    name: str = READING
 
     def num_rows(self, table: pa.Table) -> int:
         rows = Order.from_table(table).rows
@@ -104,7 +105,7 @@ class Render:
     """A unit's rows -> requests."""
 
     spec: TaskSpec
-    name: str = "preparing"
+    name: str = PREPARING
 
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
@@ -118,7 +119,7 @@ class Parse:
     """Completions -> output columns."""
 
     spec: TaskSpec
-    name: str = "parsing"
+    name: str = PARSING
 
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
@@ -134,7 +135,7 @@ class Commit:
     journal: Journal
     unit_sizes: UnitSizes
     spec: TaskSpec
-    name: str = "committing"
+    name: str = COMMITTING
 
     def num_rows(self, table: pa.Table) -> int:
         return 1  # the unit is committed as a whole
@@ -146,11 +147,11 @@ class Commit:
         if len(units) != 1 or table.num_rows != self.unit_sizes[units[0]]:
             raise RuntimeError(f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged units")
         rows = table.select(self.spec.schema.names)
-        record = self.journal.output.commit(units[0], rows, count_rows(table))
+        record = self.journal.output.commit(units[0], rows, count_rows(table), spent=spent(table))
         self.journal.forget(units[0])
-        return committed_table(record, table)
+        return committed_table(record)
 
 
-def committed_table(record: CommitRecord, table: pa.Table) -> pa.Table:
-    """One row: a unit's commit record as JSON, and its seconds in the engine."""
-    return pa.table({"record": [record.to_json().decode()], "seconds": [table[SECONDS][0].as_py()]})
+def committed_table(record: CommitRecord) -> pa.Table:
+    """One row: a unit's commit record as JSON."""
+    return pa.table({"record": [record.to_json().decode()]})

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_actors.media import MediaLoader
+from glm_actors.spent import MEDIA, timed
 from models.config_reader import load_config
 from models.engine.request import (
     Choose,
@@ -131,7 +132,8 @@ class TaskRunner:
         """
         drafts = [self._draft(row) for row in rows]
         parts = [part for draft in drafts if isinstance(draft, _Draft) for part in draft.parts]
-        loaded = iter(self._loader.load([(part.kind, part.source) for part in parts]) if parts else ())
+        with timed(MEDIA):
+            loaded = iter(self._loader.load([(part.kind, part.source) for part in parts]) if parts else ())
         return [
             self._prompt(draft, list(islice(loaded, len(draft.parts)))) if isinstance(draft, _Draft) else draft
             for draft in drafts

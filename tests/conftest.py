@@ -36,6 +36,7 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,
+        _system_config={"metrics_report_interval_ms": 500},  # for the one test that reads them
     )
     yield
     ray.shutdown()

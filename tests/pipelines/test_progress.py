@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.commit import Output
+from glm_actors.spent import IN_ENGINE
+from pipelines.commit import CommitRecord, Output
 from pipelines.job import Job, TaskConfig
 from pipelines.metrics import Counts
 from pipelines.progress import Work
@@ -32,14 +33,18 @@ def failed(rows: int) -> Counts:
     return Counts(rows=2, ok=2 - rows, errors={"bad_json": rows} if rows else {})
 
 
+def record(counts: Counts) -> CommitRecord:
+    return CommitRecord(unit=1, part="", rows=counts.rows, num_bytes=0, checksum="", counts=counts)
+
+
 def test_fail_fast_waits_for_one_row_more_than_may_fail(work: Work) -> None:
     """Of all 50 rows a fifth may fail, whatever the share of those that came so far."""
     for _ in range(5):
-        work.add_checked(JOB, failed(2), 0.1)
+        work.add_checked(JOB, record(failed(2)))
     with pytest.raises(
         TooManyErrorsError, match=r"11 rows failed \(bad_json 11\).*20\.00% of 50: stopped with 7 of 25"
     ):
-        work.add_checked(JOB, failed(1), 0.1)
+        work.add_checked(JOB, record(failed(1)))
     with pytest.raises(TooManyErrorsError):
         work.refuse_errors(JOB)
     work.refuse_errors(replace(JOB, fail_fast=False))
@@ -47,12 +52,12 @@ def test_fail_fast_waits_for_one_row_more_than_may_fail(work: Work) -> None:
 
 def test_a_complete_output_is_no_early_end(work: Work) -> None:
     for _ in range(24):
-        work.add(failed(1), 0.1)
+        work.add(failed(1), {})
     assert work.is_complete
     work.refuse_errors(JOB)
 
 
 def test_a_summary_tells_what_was_there_before(work: Work, tmp_path: Path) -> None:
-    work.add(failed(0), 31.0)
+    work.add(failed(0), {IN_ENGINE: 31.0})
     summary = work.summary(Output.at(str(tmp_path / "out")))
     assert (summary.counts.rows, summary.resumed_rows) == (4, 2)
