@@ -210,11 +210,11 @@ def _rates(progress: Progress) -> list[str]:
     seconds = progress.working_s or float("inf")
     return [
         f"{short(progress.rows_per_s)} rows/s",
-        f"prompt {short((counts.prompt_tokens - resumed.prompt_tokens) / seconds)} tok/s",
-        f"output {short((counts.output_tokens - resumed.output_tokens) / seconds)} tok/s",
+        f"in {short((counts.prompt_tokens - resumed.prompt_tokens) / seconds)}",
+        f"out {short((counts.output_tokens - resumed.output_tokens) / seconds)} tok/s",
         f"errors {counts.error_rows:,}",
         f"cached {counts.cached_share:.0%}",
-        *([f"engine busy {found.engine_share:.0%}"] if (found := bottleneck(progress.spent)) else []),
+        *([f"engine {found.engine_share:.0%}"] if (found := bottleneck(progress.spent)) else []),
     ]
 
 

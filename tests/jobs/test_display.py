@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from glm_actors.spent import ENGINE_BUSY, ENGINE_IDLE, MEDIA
 from jobs.display import LogLines, clock_time, live_view, next_step, progress_display, short, summary_table
 from pipelines.metrics import Counts, Progress, Summary
 
@@ -21,7 +22,13 @@ COUNTS = Counts(
     gold_correct=1_200_000,
 )
 RUNNING = Progress(
-    phase="running", units_total=3000, units_done=1300, rows_total=3_000_000, counts=COUNTS, working_s=100.0
+    phase="running",
+    units_total=3000,
+    units_done=1300,
+    rows_total=3_000_000,
+    counts=COUNTS,
+    working_s=100.0,
+    spent={ENGINE_BUSY: 61.0, ENGINE_IDLE: 39.0, MEDIA: 9.0, "reading": 1.0},
 )
 
 
@@ -37,7 +44,7 @@ def test_the_live_display_is_two_lines_of_80_columns() -> None:
     assert len(lines) == 2
     assert "1,234,567/3,000,000 rows 41%" in lines[0]
     assert "ETA 2:23" in lines[0]
-    rates = "12.3k rows/s  prompt 4.0M tok/s  output 500.0k tok/s  errors 4,567  cached 75%"
+    rates = "12.3k rows/s  in 4.0M  out 500.0k tok/s  errors 4,567  cached 75%  engine 61%"
     assert lines[1].strip() == rates
 
 
@@ -51,12 +58,19 @@ def test_the_clock_runs_on_between_two_reports() -> None:
 
 def test_the_summary_says_every_number_within_80_columns() -> None:
     summary = Summary(
-        output="out/x", counts=COUNTS, resumed_rows=34_567, elapsed_s=130.0, working_s=100.0, notes=("hm",)
+        output="out/x",
+        counts=COUNTS,
+        resumed_rows=34_567,
+        elapsed_s=130.0,
+        working_s=100.0,
+        spent=RUNNING.spent,
+        notes=("hm",),
     )
     lines = drawn(summary_table(summary, name="job", max_error_rate=0.01))
     assert all(len(line) <= 80 for line in lines)
     text = " ".join(" ".join(lines).split())
     for part in (
+        "engine busy 61% of its time", "other workers reading 10%, media 90%", "bottleneck media: raise",
         "rows 1,234,567 (34,567 of them from an earlier run)", "ok 1,230,000", "error 4,567", "null_prompt 4,000",
         "prompt_too_long 567", "accuracy 0.972 (1,200,000 of 1,234,000 rows with gold)",
         "prompt 400,000,000 (75% cached), output 50,000,000", "12,000 rows/s", "out/x", "note hm",
@@ -79,7 +93,7 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then() -> None:
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert [line.split(" ", 1)[1].split(",")[0] for line in lines] == ["job: listing the input", "job: 1"]
-    assert lines[1].endswith("errors 4,567, cached 75%, ETA 2:23")
+    assert lines[1].endswith("errors 4,567, cached 75%, engine 61%, ETA 2:23")
     assert "\x1b" not in console.file.getvalue()
 
 
