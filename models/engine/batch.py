@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.engine.media import Span
-from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Tag
+from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Score, Tag
 from models.engine.scheduler import Chunk, Scheduler
 from models.engine.sequence import Sequence
 
@@ -45,6 +45,19 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Wanted rows after which tokens[i] stands: its log-probability, and those of the likeliest `top` of `num_ids` ids.
+
+    rows, tokens: [R].
+    """
+
+    rows: Ints
+    tokens: Ints
+    top: int
+    num_ids: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One step. input_ids, slots: [tokens]; out_rows [W]: the packed rows whose hidden state is wanted.
 
@@ -56,7 +69,7 @@ class Batch:
 
     The rest says what becomes of the W wanted rows, each an index into them: `sample_rows` give logits to sample from,
     `class_rows` class logits, `logit_rows` and `hidden_rows` everything; pairs (score_rows[pair_rows[i]],
-    pair_tokens[i]) give one log-probability each.
+    pair_tokens[i]) give one log-probability each; `ranking` gives those of whole prompts.
     """
 
     input_ids: Ints
@@ -72,6 +85,7 @@ class Batch:
     class_rows: Ints
     logit_rows: Ints
     hidden_rows: Ints
+    ranking: Ranking | None = None
     media: tuple[Span, ...] = ()
 
 
@@ -265,7 +279,7 @@ def _visible(segment: Segment, prefix_len: int) -> NDArray[np.bool_]:
     return visible
 
 
-def outputs(wanted: list[Wanted], eos_token_ids: tuple[int, ...]) -> dict[str, Ints]:
+def outputs(wanted: list[Wanted], eos_token_ids: tuple[int, ...]) -> dict[str, Any]:
     """The fields of a Batch that say what becomes of its wanted rows."""
     found: dict[str, list[int]] = {
         name: []
@@ -289,8 +303,28 @@ def outputs(wanted: list[Wanted], eos_token_ids: tuple[int, ...]) -> dict[str, I
                 found["logit_rows"] += rows
             case Embed() | Inspect():
                 found["hidden_rows"] += rows
+            case Score():
+                pass  # see `ranking`
         row += len(want.indices)
     return {name: np.array(values, dtype=np.int64) for name, values in found.items()}
+
+
+def ranking(wanted: list[Wanted], num_ids: int) -> Ranking | None:
+    """The rows of sequences whose prompts are scored; `top` is what the most curious of them asks for."""
+    rows: list[int] = []
+    tokens: list[int] = []
+    top = row = 0
+    for want in wanted:
+        if isinstance(want.sequence.request.work, Score):
+            rows += range(row, row + len(want.indices))
+            tokens += [want.sequence.tokens[index + 1] for index in want.indices]
+            top = max(top, want.sequence.request.work.top)
+        row += len(want.indices)
+    if not rows:
+        return None
+    return Ranking(
+        rows=np.array(rows, dtype=np.int64), tokens=np.array(tokens, dtype=np.int64), top=top, num_ids=num_ids
+    )
 
 
 def scored_tokens(sequence: Sequence, index: int, eos_token_ids: tuple[int, ...]) -> list[int]:

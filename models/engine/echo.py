@@ -2,7 +2,7 @@
 
 Answers are a function of the prompt's token ids, its media and the work, so that reruns agree. A generated text is the
 prompt's last tokens (decoded by the tokenizer when one is given) and the first bytes of its media's digests; the label
-scores favour a choice picked by the sum of the prompt and of these bytes.
+scores favour a choice picked by the sum of the prompt and of these bytes. Every prompt token is the likeliest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from models.engine.request import (
     Generate,
     Inspect,
     Output,
+    PromptScores,
     Request,
+    Score,
     Tag,
     refuse_known_ids,
 )
@@ -117,6 +119,8 @@ class EchoEngine:
                 picked = digest % len(choices)
                 scores = tuple(math.log(0.8 if i == picked else rest) for i in range(len(choices)))
                 return replace(done, choice_logprobs=scores)
+            case Score(top=top):
+                return replace(done, scores=_echo_scores(ids, top, shift=(digest - sum(ids)) % 97))
             case Classify() | Embed():
                 width = self._hidden_size if isinstance(request.work, Embed) else self._num_labels
                 array = np.cos(np.arange(width, dtype=np.float32) + digest % 97)
@@ -144,6 +148,16 @@ class EchoEngine:
         if request.media is not None and self._merge_size is None:
             return RowError("unsupported_media", "the prompt shows media; the checkpoint reads text")
         return None
+
+
+def _echo_scores(ids: list[int], top: int, *, shift: int) -> PromptScores:
+    logprobs = np.full(len(ids) - 1, -1.0 - shift / 97, np.float32)
+    ranks = np.arange(top)
+    return PromptScores(
+        logprobs=logprobs,
+        top_ids=np.array(ids[1:], np.int64)[:, None] + ranks,
+        top_logprobs=logprobs[:, None] - ranks.astype(np.float32),
+    )
 
 
 def _delta(id: str, index: int, output: Output) -> Delta:

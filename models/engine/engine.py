@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine.batch import Batch, Wanted, build_batch
+from models.engine.batch import Batch, Wanted, build_batch, ranking
 from models.engine.batch_paged import build_paged_batch
 from models.engine.block_manager import BlockManager
 from models.engine.choice_tree import ChoiceTree
@@ -34,7 +34,9 @@ from models.engine.request import (
     Embed,
     Generate,
     Inspect,
+    PromptScores,
     Request,
+    Score,
     Tag,
     TopLogprob,
     refuse_known_ids,
@@ -58,6 +60,7 @@ class _Pending:
     sequences: list[Sequence] = field(default_factory=list)
     decodings: list[Decoding] = field(default_factory=list)
     arrays: list[NDArray[np.float32]] = field(default_factory=list)
+    scores: list[PromptScores] = field(default_factory=list)
     edge_logprobs: dict[int, float] = field(default_factory=dict)
     end_logprobs: dict[int, float] = field(default_factory=dict)
     num_finished: int = 0
@@ -164,8 +167,15 @@ class TorchEngine:
         end_ids = self.tokenizer.eos_token_ids
         if self.limits.tile_queries:
             block_size, tile_queries = self.limits.block_size, self.limits.tile_queries
-            return build_paged_batch(chunks, block_size=block_size, tile_queries=tile_queries, eos_token_ids=end_ids)
-        return build_batch(chunks, self.scheduler, num_heads=self.config.num_attention_heads, eos_token_ids=end_ids)
+            batch, wanted = build_paged_batch(
+                chunks, block_size=block_size, tile_queries=tile_queries, eos_token_ids=end_ids
+            )
+        else:
+            batch, wanted = build_batch(
+                chunks, self.scheduler, num_heads=self.config.num_attention_heads, eos_token_ids=end_ids
+            )
+        scored = ranking(wanted, self._num_ids)
+        return (replace(batch, ranking=scored) if scored else batch), wanted
 
     def _take_back(self, chunks: list[Chunk], reason: str) -> None:
         self.scheduler.take_back(chunks)
@@ -259,6 +269,11 @@ class TorchEngine:
             return None
         return place(request.media, prompt, tokens, vision)
 
+    @property
+    def _num_ids(self) -> int:
+        """Ids that stand for something: the embedding may be longer."""
+        return min(self.tokenizer.vocab_size, self.config.vocab_size)
+
     @cached_property
     def _constraints(self) -> Constraints:
         return Constraints(self.tokenizer)
@@ -303,6 +318,7 @@ class TorchEngine:
             count = len(want.indices)
             if want.indices[:1] == [0]:  # perhaps once more: it may have lost its cache to an older sequence
                 pending.arrays.clear()
+                pending.scores.clear()
             match want.sequence.request.work:
                 case Generate():
                     continue
@@ -314,6 +330,9 @@ class TorchEngine:
                     pending.arrays.append(rows.logits(count))
                 case Embed() | Inspect():
                     pending.arrays.append(rows.hidden(count))
+                case Score(top=top):
+                    if count:
+                        pending.scores.append(rows.scores(count, top))
             if not want.sequence.num_owed:
                 self._finish_sequence(pending, want.sequence, "scored")
         for draw in draws:
@@ -339,7 +358,7 @@ class TorchEngine:
             return []
         errors: dict[int, RowError] = {}
         rows = [self._sample_row(i, sequence, errors) for i, sequence in enumerate(sequences)]
-        sampled = sample(logits, rows, vocab_size=min(self.tokenizer.vocab_size, self.config.vocab_size))
+        sampled = sample(logits, rows, vocab_size=self._num_ids)
         errors = sampled.errors | errors
         found = zip(sequences, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True)
         return [_Draw(*each, error=errors.get(i)) for i, each in enumerate(found)]
@@ -417,6 +436,7 @@ class TorchEngine:
             outputs=outputs,
             choice_logprobs=choice_logprobs,
             array=_assemble(pending) if scored else None,
+            scores=_joined(pending.scores) if scored and isinstance(pending.request.work, Score) else None,
             num_preemptions=sum(sequence.num_preemptions for sequence in pending.sequences),
             media_tokens=first.media.num_tokens if first.media else 0,
         )
@@ -434,7 +454,7 @@ class _Rows:
     def __init__(self, output: StepOutput) -> None:
         self._output = output
         self._pairs: Iterator[float] = iter(output.pair_logprobs.tolist())
-        self._class_at = self._logits_at = self._hidden_at = 0
+        self._class_at = self._logits_at = self._hidden_at = self._scores_at = 0
 
     def pair_logprob(self) -> float:
         return next(self._pairs)
@@ -450,6 +470,28 @@ class _Rows:
     def hidden(self, count: int) -> NDArray[np.float32]:
         self._hidden_at += count
         return self._output.hidden[self._hidden_at - count : self._hidden_at]
+
+    def scores(self, count: int, top: int) -> PromptScores:
+        found, part = self._output.scores, slice(self._scores_at, self._scores_at + count)
+        assert found is not None
+        self._scores_at += count
+        return PromptScores(
+            logprobs=found.logprobs[part],
+            top_ids=found.top_ids[part, :top],
+            top_logprobs=found.top_logprobs[part, :top],
+        )
+
+
+def _joined(pieces: list[PromptScores]) -> PromptScores:
+    """Of a prompt's chunks; none where it has but one token."""
+    if not pieces:
+        nothing = np.empty((0, 0), np.float32)
+        return PromptScores(logprobs=nothing.ravel(), top_ids=nothing.astype(np.int64), top_logprobs=nothing)
+    return PromptScores(
+        logprobs=np.concatenate([piece.logprobs for piece in pieces]),
+        top_ids=np.concatenate([piece.top_ids for piece in pieces]),
+        top_logprobs=np.concatenate([piece.top_logprobs for piece in pieces]),
+    )
 
 
 def _assemble(pending: _Pending) -> NDArray[np.float32] | None:
@@ -475,6 +517,7 @@ def _check_head(config: ModelConfig, request: Request) -> None:
     needed = {
         Generate: "causal_lm",
         Choose: "causal_lm",
+        Score: "causal_lm",
         Classify: "sequence_classification",
         Tag: "token_classification",
     }.get(type(request.work))

@@ -17,6 +17,7 @@ from models.errors import RowError
 from models.normalization import MediaKind
 
 FinishReason = Literal["stop", "length", "scored", "error", "abort"]
+MAX_TOP = 100  # alternatives that are reported at one position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class SamplingParams:
             ("min_tokens", not 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
             ("n", self.n < 1, ">= 1"),
             ("stop", "" in self.stop, "without empty strings"),
-            ("logprobs", not 0 <= self.logprobs <= 100, "in [0, 100]"),
+            ("logprobs", not 0 <= self.logprobs <= MAX_TOP, f"in [0, {MAX_TOP}]"),
         ):
             if wrong:
                 raise ValueError(f"sampling.{name}={getattr(self, name)!r}: it must be {rule}")
@@ -120,7 +121,18 @@ class Inspect:
     what: Literal["logits", "hidden_states"] = "logits"
 
 
-Work = Generate | Choose | Classify | Tag | Embed | Inspect
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """The log-probability of each prompt token after those before it, and of the `top` likeliest in its place."""
+
+    top: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.top <= MAX_TOP:
+            raise ValueError(f"Score.top={self.top}: it must be in [0, {MAX_TOP}]")
+
+
+Work = Generate | Choose | Classify | Tag | Embed | Inspect | Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -213,14 +225,26 @@ class Delta:
     top_logprobs: tuple[tuple[TopLogprob, ...], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PromptScores:
+    """What Score gives: a row for each prompt token but the first, natural logarithms, likeliest first.
+
+    logprobs: float32 [tokens - 1]; top_ids: int64 [tokens - 1, top]; top_logprobs: float32 [tokens - 1, top].
+    """
+
+    logprobs: NDArray[np.float32]
+    top_ids: NDArray[np.int64]
+    top_logprobs: NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What became of one request; every request ends in exactly one of these.
 
     `outputs` belongs to Generate (n of them), `choice_logprobs` (joint natural logarithms, in the order of the
-    choices) to Choose, `array` to the rest: float32 [num_labels] for Classify, [tokens, num_labels] for Tag,
-    [hidden_size] for Embed, [tokens, vocab_size | hidden_size] for Inspect. `error` is set when finish_reason is
-    "error". `num_preemptions` counts how often the request lost its KV cache to an older one and was recomputed.
+    choices) to Choose, `scores` to Score, `array` to the rest: float32 [num_labels] for Classify, [tokens, num_labels]
+    for Tag, [hidden_size] for Embed, [tokens, vocab_size | hidden_size] for Inspect. `error` is set when finish_reason
+    is "error". `num_preemptions` counts how often the request lost its KV cache to an older one and was recomputed.
     `media_tokens` are those of the prompt's tokens that stand for images and videos.
     """
 
@@ -232,6 +256,7 @@ class Completion:
     outputs: tuple[Output, ...] = ()
     choice_logprobs: tuple[float, ...] | None = None
     array: NDArray[np.float32] | None = None
+    scores: PromptScores | None = None
     error: RowError | None = None
     num_preemptions: int = 0
     media_tokens: int = 0

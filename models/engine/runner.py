@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from models.config import ModelConfig
-from models.engine.batch import Batch, Group, Ints
+from models.engine.batch import Batch, Group, Ints, Ranking
 from models.engine.kv_cache import KVCache
 from models.engine.media_encoder import MediaEncoder
+from models.engine.request import PromptScores
 from models.glm import MediaRows
 from models.heads import CausalLMHead
 from models.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
@@ -31,6 +32,7 @@ class StepOutput:
     """What a Batch asked for. sample_logits: float32 [rows, vocab_size] on the model's device, the rest numpy float32.
 
     pair_logprobs [pairs]; class_logits [rows, num_labels]; logits [rows, vocab_size]; hidden [rows, hidden_size].
+    `scores` are those of the batch's `ranking`, where it has one.
     """
 
     sample_logits: torch.Tensor
@@ -38,6 +40,7 @@ class StepOutput:
     class_logits: Floats
     logits: Floats
     hidden: Floats
+    scores: PromptScores | None = None
 
 
 class Runner(Protocol):
@@ -82,6 +85,7 @@ class TorchRunner:
             class_logits=self._class_logits(hidden, batch.class_rows),
             logits=self._all_logits(hidden, batch.logit_rows),
             hidden=self._hidden_rows(hidden, batch.hidden_rows),
+            scores=self._scores(hidden, batch.ranking) if batch.ranking else None,
         )
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
@@ -130,6 +134,32 @@ class TorchRunner:
             rows, tokens = self._tensor(batch.pair_rows[here] - start), self._tensor(batch.pair_tokens[here])
             found[here] = self._model.head.pair_logprobs(scored, rows, tokens).cpu().numpy()
         return found
+
+    def _scores(self, hidden: torch.Tensor, ranking: Ranking) -> PromptScores:
+        """Of whole prompts, slice by slice. Where ranks share a vocabulary, rank 0 alone has something to give."""
+        slices = [
+            self._scored(hidden, ranking, slice(start, start + LOGIT_ROWS))
+            for start in range(0, len(ranking.rows), LOGIT_ROWS)
+        ]
+        return PromptScores(
+            logprobs=np.concatenate([found.logprobs for found in slices]),
+            top_ids=np.concatenate([found.top_ids for found in slices]),
+            top_logprobs=np.concatenate([found.top_logprobs for found in slices]),
+        )
+
+    def _scored(self, hidden: torch.Tensor, ranking: Ranking, part: slice) -> PromptScores:
+        logits = self._head(hidden, ranking.rows[part])
+        top = min(ranking.top, ranking.num_ids) if logits.shape[1] else 0
+        values, ids = logits[:, : ranking.num_ids].topk(top)
+        if logits.shape[1]:
+            total = logits.logsumexp(-1, keepdim=True)  # over the padding too: the model gives it probability
+            own = logits.gather(1, self._tensor(ranking.tokens[part])[:, None]) - total
+            values = values - total  # as `own`: the likeliest token's two numbers are the same
+        else:
+            own = logits
+        return PromptScores(
+            logprobs=own.flatten().cpu().numpy(), top_ids=ids.cpu().numpy(), top_logprobs=values.cpu().numpy()
+        )
 
     def _class_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
         if not len(rows):

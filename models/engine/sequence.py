@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from models.engine.block_manager import ROOT
 from models.engine.choice_tree import ChoiceTree
 from models.engine.media import PlacedMedia
-from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Request, Tag
+from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Request, Score, Tag
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -63,7 +63,7 @@ class Sequence:
     def num_skippable(self) -> int:
         """Leading prompt tokens that need not be computed when they are cached: nobody wants their hidden states."""
         match self.request.work:
-            case Tag() | Inspect() | Embed(pooling="mean"):
+            case Tag() | Inspect() | Score() | Embed(pooling="mean"):
                 return 0
             case Classify():
                 return self.pooled_index
@@ -75,6 +75,8 @@ class Sequence:
         match self.request.work:
             case Tag() | Inspect() | Embed(pooling="mean"):
                 return list(range(start, end))
+            case Score():
+                return list(range(start, min(end, len(self.tokens) - 1)))  # nothing comes after the last
             case Classify():
                 candidates = [self.pooled_index]
             case Choose():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from models.config import ModelConfig
 from models.engine.engine import choice_tree
 from models.engine.media import PlacedMedia, place
-from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Request, Tag
+from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Request, Score, Tag
 from models.engine.vllm_limits import generate_problem
 from models.errors import RowError
 
@@ -39,6 +39,8 @@ def check(request: Request, prompt: list[int], model: ModelConfig, max_model_len
 def _check_work(request: Request, model: ModelConfig) -> None:
     if isinstance(request.work, Inspect) and request.work.what == "logits":
         raise RowError("unsupported_work", "vLLM does not give the logits of a prompt; use engine.kind torch")
+    if isinstance(request.work, Score):
+        raise RowError("unsupported_work", "a prompt's log-probabilities are not read from vLLM; use engine.kind torch")
     needed = HEADS.get(type(request.work))
     if needed and needed != model.head:
         raise RowError(

@@ -31,6 +31,7 @@ from models.engine import (
     Output,
     Request,
     SamplingParams,
+    Score,
     Tag,
     Work,
     build_engine,
@@ -110,7 +111,7 @@ def torch_engine(make_checkpoint: MakeCheckpoint) -> TorchEngine:
 
 def able(engine: Engine, name: str) -> str:
     """The name of the work, or of another one where an engine has to refuse it."""
-    return "hidden" if name == "logits" and type(engine).__name__ == "VllmEngine" else name
+    return "hidden" if name in ("logits", "score") and type(engine).__name__ == "VllmEngine" else name
 
 
 def drain(engine: Engine) -> dict[str, Completion]:
@@ -164,6 +165,7 @@ WORKS: dict[str, Work] = {
     "mean": Embed(pooling="mean", normalize=True),
     "hidden": Inspect(what="hidden_states"),
     "logits": Inspect(what="logits"),
+    "score": Score(top=2),
 }
 
 
@@ -202,6 +204,12 @@ def assert_answers(asked: Request, got: Completion) -> None:
             assert_array(got, (256,))
         case Inspect(what="hidden_states"):
             assert_array(got, (len(asked.input_ids), 256))
+        case Score(top=top):
+            assert got.finish_reason == "scored"
+            assert got.scores is not None
+            assert len(got.scores.logprobs) == len(asked.input_ids) - 1
+            if len(asked.input_ids) > 1:
+                assert got.scores.top_ids.shape == got.scores.top_logprobs.shape == (len(asked.input_ids) - 1, top)
         case Inspect():
             assert got.array is not None
             assert len(got.array) == len(asked.input_ids)
@@ -304,6 +312,9 @@ def assert_same_answer(first: Completion, second: Completion) -> None:
     np.testing.assert_allclose(first.choice_logprobs or [], second.choice_logprobs or [], atol=1e-4)
     if first.array is not None:
         np.testing.assert_allclose(first.array, second.array, atol=1e-4)
+    if first.scores is not None:
+        assert second.scores is not None
+        np.testing.assert_allclose(first.scores.logprobs, second.scores.logprobs, atol=1e-4)
 
 
 def test_an_id_in_flight_is_refused(engine: Engine) -> None:
