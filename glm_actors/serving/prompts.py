@@ -30,10 +30,11 @@ LABEL_SETS = 64  # whose tokens are remembered
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """What goes to the engine."""
+    """What goes to the engine. `text` is what it was made of, where that was a raw text."""
 
     input_ids: Sequence[int]
     media: Media | None = None
+    text: str | None = None
 
 
 class Prompter:
@@ -74,7 +75,7 @@ class Prompter:
     def raw(self, text: str, param: str) -> Prompt:
         """Raw text, between the special tokens that the checkpoint puts around one."""
         self._check_chars(len(text), param)
-        return Prompt(input_ids=self.tokenizer.encode_raw(text))
+        return Prompt(input_ids=self.tokenizer.encode_raw(text), text=text)
 
     def conversation(
         self, messages: Sequence[dict[str, Any]], *, thinking: bool = False, start_answer: bool = False

@@ -14,6 +14,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Positive = Annotated[int, Field(ge=1, le=1 << 31)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+Stops = Annotated[list[str], Field(fail_fast=True)]
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Prompts = str | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
@@ -54,11 +55,11 @@ class Sampled(Strict):
     """What chat and completions share. Null is as good as absent; from `top_k` on the fields are not OpenAI's."""
 
     model: Name
-    max_tokens: Positive | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Positive | None = None
-    stop: str | Texts | None = None
+    stop: str | Stops | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -77,6 +78,7 @@ class ChatRequest(Sampled):
     """POST /v1/chat/completions"""
 
     messages: Messages
+    max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -91,8 +93,9 @@ class CompletionRequest(Sampled):
     """POST /v1/completions"""
 
     prompt: Prompts
+    max_tokens: Count | None = Field(None, description="0 goes with `echo`: nothing is written.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = Field(None, description="Begin with the prompt, and with its log-probabilities.")
     best_of: Literal[1] | None = None
 
 

@@ -65,7 +65,9 @@ def chat_sampling(body: ChatRequest, caps: Caps) -> SamplingParams:
 def completion_sampling(body: CompletionRequest, caps: Caps) -> SamplingParams:
     """Raises ApiError."""
     given = min(COMPLETION_TOKENS, caps.max_tokens) if body.max_tokens is None else body.max_tokens
-    return sampling_of(body, caps, max_tokens=given, logprobs=body.logprobs)
+    if given == 0 and not body.echo:
+        raise bad("max_tokens", "0 goes with echo: true")
+    return sampling_of(body, caps, max_tokens=max(given, 1), logprobs=body.logprobs)
 
 
 def constraint_of(format_: ResponseFormat | None, caps: Caps, schemas: SchemaChecker) -> Constraint | None:

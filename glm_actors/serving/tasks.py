@@ -8,44 +8,31 @@ from __future__ import annotations
 
 import base64
 import math
-import time
-import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from glm_actors.serving.errors import ApiError, bad, internal, of_row
-from glm_actors.serving.logprobs import chat_logprobs, completion_logprobs
-from glm_actors.serving.prompts import Prompt, Prompter
+from glm_actors.serving.chat import ChatTask
+from glm_actors.serving.completions import CompletionTask
+from glm_actors.serving.errors import ApiError, bad, of_row
+from glm_actors.serving.prompts import Prompter
 from glm_actors.serving.protocol import (
     Body,
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
-    Prompts,
     ScoreRequest,
 )
-from glm_actors.serving.reasoning import ReasoningStream
-from glm_actors.serving.sampling import chat_sampling, completion_sampling, constraint_of
 from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps
-from models.engine.request import (
-    Choose,
-    Classify,
-    Completion,
-    Delta,
-    Embed,
-    Generate,
-    Output,
-    Request,
-    Work,
-)
+from glm_actors.serving.work import Json, checked, new_id, raw_prompts, request_of, requests_of, usage_of
+from models.engine.request import Choose, Classify, Completion, Delta, Embed, Request
 from models.errors import RowError
 
-Json = dict[str, Any]
+__all__ = ["Json", "StreamTask", "Task", "build_task", "usage_of"]
+
 MULTI_LABEL_THRESHOLD = 0.5
 
 
@@ -83,127 +70,17 @@ def build_task(body: Body, prompter: Prompter, schemas: SchemaChecker, caps: Cap
     raise ApiError(400, f"{type(body).__name__} is no work for an engine")
 
 
-class ChatTask:
-    """POST /v1/chat/completions"""
-
-    def __init__(
-        self, body: ChatRequest, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool
-    ) -> None:
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model, self._tokenizer, self._chat = body.model, prompter.tokenizer, prompter.chat
-        self._gives_ids, self._alternatives = bool(body.return_token_ids), body.top_logprobs or 0
-        sampling, constraint = chat_sampling(body, caps), constraint_of(body.response_format, caps, schemas)
-        self._thinking = _thinks(body, thinking, constrained=constraint is not None)
-        prompt = prompter.conversation(
-            body.messages, thinking=self._thinking, start_answer=constraint is not None and not self._thinking
-        )
-        work = Generate(sampling=sampling, constraint=constraint)
-        self.requests = [_request(self._id, prompt, work, stream=bool(body.stream))]
-        self._streams: dict[int, ReasoningStream] = {}
-
-    def answer(self, completions: Sequence[Completion]) -> Json:
-        (completion,) = _checked(completions)
-        choices = [self._choice(index, output) for index, output in enumerate(completion.outputs)]
-        return self._envelope("chat.completion", choices) | {"usage": usage_of(completions)}
-
-    def chunks(self, delta: Delta) -> list[Json]:
-        stream = self._streams.get(delta.index)
-        message: Json = {}
-        if stream is None:
-            stream = self._streams[delta.index] = ReasoningStream(self._chat, thinking=self._thinking)
-            message = {"role": "assistant", "content": ""}
-        reasoning, content = stream.add(delta.text, last=delta.finish_reason is not None)
-        message |= {"reasoning_content": reasoning} if reasoning else {}
-        message |= {"content": content} if content else {}
-        choice: Json = {"index": delta.index, "delta": message, "finish_reason": delta.finish_reason, "logprobs": None}
-        if delta.logprobs:
-            choice["logprobs"] = chat_logprobs(delta, self._tokenizer, self._alternatives)
-        if self._gives_ids:
-            choice["token_ids"] = list(delta.token_ids)
-        if not message and not delta.logprobs and not self._gives_ids and delta.finish_reason is None:
-            return []
-        return [self._envelope("chat.completion.chunk", [choice])]
-
-    def _choice(self, index: int, output: Output) -> Json:
-        reasoning, content = self._chat.split_reasoning(output.text, thinking=self._thinking)
-        message: Json = {"role": "assistant", "content": content}
-        message |= {"reasoning_content": reasoning} if reasoning else {}
-        choice: Json = {"index": index, "message": message, "finish_reason": output.finish_reason, "logprobs": None}
-        if output.logprobs is not None:
-            choice["logprobs"] = chat_logprobs(output, self._tokenizer, self._alternatives)
-        if self._gives_ids:
-            choice["token_ids"] = list(output.token_ids)
-        return choice
-
-    def _envelope(self, object_: str, choices: list[Json]) -> Json:
-        return {
-            "id": self._id,
-            "object": object_,
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
-
-
-class CompletionTask:
-    """POST /v1/completions: each of the prompts has n choices, in the prompts' order."""
-
-    def __init__(self, body: CompletionRequest, prompter: Prompter, caps: Caps) -> None:
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model, self._tokenizer = body.model, prompter.tokenizer
-        self._gives_ids, self._alternatives = bool(body.return_token_ids), body.logprobs or 0
-        sampling = completion_sampling(body, caps)
-        prompts = _raw_prompts(body.prompt, prompter, caps, "prompt")
-        self._n = sampling.n
-        work = Generate(sampling=sampling)
-        self.requests = _requests(self._id, prompts, work, stream=bool(body.stream))
-        self._number = {request.id: number for number, request in enumerate(self.requests)}
-        self._shown: dict[int, int] = {}  # characters that a choice's chunks have shown
-
-    def answer(self, completions: Sequence[Completion]) -> Json:
-        outputs = [output for completion in _checked(completions) for output in completion.outputs]
-        choices = [self._choice(index, output, 0) for index, output in enumerate(outputs)]
-        return self._envelope(choices) | {"usage": usage_of(completions)}
-
-    def chunks(self, delta: Delta) -> list[Json]:
-        if not delta.text and not delta.logprobs and not self._gives_ids and delta.finish_reason is None:
-            return []
-        index = self._number[delta.id] * self._n + delta.index
-        start = self._shown.get(index, 0)
-        self._shown[index] = start + len(delta.text)
-        return [self._envelope([self._choice(index, delta, start)])]
-
-    def _choice(self, index: int, output: Output | Delta, start: int) -> Json:
-        choice: Json = {"index": index, "text": output.text, "finish_reason": output.finish_reason, "logprobs": None}
-        if output.logprobs:
-            choice["logprobs"] = completion_logprobs(output, self._tokenizer, self._alternatives, start)
-        if self._gives_ids:
-            choice["token_ids"] = list(output.token_ids)
-        return choice
-
-    def _envelope(self, choices: list[Json]) -> Json:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
-
-
 class EmbeddingTask:
     """POST /v1/embeddings"""
 
     def __init__(self, body: EmbeddingRequest, prompter: Prompter, caps: Caps) -> None:
         self._model, self._as_text = body.model, body.encoding_format == "base64"
-        prompts = _raw_prompts(body.input, prompter, caps, "input")
-        self.requests = _requests(_new_id("embd"), prompts, Embed(pooling=body.pooling, normalize=body.normalize))
+        prompts = raw_prompts(body.input, prompter, caps, "input")
+        self.requests = requests_of(new_id("embd"), prompts, Embed(pooling=body.pooling, normalize=body.normalize))
 
     def answer(self, completions: Sequence[Completion]) -> Json:
         data = []
-        for index, completion in enumerate(_checked(completions)):
+        for index, completion in enumerate(checked(completions)):
             vector = _finite(completion)
             shown: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode() if self._as_text else vector.tolist()
             data.append({"object": "embedding", "index": index, "embedding": shown})
@@ -226,11 +103,11 @@ class ScoreTask:
             messages = [{"role": "system", "content": body.system}, *messages]
         choices = prompter.choices(body.labels)
         work = Choose(choices=choices, count_end=prompter.chat.count_end(choices, body.end_of_label))
-        self.requests = [_request(_new_id("score"), prompter.conversation(messages), work)]
+        self.requests = [request_of(new_id("score"), prompter.conversation(messages), work)]
 
     def answer(self, completions: Sequence[Completion]) -> Json:
         """softmax over the labels' joint log-probabilities; `off_set_mass` is 1 - the sum of what they stand for."""
-        (completion,) = _checked(completions)
+        (completion,) = checked(completions)
         logprobs = completion.choice_logprobs or ()
         highest = max(logprobs)
         if not math.isfinite(highest):
@@ -254,11 +131,11 @@ class ClassifyTask:
 
     def __init__(self, body: ClassifyRequest, prompter: Prompter, caps: Caps) -> None:
         self._model, self._config = body.model, prompter.config
-        prompts = _raw_prompts(body.input, prompter, caps, "input")
-        self.requests = _requests(_new_id("cls"), prompts, Classify())
+        prompts = raw_prompts(body.input, prompter, caps, "input")
+        self.requests = requests_of(new_id("cls"), prompts, Classify())
 
     def answer(self, completions: Sequence[Completion]) -> Json:
-        data = [{"index": i} | self._scores(_finite(each)) for i, each in enumerate(_checked(completions))]
+        data = [{"index": i} | self._scores(_finite(each)) for i, each in enumerate(checked(completions))]
         labels = list(self._config.id2label)
         return {
             "object": "list",
@@ -282,68 +159,8 @@ class ClassifyTask:
                 return {"scores": (weights / weights.sum()).tolist(), "label": names[int(logits.argmax())]}
 
 
-def usage_of(completions: Sequence[Completion]) -> Json:
-    """OpenAI's token counts over all of a request's prompts."""
-    prompt = sum(completion.prompt_tokens for completion in completions)
-    written = sum(completion.output_tokens for completion in completions)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": sum(completion.cached_tokens for completion in completions)},
-    }
-
-
-def _checked(completions: Sequence[Completion]) -> Sequence[Completion]:
-    """Raises ApiError for the first that did not come to its end."""
-    for completion in completions:
-        if completion.error is not None:
-            raise of_row(completion.error)
-        if completion.finish_reason == "abort":
-            raise internal()
-    return completions
-
-
 def _finite(completion: Completion) -> np.ndarray[Any, np.dtype[np.float32]]:
     array = completion.array
     if array is None or not np.isfinite(array).all():
         raise of_row(RowError("not_finite", "the model's output holds NaN or infinity"))
     return array
-
-
-def _thinks(body: ChatRequest, default: bool, *, constrained: bool) -> bool:
-    """Whether the model reasons before it answers. A constrained answer begins at once."""
-    asked = None
-    if body.thinking is not None:
-        asked = body.thinking.type == "enabled"
-    if body.chat_template_kwargs is not None and body.chat_template_kwargs.enable_thinking is not None:
-        if asked not in (None, body.chat_template_kwargs.enable_thinking):
-            raise bad("thinking", "it contradicts chat_template_kwargs.enable_thinking")
-        asked = body.chat_template_kwargs.enable_thinking
-    if asked and constrained:
-        raise bad("thinking", "an answer in a response_format is written without reasoning; leave one of them out")
-    return (default if asked is None else asked) and not constrained
-
-
-def _raw_prompts(prompts: Prompts, prompter: Prompter, caps: Caps, param: str) -> list[Prompt]:
-    """A text, texts, token ids or lists of these."""
-    if isinstance(prompts, str):
-        return [prompter.raw(prompts, param)]
-    if isinstance(prompts[0], int):
-        return [Prompt(input_ids=prompts)]
-    if len(prompts) > caps.max_inputs:
-        raise bad(param, f"{len(prompts)} of them; this server takes {caps.max_inputs} at a time")
-    return [prompter.raw(each, param) if isinstance(each, str) else Prompt(input_ids=each) for each in prompts]
-
-
-def _new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
-
-
-def _requests(id: str, prompts: Sequence[Prompt], work: Work, *, stream: bool = False) -> list[Request]:
-    return [_request(f"{id}-{i}", prompt, work, stream=stream) for i, prompt in enumerate(prompts)]
-
-
-def _request(id: str, prompt: Prompt, work: Work, *, stream: bool = False) -> Request:
-    request = Request(id=id, input_ids=prompt.input_ids, work=work, media=prompt.media)
-    return replace(request, stream=True) if stream else request

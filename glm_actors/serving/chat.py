@@ -1,0 +1,88 @@
+"""ChatTask: a conversation's answer, whole or in chunks, with its reasoning apart.
+
+Knows nothing of HTTP, of other requests or of how media become tokens.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from glm_actors.serving.errors import bad
+from glm_actors.serving.logprobs import chat_logprobs
+from glm_actors.serving.prompts import Prompter
+from glm_actors.serving.protocol import ChatRequest
+from glm_actors.serving.reasoning import ReasoningStream
+from glm_actors.serving.sampling import chat_sampling, constraint_of
+from glm_actors.serving.schema_check import SchemaChecker
+from glm_actors.serving.settings import Caps
+from glm_actors.serving.work import Json, checked, envelope, request_of, usage_of
+from models.engine.request import Completion, Delta, Generate, Output
+
+
+class ChatTask:
+    """POST /v1/chat/completions"""
+
+    def __init__(
+        self, body: ChatRequest, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool
+    ) -> None:
+        id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._envelope = envelope(id, "chat.completion.chunk" if body.stream else "chat.completion", body.model)
+        self._tokenizer, self._chat = prompter.tokenizer, prompter.chat
+        self._gives_ids, self._alternatives = bool(body.return_token_ids), body.top_logprobs or 0
+        sampling, constraint = chat_sampling(body, caps), constraint_of(body.response_format, caps, schemas)
+        self._thinking = _thinks(body, thinking, constrained=constraint is not None)
+        prompt = prompter.conversation(
+            body.messages, thinking=self._thinking, start_answer=constraint is not None and not self._thinking
+        )
+        work = Generate(sampling=sampling, constraint=constraint)
+        self.requests = [request_of(id, prompt, work, stream=bool(body.stream))]
+        self._streams: dict[int, ReasoningStream] = {}
+
+    def answer(self, completions: Sequence[Completion]) -> Json:
+        (completion,) = checked(completions)
+        choices = [self._choice(index, output) for index, output in enumerate(completion.outputs)]
+        return self._envelope | {"choices": choices, "usage": usage_of(completions)}
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        stream = self._streams.get(delta.index)
+        message: Json = {}
+        if stream is None:
+            stream = self._streams[delta.index] = ReasoningStream(self._chat, thinking=self._thinking)
+            message = {"role": "assistant", "content": ""}
+        reasoning, content = stream.add(delta.text, last=delta.finish_reason is not None)
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        message |= {"content": content} if content else {}
+        choice: Json = {"index": delta.index, "delta": message, "finish_reason": delta.finish_reason, "logprobs": None}
+        if delta.logprobs:
+            choice["logprobs"] = chat_logprobs(delta, self._tokenizer, self._alternatives)
+        if self._gives_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        if not message and not delta.logprobs and not self._gives_ids and delta.finish_reason is None:
+            return []
+        return [self._envelope | {"choices": [choice]}]
+
+    def _choice(self, index: int, output: Output) -> Json:
+        reasoning, content = self._chat.split_reasoning(output.text, thinking=self._thinking)
+        message: Json = {"role": "assistant", "content": content}
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        choice: Json = {"index": index, "message": message, "finish_reason": output.finish_reason, "logprobs": None}
+        if output.logprobs is not None:
+            choice["logprobs"] = chat_logprobs(output, self._tokenizer, self._alternatives)
+        if self._gives_ids:
+            choice["token_ids"] = list(output.token_ids)
+        return choice
+
+
+def _thinks(body: ChatRequest, default: bool, *, constrained: bool) -> bool:
+    """Whether the model reasons before it answers. A constrained answer begins at once."""
+    asked = None
+    if body.thinking is not None:
+        asked = body.thinking.type == "enabled"
+    if body.chat_template_kwargs is not None and body.chat_template_kwargs.enable_thinking is not None:
+        if asked not in (None, body.chat_template_kwargs.enable_thinking):
+            raise bad("thinking", "it contradicts chat_template_kwargs.enable_thinking")
+        asked = body.chat_template_kwargs.enable_thinking
+    if asked and constrained:
+        raise bad("thinking", "an answer in a response_format is written without reasoning; leave one of them out")
+    return (default if asked is None else asked) and not constrained
