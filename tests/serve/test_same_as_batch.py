@@ -40,14 +40,14 @@ def job_of(name: str) -> Job:
     return load_job(str(EXAMPLES / f"{name}.yaml"), [f"model={TINY}"])[0]
 
 
-def rows_of(folder: str, job: Job) -> list[dict[str, Any]]:
+def rows_of(folder: str, job: Job, count: int = NUM_ROWS) -> list[dict[str, Any]]:
     """Rows that can be labelled: the shards hold some that cannot."""
     name = {"support": "tickets-1", "shapes": "shapes-1", "clips": "clips-1"}[folder]
-    rows = pq.read_table(EXAMPLES / folder / f"{name}.parquet").slice(0, 3 * NUM_ROWS).to_pylist()
+    rows = pq.read_table(EXAMPLES / folder / f"{name}.parquet").slice(0, 3 * count).to_pylist()
     runner = TaskRunner(job, job.model)
     good = [row for row, prompt in zip(rows, runner.prompts(rows), strict=True) if isinstance(prompt, Prompt)]
     runner.close()
-    return good[:NUM_ROWS]
+    return good[:count]
 
 
 def _medium(row: dict[str, Any]) -> tuple[str, bytes]:
