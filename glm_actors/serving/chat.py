@@ -1,4 +1,4 @@
-"""ChatTask: a conversation's answer, whole or in chunks, with its reasoning apart.
+"""ChatTask: a conversation's answer, whole or in chunks, with its reasoning and its calls of functions apart.
 
 Knows nothing of HTTP, of other requests or of how media become tokens.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 
 from glm_actors.serving.errors import bad
 from glm_actors.serving.logprobs import chat_logprobs
@@ -16,8 +17,11 @@ from glm_actors.serving.reasoning import ReasoningStream
 from glm_actors.serving.sampling import chat_sampling, constraint_of
 from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps
+from glm_actors.serving.tools import CallStream, find_calls, tools_of
 from glm_actors.serving.work import Json, checked, envelope, request_of, usage_of
 from models.engine.request import Completion, Delta, Generate, Output
+
+NEXT_CALL = "<|assistant|>"  # what a model of 0414 writes between two calls
 
 
 class ChatTask:
@@ -30,14 +34,22 @@ class ChatTask:
         self._envelope = envelope(id, "chat.completion.chunk" if body.stream else "chat.completion", body.model)
         self._tokenizer, self._chat = prompter.tokenizer, prompter.chat
         self._gives_ids, self._alternatives = bool(body.return_token_ids), body.top_logprobs or 0
-        sampling, constraint = chat_sampling(body, caps), constraint_of(body.response_format, caps, schemas)
+        self._tools = tools_of(body)
+        formatted = constraint_of(body.response_format, caps, schemas)
+        constraint = formatted or self._tools.constraint(caps, schemas)
         self._thinking = _thinks(body, thinking, constrained=constraint is not None)
         prompt = prompter.conversation(
-            body.messages, thinking=self._thinking, start_answer=constraint is not None and not self._thinking
+            body.messages,
+            thinking=self._thinking,
+            start_answer=formatted is not None,  # which a call is not: it follows the prompt at once
+            tools=self._tools.for_template(),
         )
+        sampling = chat_sampling(body, caps)
+        if self._tools.one_call and NEXT_CALL in self._tokenizer.control_tokens:
+            sampling = replace(sampling, stop_token_ids=tuple(self._tokenizer.encode_control(NEXT_CALL)))
         work = Generate(sampling=sampling, constraint=constraint)
         self.requests = [request_of(id, prompt, work, stream=bool(body.stream))]
-        self._streams: dict[int, ReasoningStream] = {}
+        self._streams: dict[int, tuple[ReasoningStream, CallStream]] = {}
 
     def answer(self, completions: Sequence[Completion]) -> Json:
         (completion,) = checked(completions)
@@ -45,15 +57,21 @@ class ChatTask:
         return self._envelope | {"choices": choices, "usage": usage_of(completions)}
 
     def chunks(self, delta: Delta) -> list[Json]:
-        stream = self._streams.get(delta.index)
         message: Json = {}
-        if stream is None:
-            stream = self._streams[delta.index] = ReasoningStream(self._chat, thinking=self._thinking)
+        if delta.index not in self._streams:
+            streams = ReasoningStream(self._chat, thinking=self._thinking), CallStream(self._tools)
+            self._streams[delta.index] = streams
             message = {"role": "assistant", "content": ""}
-        reasoning, content = stream.add(delta.text, last=delta.finish_reason is not None)
+        of_reasoning, of_calls = self._streams[delta.index]
+        last = delta.finish_reason is not None
+        reasoning, content = of_reasoning.add(delta.text, last=last)
+        content, calls = of_calls.add(content, last=last)
         message |= {"reasoning_content": reasoning} if reasoning else {}
         message |= {"content": content} if content else {}
-        choice: Json = {"index": delta.index, "delta": message, "finish_reason": delta.finish_reason, "logprobs": None}
+        if calls:
+            message["tool_calls"] = [{"index": number} | call.shown() for number, call in enumerate(calls)]
+        reason = "tool_calls" if calls else delta.finish_reason
+        choice: Json = {"index": delta.index, "delta": message, "finish_reason": reason, "logprobs": None}
         if delta.logprobs:
             choice["logprobs"] = chat_logprobs(delta, self._tokenizer, self._alternatives)
         if self._gives_ids:
@@ -64,9 +82,12 @@ class ChatTask:
 
     def _choice(self, index: int, output: Output) -> Json:
         reasoning, content = self._chat.split_reasoning(output.text, thinking=self._thinking)
-        message: Json = {"role": "assistant", "content": content}
+        content, calls = find_calls(content, self._tools.names, one_call=self._tools.one_call)
+        message: Json = {"role": "assistant", "content": None if calls and not content else content}
         message |= {"reasoning_content": reasoning} if reasoning else {}
-        choice: Json = {"index": index, "message": message, "finish_reason": output.finish_reason, "logprobs": None}
+        message |= {"tool_calls": [call.shown() for call in calls]} if calls else {}
+        reason = "tool_calls" if calls else output.finish_reason
+        choice: Json = {"index": index, "message": message, "finish_reason": reason, "logprobs": None}
         if output.logprobs is not None:
             choice["logprobs"] = chat_logprobs(output, self._tokenizer, self._alternatives)
         if self._gives_ids:
@@ -84,5 +105,5 @@ def _thinks(body: ChatRequest, default: bool, *, constrained: bool) -> bool:
             raise bad("thinking", "it contradicts chat_template_kwargs.enable_thinking")
         asked = body.chat_template_kwargs.enable_thinking
     if asked and constrained:
-        raise bad("thinking", "an answer in a response_format is written without reasoning; leave one of them out")
+        raise bad("thinking", "an answer that is held to a schema is written without reasoning; leave one of them out")
     return (default if asked is None else asked) and not constrained

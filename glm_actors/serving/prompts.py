@@ -6,15 +6,17 @@ is asked about the prompt.
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from glm_actors.media import MediaLoader, MediaRules
 from glm_actors.serving.errors import bad
 from glm_actors.serving.settings import Caps
+from glm_actors.serving.tools import for_template, takes_tools, uses_tools
 from models.config_reader import load_config
 from models.engine.request import Media
 from models.errors import ConfigError, RowError
@@ -72,21 +74,33 @@ class Prompter:
             raise RowError("unsupported_work", "this model has no chat template; use /v1/completions")
         return self._chat
 
+    @cached_property
+    def takes_tools(self) -> bool:
+        return takes_tools(self.chat)
+
     def raw(self, text: str, param: str) -> Prompt:
         """Raw text, between the special tokens that the checkpoint puts around one."""
         self._check_chars(len(text), param)
         return Prompt(input_ids=self.tokenizer.encode_raw(text), text=text)
 
     def conversation(
-        self, messages: Sequence[dict[str, Any]], *, thinking: bool = False, start_answer: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        thinking: bool = False,
+        start_answer: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:
-        """Messages with their images and videos. Raises RowError and ApiError."""
-        messages = [_with_known_role(message) for message in messages]
+        """Messages with their images and videos, and the functions that may be called. Raises RowError and ApiError."""
+        if (tools or uses_tools(messages)) and not self.takes_tools:
+            raise RowError("unsupported_work", "this model's chat template has no place for tools: leave them out")
+        self._check_chars(_num_json_chars(tools), "tools")
+        messages = [_with_known_role(message) for message in for_template(messages)]
         parts = media_parts(messages)
         self._check_chars(sum(map(_num_chars, messages)), "messages")
         if len(parts) > self._caps.max_media:
             raise bad("messages", f"they show {len(parts)} images and videos; this server takes {self._caps.max_media}")
-        ids = self.chat.prompt_ids(messages, thinking=thinking, start_answer=start_answer)
+        ids = self.chat.prompt_ids(messages, thinking=thinking, start_answer=start_answer, tools=tools)
         if not parts:
             return Prompt(input_ids=ids)
         if self._media is None or self._loader is None:
@@ -120,12 +134,12 @@ def _chat_of(model_dir: str, tokenizer: Tokenizer) -> Chat | None:
         raise
 
 
-def _with_known_role(message: dict[str, Any]) -> dict[str, Any]:
+def _with_known_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """OpenAI's newer name of the system's role, as templates know it."""
     return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
-def _num_chars(message: dict[str, Any]) -> int:
+def _num_chars(message: Mapping[str, Any]) -> int:
     """Characters that go into the template: all but the media."""
     content = message.get("content")
     if isinstance(content, list):
@@ -133,6 +147,13 @@ def _num_chars(message: dict[str, Any]) -> int:
             len(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
         )
     return len(content) if isinstance(content, str) else 0
+
+
+def _num_json_chars(tools: Sequence[Mapping[str, Any]] | None) -> int:
+    try:
+        return len(json.dumps(tools))
+    except (RecursionError, ValueError) as error:
+        raise bad("tools", "they are nested too deeply") from error
 
 
 def _all_loaded(loaded: Sequence[MediaPatches | RowError]) -> list[MediaPatches]:

@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MAX_TOOLS = 128
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Positive = Annotated[int, Field(ge=1, le=1 << 31)]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Stops = Annotated[list[str], Field(fail_fast=True)]
@@ -51,6 +53,27 @@ class TemplateOptions(Strict):
     enable_thinking: bool | None = None
 
 
+class Function(Strict):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="Whether its arguments always match `parameters`.")
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoice(Strict):
+    name: FunctionName
+
+
+class ToolChoice(Strict):
+    type: Literal["function"]
+    function: FunctionChoice
+
+
 class Sampled(Strict):
     """What chat and completions share. Null is as good as absent; from `top_k` on the fields are not OpenAI's."""
 
@@ -83,6 +106,9 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = Field(None, description="Taken and not used.")
     thinking: Thinking | None = None

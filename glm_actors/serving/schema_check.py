@@ -1,4 +1,4 @@
-"""SchemaChecker: whether decoding can follow a JSON schema, found out in a process of its own and within a time limit.
+"""SchemaChecker: whether decoding can follow a schema or grammar, found out in a process of its own, in bounded time.
 
 A schema may make its compiler search for ages, in native code that no thread can end. A schema that has passed here is
 compiled by the engine as fast. Knows nothing of requests.
@@ -34,10 +34,10 @@ class SchemaChecker:
         self._process: subprocess.Popen[bytes] | None = None
         self._problem = lru_cache(REMEMBERED)(self._find_problem)
 
-    def problem(self, schema: str) -> str:
-        """What is wrong with a schema (JSON text); empty when it can be followed."""
+    def problem(self, text: str, kind: str = "json_schema") -> str:
+        """What is wrong with a schema (JSON text), or a grammar (kind lark); empty when it can be followed."""
         with self._lock:
-            return self._problem(schema)
+            return self._problem(text, kind)
 
     def close(self) -> None:
         """Ends the process, whatever it is at."""
@@ -49,12 +49,12 @@ class SchemaChecker:
                     pipe.close()
             self._process = None
 
-    def _find_problem(self, schema: str) -> str:
+    def _find_problem(self, text: str, kind: str) -> str:
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(schema).encode() + b"\n")
+            process.stdin.write(json.dumps([kind, text]).encode() + b"\n")
             process.stdin.flush()
             answer = _line(process.stdout, self._timeout_s)
         except BrokenPipeError:

@@ -20,6 +20,7 @@ from models.processing.tokenizer import Tokenizer
 # Whitespace between JSON tokens is bounded: a model that falls into a run of blanks would use up its whole budget.
 JSON_WHITESPACE = r"[ \t\r\n]{0,64}"
 MAX_COMPILED = 256
+_NAMES = {"json_schema": "the JSON schema", "regex": "the regular expression", "lark": "the grammar"}
 
 
 class Constraints:
@@ -34,8 +35,7 @@ class Constraints:
         return self._compiled(constraint).copy()
 
     def _compile(self, constraint: Constraint) -> Matcher:
-        where = "the JSON schema" if constraint.kind == "json_schema" else "the regular expression"
-        where = f"{where} {reprlib.repr(constraint.text)}"
+        where = f"{_NAMES[constraint.kind]} {reprlib.repr(constraint.text)}"
         try:
             grammar = _grammar(constraint)
         except ValueError as error:
@@ -143,6 +143,8 @@ class _Vocabulary:
 def _grammar(constraint: Constraint) -> str:
     if constraint.kind == "regex":
         return LLMatcher.grammar_from_regex(constraint.text)
+    if constraint.kind == "lark":
+        return LLMatcher.grammar_from_lark(constraint.text)
     try:
         schema = json.loads(constraint.text)
     except ValueError as error:

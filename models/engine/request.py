@@ -66,9 +66,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
-    """What the output must match: a JSON schema (as JSON text) or a regular expression."""
+    """What the output must match: a JSON schema (as JSON text), a regular expression or a grammar (Lark's form, as
+    llguidance reads it)."""
 
-    kind: Literal["json_schema", "regex"]
+    kind: Literal["json_schema", "regex", "lark"]
     text: str
 
 

@@ -92,7 +92,9 @@ def sampling_problems(sampling: SamplingParams, *, constrained: bool) -> Iterato
 
 
 def generate_problem(work: Generate) -> str | None:
-    """The first of a request's sampling problems."""
+    """The first of a request's problems with sampling and constraints."""
+    if work.constraint is not None and work.constraint.kind == "lark":
+        return "constraint: a grammar is not given to vLLM; use engine.kind torch"
     found = sampling_problems(work.sampling, constrained=work.constraint is not None)
     return next((f"sampling.{name}: {message}" for name, message in found), None)
 
