@@ -1,6 +1,7 @@
 """`glm-batch serve`: start Ray Serve with a configuration's models, wait for a signal, end without losing a request.
 
-Owns the order of these. What is checked lies in jobs.serve_config, what runs in glm_actors.serving.
+`application` is the same for Ray's own `serve run`. Owns the order of these. What is checked lies in jobs.serve_config,
+what runs in glm_actors.serving.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -19,7 +20,7 @@ from glm_actors.serving.border import digest_of
 from glm_actors.serving.deploy import APP_NAME, build_application
 from glm_actors.serving.settings import ServeSettings
 from jobs.serve_config import check_settings, load_settings
-from models.errors import EngineError
+from models.errors import ConfigError, EngineError
 
 DRAIN_CALL_S = 30.0
 QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
@@ -44,30 +45,62 @@ def serve(path: str, *, insecure: bool = False) -> None:
         stop(ingress, settings.limits.drain_s)
 
 
+def application(arguments: Mapping[str, str]) -> Any:
+    """The application for `serve run jobs.serve:application config=serve.yaml [insecure=true]`, and for Serve's files.
+
+    Ray's proxy listens where Ray is told to: the configuration's host and port have no part in that. Raises
+    ConfigError.
+    """
+    import ray
+
+    unknown = arguments.keys() - {"config", "insecure"}
+    insecure = str(arguments.get("insecure", "false")).lower()
+    if unknown or "config" not in arguments or insecure not in ("true", "false"):
+        given = ", ".join(f"{name}={value}" for name, value in arguments.items()) or "nothing"
+        raise ConfigError(f"arguments: {given}; give config=PATH, and insecure=true if nobody shall need a token")
+    settings, place = load_settings(arguments["config"])
+    token = check_settings(settings, place, insecure=insecure == "true", listens=False)
+    resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else _of_this_machine()  # type: ignore[no-untyped-call]
+    return build_application(settings, None if token is None else digest_of(token), **_shares(settings, resources))
+
+
 def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
     """Starts the application on the present cluster; returns the ingress' handle once all models are loaded."""
     import ray
     from ray import serve as ray_serve
 
-    cores = os.cpu_count() or 1
-    counts = {name: model.replica_range[1] for name, model in settings.models.items()}
-    ranks = {name: counts[name] * model.engine.tensor_parallel_size for name, model in settings.models.items()}
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    wanted = sum(ranks[name] for name, model in settings.models.items() if model.wants_gpu)
-    application = build_application(
+    built = build_application(
         settings,
         token_digest,
-        num_cpus=min(1.0, round(resources["CPU"] / (sum(counts.values()) + 1), 3)),
-        num_threads=max(1, cores // sum(ranks.values())),
-        use_gpus=resources.get("GPU", 0) >= wanted,
+        **_shares(settings, resources),
         listen_on=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(proxy_location="Disabled", logging_config=QUIET)
     try:
-        return ray_serve.run(application, name=APP_NAME, route_prefix="/", logging_config=QUIET)
+        return ray_serve.run(built, name=APP_NAME, route_prefix="/", logging_config=QUIET)
     except RuntimeError as error:
         raise EngineError(f"the models cannot be loaded: {error}") from error
+
+
+def _shares(settings: ServeSettings, resources: Mapping[str, float]) -> dict[str, Any]:
+    """What each replica gets of Ray's resources and of a machine's cores."""
+    counts = {name: model.replica_range[1] for name, model in settings.models.items()}
+    ranks = {name: counts[name] * model.engine.tensor_parallel_size for name, model in settings.models.items()}
+    wanted = sum(ranks[name] for name, model in settings.models.items() if model.wants_gpu)
+    return {
+        "num_cpus": min(1.0, round(resources["CPU"] / (sum(counts.values()) + 1), 3)),
+        "num_threads": max(1, (os.cpu_count() or 1) // sum(ranks.values())),
+        "use_gpus": resources.get("GPU", 0) >= wanted,
+    }
+
+
+def _of_this_machine() -> dict[str, float]:
+    """What Ray will find when it starts here."""
+    import torch
+
+    return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
 
 
 def stop(ingress: Any, drain_s: float) -> None:

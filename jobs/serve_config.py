@@ -47,13 +47,16 @@ def load_settings(path: str) -> tuple[ServeSettings, Place]:
         raise AssertionError("a validation error without a problem") from error
 
 
-def check_settings(settings: ServeSettings, place: Place, *, insecure: bool) -> str | None:
-    """The token, None with `insecure`. Raises ConfigError with all problems of keys, or else all of checkpoints."""
+def check_settings(settings: ServeSettings, place: Place, *, insecure: bool, listens: bool = True) -> str | None:
+    """The token, None with `insecure`. Raises ConfigError with all problems of keys, or else all of checkpoints.
+
+    `listens`: whether this process opens the port.
+    """
     token, token_problems = _token(settings, insecure=insecure)
     place.refuse([*_key_problems(settings), *token_problems])
     limits = settings.limits
     place.refuse([each for name, model in settings.models.items() for each in _model_problems(name, model, limits)])
-    place.refuse(list(_port_problems(settings)))
+    place.refuse(list(_port_problems(settings)) if listens else [])
     return token
 
 
