@@ -18,6 +18,7 @@ from typing import Any
 
 import pydantic
 
+from glm_actors.media_rules import endpoints
 from glm_actors.serving.deploy import deployment_name
 from glm_actors.serving.prompts import Prompter
 from glm_actors.serving.settings import Caps, ServedModel, ServeSettings
@@ -67,8 +68,13 @@ def _key_problems(settings: ServeSettings) -> Iterator[Problem]:
         yield Problem(key="port", message=f"it is {settings.port}, but it must be 1 to 65535")
     for field in dataclasses.fields(Caps):
         value = getattr(settings.limits, field.name)
-        if not 0 < value < float("inf"):
+        if not isinstance(value, list) and not 0 < value < float("inf"):
             yield Problem(key=f"limits.{field.name}", message=f"it is {value}, but it must be above 0")
+    for key in ("media_hosts", "media_private_hosts"):
+        try:
+            endpoints(getattr(settings.limits, key))
+        except ConfigError as error:
+            yield Problem(key=f"limits.{key}", message=str(error).partition(": ")[2])
     if len({deployment_name(name) for name in settings.models}) < len(settings.models):
         yield Problem(key="models", message="two names differ in / and _ alone; Ray cannot tell them apart")
     for name, model in settings.models.items():

@@ -11,9 +11,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm_actors.media import MediaLoader, MediaRules
+from glm_actors.media_source import url_of
 from glm_actors.serving.errors import bad
 from glm_actors.serving.settings import Caps
 from glm_actors.serving.tools import for_template, takes_tools, uses_tools
@@ -26,7 +27,12 @@ from models.processing.patches import MediaPatches
 from models.processing.prompt import MediaPrompts
 from models.processing.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from glm_actors.fetcher import Fetcher
+
+FETCHED_AHEAD = 4  # bodies that may wait in memory
 ONLY_INLINE = "images and videos are taken as data: URLs alone"
+ONLY_ALLOWED = "images and videos are taken as data: URLs, and from hosts that this server allows"
 LABEL_SETS = 64  # whose tokens are remembered
 
 
@@ -50,13 +56,29 @@ class Prompter:
         self._chat = _chat_of(model_dir, self.tokenizer)
         self._media: MediaPrompts | None = None
         self._loader: MediaLoader | None = None
+        self._fetcher: Fetcher | None = None
+        self._forbidden = ONLY_INLINE
         self._one_at_a_time = threading.Lock()
         if self.config.vision is not None:
             self._media = MediaPrompts.from_dir(model_dir, self.tokenizer)
             rules = MediaRules(max_bytes=caps.max_media_bytes, decode_timeout_s=caps.decode_s)
             image = replace(self._media.image, max_source_pixels=caps.max_pixels)
             self._loader = MediaLoader(rules, image, self._media.video)
+            self._allow(caps)
         self._choices = lru_cache(LABEL_SETS)(self._tokenize_labels)
+
+    def _allow(self, caps: Caps) -> None:
+        """Opens the way to the network where there are hosts that may be asked."""
+        rules = MediaRules(
+            hosts=tuple(caps.media_hosts),
+            private_hosts=tuple(caps.media_private_hosts),
+            max_bytes=caps.max_media_bytes,
+            fetch_timeout_s=caps.fetch_s,
+        )
+        if rules.allows_urls:
+            from glm_actors.fetcher import Fetcher
+
+            self._fetcher, self._forbidden = Fetcher(rules), ONLY_ALLOWED
 
     def start(self) -> None:
         """Begins to start the process that decodes images, where the model takes any."""
@@ -66,6 +88,8 @@ class Prompter:
     def close(self) -> None:
         if self._loader:
             self._loader.close()
+        if self._fetcher:
+            self._fetcher.close()
 
     @property
     def chat(self) -> Chat:
@@ -105,10 +129,38 @@ class Prompter:
             return Prompt(input_ids=ids)
         if self._media is None or self._loader is None:
             raise RowError("unsupported_media", f"{self.config.architecture} reads text only: leave out the media")
+        sources = self._fetched([part.source for part in parts])  # first: a slow host holds up nobody else's decoding
         with self._one_at_a_time:
-            loaded = self._loader.load([(part.kind, part.source) for part in parts])
-        ids, media = self._media.place(ids, _all_loaded(loaded))
+            loaded = self._loader.load([(part.kind, source) for part, source in zip(parts, sources, strict=True)])
+        ids, media = self._media.place(ids, [self._checked(i, item, len(loaded)) for i, item in enumerate(loaded)])
         return Prompt(input_ids=ids, media=media)
+
+    def _fetched(self, sources: list[object]) -> list[object]:
+        """The sources with the bodies at their URLs in place of these, where any may be fetched."""
+        urls = [url for source in sources if (url := url_of(source))]
+        if self._fetcher is None or not urls:
+            return sources
+        from glm_actors.fetcher import FetchAhead
+
+        bodies: dict[str, memoryview] = {}
+        with FetchAhead(self._fetcher, list(dict.fromkeys(urls)), ahead=FETCHED_AHEAD) as ahead:
+            for number, source in enumerate(sources):
+                url = url_of(source)
+                if url and url not in bodies:
+                    try:
+                        bodies[url] = ahead.take(url)
+                    except RowError as error:
+                        self._checked(number, error, len(sources))
+                if sum(map(len, bodies.values())) > self._caps.max_body_bytes:
+                    raise bad("messages", f"the media have more than {self._caps.max_body_bytes:,} bytes together")
+        return [bodies[url] if (url := url_of(source)) else source for source in sources]
+
+    def _checked(self, number: int, item: MediaPatches | RowError, count: int) -> MediaPatches:
+        """One of `count` media. Raises RowError for what could not be loaded."""
+        if isinstance(item, RowError):
+            which = f"medium {number + 1} of {count}: " if count > 1 else ""
+            raise RowError(item.code, which + (self._forbidden if item.code == "media_forbidden" else item.message))
+        return item
 
     def choices(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each label's tokens as the model would write it. Raises ApiError for labels that cannot be scored."""
@@ -154,14 +206,3 @@ def _num_json_chars(tools: Sequence[Mapping[str, Any]] | None) -> int:
         return len(json.dumps(tools))
     except (RecursionError, ValueError) as error:
         raise bad("tools", "they are nested too deeply") from error
-
-
-def _all_loaded(loaded: Sequence[MediaPatches | RowError]) -> list[MediaPatches]:
-    media = []
-    for number, item in enumerate(loaded, start=1):
-        if isinstance(item, RowError):
-            which = f"medium {number} of {len(loaded)}: " if len(loaded) > 1 else ""
-            message = ONLY_INLINE if item.code == "media_forbidden" else item.message
-            raise RowError(item.code, which + message)
-        media.append(item)
-    return media

@@ -63,10 +63,12 @@ class ServedModel:
 class Caps:
     """The `limits:` section: what one request may ask for, and how many may be about.
 
-    `max_tokens` bounds what a request may write and is also the default of chat. `max_pixels` counts an image's pixels
-    before decoding; `schema_s` is how long a JSON schema may take to compile. `max_queue` counts the requests that wait
-    or run in one replica; what comes beyond is told to come again. Times are seconds; `drain_s` is how long requests
-    may take to end once the server shall stop.
+    `max_tokens` bounds what a request may write and is also the default of chat. `max_pixels` counts an image's
+    pixels before decoding. URLs are fetched from `media_hosts`, where they lead to public addresses, and from
+    `media_private_hosts`, wherever they lead; from nowhere else, and all of one request's together have no more
+    than `max_body_bytes`. `fetch_s` is how long one may take, `schema_s` is how long a JSON schema may take to
+    compile. `max_queue` counts the requests that wait or run in one replica; what comes beyond is told to come
+    again. Times are seconds; `drain_s` is how long requests may take to end once the server shall stop.
     """
 
     max_body_bytes: int = 32 << 20
@@ -81,9 +83,12 @@ class Caps:
     max_media: int = 16
     max_media_bytes: int = 24 << 20
     max_pixels: int = 50_000_000
+    media_hosts: list[str] = field(default_factory=list)
+    media_private_hosts: list[str] = field(default_factory=list)
     max_queue: int = 512
     request_s: float = 600.0
     body_s: float = 30.0
+    fetch_s: float = 10.0
     decode_s: float = 30.0
     schema_s: float = 2.0
     drain_s: float = 60.0
