@@ -7,7 +7,6 @@ caller is trusted: paths in messages are read wherever they lie, and media are d
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from models.processing.messages import MediaPart, media_parts
 from models.processing.patches import MediaPatches
 from models.processing.prompt import MediaPrompts
 from models.processing.video import VideoProcessor
+from models.scores import class_scores, label_scores, softmax
 
 Prompt = str | Sequence[int]
 Messages = str | list[dict[str, Any]]
@@ -108,33 +108,25 @@ class LLM:
         choices = tuple(self._chat.label_continuations(list(labels)))
         work = Choose(choices=choices, count_end=self._chat.count_end(choices, end_of_label))
         (completion,) = self.run([self._conversation(messages, work)])
-        joint = np.array(completion.choice_logprobs, dtype=np.float64)
-        total = float(np.logaddexp.reduce(joint))
-        probs = np.exp(joint - total)
-        best = int(joint.argmax())
+        found = label_scores(completion.choice_logprobs or ())
         return Choice(
-            label=labels[best],
-            probability=float(probs[best]),
-            label_probs=dict(zip(labels, probs.tolist(), strict=True)),
-            off_set_mass=1.0 - math.exp(total),
+            label=labels[found.best],
+            probability=found.probabilities[found.best],
+            label_probs=dict(zip(labels, found.probabilities, strict=True)),
+            off_set_mass=found.off_set_mass,
         )
 
     def classify(self, text: Prompt) -> dict[str, float]:
         """Class probabilities (or the raw value for regression) of raw text by a sequence-classification head."""
         logits = self._array(text, Classify()).astype(np.float64)
-        match self.config.inferred_problem_type:
-            case "regression":
-                scores = logits
-            case "multi_label_classification":
-                scores = 1 / (1 + np.exp(-logits))
-            case "single_label_classification":
-                scores = _softmax(logits)
-        return dict(zip(self.config.id2label, scores.tolist(), strict=True))
+        names = self.config.id2label
+        scores, _ = class_scores(logits, names, self.config.inferred_problem_type)
+        return dict(zip(names, scores, strict=True))
 
     def tag(self, text: str) -> list[TaggedToken]:
         """One label a token of raw text, with character offsets."""
         ids, offsets = self.tokenizer.encode_raw_with_offsets(text)
-        probabilities = _softmax(self._array(ids, Tag()).astype(np.float64))
+        probabilities = softmax(self._array(ids, Tag()).astype(np.float64))
         return [
             TaggedToken(
                 text=text[start:end], start=start, end=end, label=self.config.id2label[row.argmax()], score=row.max()
@@ -235,9 +227,3 @@ def _read(source: object) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RowError("media_not_found", f"{str(source)[:200]}: {reason}; give bytes or a local path") from error
-
-
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted: NDArray[np.float64] = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
-    return probabilities

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,11 +39,11 @@ from models.processing.messages import MediaPart, media_parts
 from models.processing.patches import MediaPatches
 from models.processing.prompt import MediaPrompts
 from models.processing.tokenizer import Tokenizer
+from models.scores import class_scores, label_scores, softmax
 from pipelines.job import Job
 from pipelines.media import media_loader, reads_media
 from pipelines.prompts import Message, PromptTemplate, Row, conversation, uses_chat
 
-MULTI_LABEL_THRESHOLD = 0.5
 TASK_COLUMNS: dict[str, tuple[str, ...]] = {
     "choose": ("label", "probability", "label_probs", "off_set_mass"),
     "generate": ("text", "reasoning", "finish_reason", "logprobs"),
@@ -299,22 +298,12 @@ class TaskRunner:
 
     def _choose_columns(self, completion: Completion) -> Columns:
         """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1 - their sum."""
-        logprobs = completion.choice_logprobs or ()
-        highest = max(logprobs)
-        if (
-            not all(value <= 0.0 or math.isclose(value, 0.0, abs_tol=1e-4) for value in logprobs)
-            or highest == -math.inf
-        ):
-            raise RowError("not_finite", f"the model's label log-probabilities are {list(logprobs)}")
-        weights = [math.exp(value - highest) for value in logprobs]
-        total = sum(weights)
-        probabilities = [weight / total for weight in weights]
-        best = logprobs.index(highest)
+        found = label_scores(completion.choice_logprobs or ())
         return {
-            "label": (self._task.labels or [])[best],
-            "probability": probabilities[best],
-            "label_probs": probabilities,
-            "off_set_mass": 1.0 - math.exp(highest) * total,
+            "label": (self._task.labels or [])[found.best],
+            "probability": found.probabilities[found.best],
+            "label_probs": found.probabilities,
+            "off_set_mass": found.off_set_mass,
         }
 
     def _generate_columns(self, outputs: tuple[Output, ...]) -> Columns:
@@ -342,24 +331,15 @@ class TaskRunner:
         return {"json": text}
 
     def _classify_columns(self, logits: NDArray[np.float64]) -> Columns:
-        names = self._config.id2label
-        match self._problem_type:
-            case "regression":
-                return {"scores": logits.tolist(), "label": float(logits[0])}
-            case "multi_label_classification":
-                scores = 1.0 / (1.0 + np.exp(-logits))
-                chosen = [name for name, score in zip(names, scores, strict=True) if score > MULTI_LABEL_THRESHOLD]
-                return {"scores": scores.tolist(), "label": chosen}
-            case "single_label_classification":
-                scores = _softmax(logits)
-                return {"scores": scores.tolist(), "label": names[int(scores.argmax())]}
+        scores, label = class_scores(logits, self._config.id2label, self._problem_type)
+        return {"scores": scores, "label": label}
 
     def _tag_columns(self, completion: Completion, row: Row) -> Columns:
         """One entry for each token of the text; the tokenizer's own special tokens are no part of the text."""
         text = self.text(row)
         ids, offsets = self._tokenizer.encode_raw_with_offsets(text)
         names = self._config.id2label
-        scores = _softmax(_finite(completion.array, (len(ids), len(names))))  # [tokens, num_labels]
+        scores = softmax(_finite(completion.array, (len(ids), len(names))))  # [tokens, num_labels]
         best = scores.argmax(axis=-1)
         special = self._tokenizer.special_ids
         tokens = [
@@ -435,11 +415,6 @@ def _finite(array: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArra
     if not np.isfinite(array).all():
         raise RowError("not_finite", "the model's output holds NaN or infinity: try engine.dtype float32")
     return array.astype(np.float64)
-
-
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
 
 def _same_json(text: str, gold: object) -> bool:

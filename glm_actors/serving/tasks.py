@@ -7,7 +7,6 @@ streams turns each delta into chunks as well. Built in a worker thread; knows no
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -30,10 +29,9 @@ from glm_actors.serving.settings import Caps
 from glm_actors.serving.work import Json, checked, new_id, raw_prompts, request_of, requests_of, usage_of
 from models.engine.request import Choose, Classify, Completion, Delta, Embed, Request
 from models.errors import RowError
+from models.scores import class_scores, label_scores
 
 __all__ = ["Json", "StreamTask", "Task", "build_task", "usage_of"]
-
-MULTI_LABEL_THRESHOLD = 0.5
 
 
 class Task(Protocol):
@@ -108,20 +106,17 @@ class ScoreTask:
     def answer(self, completions: Sequence[Completion]) -> Json:
         """softmax over the labels' joint log-probabilities; `off_set_mass` is 1 - the sum of what they stand for."""
         (completion,) = checked(completions)
-        logprobs = completion.choice_logprobs or ()
-        highest = max(logprobs)
-        if not math.isfinite(highest):
-            raise of_row(RowError("not_finite", "the model's label log-probabilities are not finite"))
-        weights = [math.exp(value - highest) for value in logprobs]
-        total = sum(weights)
-        best = logprobs.index(highest)
+        try:
+            found = label_scores(completion.choice_logprobs or ())
+        except RowError as error:
+            raise of_row(error) from error
         return {
             "object": "score",
             "model": self._model,
-            "label": self._labels[best],
-            "probability": weights[best] / total,
-            "label_probs": [weight / total for weight in weights],
-            "off_set_mass": 1.0 - math.exp(highest) * total,
+            "label": self._labels[found.best],
+            "probability": found.probabilities[found.best],
+            "label_probs": found.probabilities,
+            "off_set_mass": found.off_set_mass,
             "usage": usage_of(completions),
         }
 
@@ -146,17 +141,9 @@ class ClassifyTask:
         }
 
     def _scores(self, array: np.ndarray[Any, np.dtype[np.float32]]) -> Json:
-        logits, names = array.astype(np.float64), self._config.id2label
-        match self._config.inferred_problem_type:
-            case "regression":
-                return {"scores": logits.tolist(), "label": float(logits[0])}
-            case "multi_label_classification":
-                scores = 1.0 / (1.0 + np.exp(-logits))
-                chosen = [name for name, score in zip(names, scores, strict=True) if score > MULTI_LABEL_THRESHOLD]
-                return {"scores": scores.tolist(), "label": chosen}
-            case "single_label_classification":
-                weights = np.exp(logits - logits.max())
-                return {"scores": (weights / weights.sum()).tolist(), "label": names[int(logits.argmax())]}
+        names, kind = self._config.id2label, self._config.inferred_problem_type
+        scores, label = class_scores(array.astype(np.float64), names, kind)
+        return {"scores": scores, "label": label}
 
 
 def _finite(completion: Completion) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -1,0 +1,33 @@
+"""The formulas of labels and classes, at numbers that can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from models.errors import RowError
+from models.scores import class_scores, label_scores
+
+
+def test_labels_share_what_the_model_gives_them() -> None:
+    found = label_scores([math.log(0.2), math.log(0.6), -math.inf])
+    assert found.best == 1
+    np.testing.assert_allclose(found.probabilities, [0.25, 0.75, 0.0])
+    assert found.off_set_mass == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("logprobs", [[-1.0, math.nan], [0.5, -1.0], [math.inf], [-math.inf, -math.inf]])
+def test_what_is_no_probability_is_refused(logprobs: list[float]) -> None:
+    with pytest.raises(RowError, match="label log-probabilities"):
+        label_scores(logprobs)
+
+
+def test_classes() -> None:
+    logits, names = np.array([0.0, math.log(3.0)]), ("a", "b")
+    assert class_scores(logits, names, "regression") == (logits.tolist(), 0.0)
+    scores, label = class_scores(logits, names, "single_label_classification")
+    assert (scores, label) == (pytest.approx([0.25, 0.75]), "b")
+    scores, label = class_scores(logits, names, "multi_label_classification")
+    assert (scores, label) == (pytest.approx([0.5, 0.75]), ["b"])  # 0.5 itself is not above
