@@ -45,6 +45,8 @@ class CompletionTask:
         self._gives_logprobs = body.logprobs is not None
         self._prompts = raw_prompts(body.prompt, prompter, caps, "prompt")
         self._n = sampling.n
+        if self._scores:
+            self._check_size(caps)
         work = Generate(sampling=sampling)
         self.requests = [
             request
@@ -53,6 +55,13 @@ class CompletionTask:
         ]
         self._number = {request.id: number for number, request in enumerate(self.requests)}
         self._shown: dict[int, int] = {}  # characters that a choice's chunks have shown
+
+    def _check_size(self, caps: Caps) -> None:
+        """An answer must fit into memory: it has some numbers for each token of its prompts, once for each choice."""
+        count = sum(len(prompt.input_ids) for prompt in self._prompts) * (1 + self._alternatives) * self._n
+        if count > caps.max_prompt_logprobs:
+            most = f"{caps.max_prompt_logprobs:,}"
+            raise bad("logprobs", f"the answer would hold {count:,} of the prompts' tokens; this server gives {most}")
 
     def _requests(self, id: str, prompt: Prompt, work: Generate, *, stream: bool) -> Iterator[Request]:
         if self._scores:

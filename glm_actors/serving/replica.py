@@ -23,7 +23,7 @@ from glm_actors.loop import EngineLoop, OnDeltas, Submission
 from glm_actors.serving.errors import ApiError, busy, internal, of_row, timed_out, unavailable
 from glm_actors.serving.pieces import Give, Piece
 from glm_actors.serving.prompts import Prompter
-from glm_actors.serving.protocol import Body, ChatRequest, TokenizeRequest
+from glm_actors.serving.protocol import Body, ChatRequest, CompletionRequest, TokenizeRequest
 from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps, ServedModel
 from glm_actors.serving.tasks import Json, StreamTask, Task, build_task, usage_of
@@ -84,7 +84,10 @@ class Replica:
             if isinstance(body, TokenizeRequest):
                 return await self._prepare(body, partial(self._tokenize, body))
             task: Task = await self._prepare(body, partial(self._task, body))
-            return task.answer(await self._completions(self._submit(task)))
+            completions = await self._completions(self._submit(task))
+            if isinstance(body, CompletionRequest) and body.echo:  # an answer as long as its prompts
+                return await asyncio.get_running_loop().run_in_executor(self._slow_threads, task.answer, completions)
+            return task.answer(completions)
 
     async def stream(self, body: Body) -> AsyncIterator[Piece]:
         """The response piece by piece; the last one has the usage. Raises ApiError, at any time."""
@@ -218,10 +221,10 @@ class Replica:
 
 
 def _may_be_slow(body: Body) -> bool:
-    """Whether it has media, or a schema of its own."""
+    """Whether it has media, or schemas of its own."""
     messages = getattr(body, "messages", None) or []
-    has_format = isinstance(body, ChatRequest) and body.response_format is not None
-    return has_format or any(isinstance(message.get("content"), list) for message in messages)
+    has_schemas = isinstance(body, ChatRequest) and (body.response_format is not None or body.tools is not None)
+    return has_schemas or any(isinstance(message.get("content"), list) for message in messages)
 
 
 def _piece(task: StreamTask, deltas: list[Delta]) -> Piece:

@@ -120,6 +120,12 @@ def test_prompts_that_cannot_run(replica: Replica) -> None:
         assert (caught.value.status, caught.value.code) == (400, "invalid_token")
 
 
+def test_the_size_of_an_answer_has_a_limit(replica: Replica) -> None:
+    with pytest.raises(ApiError, match="1,000,000") as caught:
+        ask(replica, prompt=[[5] * 2000] * 100, max_tokens=1, n=4, logprobs=2, echo=True)
+    assert (caught.value.status, caught.value.param) == (400, "logprobs")
+
+
 def test_no_stop_strings_are_none(replica: Replica) -> None:
     assert ask(replica, prompt="Where", max_tokens=3, stop=[])["choices"][0]["finish_reason"]
 
