@@ -82,7 +82,8 @@ PATTERNS = [{"type": "string", "pattern": f".*{number}.*"} for number in range(2
 THINKING = {"thinking": {"type": "enabled"}}
 # (what is added to a good request, what the refusal must say)
 HOSTILE_CHATS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown field": ({"tools": []}, "tools: unknown field"),
+    "unknown field": ({"logit_bias": {}}, "logit_bias: unknown field"),
+    "no tools at all": ({"tools": []}, "tools"),
     "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "U+D800"),
     "surrogate in a key": ({"\udc00": 1}, "must be a JSON object"),
     "no messages": ({"messages": []}, "at least 1 item"),
@@ -179,7 +180,7 @@ HOSTILE_POSTS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": [[1], []]}),
     ("/v1/completions", {"prompt": ["a"] * 300}),
     ("/v1/completions", {"prompt": ["a", 1]}),
-    ("/v1/completions", {"prompt": "x", "echo": True}),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 0}),
     ("/v1/completions", {"prompt": list(range(1, 1500)) * 2}),
     ("/v1/completions", {"prompt": ""}),
     ("/v1/completions", {"prompt": "x" * 6000}),
