@@ -10,16 +10,19 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import psutil
 
 from glm_actors.startup import loading
+from pipelines.enclosure import enclosed
 from pipelines.job import Job
 from pipelines.shares import Node, Workers, share_out
 
 MIN_LOGICAL_CPUS = 2
+NO_OPTIONS: dict[str, Any] = {}
 OBJECT_STORE_SHARE = 0.1
 MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 
@@ -27,12 +30,13 @@ MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 @contextmanager
 def cluster() -> Iterator[None]:
     """Ray for the duration of a job. A cluster that this call started ends with it; another one is left alone."""
-    with loading():
+    address = os.environ.get("RAY_ADDRESS")
+    with loading(), nullcontext(NO_OPTIONS) if address else enclosed() as enclosure:
         import ray
 
         running = ray.is_initialized()
         if not running:
-            _start()
+            _start(address, enclosure)
     if running:
         yield
         return
@@ -62,7 +66,8 @@ def cluster_nodes() -> tuple[Node, ...]:
     return tuple(found)
 
 
-def _start() -> None:
+def _start(address: str | None, enclosure: Mapping[str, Any]) -> None:
+    """Joins the cluster at `address`, or else starts one; another Ray on this machine is not ours to join."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -70,18 +75,19 @@ def _start() -> None:
     # Ray's core warns on the terminal about the very way in which Ray Data starts its actors.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     _quiet()
-    address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_shipped_code())
         return
     memory = int(psutil.virtual_memory().total * OBJECT_STORE_SHARE)
     with _without_lines(b"RAY_BACKEND_LOG_LEVEL"):
         ray.init(
+            address="local",
             num_cpus=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
             object_store_memory=min(max(memory, MIN_OBJECT_STORE_BYTES), MAX_OBJECT_STORE_BYTES),
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
+            **enclosure,
         )
 
 

@@ -262,7 +262,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused_by_router(_: Request, error: HTTPException) -> Response:
         code = "invalid_json" if error.status_code == 400 else None  # which only the parser of a body raises
-        return await refused(_, ApiError(error.status_code, str(error.detail)[:MAX_MESSAGE], code))
+        answer = await refused(_, ApiError(error.status_code, str(error.detail)[:MAX_MESSAGE], code))
+        answer.headers.update(error.headers or {})  # with 405: what is allowed
+        return answer
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from glm_actors.serving.errors import ApiError, unavailable
+from glm_actors.serving.errors import HEAD_BYTES, ApiError, head_too_large, unavailable
 from glm_actors.serving.settings import Caps
 
 Message = MutableMapping[str, Any]
@@ -41,18 +41,25 @@ class Border:
         self.num_active = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there are none here, and nobody has shown a token
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         try:
             headers = {name.lower(): value for name, value in scope["headers"]}
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD_BYTES:
+                raise head_too_large()
             if scope["path"] not in OPEN_PATHS:
                 self._check_token(headers.get(b"authorization", b""))
             if self.draining:
                 raise unavailable()
+            if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+                raise ApiError(415, "Content-Encoding: send the body as it is, not compressed", "unsupported_encoding")
             body = await self._read(headers.get(b"content-length"), receive)
         except ApiError as error:
-            await _refuse(error, send)
+            await refuse(error, send)
             return
         if body is None:  # the client is gone
             return
@@ -107,11 +114,11 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _refuse(error: ApiError, send: Send) -> None:
+async def refuse(error: ApiError, send: Send) -> None:
+    """Answers instead of the application, which has not read the body, and never will."""
     body = json.dumps(error.body()).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
-    if error.status in (408, 413):
-        headers["Connection"] = "close"  # the rest of the body is not read
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+    headers |= error.headers
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})

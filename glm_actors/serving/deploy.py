@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 APP_NAME = "glm-batch"
 CONSTRUCTOR_RETRIES = 3
 DRAIN_POLL_S = 0.2
+LOOPBACK = "127.0.0.1"
 HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
 NODE_SHARE = 0.001  # of what Ray has one of on each node, to name the node
@@ -42,6 +43,7 @@ class ModelDeployment:
             os.environ.setdefault(name, value)
         from glm_actors.serving.replica import Replica
 
+        _keep_to_loopback()
         self._replica = Replica(model, caps)
         self._outlets = Outlets()
 
@@ -81,6 +83,7 @@ class Ingress:
 
         from glm_actors.serving.app import build_app
 
+        _keep_to_loopback()
         self._caps = caps
         self._listener: Listener | None = None
         backend = RayBackend(dict(zip(replicas, handles, strict=True)), replicas, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -195,6 +198,16 @@ def _ray_failures() -> Any:
         raise busy() from None
     except (RayError, RayServeException) as error:
         raise unavailable() from error
+
+
+def _keep_to_loopback() -> None:
+    """Ray Serve has each replica listen on all interfaces; on a cluster that is this machine alone none needs that."""
+    import ray.util
+    from ray.serve._private import replica  # there is no public way; the port is bound after the constructor
+
+    if ray.util.get_node_ip_address() == LOOPBACK:  # type: ignore[no-untyped-call]
+        bind = vars(replica)["add_port_to_grpc_server"]
+        vars(replica)["add_port_to_grpc_server"] = lambda server, _: bind(server, f"{LOOPBACK}:0")
 
 
 def build_application(

@@ -20,6 +20,7 @@ TYPES = {
 STATUS_OF_CODE = {"not_finite": 500, "wrong_shape": 500, "out_of_memory": 503}
 CODES = {"prompt_too_long": "context_length_exceeded"}  # where OpenAI has a name of its own
 RETRY_AFTER_S = 1
+HEAD_BYTES = 64 << 10
 
 
 class ApiError(Exception):
@@ -76,3 +77,7 @@ def timed_out(seconds: float) -> ApiError:
 
 def internal() -> ApiError:
     return ApiError(500, "the server failed to answer; its log says more", "internal_error")
+
+
+def head_too_large() -> ApiError:
+    return ApiError(431, f"the request's headers have more than {HEAD_BYTES:,} bytes", "headers_too_large")

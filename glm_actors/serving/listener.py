@@ -11,6 +11,8 @@ from typing import Any
 
 import uvicorn
 
+from glm_actors.serving.connection import BoundedHead
+
 POLL_S = 0.01
 KEEP_ALIVE_S = 75  # idle connections live longer than those of usual clients, so that none is closed as it is used
 
@@ -30,6 +32,7 @@ class Listener:
             raise
         config = uvicorn.Config(
             app,
+            http=BoundedHead,
             lifespan="off",
             ws="none",
             access_log=False,
