@@ -20,6 +20,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from glm_actors.serving.border import Border
+from glm_actors.serving.document import describe
 from glm_actors.serving.errors import ApiError, bad, internal
 from glm_actors.serving.metrics import Metrics
 from glm_actors.serving.pieces import Piece
@@ -72,6 +73,7 @@ def build_app(backend: Backend, caps: Caps, token_digest: bytes | None) -> Borde
     app = FastAPI(title="glm-batch", docs_url=None, redoc_url=None, default_response_class=JsonResponse)
     _add_errors(app)
     _Routes(backend).add_to(app)
+    describe(app, caps)
     return Border(app, caps, token_digest)
 
 

@@ -74,7 +74,7 @@ class BoundedHead(HttpToolsProtocol):
         self._end_head()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = json.dumps(error.body())
             lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "Content-Type: application/json"]
             lines += [f"Content-Length: {len(body)}", "Connection: close", "", body]

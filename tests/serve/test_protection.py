@@ -217,7 +217,7 @@ def test_a_hostile_post_is_its_clients_fault(app: Border, path: str, body: dict[
         ("GET", "/", 404),
         ("GET", "/v1/models/nobody", 404),
         ("GET", "/v1/models/../../etc/passwd", 404),
-        ("GET", "/docs", 404),
+        ("GET", "/redoc", 404),
     ],
 )
 def test_ways_that_lead_nowhere(app: Border, method: str, path: str, status: int) -> None:
