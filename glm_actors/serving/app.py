@@ -70,7 +70,9 @@ class JsonResponse(Response):
 
 def build_app(backend: Backend, caps: Caps, token_digest: bytes | None) -> Border:
     """The application, behind its border."""
-    app = FastAPI(title="glm-batch", docs_url=None, redoc_url=None, default_response_class=JsonResponse)
+    app = FastAPI(
+        title="glm-batch", docs_url=None, redoc_url=None, default_response_class=JsonResponse, redirect_slashes=False
+    )
     _add_errors(app)
     _Routes(backend).add_to(app)
     describe(app, caps)

@@ -72,4 +72,4 @@ def test_rays_http_refuses_too(server: Server) -> None:
     assert ports
     for port in ports:
         assert httpx.post(f"http://127.0.0.1:{port}/get_or_create_runtime_env", timeout=20.0).status_code == 401
-    assert httpx.get(f"{server.url}/-/routes", timeout=20.0).status_code == 404
+    assert httpx.get(f"{server.url}/-/routes", timeout=20.0).status_code == 401  # ours: Ray's HTTP proxy is not there
