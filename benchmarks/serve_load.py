@@ -198,13 +198,14 @@ def _answers(port: int) -> bool:
         return False
 
 
-def measure(name: str, server: Server, port: int, load: Load) -> dict[str, Any]:
+def measure(name: str, server: Server, port: int, load: Load, console: Console) -> dict[str, Any]:
     """One server's numbers under the load; {"absent": why} where it is not installed."""
     if server.command is None:
         return {"absent": f"not installed ({VLLM_PYTHON} is not set)"}
     begun = time.monotonic()
     with running(name, server, port) as process, MemoryWatch(process.pid) as memory:
         ready_s = time.monotonic() - begun
+        console.print(f"{name}: ready after {ready_s:.1f} s")
         asyncio.run(drive(port, load.bodies(0, WARM_UP), load.clients))
         before = _cpu_s(process.pid)
         answers, took_s = asyncio.run(drive(port, load.bodies(1, load.requests), load.clients))
@@ -287,8 +288,9 @@ def main(
     path = BUILD / f"serve-load-{time.strftime('%Y%m%d-%H%M%S')}.json"
     console = Console()
     for name in systems.split(","):
-        console.print(f"{name} ...")
-        report["servers"][name] = measure(name, servers[name], port, load)
+        console.print(f"{name}: starting")
+        report["servers"][name] = measure(name, servers[name], port, load, console)
+        console.print(f"{name}: done")
         path.write_text(json.dumps(report, indent=1))
     _show(console, report["servers"])
     console.print(f"written to {path}")

@@ -29,6 +29,8 @@ HEALTH_TIMEOUT_S = 30.0
 NODE_SHARE = 0.001  # of what Ray has one of on each node, to name the node
 PROBE_TIMEOUT_S = 10.0
 ROUTER_SLACK = 64  # requests of a replica that come on top of its queue only to hear that it is full
+LOOK_BACK_S = 12.0  # Ray hears of queues every 10 s
+UPSCALE_S = 5.0  # a queue must be long for; Ray's own 30 s are a long time to wait for an answer
 TARGET_SHARE = 0.5  # of a replica's queue; beyond it another replica starts
 Json = dict[str, Any]
 
@@ -268,6 +270,8 @@ def _scaling(model: ServedModel, caps: Caps) -> dict[str, Any]:
             "min_replicas": least,
             "max_replicas": most,
             "target_ongoing_requests": max(1.0, caps.max_queue * TARGET_SHARE),
+            "look_back_period_s": LOOK_BACK_S,
+            "upscale_delay_s": UPSCALE_S,
         }
     }
 
