@@ -215,7 +215,7 @@ def measure(name: str, server: Server, port: int, load: Load, console: Console) 
         "ready_s": ready_s,
         **summary(answers, took_s),
         "leaked_blocks": blocks,
-        "cpu_s": {kind: round(spent, 1) for kind, spent in cpu_s.items() if spent > 0.5},
+        "cpu_s": {kind: round(spent, 1) for kind, spent in cpu_s.items() if spent > 0.2},
         "peak_rss_bytes": memory.peak,
         "process_peaks": memory.process_peaks(),
         "command": server.command,
