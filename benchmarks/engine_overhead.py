@@ -38,6 +38,7 @@ SHARED, OWN, LABELS = 900, 100, ((5,), (6, 7), (8,), (9, 10, 11))
 LIMITS = Limits(
     max_model_len=2048,
     max_step_tokens=8192,
+    batch_step_tokens=8192,
     max_num_seqs=512,
     num_blocks=65536,
     block_size=16,

@@ -22,6 +22,7 @@ class ServeEngine:
     device: str = "auto"
     tensor_parallel_size: int = 1
     max_step_tokens: int | Auto = "auto"
+    batch_step_tokens: int | Auto = "auto"
     max_num_seqs: int | Auto = "auto"
     max_model_len: int | Auto = "auto"
     kv_cache_tokens: int | Auto = "auto"

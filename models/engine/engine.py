@@ -91,7 +91,12 @@ class TorchEngine:
             prefix_caching=limits.prefix_caching,
             max_unproven=UNPROVEN_STEPS * limits.max_step_tokens // limits.block_size,
         )
-        self.scheduler = Scheduler(blocks, max_step_tokens=limits.max_step_tokens, max_num_seqs=limits.max_num_seqs)
+        self.scheduler = Scheduler(
+            blocks,
+            max_step_tokens=limits.max_step_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            batch_step_tokens=limits.batch_step_tokens,
+        )
         self._step_size = StepSize(limits.max_step_tokens)
         self._pending: dict[str, _Pending] = {}
         self._ready: deque[Completion] = deque()

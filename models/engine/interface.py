@@ -16,7 +16,11 @@ Task = Literal["choose", "generate", "extract", "classify", "tag", "embed"]
 
 
 class Engine(Protocol):
-    """Takes requests, is stepped, and gives back exactly one Completion for each of them."""
+    """Takes requests, is stepped, and gives back exactly one Completion for each of them.
+
+    Which of them it works at first is its own business; answers do not depend on it. TorchEngine does ONLINE requests
+    before BATCH ones; VllmEngine and EchoEngine make no difference between them.
+    """
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests. A request that can never run ends in an error Completion of the next step."""
@@ -50,7 +54,8 @@ class Engine(Protocol):
 class EngineConfig:
     """How to run one model. "auto" is resolved by the engine from the device and the checkpoint.
 
-    `max_step_tokens` bounds the tokens of one forward pass, `max_num_seqs` the sequences in flight, `kv_cache_tokens`
+    `max_step_tokens` bounds the tokens of one forward pass, `batch_step_tokens` those of one with BATCH requests in it:
+    an ONLINE request that comes waits for no more than that. `max_num_seqs` bounds the sequences in flight, `kv_cache_tokens`
     the size of the paged KV cache in tokens, `block_size` the tokens of one block of it. `max_model_len` bounds prompt
     plus output; "auto" takes the checkpoint's max_position_embeddings. `media_cache_bytes` bounds the features of
     images and videos that are remembered. `task` tells what all requests will ask for, where that is known: kind
@@ -64,6 +69,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     cuda_kernels: bool = False  # on an NVIDIA GPU: fused kernels and recorded decode steps, not plain torch
     max_step_tokens: int | Auto = "auto"
+    batch_step_tokens: int | Auto = "auto"
     max_num_seqs: int | Auto = "auto"
     max_model_len: int | Auto = "auto"
     kv_cache_tokens: int | Auto = "auto"
@@ -74,7 +80,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "max_step_tokens", "max_num_seqs", "max_model_len", "kv_cache_tokens", "block_size", "media_cache_bytes",
+            "max_step_tokens", "batch_step_tokens", "max_num_seqs", "max_model_len", "kv_cache_tokens", "block_size",
+            "media_cache_bytes",
         ):  # fmt: skip
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or value < 1):

@@ -17,6 +17,9 @@ from models.errors import RowError
 from models.normalization import MediaKind
 
 FinishReason = Literal["stop", "length", "scored", "error", "abort"]
+Priority = Literal[0, 1]
+ONLINE: Priority = 0  # somebody waits for it
+BATCH: Priority = 1  # may take what the others leave
 MAX_TOP = 100  # alternatives that are reported at one position
 
 
@@ -178,7 +181,7 @@ class Request:
     """One prompt and the work to do on it. `id` is unique among the requests in flight.
 
     In a prompt with media each feature of an image or of a video's frame has a placeholder token of its own. With
-    `stream` the engine hands out what Generate writes while it is written: see Delta.
+    `stream` the engine hands out what Generate writes while it is written: see Delta. `priority`: see Engine.
     """
 
     id: str
@@ -186,6 +189,7 @@ class Request:
     work: Work
     media: Media | None = None
     stream: bool = False
+    priority: Priority = ONLINE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

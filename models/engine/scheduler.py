@@ -5,15 +5,25 @@ before prefill chunks; what is left of the step's tokens goes to prompts, cut wh
 admitted only when all of it fits into free blocks with one spare block for each running sequence; when decodes outgrow
 the cache all the same, the youngest running sequence gives its blocks back, waits and is recomputed (counted as a
 preemption). A prefix computed in a step can be shared by sequences admitted in that very step.
+
+Online sequences go before batch ones in all of this, as if they were older: they are scheduled and admitted first, and
+batch ones are sent back when there is no room for them. A step takes batch tokens up to `batch_step_tokens` in all, so
+that an online request that comes meanwhile does not wait for long.
 """
 
 from __future__ import annotations
 
+from bisect import insort_left, insort_right
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from models.engine.block_manager import ROOT, BlockManager
+from models.engine.request import BATCH, ONLINE, Priority
 from models.engine.sequence import Sequence
+
+_PRIORITY = attrgetter("priority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,42 +45,57 @@ class Chunk:
 class Scheduler:
     """Waiting and running sequences and the blocks they hold."""
 
-    def __init__(self, blocks: BlockManager, *, max_step_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, *, max_step_tokens: int, max_num_seqs: int, batch_step_tokens: int | None = None
+    ) -> None:
+        """`batch_step_tokens` is None where batch steps need not be shorter than others."""
         self.blocks = blocks
         self.max_step_tokens = max_step_tokens
         self.max_num_seqs = max_num_seqs
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.batch_step_tokens = batch_step_tokens
+        self.waiting: deque[Sequence] = deque()  # both: online first, then oldest first
+        self.running: list[Sequence] = []
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        insort_right(self.waiting, sequence, key=_PRIORITY)
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks; their blocks are allocated and their full blocks registered."""
-        budget = self.max_step_tokens
         chunks: list[Chunk] = []
-        decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
-        prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
-        scheduled: set[Sequence] = set()
+        used = 0
+        for priority, limit in ((ONLINE, self.max_step_tokens), (BATCH, self._batch_limit)):
+            for chunk in self._scheduled(priority, max(limit - used, 0), {chunk.sequence for chunk in chunks}):
+                chunks.append(chunk)
+                used += chunk.end - chunk.start
+        return chunks
+
+    @property
+    def _batch_limit(self) -> int:
+        return min(self.max_step_tokens, self.batch_step_tokens or self.max_step_tokens)
+
+    def _scheduled(self, priority: Priority, budget: int, scheduled: set[Sequence]) -> Iterator[Chunk]:
+        """The chunks of one priority. `scheduled` are the sequences that the step has already."""
+        running = [sequence for sequence in self.running if sequence.priority == priority]
+        decoding = [sequence for sequence in running if not sequence.is_prefilling]
+        prefilling = [sequence for sequence in running if sequence.is_prefilling]
         for sequence in decoding + prefilling:
             count = min(sequence.num_owed, budget)
             if count and self._make_room(sequence, sequence.num_computed + count, scheduled):
-                chunks.append(self._chunk(sequence, count))
+                yield self._chunk(sequence, count)
                 scheduled.add(sequence)
                 budget -= count
-        while budget and self.waiting and len(self.running) < self.max_num_seqs:
-            count = self._admit(self.waiting[0], budget)
+        while budget and self.waiting and self.waiting[0].priority == priority:
+            count = self._admit_first(budget)
             if not count:
                 break
             sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            chunks.append(self._chunk(sequence, count, was_waiting=True))
+            insort_right(self.running, sequence, key=_PRIORITY)
+            yield self._chunk(sequence, count, was_waiting=True)
             budget -= count
-        return chunks
 
     def take_back(self, chunks: list[Chunk]) -> None:
         """Undoes a `schedule` whose step was not computed: nothing of it stays in the index, the admitted wait again.
@@ -85,7 +110,7 @@ class Scheduler:
             if chunk.was_waiting:
                 self.running.remove(chunk.sequence)
                 self._release(chunk.sequence)
-                self.waiting.appendleft(chunk.sequence)
+                insort_left(self.waiting, chunk.sequence, key=_PRIORITY)
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a running or waiting sequence out and frees its blocks."""
@@ -134,13 +159,22 @@ class Scheduler:
         self._release(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        insort_left(self.waiting, sequence, key=_PRIORITY)
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = sequence.num_registered = 0
         sequence.contents = ROOT
+
+    def _admit_first(self, budget: int) -> int:
+        """Admits the sequence that waits first, sending back the youngest batch ones if it is online: see `_admit`."""
+        sequence = self.waiting[0]
+        while True:
+            count = self._admit(sequence, budget) if len(self.running) < self.max_num_seqs else 0
+            if count or not self.running or self.running[-1].priority <= sequence.priority:
+                return count
+            self._send_back(self.running[-1])
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
         """Reserves blocks for all tokens of a waiting sequence; the number to compute now, 0 if there is no room."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from models.engine.block_manager import ROOT
 from models.engine.choice_tree import ChoiceTree
 from models.engine.media import PlacedMedia
-from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Request, Score, Tag
+from models.engine.request import Choose, Classify, Embed, Generate, Inspect, Priority, Request, Score, Tag
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -40,6 +40,10 @@ class Sequence:
     contents: int = ROOT
     cached_tokens: int = 0
     num_preemptions: int = 0
+
+    @property
+    def priority(self) -> Priority:
+        return self.request.priority
 
     @property
     def num_tokens(self) -> int:
