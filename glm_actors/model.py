@@ -1,8 +1,9 @@
 """ModelActor: owns one engine; tables of requests in, tables of completions out.
 
-Built on a worker from a frozen EngineConfig. Runs as the callable class of a Ray Data stage whose calls arrive on
-several threads: that is how many units are in flight at once. A dead engine is this process's end: Ray starts another,
-and the guard finds out which rows it must not be given. Knows nothing of prompts, tasks or files.
+Built on a worker from a frozen EngineConfig, or around a model that a live application shares. Runs as the callable
+class of a Ray Data stage whose calls arrive on several threads: that is how many units are in flight at once. A dead
+engine is this process's end: Ray starts another, and the guard finds out which rows it must not be given. Knows nothing
+of prompts, tasks or files.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from glm_actors.batches import to_requests, with_completions
 from glm_actors.guard import Answer, Guard, RayBook
 from glm_actors.journal import Journal, UnitJournal
 from glm_actors.loop import EngineLoop
+from glm_actors.shared import SharedModel
+from glm_actors.shared_line import connect
 from glm_actors.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, spent, with_spent
 from glm_actors.startup import loading
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
@@ -66,7 +69,7 @@ class ModelActor:
         # Raised from the first call: Ray would wrap it here into the death of an actor.
         self._refusal: GlmBatchError | None = self._guard.refusal
         if not self._refusal:
-            self._load(config, Watchdog(hang_limits or HangLimits(), self._end_hanging))
+            self._load(engine, Watchdog(hang_limits or HangLimits(), self._end_hanging))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Completes a unit's requests: see glm_actors.batches for both tables, to which this adds what was spent."""
@@ -91,13 +94,10 @@ class ModelActor:
         usage = self._loop.take_usage()
         return {ENGINE_BUSY: usage.busy_s, ENGINE_IDLE: usage.idle_s}
 
-    def _load(self, config: EngineConfig, watchdog: Watchdog) -> None:
+    def _load(self, engine: EngineConfig | SharedModel, watchdog: Watchdog) -> None:
         try:
-            build: Callable[[], Engine] = partial(build_engine, config)
-            if needs_ranks(config):
-                build = WorkerGroup(config, self._lose_rank).build_engine
             with loading():
-                self._loop = EngineLoop(build, watchdog)
+                self._loop = EngineLoop(self._builder(engine), watchdog)
         except GlmBatchError as error:
             self._refusal = error
         except Exception as error:  # a process's border: the job's user must see what it was
@@ -105,6 +105,13 @@ class ModelActor:
                 self._guard.die(error)  # it has been loaded here before: what is missing may come back
             traceback.print_exception(error)
             self._refusal = EngineError(f"the model cannot be loaded: {type(error).__name__}: {error}")
+
+    def _builder(self, engine: EngineConfig | SharedModel) -> Callable[[], Engine]:
+        if isinstance(engine, SharedModel):
+            return partial(connect, engine)
+        if needs_ranks(engine):
+            return WorkerGroup(engine, self._lose_rank).build_engine
+        return partial(build_engine, engine)
 
     def _complete(self, journal: UnitJournal, requests: Sequence[Request]) -> list[Completion]:
         assert self._loop is not None

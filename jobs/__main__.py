@@ -61,13 +61,22 @@ def label(
     job: JobArgument,
     overrides: SetOption = None,
     extend: Annotated[bool, typer.Option("--extend", help="Take up input files that were added.")] = False,
+    app_name: Annotated[
+        str | None,
+        typer.Option(
+            "--app",
+            metavar="NAME",
+            help="Let the replicas of this live application do the model's work: online requests go first.",
+            show_default=False,
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Run a job. A rerun goes on where the last one stopped."""
     with errors_for_people(debug):
         from jobs.label import label as run_label
 
-        code = run_label(job, overrides or [], extend=extend)
+        code = run_label(job, overrides or [], extend=extend, app=app_name)
     raise typer.Exit(code)
 
 

@@ -23,8 +23,10 @@ from pipelines.stop import InterruptedRunError, Stop, TooManyErrorsError
 EXIT_OK, EXIT_ROW_ERRORS, EXIT_SIGNAL = 0, 3, 128
 
 
-def label(path: str, overrides: Sequence[str], *, extend: bool = False) -> int:
+def label(path: str, overrides: Sequence[str], *, extend: bool = False, app: str | None = None) -> int:
     """Runs a job file to its end, prints the summary and gives the exit code.
+
+    With `app`, through the replicas of this live application.
 
     Raises ConfigError before Ray starts for a job that cannot run, EngineError when the engine gives up.
     """
@@ -36,7 +38,7 @@ def label(path: str, overrides: Sequence[str], *, extend: bool = False) -> int:
 
     def work() -> Summary:
         with progress_display(name, Console(file=sys.stderr)) as show:
-            return run(job, show, stop=Stop(), extend=extend).summary
+            return run(job, show, stop=Stop(), extend=extend, app=app).summary
 
     return closed(work, job, name)
 

@@ -17,21 +17,27 @@ from typing import Any
 import psutil
 
 from glm_actors.startup import loading
-from pipelines.enclosure import enclosed
+from models.errors import ConfigError
+from pipelines.enclosure import LOOPBACK, enclosed
 from pipelines.job import Job
 from pipelines.shares import Node, Workers, share_out
 
 MIN_LOGICAL_CPUS = 2
+FOUND_HERE = "auto"  # the Ray that this machine has
 NO_OPTIONS: dict[str, Any] = {}
 OBJECT_STORE_SHARE = 0.1
 MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
-    """Ray for the duration of a job. A cluster that this call started ends with it; another one is left alone."""
-    address = os.environ.get("RAY_ADDRESS")
-    with loading(), nullcontext(NO_OPTIONS) if address else enclosed() as enclosure:
+def cluster(*, found: bool = False) -> Iterator[None]:
+    """Ray for the duration of a job. A cluster that this call started ends with it; another one is left alone.
+
+    With `found` none is started: raises ConfigError where none runs.
+    """
+    address = os.environ.get("RAY_ADDRESS") or (FOUND_HERE if found else None)
+    inside = address is None or address == FOUND_HERE or address.startswith(LOOPBACK)
+    with loading(), enclosed() if inside else nullcontext(NO_OPTIONS) as enclosure:
         import ray
 
         running = ray.is_initialized()
@@ -46,9 +52,14 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def job_workers(job: Job) -> Workers:
+def job_workers(job: Job, *, beside_app: bool = False) -> Workers:
     """How many processes each stage gets on this cluster, and what each asks for. Raises ConfigError."""
-    return share_out(job, cluster_nodes())
+    if not beside_app:
+        return share_out(job, cluster_nodes())
+    import ray
+
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return share_out(job, cluster_nodes(), beside_app=free.get("CPU", 0.0))
 
 
 def cluster_nodes() -> tuple[Node, ...]:
@@ -67,7 +78,10 @@ def cluster_nodes() -> tuple[Node, ...]:
 
 
 def _start(address: str | None, enclosure: Mapping[str, Any]) -> None:
-    """Joins the cluster at `address`, or else starts one; another Ray on this machine is not ours to join."""
+    """Joins the cluster at `address`, or else starts one; another Ray on this machine is joined when asked for alone.
+
+    Raises ConfigError where there is none to join.
+    """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -76,7 +90,11 @@ def _start(address: str | None, enclosure: Mapping[str, Any]) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     _quiet()
     if address:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_shipped_code())
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_shipped_code())
+        except ConnectionError as error:
+            where = "on this machine" if address == FOUND_HERE else f"at RAY_ADDRESS={address}"
+            raise ConfigError(f"no Ray cluster answers {where}: {error}") from error
         return
     memory = int(psutil.virtual_memory().total * OBJECT_STORE_SHARE)
     with _without_lines(b"RAY_BACKEND_LOG_LEVEL"):

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from glm_actors.row_worker import Step
+    from glm_actors.shared import SharedModel
     from pipelines.shares import Workers
 
 WAVE_UNITS = 10_000
@@ -59,13 +60,20 @@ class Result:
         return self.output.iter_tables()
 
 
-def run(job: Job, on_progress: OnProgress | None = None, *, stop: Stop | None = None, extend: bool = False) -> Result:
+def run(
+    job: Job,
+    on_progress: OnProgress | None = None,
+    *,
+    stop: Stop | None = None,
+    extend: bool = False,
+    app: str | None = None,
+) -> Result:
     """Does what of the job is not committed yet, and finishes its output. Ray starts here if it is not running.
 
     With `stop`, signals end the run early in good order. With `extend`, files may have been added to the input of an
-    output that stands. Raises ConfigError before anything starts for a job that cannot run, EngineError when the
-    engine gives up, StorageError when the output cannot be written, InterruptedRunError or TooManyErrorsError when the
-    run ended early on purpose.
+    output that stands. With `app`, the replicas of this live application do the model's work. Raises ConfigError before
+    anything starts for a job that cannot run, EngineError when the engine gives up, StorageError when the output cannot
+    be written, InterruptedRunError or TooManyErrorsError when the run ended early on purpose.
     """
     work = Work(on_progress)
     output = Output.at(job.output, job.storage)
@@ -78,7 +86,7 @@ def run(job: Job, on_progress: OnProgress | None = None, *, stop: Stop | None = 
         with own(output.store) as lease:
             output.take_over(prepared.plan, job_file(job))
             work.resume(prepared.plan, output)
-            _complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()))
+            _complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()), app)
             lease.confirm()
             manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
             tidy(output)
@@ -97,7 +105,8 @@ def build_dataset(job: Job) -> Dataset:
     units = list(prepared.plan.units())
     workers, ledger = job_workers(job), stages.start_ledger(prepared.plan)
     read = Read(job_source(job))
-    dataset = completed(stages.order(prepared.plan, units, workers), read, prepared.spec, workers, ledger)
+    dataset = stages.order(prepared.plan, units, workers)
+    dataset = completed(dataset, read, prepared.spec, engine_config(job), workers, ledger)
     dataset = stages.parse(dataset, prepared.spec, workers, ledger)
     return stages.without_own_columns(dataset, prepared.spec.schema, workers)
 
@@ -134,23 +143,37 @@ def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepare
 
 
 def completed(
-    dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any, journal: Journal | None = None
+    dataset: Dataset,
+    read: Step,
+    spec: TaskSpec,
+    engine: EngineConfig | SharedModel,
+    workers: Workers,
+    ledger: Any,
+    journal: Journal | None = None,
 ) -> Dataset:
     """The part of the graph from orders to completions."""
     from pipelines import stages
 
     dataset = stages.render(dataset, read, spec, workers, ledger)
-    return stages.infer(dataset, engine_config(spec.job), workers, ledger, journal)
+    return stages.infer(dataset, engine, workers, ledger, journal)
 
 
 def committed(
-    plan: Plan, units: Sequence[Unit], read: Step, spec: TaskSpec, workers: Workers, journal: Journal, commit: Step
+    plan: Plan,
+    units: Sequence[Unit],
+    read: Step,
+    spec: TaskSpec,
+    workers: Workers,
+    journal: Journal,
+    commit: Step,
+    engine: EngineConfig | SharedModel | None = None,
 ) -> Dataset:
-    """The whole graph, as in the diagram above."""
+    """The whole graph, as in the diagram above; `engine` is the job's own, unless an application shares its own."""
     from pipelines import stages
 
     ledger = stages.start_ledger(plan)
-    dataset = completed(stages.order(plan, units, workers), read, spec, workers, ledger, journal)
+    dataset = stages.order(plan, units, workers)
+    dataset = completed(dataset, read, spec, engine or engine_config(spec.job), workers, ledger, journal)
     return stages.commit(dataset, spec, commit, workers, ledger)
 
 
@@ -169,23 +192,25 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
-def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch) -> None:
+def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None) -> None:
     """Commits every unit that is not committed yet."""
     pending = work.pending(prepared.plan)
     work.refuse_errors(job)
     if not pending:
         return
     work.tell("starting")
-    with cluster():
+    with cluster(found=app is not None):
         from pipelines import stages
+        from pipelines.app import shared_model
 
-        workers = job_workers(job)
+        engine = engine_config(job) if app is None else shared_model(app, engine_config(job))
+        workers = job_workers(job, beside_app=app is not None)
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
         journal = Journal(output=output, every_seconds=job.commit.every_seconds)
         plan, spec, read = prepared.plan, prepared.spec, Read(job_source(job))
         commit, exporter = Commit(journal, plan.unit_sizes, spec), Exporter(plan.fingerprint)
         for wave in waves(pending):
-            dataset = committed(plan, wave, read, spec, workers, journal, commit)
+            dataset = committed(plan, wave, read, spec, workers, journal, commit, engine)
             follow(dataset, watch, exporter, lambda record: work.add_checked(job, record))
             if watch.stop.is_asked:
                 break

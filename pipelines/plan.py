@@ -13,12 +13,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from models.checkpoint_digest import model_digest
 from models.errors import ConfigError, RowError
 from pipelines.job import Job
 from pipelines.keys import Place, find_duplicates
@@ -39,8 +39,6 @@ SCORED_ROWS_PER_S = 50.0  # a careful guess at one CPU replica's speed, for comm
 GENERATED_TOKENS_PER_S = 640.0
 MEDIA_UNIT_BYTES = 32 << 20  # a unit travels as one block: several of them wait between two stages
 SAMPLED_ROWS = 16
-WHOLE_HASH_BYTES = 64 << 20
-SAMPLES_PER_FILE = 64
 
 Identity = dict[str, Any]
 
@@ -291,24 +289,6 @@ def adds_files_only(planned: Identity, asked: Identity) -> bool:
     """Whether `asked` differs from `planned` in nothing but further input files."""
     kept = {name: asked["input"].get(name) for name in planned["input"]} if "input" in asked else {}
     return planned | {"input": None} == asked | {"input": None} and kept == planned["input"]
-
-
-def model_digest(model_dir: str) -> str:
-    """A digest over a checkpoint's files: whole if they are small, else names, sizes and samples of each file.
-
-    Training changes weights everywhere, so samples tell two checkpoints apart without reading gigabytes.
-    """
-    digest = hashlib.sha256()
-    files = sorted(path for path in Path(model_dir).rglob("*") if path.is_file() and not path.name.startswith("."))
-    whole = sum(path.stat().st_size for path in files) <= WHOLE_HASH_BYTES
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(model_dir)}:{size}\n".encode())
-        with path.open("rb") as stream:
-            for start in [0] if whole else np.linspace(0, size, SAMPLES_PER_FILE, dtype=int):
-                stream.seek(start)
-                digest.update(stream.read(size if whole else 1 << 14))
-    return digest.hexdigest()[:32]
 
 
 def _media_bytes(job: Job, source: Source, file: InputFile) -> float:

@@ -6,6 +6,7 @@ Ray, of stages' insides or of rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from models.errors import ConfigError
@@ -54,10 +55,16 @@ class Load:
     preprocessors: int
 
 
-def share_out(job: Job, nodes: tuple[Node, ...]) -> Workers:
-    """Raises ConfigError where the fewest replicas do not fit."""
+def share_out(job: Job, nodes: tuple[Node, ...], *, beside_app: float | None = None) -> Workers:
+    """Raises ConfigError where the fewest replicas do not fit.
+
+    `beside_app` are the logical CPUs that a live application leaves; its replicas do the models' work, and ours only
+    feed them.
+    """
     cores, cpus = sum(node.cores for node in nodes), sum(node.cpus for node in nodes)
     ranks, on_gpus = job.engine.tensor_parallel_size, uses_gpus(job, nodes)
+    if beside_app is not None:
+        cpus, on_gpus = beside_app, False
     fewest, most = _replicas(job, nodes, on_gpus)
     committers = max(1, int(cores * COMMITTERS_PER_CORE))
     preprocessors = _preprocessors(job, cores, most, on_gpus)
@@ -68,7 +75,7 @@ def share_out(job: Job, nodes: tuple[Node, ...]) -> Workers:
         min_replicas=fewest,
         replicas=most,
         # All of them must fit at once: a stage that finds no CPU left would stall the others.
-        cpus_each=min(MAX_CPUS_EACH, round(cpus / (preprocessors + committers + most + 1), 3)),
+        cpus_each=min(MAX_CPUS_EACH, math.floor(1000 * cpus / (preprocessors + committers + most + 1)) / 1000),
         gpus_per_replica=ranks if on_gpus else 0,
         threads_per_rank=max(1, min(node.cores for node in nodes) // (on_one_node * ranks)),
     )

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from glm_actors.model import ModelActor
 from glm_actors.row_worker import RowWorker, Step
+from glm_actors.shared import SharedModel
 from glm_actors.suspects import Ledger, Patience
 from glm_actors.watchdog import HangLimits
 from models.engine.interface import EngineConfig
@@ -112,7 +113,11 @@ def render(dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledge
 
 
 def infer(
-    dataset: Dataset, engine: EngineConfig, workers: Workers, ledger: Any = None, journal: Journal | None = None
+    dataset: Dataset,
+    engine: EngineConfig | SharedModel,
+    workers: Workers,
+    ledger: Any = None,
+    journal: Journal | None = None,
 ) -> Dataset:
     """Requests -> completions, on model actors that each keep several units in flight.
 

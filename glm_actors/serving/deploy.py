@@ -16,11 +16,14 @@ from glm_actors.serving.errors import ApiError, busy, unavailable
 from glm_actors.serving.pieces import Address, Mailbox, Outlets, Piece
 from glm_actors.serving.protocol import Body
 from glm_actors.serving.settings import Caps, ServedModel, ServeSettings
+from glm_actors.shared import Answer, BatchWork, ModelIdentity
+from glm_actors.shared_line import Callers
 
 if TYPE_CHECKING:
     from glm_actors.serving.listener import Listener
 
 APP_NAME = "glm-batch"
+MODEL_PREFIX = "model-"
 CONSTRUCTOR_RETRIES = 3
 DRAIN_POLL_S = 0.2
 LOOPBACK = "127.0.0.1"
@@ -48,6 +51,7 @@ class ModelDeployment:
         _keep_to_loopback()
         self._replica = Replica(model, caps)
         self._outlets = Outlets()
+        self._callers = Callers()
 
     async def answer(self, body: Body) -> Json | ApiError:
         try:
@@ -64,6 +68,13 @@ class ModelDeployment:
         except ApiError as error:
             return error
         return None
+
+    async def identity(self) -> ModelIdentity:
+        return self._replica.identity
+
+    async def work(self, work: BatchWork, lifeline: Any) -> Answer:
+        """For batch jobs: see glm_actors.shared_line."""
+        return await self._replica.work(work, self._callers.gone(work.caller, lifeline))
 
     async def stats(self) -> Json:
         return await self._replica.stats()
@@ -278,4 +289,4 @@ def _scaling(model: ServedModel, caps: Caps) -> dict[str, Any]:
 
 def deployment_name(model: str) -> str:
     """Ray has its own use for some characters."""
-    return "model-" + "".join(c if c.isalnum() or c in "-_." else "_" for c in model)
+    return MODEL_PREFIX + "".join(c if c.isalnum() or c in "-_." else "_" for c in model)

@@ -27,6 +27,7 @@ from glm_actors.serving.protocol import Body, ChatRequest, CompletionRequest, To
 from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps, ServedModel
 from glm_actors.serving.tasks import Json, StreamTask, Task, build_task, usage_of
+from glm_actors.shared import Answer, BatchWork, ModelIdentity
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
 from glm_actors.worker_group import WorkerGroup, needs_ranks
 from models.engine import Completion, Delta, Engine, build_engine
@@ -73,6 +74,7 @@ class Replica:
         self._prompter = Prompter(model.model, caps)
         self._prompter.start()
         config = model.engine_config
+        self.identity = ModelIdentity.of(config)
         build: Callable[[], Engine] = partial(build_engine, config)
         if needs_ranks(config):
             build = WorkerGroup(config, _end_process).build_engine
@@ -114,6 +116,20 @@ class Replica:
                 raise internal() from stream.error
             task.answer(completions)  # raises what went wrong with any of them
             give(Piece(usage=usage_of(completions)))
+
+    async def work(self, work: BatchWork, gone: asyncio.Future[None]) -> Answer:
+        """A batch job's requests, beside those of clients. Raises EngineError, also when its caller is `gone`."""
+        if work.identity != self.identity:
+            return self.identity
+        submission = self._loop.submit(work.requests)
+        try:
+            completed = asyncio.wrap_future(submission)
+            await asyncio.wait((completed, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not completed.done():
+                raise EngineError(f"the process {work.caller} that asked is gone")
+            return completed.result()
+        finally:
+            self._leave(submission)
 
     async def stats(self) -> Json:
         """Numbers of this moment: requests here, sequences in the engine, blocks of its cache."""

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from glm_actors.suspects import Patience
+from models.checkpoint_digest import model_digest
 from models.errors import ConfigError, EngineError
 from pipelines import build_dataset, run
 from pipelines.commit import Output
 from pipelines.job import CommitSection, EngineSection, Job, TaskConfig
 from pipelines.metrics import Progress
 from pipelines.pipeline import prepare
-from pipelines.plan import model_digest
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -1,0 +1,62 @@
+"""What a batch job and a live application tell each other about a model that they share.
+
+Owns what makes two of them the same model for a job's results, and the message that carries a job's requests. Knows
+nothing of Ray or of how requests are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from models.checkpoint_digest import model_digest
+from models.engine.interface import EngineConfig
+from models.engine.request import Completion, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """What decides the answers, as far as two configurations can tell: the checkpoint's files and these settings."""
+
+    checkpoint: str
+    kind: str
+    dtype: str
+    max_model_len: str
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> ModelIdentity:
+        """Reads samples of the checkpoint's files."""
+        kind = "torch" if config.kind == "auto" else config.kind  # as serving has it
+        longest = str(config.max_model_len)
+        return cls(checkpoint=model_digest(config.model), kind=kind, dtype=config.dtype, max_model_len=longest)
+
+    def differences(self, other: ModelIdentity) -> list[str]:
+        """In which of a job's keys `other`, which is served, is another: for people."""
+        if self.checkpoint != other.checkpoint:
+            return ["model: its files are others"]
+        both = [(name, value, asdict(other)[name]) for name, value in asdict(self).items()]
+        return [f"engine.{name}: {mine} in the job, {its} there" for name, mine, its in both if mine != its]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedModel:
+    """A model of a live application: the Ray Serve deployment to ask, and what it must be."""
+
+    app: str
+    deployment: str
+    identity: ModelIdentity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchWork:
+    """Requests for a replica, to be answered all at once by their completions, in their order.
+
+    A replica with another identity answers with that one instead. `caller` names the process that asks.
+    """
+
+    caller: str
+    identity: ModelIdentity
+    requests: Sequence[Request]
+
+
+Answer = list[Completion] | ModelIdentity

@@ -1,0 +1,57 @@
+"""Finds the live application whose replicas shall run a job, and which of its models is the job's.
+
+Owns every refusal of `--app`. Imports ray inside functions only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glm_actors.serving.deploy import MODEL_PREFIX
+from glm_actors.shared import ModelIdentity, SharedModel
+from models.engine.interface import EngineConfig
+from models.errors import ConfigError
+
+IDENTITY_S = 60.0
+
+
+def shared_model(app: str, engine: EngineConfig) -> SharedModel:
+    """The model of the running application that gives the answers which `engine` would give. Raises ConfigError."""
+    wanted = ModelIdentity.of(engine)
+    served = {name: _identity(app, name) for name in _deployments(app)}
+    for name, identity in served.items():
+        if identity == wanted:
+            return SharedModel(app=app, deployment=name, identity=wanted)
+    found = "; ".join(
+        f"{name.removeprefix(MODEL_PREFIX)}: {', '.join(wanted.differences(identity))}"
+        for name, identity in served.items()
+    )
+    raise ConfigError(
+        f"--app {app}: it does not serve the job's model {engine.model} as the job asks for it ({found}); change the "
+        "job's keys, or serve this model"
+    )
+
+
+def _deployments(app: str) -> list[str]:
+    """Those of models, which must be up."""
+    from ray import serve
+
+    applications = serve.status().applications
+    if app not in applications:
+        running = ", ".join(sorted(applications)) or "none"
+        raise ConfigError(
+            f"--app {app}: no such application runs on this Ray cluster (running: {running}); start it with glm-batch "
+            "serve, or set RAY_ADDRESS to its cluster"
+        )
+    status = applications[app]
+    if status.status != "RUNNING":
+        raise ConfigError(f"--app {app}: the application is {status.status}, not RUNNING; wait until it is up")
+    return sorted(name for name in status.deployments if name.startswith(MODEL_PREFIX))
+
+
+def _identity(app: str, deployment: str) -> ModelIdentity:
+    from ray import serve
+
+    handle: Any = serve.get_deployment_handle(deployment, app)
+    found: ModelIdentity = handle.identity.remote().result(timeout_s=IDENTITY_S)
+    return found
