@@ -57,9 +57,9 @@ class EngineConfig:
     `max_step_tokens` bounds the tokens of one forward pass, `batch_step_tokens` those of one with BATCH requests in it:
     an ONLINE request that comes waits for no more than that. `max_num_seqs` bounds the sequences in flight,
     `kv_cache_tokens` the size of the paged KV cache in tokens, `block_size` the tokens of one block of it.
-    `max_model_len` bounds prompt plus output; "auto" takes the checkpoint's max_position_embeddings. `media_cache_bytes` bounds the features of
-    images and videos that are remembered. `task` tells what all requests will ask for, where that is known: kind
-    "auto" goes by it.
+    `max_model_len` bounds prompt plus output; "auto" takes the checkpoint's max_position_embeddings.
+    `media_cache_bytes` bounds the features of images and videos that are remembered. `task` tells what all requests
+    will ask for, where that is known: kind "auto" goes by it.
     """
 
     model: str

@@ -7,8 +7,8 @@ the cache all the same, the youngest running sequence gives its blocks back, wai
 preemption). A prefix computed in a step can be shared by sequences admitted in that very step.
 
 Online sequences go before batch ones in all of this, as if they were older: they are scheduled and admitted first, and
-batch ones are sent back when there is no room for them. A step takes batch tokens up to `batch_step_tokens` in all, so
-that an online request that comes meanwhile does not wait for long.
+batch ones are sent back when there is no room for them. A step takes batch tokens up to `batch_step_tokens` in all, or
+up to a part of that beside online sequences, so that an online request that comes meanwhile does not wait for long.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from models.engine.block_manager import ROOT, BlockManager
 from models.engine.request import BATCH, ONLINE, Priority
 from models.engine.sequence import Sequence
 
+BESIDE_ONLINE = 4  # where one online sequence runs others may come: steps have this part of batch_step_tokens
 _PRIORITY = attrgetter("priority")
 
 
@@ -67,15 +68,20 @@ class Scheduler:
         """The next step's chunks; their blocks are allocated and their full blocks registered."""
         chunks: list[Chunk] = []
         used = 0
-        for priority, limit in ((ONLINE, self.max_step_tokens), (BATCH, self._batch_limit)):
-            for chunk in self._scheduled(priority, max(limit - used, 0), {chunk.sequence for chunk in chunks}):
+        for priority in (ONLINE, BATCH):
+            budget = max(self._limit(priority) - used, 0)
+            for chunk in self._scheduled(priority, budget, {chunk.sequence for chunk in chunks}):
                 chunks.append(chunk)
                 used += chunk.end - chunk.start
         return chunks
 
-    @property
-    def _batch_limit(self) -> int:
-        return min(self.max_step_tokens, self.batch_step_tokens or self.max_step_tokens)
+    def _limit(self, priority: Priority) -> int:
+        """The most tokens of a step that has sequences of this priority."""
+        if priority == ONLINE or self.batch_step_tokens is None:
+            return self.max_step_tokens
+        beside_online = bool(self.running) and self.running[0].priority == ONLINE
+        share = max(self.batch_step_tokens // BESIDE_ONLINE, 1) if beside_online else self.batch_step_tokens
+        return min(self.max_step_tokens, share)
 
     def _scheduled(self, priority: Priority, budget: int, scheduled: set[Sequence]) -> Iterator[Chunk]:
         """The chunks of one priority. `scheduled` are the sequences that the step has already."""

@@ -23,7 +23,7 @@ from models.processing.tokenizer import Tokenizer
 # Throughput settings: on a CPU activations of a step should stay near the caches, and small blocks waste few shared
 # tokens; a GPU wants many rows in flight.
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
-BATCH_STEP_TOKENS = {"cpu": 128, "cuda": 1024}  # beside online requests: nearly as fast, and short
+BATCH_STEP_TOKENS = {"cpu": 192, "cuda": 1024}  # beside online requests: nearly as fast, and short
 NUM_SEQS = {"cpu": 256, "cuda": 512}
 BLOCK_SIZE = {"cpu": 4, "cuda": 16}
 MEDIA_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}

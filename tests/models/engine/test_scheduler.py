@@ -104,17 +104,21 @@ def test_online_requests_go_before_batch_ones_that_came_earlier() -> None:
     assert spans(scheduler.schedule()) == [("online", 4, 5), ("batch", 16, 17), ("more batch", 0, 8)]
 
 
-def test_a_step_takes_batch_tokens_up_to_its_limit_only() -> None:
-    scheduler = make_scheduler(64, step=32, batch_step=6)
-    scheduler.add(make_sequence("batch", list(range(20)), BATCH))
+def test_a_step_takes_batch_tokens_up_to_its_limit_and_fewer_beside_online_ones() -> None:
+    scheduler = make_scheduler(64, step=32, batch_step=12)
+    scheduler.add(make_sequence("batch", list(range(40)), BATCH))
     first = scheduler.schedule()
-    assert spans(first) == [("batch", 0, 6)]
+    assert spans(first) == [("batch", 0, 12)]
     compute(first)
     scheduler.add(make_sequence("online", list(range(100, 110))))
     second = scheduler.schedule()
     assert spans(second) == [("online", 0, 10)]  # more than the limit by itself: nothing is left for the batch
     compute(second)
-    assert spans(scheduler.schedule()) == [("online", 10, 11), ("batch", 6, 11)]
+    third = scheduler.schedule()
+    assert spans(third) == [("online", 10, 11), ("batch", 12, 14)]  # a quarter of 12 in all
+    compute(third)
+    scheduler.finish(third[0].sequence)
+    assert spans(scheduler.schedule()) == [("batch", 14, 26)]
 
 
 def test_batch_sequences_make_room_for_an_online_one_and_are_finished_later() -> None:
