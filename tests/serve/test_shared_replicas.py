@@ -1,0 +1,200 @@
+"""A batch job through a live application: the job's own records, whatever becomes of the application meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from glm_actors.serving.deploy import APP_NAME
+from glm_actors.serving.replica import Replica
+from glm_actors.serving.settings import ServedModel, ServeEngine, ServeSettings
+from glm_actors.shared import BatchWork
+from jobs.config import load_job
+from jobs.serve import start
+from models.engine.request import BATCH, Generate, Request, SamplingParams
+from models.errors import ConfigError, EngineError
+from pipelines import run
+from pipelines.job import Job
+from pipelines.metrics import Progress
+from tests.ray_processes import ray_processes
+from tests.serve.conftest import MODEL, ROOT, TINY
+
+EXAMPLES = ROOT / "examples"
+
+NUM_ROWS = 800
+BODY = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "Where is my parcel?"}],
+    "max_tokens": 8,
+    "temperature": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None) -> Iterator[str]:
+    """Where the application answers over HTTP."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    deploy(port=port)
+    yield f"http://127.0.0.1:{port}/v1"
+    from ray import serve
+
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tickets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tickets") / "tickets.parquet"
+    found = [pq.read_table(file) for file in sorted((EXAMPLES / "support").glob("*.parquet"))]
+    pq.write_table(pa.concat_tables(found).slice(0, NUM_ROWS), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(ray_cluster: None, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the job comes to with an engine of its own."""
+    return records(run(make_job(tickets, tmp_path_factory.mktemp("alone"))))
+
+
+def deploy(port: int = 8000, **engine: Any) -> None:
+    """Starts the application, or replaces its model's replicas if the engine's settings are others than before."""
+    chosen = ServeEngine(**({"dtype": "float32"} | engine))
+    start(ServeSettings(models={MODEL: ServedModel(model=TINY, engine=chosen)}, port=port), None)
+
+
+def make_job(tickets: Path, folder: Path, **engine: Any) -> Job:
+    job, _ = load_job(str(EXAMPLES / "reply.yaml"), [f"model={TINY}", "engine.dtype=float32"])
+    settings = replace(job.engine, **engine)
+    commit = replace(job.commit, unit_rows=25, every_seconds=1.0)
+    return replace(job, input=[str(tickets)], output=str(folder / "out"), engine=settings, commit=commit)
+
+
+def records(result: Any) -> list[dict[str, Any]]:
+    """All but what depends on the rows that were there before."""
+    rows = [row for table in result.iter_tables() for row in table.to_pylist()]
+    return [{name: value for name, value in row.items() if name not in ("cached_tokens", "attempts")} for row in rows]
+
+
+class Once:
+    """As a job's on_progress: does something in a thread of its own once a number of units are committed."""
+
+    def __init__(self, *acts: tuple[int, Callable[[], None]]) -> None:
+        self._acts = list(acts)
+        self._threads: list[threading.Thread] = []
+
+    def __call__(self, progress: Progress) -> None:
+        while self._acts and progress.phase != "done" and progress.units_done >= self._acts[0][0]:
+            self._threads.append(threading.Thread(target=self._acts.pop(0)[1]))
+            self._threads[-1].start()
+
+    def join(self) -> None:
+        assert not self._acts, "the job was over before that"
+        for thread in self._threads:
+            thread.join()
+
+
+def kill_replica() -> None:
+    (process,) = ray_processes(f"ray::ServeReplica:{APP_NAME}:model")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+def test_a_job_through_the_application_is_the_job_alone(
+    url: str, tickets: Path, alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        while not stop.is_set():
+            answers.append(httpx.post(f"{url}/chat/completions", json=BODY, timeout=60.0))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    try:
+        result = run(make_job(tickets, tmp_path), app=APP_NAME)
+    finally:
+        stop.set()
+        client.join()
+    assert records(result) == alone
+    assert len(answers) > 3
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
+
+
+def test_a_killed_replica_and_a_redeployment_cost_no_row(
+    url: str, tickets: Path, alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    troubles = Once((4, kill_replica), (12, lambda: deploy(kv_cache_tokens=1 << 15)))
+    result = run(make_job(tickets, tmp_path), troubles, app=APP_NAME)
+    troubles.join()
+    assert records(result) == alone
+    assert result.summary.counts.rows == NUM_ROWS
+
+
+def test_another_model_under_the_same_name_ends_the_job_and_the_right_one_finishes_it(
+    url: str, tickets: Path, alone: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    job = make_job(tickets, tmp_path)
+    other = Once((4, lambda: deploy(dtype="bfloat16")))
+    with pytest.raises(ConfigError, match=r"no longer serves.*engine\.dtype: float32 in the job, bfloat16 there"):
+        run(job, other, app=APP_NAME)
+    other.join()
+    with pytest.raises(ConfigError, match=r"does not serve.*engine\.dtype: float32 in the job, bfloat16 there"):
+        run(job, app=APP_NAME)
+    deploy()
+    result = run(job, app=APP_NAME)
+    assert result.summary.resumed_rows > 0
+    assert records(result) == alone
+
+
+def test_an_application_that_does_not_run_is_refused(url: str, tickets: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"no such application.*running: {APP_NAME}"):
+        run(make_job(tickets, tmp_path), app="nobody")
+
+
+def test_work_of_a_caller_that_is_gone_leaves_the_engine(replica: Replica) -> None:
+    endless = Generate(sampling=SamplingParams(max_tokens=400, ignore_eos=True))
+    requests = [Request(id=f"x{i}", input_ids=[1, 2, 3 + i], work=endless, priority=BATCH) for i in range(4)]
+    work = BatchWork(caller="c", identity=replica.identity, requests=requests)
+
+    async def abandon() -> None:
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        asked = asyncio.ensure_future(replica.work(work, gone))
+        while not (await replica.stats())["running"]:
+            await asyncio.sleep(0.01)
+        gone.set_result(None)
+        with pytest.raises(EngineError, match="gone"):
+            await asked
+        deadline = time.monotonic() + 10.0
+        while (found := await replica.stats())["running"] or found["waiting"]:
+            assert time.monotonic() < deadline, found
+            await asyncio.sleep(0.01)
+        await replica.check_blocks()
+
+    asyncio.run(abandon())
+
+
+def test_a_replica_says_what_it_is_to_those_who_want_another_model(replica: Replica) -> None:
+    other = replace(replica.identity, checkpoint="0")
+    work = BatchWork(caller="c", identity=other, requests=[])
+    assert asyncio.run(_work(replica, work)) == replica.identity
+    assert other.differences(replica.identity) == ["model: its files are others"]
+
+
+async def _work(replica: Replica, work: BatchWork) -> Any:
+    return await replica.work(work, asyncio.get_running_loop().create_future())
