@@ -198,7 +198,7 @@ class Replica:
             raise unavailable() from error
 
     async def _completions(self, submission: Submission) -> list[Completion]:
-        """All of them, in time. What nobody waits for any more makes room for others. Raises ApiError."""
+        """All of them, in time. Raises ApiError."""
         try:
             async with asyncio.timeout(self._caps.request_s):
                 return await asyncio.wrap_future(submission)
@@ -208,8 +208,12 @@ class Replica:
             traceback.print_exception(error, file=sys.stderr)
             raise unavailable() from error
         finally:
-            if not submission.done():
-                self._loop.abort([request.id for request in submission.requests])
+            self._leave(submission)
+
+    def _leave(self, submission: Submission) -> None:
+        """What nobody waits for any more makes room for others."""
+        if not submission.done():
+            self._loop.abort([request.id for request in submission.requests])
 
     @contextlib.contextmanager
     def _streaming(self, stream: _Stream) -> Iterator[None]:
