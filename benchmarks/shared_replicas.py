@@ -31,12 +31,13 @@ from benchmarks.make_mid_model import make_mid_model
 from benchmarks.serve_load import MAX_MODEL_LEN, MODEL, Answer, Connection, Load, summary
 from benchmarks.workload import OUTPUT_TOKENS, TextKind, build_rows
 from models.engine import SamplingParams
-from pipelines.job import EngineSection, Job, TaskConfig
+from pipelines.job import CommitSection, EngineSection, Job, TaskConfig
 from pipelines.metrics import Progress
 from pipelines.pipeline import run
 from pipelines.stop import InterruptedRunError, Stop
 
-STARTED_ROWS = 64  # from then on a job runs steadily
+UNIT_ROWS = 32  # small ones, so that the rows of a window can be counted
+STARTED_ROWS = 4 * UNIT_ROWS  # from then on a job runs steadily
 WARM_UP = 8
 
 
@@ -119,6 +120,7 @@ def _job(model_dir: Path, work: TextKind, num_rows: int, folder: Path) -> Job:
         task=TaskConfig(kind=work, prompt=rows.instruction + "{text}", labels=None if generate else rows.labels),
         sampling=SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=generate),
         engine=EngineSection(dtype="bfloat16", max_model_len=MAX_MODEL_LEN),
+        commit=CommitSection(unit_rows=UNIT_ROWS),
     )
 
 

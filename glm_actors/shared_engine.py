@@ -88,7 +88,9 @@ class SharedEngine:
             raise
 
     def submit(self, requests: list[Request]) -> None:
-        """Sends requests; raises ValueError for an id that is in flight already."""
+        """Sends requests; raises ValueError for an id that is in flight already, and for a request that streams."""
+        if any(request.stream for request in requests):
+            raise ValueError("a batch job's requests come back whole: they cannot stream")
         refuse_known_ids(requests, chain(self._pending, (completion.id for completion in self._ready)))
         for part in _cut(requests):
             message = _Message(part)
@@ -109,7 +111,6 @@ class SharedEngine:
         return done
 
     def deltas(self) -> list[Delta]:
-        """None: nobody watches a batch."""
         return []
 
     def abort(self, ids: list[str]) -> None:
