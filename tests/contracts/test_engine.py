@@ -38,6 +38,7 @@ from models.engine import (
 )
 from models.engine.echo import EchoEngine
 from models.engine.engine import TorchEngine
+from models.engine.request import BATCH
 from models.engine.vllm_limits import is_installed
 from models.processing.tokenizer import Tokenizer
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
@@ -343,6 +344,18 @@ def test_work_can_be_added_while_other_work_runs(engine: Engine) -> None:
         done |= {completion.id: completion for completion in engine.step()}
     done |= drain(engine)
     assert set(done) == set(works(engine))
+
+
+def test_batch_requests_are_answered_as_online_ones_are(engine: Engine) -> None:
+    online = [request(f"{name}-online", work, 20) for name, work in works(engine).items()]
+    batch = [replace(each, id=each.id.replace("online", "batch"), priority=BATCH) for each in online]
+    engine.submit([each for pair in zip(batch, online, strict=True) for each in pair])
+    done = drain(engine)
+    for mine, other in zip(batch, online, strict=True):
+        assert done[mine.id].error is None
+        texts = [[output.token_ids for output in done[each.id].outputs] for each in (mine, other)]
+        assert texts[0] == texts[1]
+        assert done[mine.id].finish_reason == done[other.id].finish_reason
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -17,11 +17,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from glm_actors.serving.deploy import APP_NAME
 from glm_actors.serving.replica import Replica
 from glm_actors.serving.settings import ServedModel, ServeEngine, ServeSettings
 from glm_actors.shared import BatchWork
+from jobs.__main__ import EXIT_BAD_CONFIG, app
 from jobs.config import load_job
 from jobs.serve import start
 from models.engine.request import BATCH, Generate, Request, SamplingParams
@@ -162,9 +165,28 @@ def test_another_model_under_the_same_name_ends_the_job_and_the_right_one_finish
     assert records(result) == alone
 
 
-def test_an_application_that_does_not_run_is_refused(url: str, tickets: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"no such application.*running: {APP_NAME}"):
-        run(make_job(tickets, tmp_path), app="nobody")
+def test_the_command_refuses_an_application_that_does_not_run(url: str, tickets: Path, tmp_path: Path) -> None:
+    job_file = tmp_path / "job.yaml"
+    task = {"kind": "generate", "prompt": "{text}"}
+    out = str(tmp_path / "out")
+    job_file.write_text(yaml.safe_dump({"model": TINY, "input": [str(tickets)], "output": out, "task": task}))
+    result = CliRunner().invoke(app, ["label", str(job_file), "--app", "nobody"])
+    assert result.exit_code == EXIT_BAD_CONFIG
+    assert "--app nobody: no such application runs on this Ray cluster" in result.output
+    assert f"running: {APP_NAME}" in result.output
+
+
+def test_without_a_cluster_there_is_no_application(
+    tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(address: str, **_: Any) -> None:
+        raise ConnectionError(f"nothing at {address}")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
+    with pytest.raises(ConfigError, match="no Ray cluster answers on this machine: nothing at auto"):
+        run(make_job(tickets, tmp_path), app=APP_NAME)
 
 
 def test_work_of_a_caller_that_is_gone_leaves_the_engine(replica: Replica) -> None:
