@@ -49,6 +49,7 @@ def serve(path: str, *, insecure: bool = False) -> None:
         ingress = start(settings, None if token is None else digest_of(token))
         names = ", ".join(settings.models)
         print(f"glm-batch: serving {names} at http://{_shown(settings.host)}:{settings.port}/v1", flush=True)
+        print(f"glm-batch: batch jobs join it: {_ray_place()} glm-batch label JOB --app {APP_NAME}", flush=True)
         asked.wait()
         print(
             f"glm-batch: finishing what is being answered, for {settings.limits.drain_s:g} s at most", file=sys.stderr
@@ -152,6 +153,15 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _ray_place() -> str:
+    """The environment with which others find this Ray cluster, and what it asks of them."""
+    import ray
+
+    mode = os.environ.get("RAY_AUTH_MODE")  # Ray sets it when it starts a cluster
+    address = f"RAY_ADDRESS={ray.get_runtime_context().gcs_address}"
+    return address if mode is None else f"RAY_AUTH_MODE={mode} {address}"
 
 
 def _shown(host: str) -> str:

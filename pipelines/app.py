@@ -33,7 +33,7 @@ def shared_model(app: str, engine: EngineConfig) -> SharedModel:
 
 
 def _deployments(app: str) -> list[str]:
-    """Those of models, which must be up."""
+    """Those of models."""
     from ray import serve
 
     applications = serve.status().applications
@@ -43,15 +43,19 @@ def _deployments(app: str) -> list[str]:
             f"--app {app}: no such application runs on this Ray cluster (running: {running}); start it with glm-batch "
             "serve, or set RAY_ADDRESS to its cluster"
         )
-    status = applications[app]
-    if status.status != "RUNNING":
-        raise ConfigError(f"--app {app}: the application is {status.status}, not RUNNING; wait until it is up")
-    return sorted(name for name in status.deployments if name.startswith(MODEL_PREFIX))
+    return sorted(name for name in applications[app].deployments if name.startswith(MODEL_PREFIX))
 
 
 def _identity(app: str, deployment: str) -> ModelIdentity:
+    """Waits for a replica that is only just starting."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    handle: Any = serve.get_deployment_handle(deployment, app)
-    found: ModelIdentity = handle.identity.remote().result(timeout_s=IDENTITY_S)
+    try:
+        handle: Any = serve.get_deployment_handle(deployment, app)
+        found: ModelIdentity = handle.identity.remote().result(timeout_s=IDENTITY_S)
+    except (RayError, RayServeException, TimeoutError) as error:
+        told = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"--app {app}: its {deployment} does not answer ({told}); wait until it is up") from error
     return found
