@@ -52,7 +52,7 @@ class ModelActor:
 
     def __init__(
         self,
-        config: EngineConfig,
+        engine: EngineConfig | SharedModel,
         num_threads: int,
         ledger: Any = None,
         unit_column: str | None = None,
