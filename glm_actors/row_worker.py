@@ -109,4 +109,7 @@ def _alone(step: Step, table: pa.Table, row: int) -> tuple[bool, pa.Table]:
 
 
 def _joined(pieces: Sequence[pa.Table]) -> pa.Table:
-    return pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces).unify_dictionaries()
+    """The pieces as one table; a piece without an image or video lacks the columns for them."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return pa.concat_tables(pieces, promote_options="default").unify_dictionaries()

@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from jobs.cluster_plan import num_gpus
 from jobs.config import Place, Problem, job_keys
+from jobs.request_checks import check_requests, check_rows_alone
 from models.config import ModelConfig
 from models.config_reader import load_config
 from models.engine.request import SamplingParams
@@ -26,10 +27,14 @@ from models.errors import ConfigError
 from models.parallel import check_parts
 from pipelines.job import Job, MediaSection, TaskConfig
 from pipelines.listing import InputFile
+from pipelines.plan import check_formats
 from pipelines.prompts import PromptTemplate, input_columns, media_columns
 from pipelines.schema import output_schema
 from pipelines.source import Source
 from pipelines.tasks import TaskRunner, check_schema
+
+if TYPE_CHECKING:
+    from pipelines.requests import RequestRunner
 
 HEADS = {
     "choose": "causal_lm",
@@ -61,7 +66,7 @@ OF_MEDIA = (
 class Checked:
     """What the checks read on the way, for whoever goes on with it."""
 
-    runner: TaskRunner
+    runner: TaskRunner | RequestRunner
     config: ModelConfig
     source: Source
     files: list[InputFile]
@@ -80,12 +85,20 @@ def check_job(job: Job, place: Place) -> Checked:
     place.refuse([*model_problems, *input_problems])
     assert config is not None
     try:
-        runner = TaskRunner(job, job.model)
+        runner = _runner(job)
         schema = output_schema(job, config, {column: types.field(column).type for column in job.carry})
     except ConfigError as error:
         place.refuse([_problem_from(error, "model")])
         raise AssertionError("refuse() must raise") from error
     return Checked(runner=runner, config=config, source=source, files=files, schema=schema)
+
+
+def _runner(job: Job) -> TaskRunner | RequestRunner:
+    if not job.asks_by_row:
+        return TaskRunner(job, job.model)
+    from pipelines.requests import RequestRunner
+
+    return RequestRunner(job, os.path.abspath(job.model))
 
 
 def is_s3(path: str) -> bool:
@@ -107,6 +120,18 @@ def check_keys(job: Job) -> Iterator[Problem]:
         for key in ("storage.endpoint_url", "storage.anon"):
             if value_of(job, key) != job_keys()[key].default:
                 yield Problem(key=key, message="no input or output is an s3:// path, so it has no effect; remove it")
+    if job.asks_by_row:
+        yield from check_requests(job)
+    else:
+        yield from check_rows_alone(job)
+    if task.kind != "requests":
+        yield from _check_task(job)
+    yield from _check_engine(job)
+    yield from _check_ranges(job)
+
+
+def _check_task(job: Job) -> Iterator[Problem]:
+    task = job.task
     for key, kinds in ONLY_WITH.items():
         if task.kind not in kinds and value_of(job, key) != job_keys()[key].default:
             yield Problem(key=key, message=f"only {_listing(kinds)} takes it; remove it from this {task.kind} task")
@@ -114,8 +139,6 @@ def check_keys(job: Job) -> Iterator[Problem]:
     yield from _check_media(job)
     yield from _check_answer(task)
     yield from _check_sampling(job)
-    yield from _check_engine(job)
-    yield from _check_ranges(job)
 
 
 def _check_prompt(task: TaskConfig) -> Iterator[Problem]:
@@ -203,7 +226,7 @@ def _check_sampling(job: Job) -> Iterator[Problem]:
 
 def _check_engine(job: Job) -> Iterator[Problem]:
     engine = job.engine
-    if engine.kind == "vllm":
+    if engine.kind == "vllm" and not job.asks_by_row:
         yield from _check_vllm(job)
     if engine.tensor_parallel_size > 1 and re.fullmatch(r"cuda:\d+", engine.device):
         yield Problem(key="engine.device", message=f"{engine.tensor_parallel_size} ranks have a GPU each; use cuda")
@@ -295,7 +318,8 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
         return None, [_of_model(str(error))]
     problems = [_of_model(text) for text in _head_problems(job, config)]
     problems += _limit_problems(job, config)
-    if job.engine.kind == "vllm" and (refusal := checkpoint_problem(config, job.task.kind)):
+    kind = job.task.kind
+    if job.engine.kind == "vllm" and kind != "requests" and (refusal := checkpoint_problem(config, kind)):
         problems.append(Problem(key="engine.kind", message=refusal))
     if not (path / "tokenizer.json").is_file():
         problems.append(_of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text"))
@@ -308,6 +332,7 @@ def check_input(job: Job, source: Source) -> tuple[list[InputFile], pa.Schema, l
     """The files, the types of the columns that the job reads, and what is wrong with either."""
     try:
         files = source.list_files(job.input)
+        check_formats(job, files)
         schema = source.schema(files)
         return files, schema, list(_media_type_problems(job, schema))
     except ConfigError as error:

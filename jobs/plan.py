@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, pairwise, repeat
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -20,11 +21,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from glm_actors.serving.errors import ApiError
 from jobs.checks import Checked, check_job
 from jobs.cluster_plan import cluster_lines, described_nodes
 from jobs.config import load_job
 from jobs.display import clock_time, short
 from jobs.media_plan import MediaSize, media_lines, media_note, media_tokens
+from jobs.request_plan import RequestSample, request_lines, take_requests
 from models.config import ModelConfig
 from models.engine.request import Choose, Generate, Work
 from models.errors import RowError
@@ -45,6 +48,8 @@ SHOWN_CHARS = 1200
 GEMM_SHARE = 0.4
 ROW_OVERHEAD_S = 0.002
 START_S = 12.0
+NO_ESTIMATE = "estimate", "none: the sample has no row without an error"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,20 +87,38 @@ def plan(path: str, overrides: Sequence[str]) -> None:
     job, place = load_job(path, overrides)
     checked = check_job(job, place)
     units = make_plan(job, checked.files, {})
-    sample = take_sample(checked, units)
+    if isinstance(checked.runner, TaskRunner):
+        sample = take_sample(checked, checked.runner, units)
+        _show(units, sample.prompts, report_lines(job, checked, checked.runner, units, sample))
+        return
+    requests = take_requests(checked.runner, checked.source, units, _spread(units))
+    shown = _evenly([(f"{where}, {url}", request) for where, url, found in requests.requests for request in found])
+    decode = checked.runner.prompter.tokenizer.decode
+    prompts = [(where, decode(list(request.input_ids), skip_special_tokens=False)) for where, request in shown]
+    _show(units, prompts, requests_report(job, checked, checked.runner.models, units, requests))
+
+
+def _show(plan: Plan, prompts: Sequence[tuple[str, str]], lines: Iterator[tuple[str, str]]) -> None:
     console = Console(highlight=False)
-    console.print(files_table(units))
-    for where, prompt in sample.prompts:
+    console.print(files_table(plan))
+    for where, prompt in prompts:
         console.print(Panel(Text(excerpt(prompt)), title=Text(where), title_align="left"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in report_lines(job, checked, units, sample):
+    for name, text in lines:
         table.add_row(name, Text(text))
     console.print(table)
 
 
-def take_sample(checked: Checked, plan: Plan) -> Sample:
+def _evenly(items: Sequence[T]) -> list[T]:
+    """Some of the items, from all over them."""
+    if not items:
+        return []
+    return [items[index] for index in sorted({round(place) for place in np.linspace(0, len(items) - 1, SHOWN_PROMPTS)})]
+
+
+def take_sample(checked: Checked, runner: TaskRunner, plan: Plan) -> Sample:
     """The first rows of a few units that are spread evenly over the input."""
     units = _spread(plan)
     good: list[tuple[str, Row]] = []
@@ -103,10 +126,10 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
     media: list[MediaSize] = []
     errors: list[tuple[str, RowError]] = []
     seconds: list[float] = []
-    with closing(checked.runner):
+    with closing(runner):
         for unit in units:
             begun = time.perf_counter()
-            sampled = list(_sampled(checked, plan, unit))
+            sampled = list(_sampled(checked, runner, plan, unit))
             seconds.append((time.perf_counter() - begun) / len(sampled))
             for where, row, prompt in sampled:
                 if isinstance(prompt, RowError):
@@ -115,8 +138,7 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
                 ids.append(told_apart(prompt, checked.config))
                 media += map(MediaSize.of, prompt.patches)
                 good.append((where + "".join(map(media_note, prompt.patches)), row))
-    shown = {round(index) for index in np.linspace(0, len(good) - 1, SHOWN_PROMPTS)} if good else set()
-    prompts = [(good[index][0], checked.runner.render(good[index][1])) for index in sorted(shown)]
+    prompts = [(where, runner.render(row)) for where, row in _evenly(good)]
     return Sample(
         ids=ids,
         prompts=prompts,
@@ -127,12 +149,14 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
     )
 
 
-def _sampled(checked: Checked, plan: Plan, unit: Unit) -> Iterator[tuple[str, Row, Prompt | RowError]]:
+def _sampled(
+    checked: Checked, runner: TaskRunner, plan: Plan, unit: Unit
+) -> Iterator[tuple[str, Row, Prompt | RowError]]:
     """(place, row, prompt or error) of the first rows of a unit."""
     file = plan.files[unit.file].file
-    num_rows = MEDIA_ROWS_PER_UNIT if checked.runner.reads_media else ROWS_PER_UNIT
+    num_rows = MEDIA_ROWS_PER_UNIT if runner.reads_media else ROWS_PER_UNIT
     rows = decode_rows(checked.source.read(file, unit.rows).slice(0, num_rows))
-    prompts = iter(checked.runner.prompts([row for row in rows if not isinstance(row, RowError)]))
+    prompts = iter(runner.prompts([row for row in rows if not isinstance(row, RowError)]))
     for number, row in enumerate(rows, unit.rows.start):
         where = f"{file.name}, row {number}"
         yield (where, {}, row) if isinstance(row, RowError) else (where, row, next(prompts))
@@ -150,37 +174,75 @@ def files_table(plan: Plan) -> Table:
     return table
 
 
-def report_lines(job: Job, checked: Checked, plan: Plan, sample: Sample) -> Iterator[tuple[str, str]]:
+def report_lines(
+    job: Job, checked: Checked, runner: TaskRunner, plan: Plan, sample: Sample
+) -> Iterator[tuple[str, str]]:
     """Name and text of each line below the prompts."""
+    yield from _plan_lines(job, checked, plan, f"{sample.rows:,} rows from {sample.units}")
+    yield from _error_lines(sample.errors)
+    yield from _label_lines(job, runner)
+    if not sample.ids:
+        yield NO_ESTIMATE
+        return
+    lengths, share = [len(ids) for ids in sample.ids], shared_prefix_share(sample.ids)
+    yield _lengths_line(lengths)
+    yield from media_lines(job, sample.media, sum(lengths))
+    yield _shared_line(share)
+    of_media = sum(media_tokens(job, job.preprocess, sample.media)) / len(lengths)
+    estimate = estimate_job(checked.config, [runner.work], lengths, share, plan.num_rows, of_media)
+    yield _estimate_line(estimate, [runner.work], "label" if job.task.kind == "choose" else "output")
+    yield "time", time_text(job, estimate, plan.num_rows, sample.row_seconds)
+
+
+def requests_report(
+    job: Job, checked: Checked, models: Sequence[str], plan: Plan, sample: RequestSample
+) -> Iterator[tuple[str, str]]:
+    """The same of an OpenAI batch file, whose rows may each ask for several things."""
+    yield from _plan_lines(job, checked, plan, f"{sample.rows:,} lines from {sample.units}")
+    yield from request_lines(job, sample, models)
+    yield from _error_lines(sample.errors)
+    requests = sample.all_requests
+    if not requests:
+        yield NO_ESTIMATE
+        return
+    ids = [list(request.input_ids) for request in requests]
+    lengths, share, works = [len(each) for each in ids], shared_prefix_share(ids), [each.work for each in requests]
+    yield _lengths_line(lengths)
+    yield _shared_line(share)
+    num_requests = round(plan.num_rows * len(requests) / sample.rows)
+    estimate = estimate_job(checked.config, works, lengths, share, num_requests)
+    yield _estimate_line(estimate, works, "output")
+    yield "time", time_text(job, estimate, num_requests)
+
+
+def _plan_lines(job: Job, checked: Checked, plan: Plan, sampled: str) -> Iterator[tuple[str, str]]:
     yield "rows", f"{plan.num_rows:,} in {plan.num_units:,} units of up to {plan.unit_rows:,} rows"
     yield "output", f"{job.output}: columns {', '.join(checked.schema.names)}"
     yield from cluster_lines(job)
-    yield "sample", f"{sample.rows:,} rows from {sample.units} of {plan.num_units:,} units"
+    yield "sample", f"{sampled} of {plan.num_units:,} units"
     if plan.duplicates:
         yield "duplicate keys", f"{len(plan.duplicates):,} rows of the whole input repeat the key of an earlier row"
-    yield from _error_lines(sample)
-    yield from _label_lines(job, checked.runner)
-    if not sample.ids:
-        yield "estimate", "none: the sample has no row without an error"
-        return
-    lengths = [len(ids) for ids in sample.ids]
-    share = shared_prefix_share(sample.ids)
-    yield (
+
+
+def _lengths_line(lengths: Sequence[int]) -> tuple[str, str]:
+    return (
         "prompt tokens",
         f"min {min(lengths)}, median {statistics.median(lengths):.0f}, "
         f"p95 {np.percentile(lengths, 95):.0f}, max {max(lengths)}",
     )
-    yield from media_lines(job, sample.media, sum(lengths))
-    yield "shared prefix", f"{share:.0%} of the prompt tokens repeat the beginning of another sampled prompt"
-    of_media = sum(media_tokens(job, job.preprocess, sample.media)) / len(lengths)
-    estimate = estimate_job(checked.config, checked.runner.work, lengths, share, plan.num_rows, of_media)
-    at_most = "at most " if isinstance(checked.runner.work, Generate) else ""
-    yield (
+
+
+def _shared_line(share: float) -> tuple[str, str]:
+    return "shared prefix", f"{share:.0%} of the prompt tokens repeat the beginning of another sampled prompt"
+
+
+def _estimate_line(estimate: Estimate, works: Sequence[Work], what: str) -> tuple[str, str]:
+    at_most = "at most " if any(isinstance(work, Generate) for work in works) else ""
+    return (
         "estimate",
         f"{short(estimate.prompt_tokens)} prompt tokens, of which {short(estimate.computed_prompt_tokens)} to compute; "
-        f"{at_most}{short(estimate.output_tokens)} {'label' if job.task.kind == 'choose' else 'output'} tokens",
+        f"{at_most}{short(estimate.output_tokens)} {what} tokens",
     )
-    yield "time", time_text(job, estimate, plan.num_rows, sample.row_seconds)
 
 
 def told_apart(prompt: Prompt, config: ModelConfig) -> list[int]:
@@ -205,20 +267,21 @@ def shared_prefix_share(prompts: Sequence[list[int]]) -> float:
 
 
 def estimate_job(
-    config: ModelConfig, work: Work, lengths: Sequence[int], share: float, num_rows: int, media_tokens: float = 0.0
+    config: ModelConfig,
+    works: Sequence[Work],
+    lengths: Sequence[int],
+    share: float,
+    num_rows: int,
+    media_tokens: float = 0.0,
 ) -> Estimate:
-    """Scales the sample to the whole job.
+    """Scales the sample to the whole job, whose rows ask for one of `works` each.
 
     A token costs 2 operations for each weight of the layers, plus attention over half of its prompt; the vocabulary
     projection is paid at the positions that are read: one for a prompt with an answer, one for each output token.
     `media_tokens` of a row cost the vision tower's weights for each of their patches.
     """
     mean = statistics.fmean(lengths)
-    outputs = 0.0
-    if isinstance(work, Generate):
-        outputs = work.sampling.max_tokens * work.sampling.n
-    elif isinstance(work, Choose):
-        outputs = len({choice[:end] for choice in work.choices for end in range(1, len(choice) + 1)})
+    outputs = statistics.fmean(map(_num_outputs, works))
     computed = mean * (1 - share)
     vocabulary = config.vocab_size * config.hidden_size
     has_projection = config.head == "causal_lm"
@@ -227,7 +290,7 @@ def estimate_job(
     tower = config.vision.num_parameters if config.vision else 0
     patches = media_tokens * (config.vision.spatial_merge_size**2 if config.vision else 0)
     per_token = 2 * (config.num_parameters - tables - tower) + attention
-    read = outputs + 1 if isinstance(work, Generate | Choose) else 0
+    read = outputs + statistics.fmean(isinstance(work, Generate | Choose) for work in works)
     flops = (computed + outputs) * per_token + 2 * vocabulary * read + 2 * tower * patches
     return Estimate(
         prompt_tokens=mean * num_rows,
@@ -235,6 +298,15 @@ def estimate_job(
         output_tokens=outputs * num_rows,
         flops=flops * num_rows,
     )
+
+
+def _num_outputs(work: Work) -> int:
+    """Tokens behind the prompt: those that may be written, or all that the labels have, what they share once."""
+    if isinstance(work, Generate):
+        return work.sampling.max_tokens * work.sampling.n
+    if isinstance(work, Choose):
+        return len({choice[:end] for choice in work.choices for end in range(1, len(choice) + 1)})
+    return 0
 
 
 def time_text(job: Job, estimate: Estimate, num_rows: int, row_seconds: float = 0.0) -> str:
@@ -286,10 +358,10 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def _error_lines(sample: Sample) -> Iterator[tuple[str, str]]:
-    yield "errors", f"{len(sample.errors):,} of the sampled rows" if sample.errors else "none in the sample"
-    for code, count in Counter(error.code for _, error in sample.errors).most_common():
-        where, error = next((where, error) for where, error in sample.errors if error.code == code)
+def _error_lines(errors: Sequence[tuple[str, RowError | ApiError]]) -> Iterator[tuple[str, str]]:
+    yield "errors", f"{len(errors):,} of the sampled rows" if errors else "none in the sample"
+    for code, count in Counter(error.code for _, error in errors).most_common():
+        where, error = next((where, error) for where, error in errors if error.code == code)
         yield f"  {code}", f"{count:,}; first in {where}: {error.message}"
 
 

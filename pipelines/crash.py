@@ -9,6 +9,7 @@ process that gets there. Nothing happens without the variable. The points, in th
     before_part  before_rename  after_part    a unit's rows (rename: any file of a local output that replaces)
     before_record  before_link  after_record  its commit record (link: any file of a local output that must be first)
     before_manifest  after_manifest
+    before_export    after_export     output.jsonl and errors.jsonl of a batch file (after: export.json is to come)
     before_delete                     each file that gc removes
 """
 

@@ -11,15 +11,16 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from glm_actors.serving.settings import Caps
 from models.engine.request import SamplingParams
 
 Auto = Literal["auto"]
-TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed"]
+TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed", "requests"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
-    """What is asked of the model for each row.
+    """What is asked of the model for each row; kind "requests" says that each row says so itself.
 
     `prompt` is a template over columns ("{text}"); `messages` names a column that holds chat messages instead.
     `gold` names a column with the right answer: the summary then prints the accuracy.
@@ -121,24 +122,49 @@ class StorageSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestsSection:
+    """The `requests:` section: how the requests of an OpenAI batch file are taken, as a server would take them.
+
+    `models` are names that they may give the model, beside that of its directory; `thinking` is what a request gets
+    that does not say whether the model shall reason before it answers; `limits` are those of a server.
+    """
+
+    models: list[str] = field(default_factory=list)
+    thinking: bool = False
+    limits: Caps = field(default_factory=Caps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One job: model, input, output, task. See the README for every key."""
 
     model: str
     input: list[str]
     output: str
-    task: TaskConfig
+    input_format: Literal["rows", "openai_batch"] = "rows"
+    task: TaskConfig = TaskConfig(kind="requests")
     key: str | None = None
     carry: list[str] = field(default_factory=list)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineSection = field(default_factory=EngineSection)
     cluster: ClusterSection = field(default_factory=ClusterSection)
     preprocess: PreprocessSection = field(default_factory=PreprocessSection)
+    requests: RequestsSection = field(default_factory=RequestsSection)
     media: MediaSection = field(default_factory=MediaSection)
     commit: CommitSection = field(default_factory=CommitSection)
     max_error_rate: float = 0.0
     fail_fast: bool = False
     storage: StorageSection = field(default_factory=StorageSection)
+
+    @property
+    def asks_by_row(self) -> bool:
+        """Whether each row is a request of its own, and not the job's question about the row."""
+        return self.input_format == "openai_batch"
+
+    @property
+    def key_column(self) -> str | None:
+        """The column that names the rows; None where file and row number do."""
+        return "custom_id" if self.asks_by_row else self.key
 
 
 def job_file(job: Job) -> bytes:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from glm_actors.media import MediaLoader, MediaRules
 from models.config_reader import load_config
@@ -17,7 +17,7 @@ from models.errors import ConfigError, RowError
 from models.processing.budget import image_grid, video_grid
 from models.processing.media_config import NUM_CHANNELS, ImageProcessorConfig, VideoProcessorConfig
 from models.processing.messages import MediaPart, media_parts
-from pipelines.job import Job, PreprocessSection, TaskConfig
+from pipelines.job import Job, PreprocessSection
 from pipelines.prompts import PromptTemplate, Row, conversation, media_columns
 
 Config = TypeVar("Config", ImageProcessorConfig, VideoProcessorConfig)
@@ -27,7 +27,7 @@ ASSUMED_CLIP = 32, 480, 640
 
 def reads_media(job: Job, model_dir: str) -> bool:
     """Whether rows may hold images or videos: by the job's columns, or in messages to a model that takes them."""
-    in_messages = job.task.messages is not None and load_config(model_dir).vision is not None
+    in_messages = (job.asks_by_row or job.task.messages is not None) and load_config(model_dir).vision is not None
     return bool(media_columns(job.task)) or in_messages
 
 
@@ -61,7 +61,7 @@ def media_row_bytes(job: Job, rows: Sequence[Row | RowError]) -> float:
     image, video = media_budgets(job.preprocess, job.model)
     template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
     sizes = [
-        sum(max(_encoded_bytes(part), _patch_bytes(part, image, video)) for part in _row_parts(job.task, template, row))
+        sum(max(_encoded_bytes(part), _patch_bytes(part, image, video)) for part in _row_parts(job, template, row))
         for row in rows
     ]
     return sum(sizes) / len(sizes) if sizes else 0.0
@@ -88,11 +88,22 @@ def _with_budget(config: Config, preprocess: PreprocessSection, copies: int) -> 
     return replace(config, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
-def _row_parts(task: TaskConfig, template: PromptTemplate | None, row: Row | RowError) -> list[MediaPart]:
+def _row_parts(job: Job, template: PromptTemplate | None, row: Row | RowError) -> list[MediaPart]:
+    if isinstance(row, RowError):
+        return []
     try:
-        return [] if isinstance(row, RowError) else media_parts(conversation(task, template, row))
+        if job.asks_by_row:
+            return media_parts(_messages(row))
+        return media_parts(conversation(job.task, template, row))
     except RowError:
         return []
+
+
+def _messages(request: Row) -> list[Any]:
+    """The conversation in a line of a batch file, if it holds one."""
+    body = request.get("body")
+    messages = body.get("messages") if isinstance(body, dict) else None
+    return messages if isinstance(messages, list) else []
 
 
 def _encoded_bytes(part: MediaPart) -> int:

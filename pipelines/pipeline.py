@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from models.engine.interface import EngineConfig
 from models.errors import EngineError, GlmBatchError
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Manifest, Output
+from pipelines.export import export, exported_note, is_exported
 from pipelines.exporter import Exporter
 from pipelines.job import Job, job_file
 from pipelines.journal import Journal, tidy
@@ -79,7 +80,7 @@ def run(
     output = Output.at(job.output, job.storage)
     work.tell("planning")
     prepared = prepare(job, output, extend=extend)
-    if output.is_finished(prepared.plan):
+    if is_done(job, output, prepared.plan):
         work.resume(prepared.plan, output)
         manifest = output.manifest()
     else:
@@ -88,10 +89,24 @@ def run(
             work.resume(prepared.plan, output)
             _complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()), app)
             lease.confirm()
-            manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
+            manifest = finish(job, output, prepared.plan, prepared.spec.schema, prepared.facts)
             tidy(output)
     work.tell("done")
-    return Result(output=output, manifest=manifest, summary=work.summary(output))
+    notes = (exported_note(output),) if job.asks_by_row else ()
+    return Result(output=output, manifest=manifest, summary=replace(work.summary(output), notes=notes))
+
+
+def is_done(job: Job, output: Output, plan: Plan) -> bool:
+    """Whether nothing is left to do."""
+    return output.is_finished(plan) and (not job.asks_by_row or is_exported(output, output.manifest()))
+
+
+def finish(job: Job, output: Output, plan: Plan, schema: pa.Schema, facts: dict[str, Any]) -> Manifest:
+    """Writes what stands at the end of a job, after every unit is committed."""
+    manifest = output.finish(plan, schema, facts)
+    if job.asks_by_row and not is_exported(output, manifest):
+        export(output, manifest)
+    return manifest
 
 
 def build_dataset(job: Job) -> Dataset:
@@ -127,7 +142,7 @@ def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepare
     """
     model_dir = os.path.abspath(job.model)
     config = load_config(model_dir)
-    facts = TaskRunner(job, model_dir).facts
+    facts = job_facts(job, model_dir)
     files = job_source(job).list_files(job.input)
     identity = identify(job, files, model_dir)
     standing = output.adopt(identity, extend=extend) if output is not None else None
@@ -140,6 +155,15 @@ def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepare
         plan = output.begin(plan)
     run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
     return Prepared(plan=plan, spec=TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id), facts=facts)
+
+
+def job_facts(job: Job, model_dir: str) -> dict[str, Any]:
+    """What is decided for a job before it starts, for its manifest. Raises ConfigError."""
+    if not job.asks_by_row:
+        return TaskRunner(job, model_dir).facts
+    from pipelines.requests import RequestRunner
+
+    return RequestRunner(job, model_dir).facts
 
 
 def completed(
@@ -180,15 +204,16 @@ def committed(
 def engine_config(job: Job) -> EngineConfig:
     """The job's engine section as the engine takes it."""
     engine = job.engine
+    kind = "torch" if job.asks_by_row and engine.kind == "auto" else engine.kind  # which takes any mixture of requests
     return EngineConfig(
         model=os.path.abspath(job.model),
-        kind=engine.kind,
+        kind=kind,
         dtype=engine.dtype,
         device=engine.device,
         tensor_parallel_size=engine.tensor_parallel_size,
         max_step_tokens=engine.max_step_tokens,
         max_model_len=engine.max_model_len,
-        task=job.task.kind,
+        task=None if job.task.kind == "requests" else job.task.kind,
     )
 
 

@@ -10,21 +10,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from models.checkpoint_digest import model_digest
+from models.config_reader import load_config
 from models.errors import ConfigError, RowError
 from pipelines.job import Job
 from pipelines.keys import Place, find_duplicates
 from pipelines.listing import InputFile
 from pipelines.media import media_row_bytes, reads_media
 from pipelines.prompts import input_columns
+from pipelines.request_size import ASSUMED_TOKENS, answer_bytes
 from pipelines.source import RowRange, Source
 from pipelines.values import Row, decode_rows, parse_line, row_key, split_lines
 
@@ -37,8 +40,9 @@ MAX_UNIT_BYTES = 16 << 20  # of input files, for such units
 WANTED_UNITS = 32  # fewer rows than this many full units: smaller units, for progress one can watch
 SCORED_ROWS_PER_S = 50.0  # a careful guess at one CPU replica's speed, for commit.every_seconds
 GENERATED_TOKENS_PER_S = 640.0
-MEDIA_UNIT_BYTES = 32 << 20  # a unit travels as one block: several of them wait between two stages
+HEAVY_UNIT_BYTES = 32 << 20  # a unit travels as one block: several of them wait between two stages
 SAMPLED_ROWS = 16
+SAMPLED_REQUESTS = 1000
 
 Identity = dict[str, Any]
 
@@ -65,13 +69,14 @@ class PlannedFile:
     """An input file after it was opened once. `offsets` (JSONL) are the byte at which each unit starts, and the end.
 
     `lines` (JSONL) are the numbers of the lines with which the units start, where empty lines make them other than the
-    rows' numbers.
+    rows' numbers. `longest_line` in bytes is known when the file has just been scanned.
     """
 
     file: InputFile
     num_rows: int
     offsets: tuple[int, ...] = ()
     lines: tuple[int, ...] = ()
+    longest_line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +194,7 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
 
     Raises ConfigError for anything wrong with a file as a whole, or with the columns that the job asks for.
     """
+    check_formats(job, files)
     source = job_source(job)
     schema = source.schema(files)
     if job.key is not None:
@@ -196,9 +202,12 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
     rows = source.all_parquet_rows(files)
     estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
     num_bytes = sum(file.size for file in files)
-    unit_rows = choose_unit_rows(job, sum(estimates), num_bytes, _media_bytes(job, source, files[0]))
+    unit_rows = choose_unit_rows(job, sum(estimates), num_bytes, _row_bytes(job, source, files[0]))
     planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
-    duplicates = _duplicates(source, files, job.key) if job.key is not None else {}
+    while job.asks_by_row and job.commit.unit_rows == "auto" and (fewer := _fewer_rows(planned, unit_rows)):
+        unit_rows = fewer
+        planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
+    duplicates = _duplicates(source, files, job.key_column)
     return Plan(identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema)
 
 
@@ -207,6 +216,7 @@ def extended_plan(job: Job, plan: Plan, files: list[InputFile], identity: Identi
 
     Raises ConfigError when the new files would change the types of the output.
     """
+    check_formats(job, files)
     known = {planned.file.name for planned in plan.files}
     added = [file for file in files if file.name not in known]
     source = job_source(job)
@@ -222,31 +232,55 @@ def extended_plan(job: Job, plan: Plan, files: list[InputFile], identity: Identi
     rows = source.all_parquet_rows(added)
     more = tuple(_planned_file(source, file, plan.unit_rows, rows) for file in added)
     every = [*(planned.file for planned in plan.files), *added]
-    duplicates = _duplicates(source, every, job.key) if job.key is not None else {}
+    duplicates = _duplicates(source, every, job.key_column)
     return replace(plan, identity=identity, files=(*plan.files, *more), duplicates=duplicates)
+
+
+def check_formats(job: Job, files: Sequence[InputFile]) -> None:
+    """Raises ConfigError for a file that the job's input_format cannot be."""
+    for file in files:
+        if job.asks_by_row and file.format != "jsonl":
+            raise ConfigError(
+                f"input: {file.name} is no JSONL by its name, which a file of input_format openai_batch is; narrow "
+                "the pattern"
+            )
 
 
 def _planned_file(source: Source, file: InputFile, unit_rows: int, rows: Mapping[InputFile, int]) -> PlannedFile:
     return PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
 
 
-def choose_unit_rows(job: Job, num_rows: int, num_bytes: int = 0, media_bytes: float = 0.0) -> int:
+def choose_unit_rows(job: Job, num_rows: int, num_bytes: int = 0, row_bytes: float = 0.0) -> int:
     """commit.unit_rows, or where it is "auto" as many rows as take `every_seconds`, by a guess at the speed.
 
     Few rows are cut into smaller units, so that progress shows, and very many of `num_bytes` in all into larger ones.
-    With `media_bytes` a row, MEDIA_UNIT_BYTES bound a unit's memory.
+    With `row_bytes` of media or requests in each row, HEAVY_UNIT_BYTES bound a unit's memory.
     """
     if job.commit.unit_rows != "auto":
         return job.commit.unit_rows
     speed = SCORED_ROWS_PER_S
     if job.task.kind in ("generate", "extract"):
         speed = min(speed, GENERATED_TOKENS_PER_S / (job.sampling.max_tokens * job.sampling.n))
+    elif job.asks_by_row:
+        speed = GENERATED_TOKENS_PER_S / ASSUMED_TOKENS
     most = min(int(speed * job.commit.every_seconds), MAX_UNIT_ROWS, num_rows // WANTED_UNITS)
     most = max(most, MIN_UNIT_ROWS)
     if num_rows > MANY_UNITS * most:
         bytes_each = max(num_bytes / num_rows, 1.0)
         most = max(min(num_rows // MANY_UNITS, MAX_UNIT_ROWS_OF_MANY, int(MAX_UNIT_BYTES / bytes_each)), most)
-    return max(min(most, int(MEDIA_UNIT_BYTES / media_bytes)), 1) if media_bytes else most
+    return max(min(most, int(HEAVY_UNIT_BYTES / row_bytes)), 1) if row_bytes else most
+
+
+def _fewer_rows(planned: Sequence[PlannedFile], unit_rows: int) -> int | None:
+    """Rows of a unit where the heaviest unit of lines is too heavy for `unit_rows`; None where it is not.
+
+    A line that is too heavy by itself is a unit at worst, with what stands around it.
+    """
+    heaviest = max((stop - start for file in planned for start, stop in pairwise(file.offsets)), default=0)
+    allowed = max(HEAVY_UNIT_BYTES, 2 * max(file.longest_line for file in planned))
+    if heaviest <= allowed or unit_rows == 1:
+        return None
+    return max(min(unit_rows * allowed // heaviest, unit_rows - 1), 1)
 
 
 def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
@@ -267,6 +301,8 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
         "carry": job.carry,
         "input": {file.name: {"size": file.size, "modified": file.stamp} for file in files},
     }
+    if job.asks_by_row:
+        content["requests"] = {"thinking": job.requests.thinking, "max_tokens": job.requests.limits.max_tokens}
     normal: Identity = json.loads(json.dumps(content))  # as it will be read back: tuples are lists
     return normal
 
@@ -291,8 +327,10 @@ def adds_files_only(planned: Identity, asked: Identity) -> bool:
     return planned | {"input": None} == asked | {"input": None} and kept == planned["input"]
 
 
-def _media_bytes(job: Job, source: Source, file: InputFile) -> float:
-    """Bytes of media in a row, by the first rows of the first file; 0 for text."""
+def _row_bytes(job: Job, source: Source, file: InputFile) -> float:
+    """Bytes of media in a row, by the first rows of the first file; 0 for text. Of a request, all that it weighs."""
+    if job.asks_by_row:
+        return _request_bytes(job, source, file)
     if not reads_media(job, job.model):
         return 0.0
     rows: list[Row | RowError]
@@ -305,7 +343,20 @@ def _media_bytes(job: Job, source: Source, file: InputFile) -> float:
     return media_row_bytes(job, rows)
 
 
-def _duplicates(source: Source, files: list[InputFile], key: str) -> dict[Place, Place]:
+def _request_bytes(job: Job, source: Source, file: InputFile) -> float:
+    _, block = next(source.line_blocks(file), (0, b""))
+    lines = split_lines(block)[:SAMPLED_REQUESTS]
+    rows = [parse_line(line) for line in lines]
+    config = load_config(job.model)
+    media = media_row_bytes(job, rows[:SAMPLED_ROWS]) if config.vision is not None else 0.0
+    answers = sum(answer_bytes(row, config.hidden_size) for row in rows if not isinstance(row, RowError))
+    return media + (sum(map(len, lines)) + answers) / max(len(lines), 1)
+
+
+def _duplicates(source: Source, files: list[InputFile], key: str | None) -> dict[Place, Place]:
+    if key is None:
+        return {}
+
     def read_keys() -> Iterator[tuple[int, int, list[str | None]]]:
         for number, file in enumerate(files):
             start = 0
@@ -332,9 +383,10 @@ def _scan_lines(source: Source, file: InputFile, unit_rows: int) -> PlannedFile:
     """Finds where each unit of a JSONL file begins, holding one block of lines at a time."""
     offsets: list[int] = []
     lines: list[int] = []
-    num_rows = num_lines = end = 0
+    num_rows = num_lines = end = longest = 0
     for offset, block in source.line_blocks(file):
         starts, is_row = _line_starts(block)
+        longest = max(longest, int(np.diff(starts, append=len(block)).max()))
         # The first row of the block that begins a unit.
         first = -num_rows % unit_rows
         begins = np.flatnonzero(is_row)[first::unit_rows]
@@ -348,6 +400,7 @@ def _scan_lines(source: Source, file: InputFile, unit_rows: int) -> PlannedFile:
         num_rows=num_rows,
         offsets=(*offsets, end) if num_rows else (),
         lines=tuple(lines) if num_lines > num_rows else (),
+        longest_line=longest,
     )
 
 

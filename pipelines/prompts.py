@@ -100,7 +100,12 @@ def media_columns(task: TaskConfig) -> tuple[str, ...]:
 
 
 def input_columns(job: Job) -> tuple[str, ...]:
-    """Every input column that the job reads, each once: prompt or messages, media, key, carried columns, gold."""
+    """Every input column that the job reads, each once: prompt or messages, media, key, carried columns, gold.
+
+    Lines of an OpenAI batch file are read whole.
+    """
+    if job.asks_by_row:
+        return ()
     return tuple(dict.fromkeys((*prompt_columns(job.task), *_single(job.task.gold, job.key), *job.carry)))
 
 

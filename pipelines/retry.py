@@ -28,14 +28,13 @@ from pipelines.job import Job
 from pipelines.journal import Journal, tidy
 from pipelines.lease import Lease, own
 from pipelines.metrics import Counts, Summary
-from pipelines.pipeline import committed, follow, waves
+from pipelines.pipeline import committed, finish, follow, job_facts, waves
 from pipelines.plan import Plan, differences, identify, job_source
 from pipelines.progress import OnProgress, Work
 from pipelines.rows import RIGHT, UNIT, TaskSpec, count_rows
 from pipelines.schema import output_schema
 from pipelines.steps import Read, committed_table
 from pipelines.stop import InterruptedRunError, Stop
-from pipelines.tasks import TaskRunner
 from pipelines.watch import Watch
 
 
@@ -154,7 +153,7 @@ def _checked(job: Job, plan: Plan, touched: Mapping[int, CommitRecord]) -> tuple
     schema = output_schema(job, load_config(model_dir), {name: plan.schema.field(name).type for name in job.carry})
     run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
     spec = TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id)
-    return spec, TaskRunner(job, model_dir).facts
+    return spec, job_facts(job, model_dir)
 
 
 def _process(
@@ -199,6 +198,6 @@ def _finish(output: Output, plan: Plan, spec: TaskSpec, facts: dict[str, object]
         counts += record.counts
     if counts.rows == plan.num_rows:
         lease.confirm()
-        output.finish(plan, spec.schema, facts)
+        finish(spec.job, output, plan, spec.schema, facts)
         tidy(output)
     return counts

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,17 +45,30 @@ class TaskSpec:
     run_id: str
 
 
-_runners: dict[str, TaskRunner] = {}
+class Runner(Protocol):
+    """What is built once for a job in a process, and may have started other processes."""
+
+    def close(self) -> None: ...
+
+
+R = TypeVar("R", bound=Runner)
+_runners: dict[str, Any] = {}
 
 
 def task_runner(spec: TaskSpec) -> TaskRunner:
-    """The runner of this process for this job; a process that goes on to another job forgets the first."""
+    """The runner of this process for this job."""
+    return kept_runner(spec, TaskRunner)
+
+
+def kept_runner(spec: TaskSpec, build: Callable[[Job, str], R]) -> R:
+    """What `build` makes of this job, once; a process that goes on to another job forgets the first."""
     if spec.run_id not in _runners:
         for earlier in _runners.values():
             earlier.close()
         _runners.clear()
-        _runners[spec.run_id] = TaskRunner(spec.job, spec.model_dir)
-    return _runners[spec.run_id]
+        _runners[spec.run_id] = build(spec.job, spec.model_dir)
+    kept: R = _runners[spec.run_id]
+    return kept
 
 
 def unit_table(table: pa.Table, unit: int, file: InputFile, start: int, earlier: Mapping[int, str]) -> pa.Table:

@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 60
 CONNECTIONS = 32
 READ_AHEAD_BYTES = 1 << 20
+PART_BYTES = 16 << 20  # of an object that is written piece by piece; a store takes 10,000 of them
 PAGE_KEYS = 1000
 PASSING = {
     "SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody", "BadDigest",
@@ -67,9 +69,24 @@ class S3:
     def write(self, url: str, data: bytes) -> None:
         """Makes or replaces the object, whole or not at all."""
         self._call("PUT", url, _put, Body=data)
+        self.check_size(url, len(data))
+
+    def check_size(self, url: str, size: int) -> None:
+        """Raises OSError when the object that was just written has another one."""
         held = self.look(url).size
-        if held != len(data):
-            raise OSError(f"{url} has {held} bytes after {len(data)} were written; is someone else writing there?")
+        if held != size:
+            raise OSError(f"{url} has {held} bytes after {size} were written; is someone else writing there?")
+
+    @contextmanager
+    def replacing(self, url: str) -> Iterator[Upload]:
+        """As `write`, piece by piece: the object stands when the context ends, and not at all if by error."""
+        upload = Upload(self, url)
+        try:
+            yield upload
+            upload.complete()
+        except BaseException:
+            upload.abort()
+            raise
 
     def create(self, url: str, data: bytes) -> bool:
         """Makes the object unless one stands there. True when it holds `data` because of this call.
@@ -115,6 +132,10 @@ class S3:
         """A seekable binary file over ranged reads."""
         return ObjectFile(self, url, size, etag)
 
+    def call(self, verb: str, url: str, method: str, **options: Any) -> Any:
+        """One of the store's own methods on an object, by its name there."""
+        return self._call(verb, url, _do, method=method, **options)
+
     def _call(self, verb: str, url: str, call: Callable[..., Any], **options: Any) -> Any:
         from fsspec.asyn import sync
 
@@ -125,6 +146,51 @@ class S3:
             return sync(files.loop, call, files, Bucket=bucket, key=key, **options)
 
         return _patiently(f"{verb} {url}", attempt)
+
+
+class Upload:
+    """An object that is written piece by piece: in one call if it is small, else in parts of PART_BYTES."""
+
+    def __init__(self, store: S3, url: str) -> None:
+        self._store, self._url = store, url
+        self._held = bytearray()
+        self._size = 0
+        self._id: str | None = None
+        self._parts: list[dict[str, Any]] = []
+
+    def write(self, data: bytes) -> None:
+        self._held += data
+        self._size += len(data)
+        while len(self._held) >= PART_BYTES:
+            self._send(bytes(self._held[:PART_BYTES]))
+            del self._held[:PART_BYTES]
+
+    def complete(self) -> None:
+        """Makes the object of what was written."""
+        if self._id is None:
+            self._store.write(self._url, bytes(self._held))
+            return
+        if self._held:
+            self._send(bytes(self._held))
+        with suppress(FileNotFoundError):  # a call whose answer was lost has ended the upload
+            self._call("complete_multipart_upload", MultipartUpload={"Parts": self._parts})
+        self._store.check_size(self._url, self._size)
+
+    def abort(self) -> None:
+        """Frees the parts, if the store answers."""
+        if self._id is not None:
+            with suppress(OSError):
+                self._call("abort_multipart_upload")
+
+    def _send(self, data: bytes) -> None:
+        if self._id is None:
+            self._id = str(self._store.call("POST", self._url, "create_multipart_upload")["UploadId"])
+        number = len(self._parts) + 1
+        reply = self._call("upload_part", PartNumber=number, Body=data)
+        self._parts.append({"PartNumber": number, "ETag": reply["ETag"]})
+
+    def _call(self, method: str, **options: Any) -> Any:
+        return self._store.call("POST", self._url, method, UploadId=self._id, **options)
 
 
 class ObjectFile(io.RawIOBase):
@@ -196,6 +262,10 @@ async def _read_body(files: Any, key: str, **options: Any) -> bytes:
 
 async def _put(files: Any, key: str, **options: Any) -> Any:
     return await files._call_s3("put_object", Key=key, **options)
+
+
+async def _do(files: Any, key: str, method: str, **options: Any) -> Any:
+    return await files._call_s3(method, Key=key, **options)
 
 
 async def _look(files: Any, key: str, **options: Any) -> Any:

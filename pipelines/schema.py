@@ -66,3 +66,5 @@ def _types(job: Job, config: ModelConfig) -> tuple[pa.DataType, ...]:
             return (pa.list_(TOKEN),)
         case "embed":
             return (pa.list_(pa.float32(), config.hidden_size),)
+        case "requests":
+            return pa.string(), pa.int64(), pa.string(), pa.int32(), pa.string()

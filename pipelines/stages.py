@@ -27,9 +27,9 @@ from pipelines.dispatch import ByAffinity
 from pipelines.exporter import RECOMPUTED, Exporter
 from pipelines.journal import Journal
 from pipelines.plan import Plan, Unit
-from pipelines.rows import UNIT, TaskSpec, task_runner
+from pipelines.rows import UNIT, TaskSpec
 from pipelines.shares import Workers
-from pipelines.steps import Order, Parse, Render
+from pipelines.steps import Order, parse_step, render_step
 
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
 PATIENCE = Patience()
@@ -197,13 +197,15 @@ def _order_tables(order: Order) -> list[pa.Table]:
 
 
 def _build_renderer(read: Step, spec: TaskSpec) -> list[Step]:
-    task_runner(spec).start()  # the tokenizer is loaded, the decoder started, while the actor starts
-    return [read, Render(spec)]
+    step = render_step(spec)
+    step.start()  # the tokenizer is loaded, the decoder started, while the actor starts
+    return [read, step]
 
 
 def _build_parser(spec: TaskSpec, *then: Step) -> list[Step]:
-    task_runner(spec)  # loaded while the actor starts
-    return [Parse(spec), *then]
+    step = parse_step(spec)
+    step.start()  # as above
+    return [step, *then]
 
 
 def _select(names: list[str], table: pa.Table) -> pa.Table:

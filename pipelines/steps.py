@@ -19,6 +19,7 @@ from pipelines.commit import CommitRecord
 from pipelines.journal import Journal
 from pipelines.listing import InputFile
 from pipelines.plan import Unit, UnitSizes
+from pipelines.request_rows import num_lines, parse_requests, render_requests, request_runner
 from pipelines.rows import (
     UNIT,
     TaskSpec,
@@ -26,6 +27,7 @@ from pipelines.rows import (
     lost_table,
     parse_unit,
     render_unit,
+    task_runner,
     unit_table,
 )
 from pipelines.source import DamagedError, RowRange, Source
@@ -107,6 +109,9 @@ class Render:
     spec: TaskSpec
     name: str = PREPARING
 
+    def start(self) -> None:
+        task_runner(self.spec).start()
+
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
 
@@ -121,11 +126,56 @@ class Parse:
     spec: TaskSpec
     name: str = PARSING
 
+    def start(self) -> None:
+        task_runner(self.spec)
+
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
 
     def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
         return parse_unit(self.spec, table.slice(start, stop - start), lost)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderRequests:
+    """A unit's lines of an OpenAI batch file -> requests."""
+
+    spec: TaskSpec
+    name: str = "preparing"
+
+    def start(self) -> None:
+        request_runner(self.spec).start()
+
+    def num_rows(self, table: pa.Table) -> int:
+        return table.num_rows  # type: ignore[no-any-return]
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        return render_requests(self.spec, table.slice(start, stop - start), lost)
+
+
+@dataclass(frozen=True, slots=True)
+class ParseRequests:
+    """Their completions -> output columns. Its rows are the lines."""
+
+    spec: TaskSpec
+    name: str = "parsing"
+
+    def start(self) -> None:
+        request_runner(self.spec)
+
+    def num_rows(self, table: pa.Table) -> int:
+        return num_lines(table)
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        return parse_requests(self.spec, table, start, stop, lost)
+
+
+def render_step(spec: TaskSpec) -> Render | RenderRequests:
+    return RenderRequests(spec) if spec.job.asks_by_row else Render(spec)
+
+
+def parse_step(spec: TaskSpec) -> Parse | ParseRequests:
+    return ParseRequests(spec) if spec.job.asks_by_row else Parse(spec)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Where an output lives: a directory or an s3:// prefix, as the few calls that the commit protocol needs.
 
-    read, write (whole and durable, replacing), create (whole and durable, the first writer wins), list, delete, size
+    read, write (whole and durable, replacing; at once or piece by piece), create (whole and durable, the first writer
+    wins), list, delete, size
 
 Names are relative to the store, with "/" between folders. Failures are OSErrors. Knows nothing of what is written.
 """
@@ -11,7 +12,9 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +39,12 @@ class Entry:
     size: int | None
 
 
+class Writer(Protocol):
+    """Takes the content of a file piece by piece."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
 class Store(Protocol):
     """What the commit protocol asks of a place. All are safe to call from several threads and processes."""
 
@@ -51,6 +60,9 @@ class Store(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Makes or replaces `name`, durable; readers see the old or the new content, never a mixture."""
+
+    def replacing(self, name: str) -> AbstractContextManager[Writer]:
+        """As `write`, of what is too much for the memory. It counts when the context ends without an error."""
 
     def create(self, name: str, data: bytes) -> bool:
         """Makes `name`, durable, unless it exists: True for the one writer that made it. `data` must be unique."""
@@ -113,6 +125,14 @@ class LocalStore:
         os.replace(temporary, self.root / name)
         _sync_directory((self.root / name).parent)
 
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Writer]:
+        with self._temporary() as (path, stream):
+            yield stream
+        reach("before_rename")
+        os.replace(path, self.root / name)
+        _sync_directory((self.root / name).parent)
+
     def create(self, name: str, data: bytes) -> bool:
         temporary = self._write_temporary(data)
         reach("before_link")
@@ -150,17 +170,23 @@ class LocalStore:
         return path.stat().st_size if path.is_file() else None
 
     def _write_temporary(self, data: bytes) -> Path:
+        with self._temporary() as (path, stream):
+            stream.write(data)
+        return path
+
+    @contextmanager
+    def _temporary(self) -> Iterator[tuple[Path, BufferedWriter]]:
+        """A new file that is durable at the end; gone after an error."""
         path = self.root / TEMPORARY / uuid.uuid4().hex
         try:
             with path.open("xb") as stream:
-                stream.write(data)
+                yield path, stream
                 stream.flush()
                 os.fsync(stream.fileno())
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 path.unlink()
             raise
-        return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +208,9 @@ class S3Store:
 
     def write(self, name: str, data: bytes) -> None:
         self._s3.write(f"{self.url}/{name}", data)
+
+    def replacing(self, name: str) -> AbstractContextManager[Writer]:
+        return self._s3.replacing(f"{self.url}/{name}")
 
     def create(self, name: str, data: bytes) -> bool:
         return self._s3.create(f"{self.url}/{name}", data)

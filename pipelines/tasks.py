@@ -51,6 +51,7 @@ TASK_COLUMNS: dict[str, tuple[str, ...]] = {
     "classify": ("scores", "label"),
     "tag": ("tokens",),
     "embed": ("vector",),
+    "requests": ("custom_id", "line", "url", "status_code", "response"),
 }
 
 Columns = dict[str, Any]
@@ -218,6 +219,8 @@ class TaskRunner:
                 return Tag()
             case "embed":
                 return Embed(pooling=task.pooling, normalize=task.normalize)
+            case "requests":
+                raise ConfigError("task: it is missing; every job needs one, but for input_format: openai_batch")
 
     def _tokens_after_prompt(self) -> int:
         match self.work:
@@ -295,6 +298,7 @@ class TaskRunner:
                 return self._tag_columns(completion, row)
             case "embed":
                 return {"vector": _finite(completion.array, (self._config.hidden_size,))}
+        raise AssertionError(f"a task of kind {self._task.kind} is no TaskRunner's")
 
     def _choose_columns(self, completion: Completion) -> Columns:
         """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1 - their sum."""

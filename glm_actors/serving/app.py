@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from glm_actors.serving.border import Border
 from glm_actors.serving.document import describe
-from glm_actors.serving.errors import ApiError, bad, internal
+from glm_actors.serving.errors import MAX_MESSAGE, ApiError, internal, of_problems, unknown_model
 from glm_actors.serving.metrics import Metrics
 from glm_actors.serving.pieces import Piece
 from glm_actors.serving.protocol import (
@@ -39,7 +39,6 @@ from glm_actors.serving.settings import Caps
 Json = dict[str, Any]
 Found = TypeVar("Found")
 CREATED = 0  # of a model: OpenAI wants a time, a checkpoint has none
-MAX_MESSAGE = 500  # characters of what is wrong with a field
 
 
 class Backend(Protocol):
@@ -189,8 +188,7 @@ class _Routes:
 
     def _known(self, model: str) -> str:
         if model not in self._backend.models:
-            known = ", ".join(self._backend.models)
-            raise ApiError(404, f"there is no model {model[:80]!r} here; there is {known}", "model_not_found", "model")
+            raise unknown_model(model, self._backend.models)
         return model
 
     @contextlib.contextmanager
@@ -261,7 +259,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return await refused(_, _of_validation(error))
+        return await refused(_, of_problems(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def refused_by_router(_: Request, error: HTTPException) -> Response:
@@ -273,17 +271,3 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
         return await refused(_, internal())
-
-
-def _of_validation(error: RequestValidationError) -> ApiError:
-    """The first problem that pydantic names; the value itself is not repeated."""
-    problems = error.errors()
-    kind, path = problems[0]["type"], [str(part)[:80] for part in problems[0]["loc"] if part != "body"]
-    if kind == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", "invalid_json")
-    if not path:
-        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json", "invalid_json")
-    if len(problems) > 1 and all(len(each["loc"]) > 2 and each["loc"][:2] == ("body", path[0]) for each in problems):
-        return bad(path[0], "it has none of the forms that it may have; the API's page shows them")
-    message = "unknown field; remove it" if kind == "extra_forbidden" else str(problems[0]["msg"])
-    return bad(".".join(path), message[:MAX_MESSAGE])

@@ -13,7 +13,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from glm_actors.serving.errors import HEAD_BYTES, ApiError, head_too_large, unavailable
+from glm_actors.serving.errors import HEAD_BYTES, ApiError, head_too_large, too_large, unavailable
 from glm_actors.serving.settings import Caps
 
 Message = MutableMapping[str, Any]
@@ -80,9 +80,8 @@ class Border:
 
     async def _read(self, length: bytes | None, receive: Receive) -> bytes | None:
         most = self._caps.max_body_bytes
-        too_large = ApiError(413, f"the body has more than {most:,} bytes", "body_too_large")
         if length is not None and (not length.isdigit() or int(length[:20]) > most):
-            raise too_large
+            raise too_large(most)
         parts, size = [], 0
         try:
             async with asyncio.timeout(self._caps.body_s):
@@ -93,7 +92,7 @@ class Border:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > most:
-                        raise too_large
+                        raise too_large(most)
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:

@@ -5,6 +5,7 @@ Owns the HTTP status of each of the engine's error codes. Knows nothing of the H
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from models.errors import RowError
@@ -21,6 +22,7 @@ STATUS_OF_CODE = {"not_finite": 500, "wrong_shape": 500, "out_of_memory": 503}
 CODES = {"prompt_too_long": "context_length_exceeded"}  # where OpenAI has a name of its own
 RETRY_AFTER_S = 1
 HEAD_BYTES = 64 << 10
+MAX_MESSAGE = 500  # characters of what is wrong with a field
 
 
 class ApiError(Exception):
@@ -61,6 +63,28 @@ def of_row(error: RowError) -> ApiError:
 def bad(param: str, message: str) -> ApiError:
     """A field of the request that cannot be used."""
     return ApiError(400, f"{param}: {message}", "invalid_value", param)
+
+
+def of_problems(problems: Sequence[Any]) -> ApiError:
+    """The first problem that pydantic names of a body, each with its place below "body"; values are not repeated."""
+    kind, path = problems[0]["type"], [str(part)[:80] for part in problems[0]["loc"] if part != "body"]
+    if kind == "json_invalid":
+        return ApiError(400, "the body is not valid JSON", "invalid_json")
+    if not path:
+        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json", "invalid_json")
+    if len(problems) > 1 and all(len(each["loc"]) > 2 and each["loc"][:2] == ("body", path[0]) for each in problems):
+        return bad(path[0], "it has none of the forms that it may have; the API's page shows them")
+    message = "unknown field; remove it" if kind == "extra_forbidden" else str(problems[0]["msg"])
+    return bad(".".join(path), message[:MAX_MESSAGE])
+
+
+def unknown_model(model: str, known: Iterable[str]) -> ApiError:
+    message = f"there is no model {model[:80]!r} here; there is {', '.join(known)}"
+    return ApiError(404, message, "model_not_found", "model")
+
+
+def too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body has more than {most:,} bytes", "body_too_large")
 
 
 def busy() -> ApiError:

@@ -18,6 +18,7 @@ from models.config_reader import load_config
 from models.engine.request import Choose, Embed, Generate, SamplingParams
 from models.errors import ConfigError
 from pipelines.plan import make_plan
+from pipelines.tasks import TaskRunner
 
 
 def test_shared_prefix_share_counts_what_a_neighbour_has_already() -> None:
@@ -38,20 +39,21 @@ def test_the_estimate_counts_weights_attention_and_projection(work: Any) -> None
     config = load_config("model")
     layer_weights = config.num_parameters - 2 * 320 * 8
     per_token = 2 * layer_weights + 4 * 2 * 4 * 10 / 2  # one layer, 2 heads of width 4, 10 tokens
-    embed = estimate_job(config, Embed(), [10, 10], 0.0, 100)
+    embed = estimate_job(config, [Embed()], [10, 10], 0.0, 100)
     assert (embed.prompt_tokens, embed.computed_prompt_tokens, embed.output_tokens) == (1000, 1000, 0)
     assert embed.flops == pytest.approx(100 * 10 * per_token)
-    half = estimate_job(config, Generate(sampling=SamplingParams(max_tokens=6, n=2)), [10], 0.5, 1)
+    half = estimate_job(config, [Generate(sampling=SamplingParams(max_tokens=6, n=2))], [10], 0.5, 1)
     assert (half.computed_prompt_tokens, half.output_tokens) == (5, 12)
     assert half.flops == pytest.approx(17 * per_token + 2 * 320 * 8 * 13)
-    tree = estimate_job(config, Choose(choices=((1, 2), (1, 3), (4,))), [10], 0.0, 1)
+    tree = estimate_job(config, [Choose(choices=((1, 2), (1, 3), (4,)))], [10], 0.0, 1)
     assert tree.output_tokens == 4  # 1, 2, 3, 4: the shared beginning once
 
 
 def test_the_sample_holds_good_rows_and_typed_errors(work: Any) -> None:
     job, place = load_job(work.write_job().name)
     checked = check_job(job, place)
-    sample = take_sample(checked, make_plan(job, checked.files, {}))
+    assert isinstance(checked.runner, TaskRunner)
+    sample = take_sample(checked, checked.runner, make_plan(job, checked.files, {}))
     assert sample.rows == 8
     assert len(sample.ids) == 4
     assert [error.code for _, error in sample.errors] == ["null_prompt", "empty_text", "prompt_too_long", "bad_json"]

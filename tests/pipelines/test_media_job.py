@@ -16,7 +16,7 @@ import pytest
 from models.processing.tokenizer import Tokenizer
 from pipelines import run
 from pipelines.job import EngineSection, Job, MediaSection, PreprocessSection, TaskConfig
-from pipelines.plan import MEDIA_UNIT_BYTES, make_plan
+from pipelines.plan import HEAVY_UNIT_BYTES, make_plan
 from pipelines.source import Source
 from tests.bad_media import IMAGES, VIDEOS
 from tests.models.media_cases import TEXT, VISION
@@ -172,9 +172,9 @@ def test_units_of_large_images_have_few_rows(checkpoint: str, tmp_path: Path) ->
     a_job = job(checkpoint, tmp_path, {"photo": [photo] * 5000}, image="photo")
     files = Source(storage=a_job.storage, columns=("photo",)).list_files(a_job.input)
     patches = 16 * 28 * 28 * 3
-    assert make_plan(a_job, files, {}).unit_rows == min(MEDIA_UNIT_BYTES // max(patches, len(photo)), 5000 // 32)
+    assert make_plan(a_job, files, {}).unit_rows == min(HEAVY_UNIT_BYTES // max(patches, len(photo)), 5000 // 32)
     wide = replace(a_job, preprocess=PreprocessSection(min_pixels=28 * 28 * 4096, max_pixels=28 * 28 * 4096))
-    assert make_plan(wide, files, {}).unit_rows == MEDIA_UNIT_BYTES // (4096 * 28 * 28 * 3)
+    assert make_plan(wide, files, {}).unit_rows == HEAVY_UNIT_BYTES // (4096 * 28 * 28 * 3)
 
 
 def test_a_classifier_and_vectors_over_images(checkpoint: str, tmp_path: Path) -> None:
