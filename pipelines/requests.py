@@ -7,6 +7,7 @@ Importing this loads pydantic: do it inside functions. Knows nothing of tables, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -53,12 +54,12 @@ class Asked:
     """What a line asks for: requests for the engine, or an error.
 
     A RowError is the line's: there is no request that could have a response. An ApiError is the request's. `body` is
-    the request without its media, as much as `answer` needs of it.
+    the request without its media as JSON, as much as `answer` needs of it.
     """
 
     custom_id: str | None = None
     url: str | None = None
-    body: Json | None = None
+    body: str | None = None
     requests: list[Request] = field(default_factory=list)
     error: RowError | ApiError | None = None
 
@@ -108,19 +109,22 @@ class RequestRunner:
             if isinstance(body, Sampled) and body.seed is None:
                 body = body.model_copy(update={"seed": row_seed(self._seed, custom_id)})
             task = build_task(body, self.prompter, self._schemas, self._limits, thinking=self._section.thinking)
+            kept = json.dumps(_without_media(row["body"]))
         except RowError as error:
             return replace(known, error=of_row(error))
         except ApiError as error:
             return replace(known, error=error)
+        except RecursionError:
+            return replace(known, error=ApiError(400, "the body is nested too deeply", "invalid_json"))
         requests = [replace(request, id=f"{name}#{number}") for number, request in enumerate(task.requests)]
-        return replace(known, body=_without_media(row["body"]), requests=requests)
+        return replace(known, body=kept, requests=requests)
 
-    def answer(self, url: str, body: Json, completions: Sequence[Completion]) -> Json:
+    def answer(self, url: str, body: str, completions: Sequence[Completion]) -> Json:
         """The body of the response. Raises ApiError where the engine could not do the work."""
         for completion in completions:
             if completion.error is not None and completion.error.code in OWN_FAULTS:
                 raise fault(completion.error)
-        request = _validated(ROUTES[url], body)
+        request = _validated(ROUTES[url], json.loads(body))
         task = build_task(request, self._again, _Passed(0.0), self._limits, thinking=self._section.thinking)
         # Ids are new in each task, and the order is theirs.
         named = zip(task.requests, completions, strict=True)
