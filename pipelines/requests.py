@@ -14,9 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
-from glm_actors.serving.errors import ApiError, bad, of_problems, of_row, too_large, unknown_model
+from glm_actors.serving.errors import ApiError, bad, of_row, too_large, unknown_model
 from glm_actors.serving.prompts import Prompt, Prompter
 from glm_actors.serving.protocol import (
     Body,
@@ -26,6 +24,7 @@ from glm_actors.serving.protocol import (
     EmbeddingRequest,
     Sampled,
     ScoreRequest,
+    validated,
 )
 from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.tasks import build_task
@@ -124,7 +123,7 @@ class RequestRunner:
         for completion in completions:
             if completion.error is not None and completion.error.code in OWN_FAULTS:
                 raise fault(completion.error)
-        request = _validated(ROUTES[url], json.loads(body))
+        request = validated(ROUTES[url], json.loads(body))
         task = build_task(request, self._again, _Passed(0.0), self._limits, thinking=self._section.thinking)
         # Ids are new in each task, and the order is theirs.
         named = zip(task.requests, completions, strict=True)
@@ -143,7 +142,7 @@ class RequestRunner:
             raise bad("url", f"it is {_shown(url)}; a line asks for one of {', '.join(ROUTES)}")
         if num_bytes > self._limits.max_body_bytes:
             raise too_large(self._limits.max_body_bytes)
-        body = _validated(ROUTES[url], row.get("body"))
+        body = validated(ROUTES[url], row.get("body"))
         if isinstance(body, Sampled):
             if body.stream:
                 raise bad("stream", "a line of a batch file gets its answer at once; leave it out")
@@ -171,15 +170,6 @@ class _Passed(SchemaChecker):
 
     def problem(self, schema: str) -> str:
         return ""
-
-
-def _validated(model: type[Body], body: Any) -> Body:
-    """As FastAPI does it for the server. Raises ApiError."""
-    try:
-        return model.model_validate(body)
-    except pydantic.ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise of_problems([{**each, "loc": ("body", *each["loc"])} for each in problems]) from error
 
 
 def _custom_id(row: Row) -> str:

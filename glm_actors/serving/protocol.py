@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from glm_actors.serving.errors import of_problems
 
 MAX_TOOLS = 128
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -164,3 +166,12 @@ class TokenizeRequest(Strict):
 
 
 Body = ChatRequest | CompletionRequest | EmbeddingRequest | ScoreRequest | ClassifyRequest | TokenizeRequest
+
+
+def validated(model: type[Body], body: Any) -> Body:
+    """A JSON value as a request, as FastAPI takes it from HTTP. Raises ApiError."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise of_problems([{**each, "loc": ("body", *each["loc"])} for each in problems]) from error

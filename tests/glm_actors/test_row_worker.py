@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from glm_actors.batches import request_table, to_requests
 from glm_actors.row_worker import RowWorker
-from models.engine.request import Classify, Embed, Request
+from models.engine.request import Classify, Embed, Media, MediaItem, Request
 from models.errors import ConfigError, RowError
 
 
@@ -57,3 +58,23 @@ def test_what_every_row_raises_is_no_row_s_fault() -> None:
 def test_our_own_errors_pass() -> None:
     with pytest.raises(ConfigError, match="no such thing"):
         prepare([2], 5, ConfigError("no such thing"))
+
+
+class Showing(Doubling):
+    """The same with an image for each number; a table of errors alone has no columns for images."""
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        numbers = table["n"].to_pylist()[start:stop]
+        if not lost and self.bad & set(numbers):
+            raise self.error
+        item = MediaItem(kind="image", patches=np.zeros((1, 4), np.uint8), grid_thw=(1, 1, 1), digest=b"d")
+        media = Media(items=(item,), positions=np.zeros((3, 1), np.int64))
+        requests = [lost or Request(id=f"r{n}", input_ids=[n], work=Embed(), media=media) for n in numbers]
+        return request_table([f"r{n}" for n in numbers], requests)
+
+
+def test_a_row_that_raises_fails_alone_beside_images() -> None:
+    step = Showing([1], ZeroDivisionError("an odd corner"))
+    table = RowWorker(lambda: [step])(pa.table({"n": [0, 1, 2]}))
+    assert table["error_code"].to_pylist() == [None, "internal_error", None]
+    assert [request.media is not None for request in to_requests(table)] == [True, True]

@@ -49,12 +49,35 @@ def with_vllm(**sampling: Any) -> Change:
     return change
 
 
+def batch_file(**changes: Any) -> Change:
+    def change(job: dict[str, Any]) -> None:
+        for key in ("task", "key", "carry"):
+            job.pop(key)
+        job.update(input_format="openai_batch", **changes)
+
+    return change
+
+
 # (name, change of the good job, what the message must say: its place and its remedy)
 BAD: list[tuple[str, Change, list[str]]] = [
     ("unknown key", top(modle="x"), ["job.yaml:18: modle: unknown key", "did you mean model?"]),
     ("unknown nested key", task(promt="x"), ["job.yaml:16: task.promt", "did you mean task.prompt?"]),
     ("key of another section", top(temperature=1), ["did you mean sampling.temperature?"]),
     ("nothing like a key", top(zzz=1), ["zzz: unknown key; known here: model, input, output"]),
+    ("missing task", lambda job: job.pop("task"), ["job.yaml: task: missing", "but for one with input_format"]),
+    ("requests of rows", lambda job: job.update(requests={"models": ["x"]}), ["requests.models", "only input_format"]),
+    ("task of a batch file", lambda job: job.update(input_format="openai_batch"), [
+        "job.yaml:9: task", "each line says what is asked", "key", "is its custom_id", "carry", "join by custom_id",
+    ]),
+    ("keys of a batch file", batch_file(
+        sampling={"max_tokens": 5, "seed": 1}, media={"hosts": ["a.com"]}, preprocess={"fps": 1.0, "workers": 1},
+        engine={"kind": "vllm"}, requests={"limits": {"max_queue": 5, "max_n": 0}},
+    ), [
+        "sampling.max_tokens", "each request says how it is answered", "media.hosts", "preprocess.fps",
+        "engine.kind", "use torch or auto", "requests.limits.max_queue", "a server's alone",
+        "requests.limits.max_n: it is 0",
+    ]),
+    ("Parquet as a batch file", batch_file(), ["job.yaml:", "input", "a.parquet is no JSONL"]),
     ("missing key", lambda job: job.pop("output"), ["job.yaml: output: the key is missing"]),
     ("wrong type", top(max_error_rate="2%"), ["max_error_rate", '"2%"', "must be a number"]),
     ("boolean label", task(labels=["red", True]), ["task.labels: item 2", "put the word in quotes"]),

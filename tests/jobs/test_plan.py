@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,31 @@ def test_plan_prints_files_prompts_tokens_and_errors(work: Any, capsys: pytest.C
     ):  # fmt: skip
         assert part in text, part
     assert not Path("out").exists()
+
+
+def test_plan_of_an_openai_batch_file(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    body = {"model": "model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    lines = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body},
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {**body, "model": "other"}},
+        {"custom_id": "b", "method": "POST", "url": "/v1/embeddings", "body": {"model": "model", "input": ["x", "y"]}},
+    ]
+    Path("requests.jsonl").write_text("\n" + "".join(json.dumps(line) + "\n" for line in lines))
+
+    def change(job: dict[str, Any]) -> None:
+        for key in ("task", "key", "carry"):
+            job.pop(key)
+        job.update(input=["requests.jsonl"], input_format="openai_batch")
+
+    plan(work.write_job(change).name, [])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "requests.jsonl, line 2, /v1/chat/completions", "<|user|> │ │ hello<|assistant|>", "3 in 1 units",
+        "each line is a request of its own, to a model named model", "out/output.jsonl and errors.jsonl",
+        "/v1/chat/completions 1, /v1/embeddings 1", "1 rows of the whole input repeat the key",
+        "model_not_found 1; first in requests.jsonl, line 3: there is no model 'other' here", "at most 5 output tokens",
+    ):  # fmt: skip
+        assert part in text, part
 
 
 def test_plan_of_a_sample_without_a_good_row(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
