@@ -19,6 +19,7 @@ from glm_actors.batches import request_table, to_completions
 from glm_actors.model import SECONDS
 from models.engine.request import Completion, Request
 from models.errors import RowError
+from pipelines.affinity import with_prefix_key
 from pipelines.rows import FIRST, INPUT, INPUT_LINE, LOST, OWN_PARSED, RIGHT, ROW, UNIT, TaskSpec, kept_runner
 from pipelines.tasks import TOKEN_COLUMNS, Columns
 from pipelines.values import NUMBER, parse_line
@@ -67,7 +68,8 @@ def render_requests(spec: TaskSpec, table: pa.Table, lost: RowError | None = Non
         requests += found
     units = [unit for unit, count in zip(table[UNIT].to_pylist(), counts, strict=True) for _ in range(count)]
     result = request_table(ids, requests).append_column(UNIT, pa.array(units, pa.int32()))
-    return result.append_column(NAME, pa.array(names, pa.string())).append_column(ASKED, pa.array(notes, pa.string()))
+    result = result.append_column(NAME, pa.array(names, pa.string()))
+    return with_prefix_key(result.append_column(ASKED, pa.array(notes, pa.string())))
 
 
 def num_lines(table: pa.Table) -> int:
