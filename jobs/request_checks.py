@@ -49,7 +49,7 @@ def check_requests(job: Job) -> Iterator[Problem]:
 def _check_limits(limits: Caps) -> Iterator[Problem]:
     for field in fields(Caps):
         value, key = getattr(limits, field.name), f"requests.limits.{field.name}"
-        if not 0 < value < float("inf"):
+        if isinstance(value, int | float) and not 0 < value < float("inf"):
             yield Problem(key=key, message=f"it is {value}, but it must be above 0")
         if field.name in OF_SERVERS and value != getattr(Caps(), field.name):
             yield Problem(key=key, message="it is a server's alone, so it has no effect; remove it")

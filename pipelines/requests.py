@@ -161,7 +161,7 @@ def fault(error: RowError) -> ApiError:
 class _AnsweredPrompter(Prompter):
     """For requests that the engine has answered: their conversations, and so their media, are not looked at again."""
 
-    def conversation(self, messages: Sequence[Json], **options: Any) -> Prompt:
+    def conversation(self, messages: Sequence[Any], **options: Any) -> Prompt:
         return Prompt(input_ids=())
 
 
