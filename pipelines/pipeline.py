@@ -19,9 +19,9 @@ import pyarrow as pa
 from models.config_reader import load_config
 from models.engine.interface import EngineConfig
 from models.errors import EngineError, GlmBatchError
+from pipelines.answers import export, exported_note, is_exported
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Manifest, Output
-from pipelines.export import export, exported_note, is_exported
 from pipelines.exporter import Exporter
 from pipelines.job import Job, job_file
 from pipelines.journal import Journal, tidy
@@ -92,8 +92,10 @@ def run(
             manifest = finish(job, output, prepared.plan, prepared.spec.schema, prepared.facts)
             tidy(output)
     work.tell("done")
-    notes = (exported_note(output),) if job.asks_by_row else ()
-    return Result(output=output, manifest=manifest, summary=replace(work.summary(output), notes=notes))
+    summary = work.summary(output)
+    if job.asks_by_row:
+        summary = replace(summary, notes=(*summary.notes, exported_note(output)))
+    return Result(output=output, manifest=manifest, summary=summary)
 
 
 def is_done(job: Job, output: Output, plan: Plan) -> bool:

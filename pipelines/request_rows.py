@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from glm_actors.batches import request_table, to_completions
-from glm_actors.model import SECONDS
 from models.engine.request import Completion, Request
 from models.errors import RowError
 from pipelines.affinity import with_prefix_key
@@ -92,8 +91,7 @@ def parse_requests(spec: TaskSpec, table: pa.Table, start: int, stop: int, lost:
     ]
     columns = {field.name: pa.array([row[field.name] for row in rows], field.type) for field in spec.schema}
     firsts = pa.array(starts[:-1], pa.int64())
-    own = {UNIT: table[UNIT].take(firsts), SECONDS: table[SECONDS].take(firsts)}
-    own |= {RIGHT: pa.nulls(len(rows), pa.bool_())}
+    own = {UNIT: table[UNIT].take(firsts), RIGHT: pa.nulls(len(rows), pa.bool_())}
     return pa.table(columns | own, schema=pa.schema([*spec.schema, *OWN_PARSED]))
 
 

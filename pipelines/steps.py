@@ -141,7 +141,7 @@ class RenderRequests:
     """A unit's lines of an OpenAI batch file -> requests."""
 
     spec: TaskSpec
-    name: str = "preparing"
+    name: str = PREPARING
 
     def start(self) -> None:
         request_runner(self.spec).start()
@@ -158,7 +158,7 @@ class ParseRequests:
     """Their completions -> output columns. Its rows are the lines."""
 
     spec: TaskSpec
-    name: str = "parsing"
+    name: str = PARSING
 
     def start(self) -> None:
         request_runner(self.spec)

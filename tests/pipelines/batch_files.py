@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from glm_actors.batches import to_requests, with_completions
 from glm_actors.loop import EngineLoop
-from glm_actors.model import SECONDS
 from jobs.config import load_kept_job
 from models.engine import build_engine
 from models.errors import RowError
@@ -64,7 +63,6 @@ class LocalStages:
         table = render(table, 0, render.num_rows(table))
         submission: Future[Any] = self._loop.submit(to_requests(table))
         table = with_completions(table, submission.result())
-        table = table.append_column(SECONDS, pa.array([0.0] * table.num_rows))
         lines = [parse(table, row, row + 1, lose(table)) for row in range(parse.num_rows(table))]
         return pa.concat_tables(lines)
 

@@ -21,8 +21,8 @@ from openai.types.chat import ChatCompletion
 from glm_actors.serving.settings import Caps
 from models.errors import ConfigError, RowError
 from pipelines import run
+from pipelines.answers import EXPORT, is_exported
 from pipelines.commit import Output
-from pipelines.export import EXPORT, is_exported
 from pipelines.job import CommitSection, RequestsSection, StorageSection, job_file
 from pipelines.pipeline import prepare
 from pipelines.plan import HEAVY_UNIT_BYTES, make_plan
