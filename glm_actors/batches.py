@@ -27,8 +27,10 @@ from models.engine.request import (
     Generate,
     Inspect,
     Output,
+    PromptScores,
     Request,
     SamplingParams,
+    Score,
     Tag,
     TopLogprob,
     Work,
@@ -61,11 +63,19 @@ COMPLETION_SCHEMA = pa.schema(
         "choice_logprobs": pa.list_(pa.float64()),
         "array": pa.large_list(pa.float32()),
         "array_shape": pa.list_(pa.int32()),
+        "scores": pa.struct(
+            {
+                "top": pa.int32(),
+                "logprobs": pa.large_list(pa.float32()),
+                "top_ids": pa.large_list(pa.int64()),  # position after position, as the next
+                "top_logprobs": pa.large_list(pa.float32()),
+            }
+        ),
     }
 )
 
 _WORKS: dict[str, Callable[..., Work]] = {
-    work.__name__: work for work in (Generate, Choose, Classify, Tag, Embed, Inspect)
+    work.__name__: work for work in (Generate, Choose, Classify, Tag, Embed, Inspect, Score)
 }
 
 
@@ -155,6 +165,7 @@ def _completion(row: dict[str, Any]) -> Completion | RowError:
         outputs=tuple(_output(output) for output in row["outputs"] or ()),
         choice_logprobs=None if scores is None else tuple(scores),
         array=row["array"],
+        scores=_scores(row["scores"]),
         error=error,
         num_preemptions=row["num_preemptions"],
     )
@@ -189,6 +200,7 @@ def _completion_columns(rows: Sequence[Completion | None]) -> dict[str, pa.Array
         "choice_logprobs": column("choice_logprobs", lambda row: row.choice_logprobs),
         "array": column("array", lambda row: None if row.array is None else row.array.ravel()),
         "array_shape": column("array_shape", lambda row: None if row.array is None else row.array.shape),
+        "scores": column("scores", lambda row: None if row.scores is None else _scores_struct(row.scores)),
     }
 
 
@@ -213,6 +225,26 @@ def _output(struct: Mapping[str, Any]) -> Output:
         stop_reason=None if stop is None else json.loads(stop),
         logprobs=None if logprobs is None else tuple(logprobs),
         top_logprobs=None if top is None else tuple(tuple(TopLogprob(**entry) for entry in place) for place in top),
+    )
+
+
+def _scores_struct(scores: PromptScores) -> dict[str, Any]:
+    return {
+        "top": scores.top_ids.shape[1],
+        "logprobs": scores.logprobs.tolist(),
+        "top_ids": scores.top_ids.ravel().tolist(),
+        "top_logprobs": scores.top_logprobs.ravel().tolist(),
+    }
+
+
+def _scores(struct: Mapping[str, Any] | None) -> PromptScores | None:
+    if struct is None:
+        return None
+    shape = len(struct["logprobs"]), struct["top"]
+    return PromptScores(
+        logprobs=np.array(struct["logprobs"], np.float32),
+        top_ids=np.array(struct["top_ids"], np.int64).reshape(shape),
+        top_logprobs=np.array(struct["top_logprobs"], np.float32).reshape(shape),
     )
 
 

@@ -146,6 +146,10 @@ def _columns(
         body = runner.answer(note["url"], note["body"], done)
     except ApiError as error:
         return known | _refused(error)
+    # What the answer says: a prompt that is echoed and gone on with is asked about twice and counts once.
+    usage = body["usage"]
+    known |= {"prompt_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
+    known |= {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]}
     return known | {
         "status": "ok",
         "error_code": None,

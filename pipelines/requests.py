@@ -168,7 +168,7 @@ class _AnsweredPrompter(Prompter):
 class _Passed(SchemaChecker):
     """For schemas that have been checked."""
 
-    def problem(self, schema: str) -> str:
+    def problem(self, text: str, kind: str = "") -> str:
         return ""
 
 

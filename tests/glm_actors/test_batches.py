@@ -23,8 +23,10 @@ from models.engine.request import (
     Media,
     MediaItem,
     Output,
+    PromptScores,
     Request,
     SamplingParams,
+    Score,
     Tag,
     TopLogprob,
     Work,
@@ -40,6 +42,7 @@ WORKS: list[Work] = [
     Tag(),
     Embed(pooling="mean", normalize=True),
     Inspect(what="hidden_states"),
+    Score(top=3),
 ]
 
 
@@ -259,3 +262,23 @@ def test_media_do_not_reach_the_completions() -> None:
     assert not {"media", "positions"} & set(answered.column_names)
     found = [row for row in to_completions(answered) if isinstance(row, Completion)]
     assert [row.media_tokens for row in found] == [0, 6, 12, 18]
+
+
+@pytest.mark.parametrize(("tokens", "top"), [(4, 3), (4, 0), (1, 2)])
+def test_scores_of_a_prompt_come_back_equal(tokens: int, top: int) -> None:
+    """Also of a prompt of one token, which has none, and without alternatives."""
+    ranks = np.arange((tokens - 1) * top).reshape(tokens - 1, top)
+    scores = PromptScores(
+        logprobs=-np.arange(tokens - 1, dtype=np.float32) / 3,
+        top_ids=ranks.astype(np.int64),
+        top_logprobs=-ranks.astype(np.float32) / 7,
+    )
+    table = request_table(["k1"], [make_request(1, Score(top=top))])
+    done = Completion(id="k1", finish_reason="scored", prompt_tokens=tokens, scores=scores)
+    (again,) = to_completions(with_completions(table, [done]))
+    assert isinstance(again, Completion)
+    assert again.scores is not None
+    for name in ("logprobs", "top_ids", "top_logprobs"):
+        before, after = getattr(scores, name), getattr(again.scores, name)
+        assert (after.dtype, after.shape) == (before.dtype, before.shape)
+        np.testing.assert_array_equal(after, before)
