@@ -47,6 +47,7 @@ HEADS = {
 ONLY_WITH: dict[str, tuple[str, ...]] = {
     "task.labels": ("choose",),
     "task.end_of_label": ("choose",),
+    "task.label_logprobs": ("choose",),
     "task.schema": ("extract",),
     "task.thinking": ("generate",),
     "task.pooling": ("embed",),

@@ -34,6 +34,7 @@ class TaskConfig:
     video: str | list[str] | None = None
     labels: list[str] | None = None
     end_of_label: Literal["auto", "always", "never"] = "auto"
+    label_logprobs: bool = False
     schema: dict[str, Any] | None = None
     thinking: bool = False
     pooling: Literal["last", "mean"] = "last"

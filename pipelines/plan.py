@@ -291,9 +291,12 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
     engine = {name: getattr(job.engine, name) for name in ("kind", "dtype", "max_model_len")}
     preprocess = asdict(job.preprocess)
     preprocess.pop("workers")
+    task = asdict(job.task)
+    if not job.task.label_logprobs:
+        del task["label_logprobs"]  # outputs from before there was this key stay as they are
     content = {
         "model": model_digest(model_dir),
-        "task": asdict(job.task),
+        "task": task,
         "sampling": asdict(job.sampling),
         "engine": engine,
         "preprocess": preprocess,

@@ -13,7 +13,7 @@ import pyarrow as pa
 from models.config import ModelConfig
 from models.errors import ConfigError
 from pipelines.job import Job
-from pipelines.tasks import TASK_COLUMNS, TOKEN_COLUMNS
+from pipelines.tasks import TOKEN_COLUMNS, task_columns
 
 ROW_COLUMNS: dict[str, pa.DataType] = {
     "row_key": pa.string(),
@@ -45,7 +45,7 @@ def output_schema(job: Job, config: ModelConfig, carried: Mapping[str, pa.DataTy
 
 def task_types(job: Job, config: ModelConfig) -> dict[str, pa.DataType]:
     """The task's own columns and their types."""
-    types = dict(zip(TASK_COLUMNS[job.task.kind], _types(job, config), strict=True))
+    types = dict(zip(task_columns(job.task), _types(job, config), strict=True))
     if job.task.kind == "generate" and job.sampling.n > 1:
         return {name: pa.list_(dtype) for name, dtype in types.items()}
     return types
@@ -54,7 +54,8 @@ def task_types(job: Job, config: ModelConfig) -> dict[str, pa.DataType]:
 def _types(job: Job, config: ModelConfig) -> tuple[pa.DataType, ...]:
     match job.task.kind:
         case "choose":
-            return pa.string(), pa.float64(), pa.list_(pa.float64()), pa.float64()
+            scores = pa.list_(pa.float64())
+            return pa.string(), pa.float64(), scores, pa.float64(), *((scores,) if job.task.label_logprobs else ())
         case "generate":
             return pa.string(), pa.string(), pa.string(), pa.list_(pa.float32())
         case "extract":

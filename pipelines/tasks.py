@@ -40,7 +40,7 @@ from models.processing.patches import MediaPatches
 from models.processing.prompt import MediaPrompts
 from models.processing.tokenizer import Tokenizer
 from models.scores import class_scores, label_scores, softmax
-from pipelines.job import Job
+from pipelines.job import Job, TaskConfig
 from pipelines.media import media_loader, reads_media
 from pipelines.prompts import Message, PromptTemplate, Row, conversation, uses_chat
 
@@ -55,6 +55,11 @@ TASK_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 Columns = dict[str, Any]
+
+
+def task_columns(task: TaskConfig) -> tuple[str, ...]:
+    """The task's own output columns."""
+    return (*TASK_COLUMNS[task.kind], *(("label_logprobs",) if task.label_logprobs else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,7 +102,7 @@ class TaskRunner:
         limit = job.engine.max_model_len
         self._max_model_len = self._config.longest_context if limit == "auto" else limit
         self._reserved = self._tokens_after_prompt()
-        self._null_columns: Columns = dict.fromkeys((*TASK_COLUMNS[job.task.kind], *TOKEN_COLUMNS))
+        self._null_columns: Columns = dict.fromkeys((*task_columns(job.task), *TOKEN_COLUMNS))
 
     def start(self) -> None:
         """Begins to start the process that decodes media, where the job names any."""
@@ -303,12 +308,13 @@ class TaskRunner:
     def _choose_columns(self, completion: Completion) -> Columns:
         """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1 - their sum."""
         found = label_scores(completion.choice_logprobs or ())
-        return {
+        columns = {
             "label": (self._task.labels or [])[found.best],
             "probability": found.probabilities[found.best],
             "label_probs": found.probabilities,
             "off_set_mass": found.off_set_mass,
         }
+        return columns | ({"label_logprobs": list(completion.choice_logprobs or ())} if self._task.label_logprobs else {})
 
     def _generate_columns(self, outputs: tuple[Output, ...]) -> Columns:
         assert self._chat is not None

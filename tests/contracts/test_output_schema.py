@@ -54,6 +54,11 @@ def test_columns_of_each_kind(kind: str) -> None:
     assert columns(job(kind)) == BEFORE + TASK[kind] + AFTER
 
 
+def test_log_probabilities_of_labels_come_on_demand() -> None:
+    asked = replace(job("choose"), task=TaskConfig(kind="choose", prompt="{x}", label_logprobs=True))
+    assert columns(asked) == BEFORE + TASK["choose"] + [("label_logprobs", "list<item: double>")] + AFTER
+
+
 def test_several_outputs_make_lists() -> None:
     lists = [(name, f"list<item: {dtype}>") for name, dtype in TASK["generate"]]
     assert columns(job("generate", sampling=SamplingParams(n=2))) == BEFORE + lists + AFTER

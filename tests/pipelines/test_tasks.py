@@ -194,6 +194,14 @@ def test_choose_survives_probabilities_below_the_smallest_float(checkpoint: Path
     assert columns["off_set_mass"] == 1.0
 
 
+def test_choose_tells_log_probabilities_too_small_for_the_rest_if_asked(checkpoint: Path) -> None:
+    logprobs = (-2000.0, -2001.0, -math.inf)
+    columns = runner(checkpoint, job(label_logprobs=True)).to_columns(scored(choice_logprobs=logprobs), {})
+    assert columns["label_logprobs"] == list(logprobs)
+    failed = runner(checkpoint, job(label_logprobs=True)).error_columns(RowError("aborted", "so it was"))
+    assert failed["label_logprobs"] is None
+
+
 @pytest.mark.parametrize("logprobs", [(math.nan, -1.0, -1.0), (-math.inf,) * 3])
 def test_choose_without_any_finite_score_is_an_error(checkpoint: Path, logprobs: tuple[float, ...]) -> None:
     columns = runner(checkpoint, job()).to_columns(scored(choice_logprobs=logprobs), {})
