@@ -49,8 +49,15 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 @app.command()
 def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
-    """Show what a job would do: files, units, three prompts, tokens, an estimate. Loads no model."""
+    """Show what a job or sweep would do: files, units, three prompts, tokens, an estimate. Loads no model."""
     with errors_for_people(debug):
+        from jobs.sweep_config import is_sweep
+
+        if is_sweep(job):
+            from jobs.sweep_plan import plan_sweep
+
+            plan_sweep(job, overrides or [])
+            return
         from jobs.plan import plan as run_plan
 
         run_plan(job, overrides or [])
@@ -77,6 +84,26 @@ def label(
         from jobs.label import label as run_label
 
         code = run_label(job, overrides or [], extend=extend, app=app_name)
+    raise typer.Exit(code)
+
+
+@app.command()
+def evaluate(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).", show_default=False)],
+    overrides: SetOption = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--compare", metavar="CELL CELL", help="Compare two cells of a finished sweep.", show_default=False
+        ),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run a grid of jobs over rows with gold answers and score them. A rerun goes on where the last one stopped."""
+    with errors_for_people(debug):
+        from jobs.evaluate import evaluate as run_evaluate
+
+        code = run_evaluate(sweep, overrides or [], compare)
     raise typer.Exit(code)
 
 

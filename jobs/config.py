@@ -86,13 +86,18 @@ def load_kept_job(text: bytes, path: str, overrides: Sequence[str] = ()) -> tupl
 
 
 def _job(data: dict[str, Any], lines: Mapping[str, int], path: str, overrides: Sequence[str]) -> tuple[Job, Place]:
-    assignments = [_parse_override(text) for text in overrides]
-    for key, value in assignments:
-        _assign(data, key, value)
-    place = Place(path=path, lines=lines, overridden=frozenset(key for key, _ in assignments))
+    place = Place(path=path, lines=lines, overridden=apply_overrides(data, overrides))
     place.refuse(list(_unknown_keys(data, "")))
     place.refuse(list(unquoted_dates(data, "")))
     return _validate(data, place), place
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> frozenset[str]:
+    """Puts `a.b=value` texts into the mapping, and tells which keys they are. Raises ConfigError."""
+    assignments = [_parse_override(text) for text in overrides]
+    for key, value in assignments:
+        _assign(data, key, value)
+    return frozenset(key for key, _ in assignments)
 
 
 @cache

@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 WAVE_UNITS = 10_000
 EXECUTOR_END_S = 30.0
+T = TypeVar("T")
 RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data adds a word on its own retries to the errors of a stage
 
 
@@ -245,7 +246,7 @@ def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: W
         raise InterruptedRunError(work.how_far(), watch.stop.signum)
 
 
-def waves(units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
+def waves(units: Sequence[T]) -> Iterator[Sequence[T]]:
     """Units that become one graph together. Ray's driver keeps some 10 KB for each block that it has ever seen."""
     for start in range(0, len(units), WAVE_UNITS):
         yield units[start : start + WAVE_UNITS]

@@ -211,6 +211,22 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
     return Plan(identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema)
 
 
+def shared_unit_rows(jobs: Sequence[Job], files: list[InputFile]) -> int:
+    """Rows of a unit for jobs over the same files whose units of equal rows travel together.
+
+    All of them take the time of one unit, and media that they look at under several budgets are beside each other.
+    """
+    source = job_source(jobs[0])
+    rows = source.all_parquet_rows(files)
+    num_rows = sum(rows[file] if file in rows else _estimated_rows(source, file) for file in files)
+    num_bytes = sum(file.size for file in files)
+    budgets = {repr((job.task.image, job.task.video, job.task.messages, job.preprocess)): job for job in jobs}
+    media_bytes = sum(_media_bytes(job, job_source(job), files[0]) for job in budgets.values())
+    least = min(choose_unit_rows(job, num_rows, num_bytes) for job in jobs)
+    alone = min(max(least // len(jobs), MIN_UNIT_ROWS), least)
+    return max(min(alone, int(MEDIA_UNIT_BYTES / media_bytes)), 1) if media_bytes else alone
+
+
 def extended_plan(job: Job, plan: Plan, files: list[InputFile], identity: Identity) -> Plan:
     """The plan with the files that were added to its input after the known ones, so that units keep their numbers.
 

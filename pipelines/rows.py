@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glm_actors.batches import request_table, to_completions
+from glm_actors.media import MediaLoader
 from models.engine.request import Completion, Request
 from models.errors import RowError
 from pipelines.affinity import with_prefix_key
@@ -25,7 +26,7 @@ from pipelines.job import Job
 from pipelines.listing import InputFile
 from pipelines.metrics import Counts
 from pipelines.prompts import cell_text, prompt_columns
-from pipelines.tasks import TOKEN_COLUMNS, TaskRunner
+from pipelines.tasks import TOKEN_COLUMNS, Prompt, TaskRunner
 from pipelines.values import LINE, Row, column_values, decode_rows, key_text, parse_line, row_key
 
 UNIT, ROW, FIRST, LOST = "#unit", "#row", "#first", "#lost"
@@ -37,12 +38,16 @@ INPUT_LINE = INPUT + LINE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSpec:
-    """A job's task as it travels to the workers; `run_id` names it there. `schema` is the output's."""
+    """A job's task as it travels to the workers; `run_id` names the run there. `schema` is the output's.
+
+    Several jobs that run together have the same `run_id`, and names of their own.
+    """
 
     job: Job
     model_dir: str
     schema: pa.Schema
     run_id: str
+    name: str = ""
 
 
 class Runner(Protocol):
@@ -52,22 +57,26 @@ class Runner(Protocol):
 
 
 R = TypeVar("R", bound=Runner)
-_runners: dict[str, Any] = {}
+_runners: dict[tuple[str, str], Any] = {}
+_loaders: dict[str, MediaLoader] = {}  # of all these runners
 
 
 def task_runner(spec: TaskSpec) -> TaskRunner:
     """The runner of this process for this job."""
-    return kept_runner(spec, TaskRunner)
+    return kept_runner(spec, lambda job, model_dir: TaskRunner(job, model_dir, _loaders))
 
 
 def kept_runner(spec: TaskSpec, build: Callable[[Job, str], R]) -> R:
-    """What `build` makes of this job, once; a process that goes on to another job forgets the first."""
-    if spec.run_id not in _runners:
-        for earlier in _runners.values():
-            earlier.close()
-        _runners.clear()
-        _runners[spec.run_id] = build(spec.job, spec.model_dir)
-    kept: R = _runners[spec.run_id]
+    """What `build` makes of this job, once; a process that goes on to another run forgets those of the first."""
+    key = (spec.run_id, spec.name)
+    if key not in _runners:
+        if any(run_id != spec.run_id for run_id, _ in _runners):
+            for earlier in _runners.values():
+                earlier.close()
+            _runners.clear()
+            _loaders.clear()
+        _runners[key] = build(spec.job, spec.model_dir)
+    kept: R = _runners[key]
     return kept
 
 
@@ -98,6 +107,29 @@ def render_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -
 
     With `lost` these rows get that error instead of a prompt.
     """
+    rendered = render_rows(spec, table, lost)
+    result = request_table(rendered.keys, rendered.requests).append_column(UNIT, table[UNIT])
+    for name, column in rendered.beside.items():
+        result = result.append_column(name, column)
+    return with_prefix_key(result)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """Rows as the engine takes them: key and request of each, and the columns that go along."""
+
+    keys: list[str]
+    requests: list[Request | RowError]
+    beside: dict[str, pa.Array]
+
+
+Prompts = Callable[[TaskRunner, list[Row]], Sequence[Prompt | RowError]]
+
+
+def render_rows(
+    spec: TaskSpec, table: pa.Table, lost: RowError | None = None, prompts: Prompts = TaskRunner.prompts
+) -> Rendered:
+    """As `render_unit`; `prompts` makes prompts of rows, or finds those that another job has made."""
     runner = task_runner(spec)
     rows = _with_lost(_rows(spec.job, table), table)
     carried, misfits = _carried(spec, table, rows)
@@ -106,11 +138,8 @@ def render_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -
     names = zip(rows, table[ROW].to_pylist(), table[FIRST].to_pylist(), misfits, strict=True)
     checked = [_checked(spec.job, *name) for name in names]
     keys = [key for key, _ in checked]
-    requests = _requests(runner, checked)
-    result = request_table(keys, requests).append_column(UNIT, table[UNIT])
-    for name, column in (_beside(spec.job, rows) | carried).items():
-        result = result.append_column(name, column)
-    return with_prefix_key(result)
+    good = prompts(runner, [row for _, row in checked if not isinstance(row, RowError)])
+    return Rendered(keys=keys, requests=_requests(runner, checked, good), beside=_beside(spec.job, rows) | carried)
 
 
 def parse_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
@@ -178,8 +207,11 @@ def _checked(
         return key, error
 
 
-def _requests(runner: TaskRunner, rows: Sequence[tuple[str, Row | RowError]]) -> list[Request | RowError]:
-    prompts = iter(runner.prompts([row for _, row in rows if not isinstance(row, RowError)]))
+def _requests(
+    runner: TaskRunner, rows: Sequence[tuple[str, Row | RowError]], good: Sequence[Prompt | RowError]
+) -> list[Request | RowError]:
+    """A request for each row; `good` are the prompts of those without an error."""
+    prompts = iter(good)
     requests: list[Request | RowError] = []
     for key, row in rows:
         prompt = row if isinstance(row, RowError) else next(prompts)

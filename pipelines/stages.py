@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -16,6 +16,7 @@ from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from glm_actors.journal import Journal
 from glm_actors.model import ModelActor
 from glm_actors.row_worker import RowWorker, Step
 from glm_actors.shared import SharedModel
@@ -25,7 +26,6 @@ from models.engine.interface import EngineConfig
 from pipelines.commit import CommitRecord
 from pipelines.dispatch import ByAffinity
 from pipelines.exporter import RECOMPUTED, Exporter
-from pipelines.journal import Journal
 from pipelines.plan import Plan, Unit
 from pipelines.rows import UNIT, TaskSpec
 from pipelines.shares import Workers
@@ -34,6 +34,14 @@ from pipelines.steps import Order, parse_step, render_step
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
 PATIENCE = Patience()
 HANG_LIMITS = HangLimits()
+
+Build = Callable[[], Sequence[Step]]
+
+
+class AnyOrder(Protocol):
+    """What is to be read, as a table of one row."""
+
+    def to_table(self) -> pa.Table: ...
 
 
 class Preprocessor(RowWorker):
@@ -49,11 +57,11 @@ class Committer(RowWorker):
 
 
 class UnitDatasource(Datasource):
-    """One read task for each unit, so that a unit is one block from beginning to end."""
+    """One read task for each order, so that a unit is one block from beginning to end."""
 
-    def __init__(self, plan: Plan, units: Sequence[Unit]) -> None:
+    def __init__(self, orders: Sequence[AnyOrder]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._plan, self._units = plan, units
+        self._orders = orders
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -64,20 +72,27 @@ class UnitDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        earlier = self._plan.duplicates_by_unit()
-        tasks = []
-        for unit in self._units:
-            order = Order.of(unit, self._plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {}))
-            metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
-            tasks.append(ReadTask(partial(_order_tables, order), metadata, per_task_row_limit=per_task_row_limit))
-        return tasks
+        metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
+        return [
+            ReadTask(partial(_order_tables, each), metadata, per_task_row_limit=per_task_row_limit)
+            for each in self._orders
+        ]
 
 
 def order(plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
     """Units as blocks, each an order to read it: see pipelines.steps.Order."""
+    earlier = plan.duplicates_by_unit()
+    orders = [
+        Order.of(unit, plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {})) for unit in units
+    ]
+    return order_all(orders, workers)
+
+
+def order_all(orders: Sequence[AnyOrder], workers: Workers) -> Dataset:
+    """Each order as a block of its own."""
     dataset: Dataset = ray.data.read_datasource(
-        UnitDatasource(plan, units),
-        override_num_blocks=len(units),
+        UnitDatasource(orders),
+        override_num_blocks=len(orders),
         num_cpus=workers.cpus_each,
     )
     context = dataset.context
@@ -108,7 +123,11 @@ def start_ledger(plan: Plan) -> Any:
 
 def render(dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
     """Orders -> requests, on CPU actors."""
-    build = partial(_build_renderer, read, spec)
+    return preprocess(dataset, partial(_build_renderer, read, spec), workers, ledger)
+
+
+def preprocess(dataset: Dataset, build: Build, workers: Workers, ledger: Any = None) -> Dataset:
+    """Units through the steps that `build` makes on each preprocessing worker."""
     return _rows(dataset, Preprocessor, build, workers.preprocessors, workers, ledger)
 
 
@@ -154,7 +173,11 @@ def parse(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = None
 
 def commit(dataset: Dataset, spec: TaskSpec, step: Step, workers: Workers, ledger: Any = None) -> Dataset:
     """Completions -> one small row for each unit that `step` has committed: see pipelines.steps.committed_table."""
-    build = partial(_build_parser, spec, step)
+    return finish(dataset, partial(_build_parser, spec, step), workers, ledger)
+
+
+def finish(dataset: Dataset, build: Build, workers: Workers, ledger: Any = None) -> Dataset:
+    """Units through the steps that `build` makes on each committing worker."""
     return _rows(dataset, Committer, build, workers.committers, workers, ledger)
 
 
@@ -176,7 +199,7 @@ def committed(dataset: Dataset) -> Iterable[CommitRecord]:
 def _rows(
     dataset: Dataset,
     worker: type[RowWorker],
-    build: Callable[[], Sequence[Step]],
+    build: Build,
     num_workers: int,
     workers: Workers,
     ledger: Any,
@@ -192,7 +215,7 @@ def _rows(
     )
 
 
-def _order_tables(order: Order) -> list[pa.Table]:
+def _order_tables(order: AnyOrder) -> list[pa.Table]:
     return [order.to_table()]
 
 

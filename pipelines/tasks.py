@@ -41,7 +41,7 @@ from models.processing.prompt import MediaPrompts
 from models.processing.tokenizer import Tokenizer
 from models.scores import class_scores, label_scores, softmax
 from pipelines.job import Job, TaskConfig
-from pipelines.media import media_loader, reads_media
+from pipelines.media import media_budgets, media_loader, media_rules, reads_media
 from pipelines.prompts import Message, PromptTemplate, Row, conversation, uses_chat
 
 TASK_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -83,11 +83,13 @@ class TaskRunner:
     """One job's task on one worker: built once from the job and its checkpoint, then asked unit by unit.
 
     The labels' continuations, the constraint and the token limit are computed here, once. Media are decoded in a
-    process of their own, which starts with `start` or when the first is asked for.
+    process of their own, which starts with `start` or when the first is asked for; runners that are given the same
+    `loaders` share it where they load media in the same way.
     """
 
-    def __init__(self, job: Job, model_dir: str) -> None:
+    def __init__(self, job: Job, model_dir: str, loaders: dict[str, MediaLoader] | None = None) -> None:
         self._job = job
+        self._loaders = {} if loaders is None else loaders
         self._task = job.task
         self._config = load_config(model_dir)
         self._problem_type = self._config.inferred_problem_type
@@ -113,6 +115,12 @@ class TaskRunner:
         """Ends that process."""
         if "_loader" in self.__dict__:
             self._loader.close()
+
+    @property
+    def prompt_key(self) -> str:
+        """Runners of one checkpoint in which this is equal make equal prompts of a row."""
+        task = replace(self._task, gold=None, label_logprobs=False)
+        return repr((task, self._job.preprocess, self._job.media, self._max_model_len))
 
     def text(self, row: Row) -> str:
         """The row's filled-in prompt template. Raises RowError."""
@@ -241,7 +249,10 @@ class TaskRunner:
 
     @cached_property
     def _loader(self) -> MediaLoader:
-        return media_loader(self._job, self._model_dir)
+        way = repr((media_rules(self._job), media_budgets(self._job.preprocess, self._model_dir)))
+        if way not in self._loaders:
+            self._loaders[way] = media_loader(self._job, self._model_dir)
+        return self._loaders[way]
 
     def _draft(self, row: Row) -> _Draft | RowError:
         try:

@@ -1,0 +1,76 @@
+"""A sweep as data: its cells, each a job with coordinates in the grid.
+
+Knows nothing of YAML, of files or of how cells are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.evaluation.intervals import CONFIDENCE
+from pipelines.evaluation.scoring import Match, Rules
+from pipelines.job import EngineSection, Job, StorageSection
+
+AXES = ("model", "dataset", "task", "prompt", "sampling", "seed", "max_pixels")
+BEST = "best"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSection:
+    """How answers are compared with gold: see pipelines.evaluation.scoring.Rules. For generate alone."""
+
+    match: Match = "exact"
+    extract: str | None = None
+    tolerance: float = 1e-6
+    pass_at: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One job of a sweep. `coordinates` hold its value on each of AXES; `name` is its folder, and unique."""
+
+    name: str
+    coordinates: Mapping[str, str]
+    job: Job
+    score: ScoreSection = field(default_factory=ScoreSection)
+
+    @property
+    def dataset(self) -> str:
+        return self.coordinates["dataset"]
+
+    @property
+    def replicas(self) -> tuple[str, EngineSection]:
+        """Cells in which this is equal share their engines."""
+        return self.job.model, self.job.engine
+
+    @property
+    def question(self) -> tuple[str, str, str]:
+        """Cells in which this is equal answer the same rows with the same gold: they can be compared."""
+        return self.dataset, self.coordinates["task"], self.job.task.gold or ""
+
+    def rules(self, facts: Mapping[str, Any]) -> Rules:
+        """How its answers are scored; `facts` are those of its manifest."""
+        task, end = self.job.task, 1 if facts.get("end_counted") else 0
+        return Rules(
+            kind=task.kind,
+            labels=tuple(task.labels or facts.get("label_names", ())),
+            label_tokens=tuple(len(ids) + end for ids in facts.get("label_token_ids", ())),
+            match=self.score.match,
+            extract=self.score.extract,
+            tolerance=self.score.tolerance,
+            pass_at=tuple(self.score.pass_at),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """All cells, in the order of the grid. `baseline` names coordinates that the others are compared with, or BEST."""
+
+    output: str
+    cells: Sequence[Cell]
+    storage: StorageSection = field(default_factory=StorageSection)
+    baseline: Mapping[str, str] | str = BEST
+    confidence: float = CONFIDENCE
+    max_error_rate: float = 0.0
