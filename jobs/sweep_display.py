@@ -6,7 +6,7 @@ Owns the choice of columns and words. Knows nothing of how anything is computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +27,7 @@ SHOWN = {
     "ece": "ECE",
     "sample_f1": "sample F1",
 }
-MOST_SHOWN = 2
+MOST_SHOWN = 1
 SURE = 0.05
 
 
@@ -81,19 +81,29 @@ def comparison_text(one: str, other: str, difference: Difference) -> str:
 
 
 def _results_table(some: Sequence[CellResult], against: dict[str, Comparison], baselines: set[str]) -> Table:
+    """Eighty columns wide where the names of the grid let it."""
     first = some[0].cell
     axes = [axis for axis in _varying([each.cell for each in some]) if axis not in ("task", "dataset")]
     metrics = [name for name in SHOWN if any(name in each.score.metrics for each in some)][:MOST_SHOWN]
-    title = Text(f"{first.coordinates['task']} on {first.dataset}", style="bold")
+    rows, failed = first_and_last(each.score.rows for each in some), [sum(each.score.errors.values()) for each in some]
+    title = Text(f"{first.coordinates['task']} on {first.dataset}, {rows} rows with gold", style="bold")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(", ".join(axes) or "cell", overflow="fold")
-    for name in ("rows", "accuracy", *(SHOWN[name] for name in metrics), "tok/row", "vs. baseline"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for each in some:
-        name = Text(", ".join(each.cell.coordinates[axis] for axis in axes) or each.cell.name)
-        numbers = [_number(each.score.metrics.get(metric)) for metric in metrics]
-        told = "(baseline)" if each.cell.name in baselines else _difference(against.get(each.cell.name))
-        table.add_row(name, _rows(each), _sure(each), *numbers, _tokens(each), told)
+    table.add_column(", ".join(axes) or "cell", no_wrap=True)
+    headers = [
+        *(("failed",) if any(failed) else ()),
+        "accuracy",
+        *(SHOWN[name] for name in metrics),
+        "tok/row",
+        "vs. base",
+    ]
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for each, errors in zip(some, failed, strict=True):
+        name = ", ".join(each.cell.coordinates[axis] for axis in axes) or each.cell.name
+        numbers = [f"{errors:,}"] if any(failed) else []
+        numbers += [_sure(each), *(_number(each.score.metrics.get(metric)) for metric in metrics), _tokens(each)]
+        told = "(base)" if each.cell.name in baselines else _difference(against.get(each.cell.name))
+        table.add_row(Text(name), *numbers, told)
     return table
 
 
@@ -104,27 +114,28 @@ def _varying(cells: Sequence[Cell]) -> list[str]:
 
 def _sure(each: CellResult) -> str:
     found = each.score.metrics["accuracy"]
-    return "-" if math.isnan(found.value) else f"{found.value:.3f} [{found.low:.2f}, {found.high:.2f}]"
+    return "-" if math.isnan(found.value) else f"{found.value:.3f} [{found.low:.2f} {found.high:.2f}]"
 
 
 def _number(found: Estimate | None) -> str:
     return "-" if found is None or math.isnan(found.value) else f"{found.value:.3f}"
 
 
-def _rows(each: CellResult) -> str:
-    failed = sum(each.score.errors.values())
-    return f"{each.score.rows:,}" + (f" ({failed:,} failed)" if failed else "")
-
-
 def _difference(found: Comparison | None) -> str:
     if found is None or math.isnan(found.difference.value):
         return "-"
-    mark = "*" if found.adjusted < SURE else ""
-    return f"{found.difference.value:+.3f} p {found.adjusted:.2g}{mark}"
+    p = found.adjusted
+    return f"{found.difference.value:+.3f}, p {p:.0e}*" if p < SURE else f"{found.difference.value:+.3f}, p {p:.2f}"
 
 
 def _tokens(each: CellResult) -> str:
     return short((each.tokens["prompt"] + each.tokens["output"]) / max(each.score.rows, 1))
+
+
+def first_and_last(numbers: Iterable[int]) -> str:
+    """A number where all are the same, else the range of them."""
+    ordered = sorted(numbers)
+    return f"{ordered[0]:,}" if ordered[0] == ordered[-1] else f"{ordered[0]:,} to {ordered[-1]:,}"
 
 
 def plan_header() -> tuple[str, ...]:

@@ -31,7 +31,8 @@ from pipelines.sweep.run import Finished
 RESULTS, TABLE, SCORES = "results.json", "results.parquet", "scores"
 FORMAT = 1
 SCORED_COLUMNS = (
-    "row_key", "status", "error_code", "label", "label_probs", "off_set_mass", "label_logprobs", "text", "json", "scores",
+    "row_key", "status", "error_code", "label", "label_probs", "off_set_mass", "label_logprobs", "text", "json",
+    "scores",
 )  # fmt: skip
 DIGITS = 6  # significant ones: sums of equal numbers in another order may differ beyond
 
