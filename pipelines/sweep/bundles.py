@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pipelines.journal import Journal
-from pipelines.plan import Plan
 from pipelines.listing import InputFile
+from pipelines.plan import Plan
 from pipelines.source import RowRange
 from pipelines.steps import Order
 

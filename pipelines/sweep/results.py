@@ -24,9 +24,11 @@ from models.errors import ConfigError, RowError
 from pipelines.commit import Output
 from pipelines.evaluation.intervals import Difference, Estimate, holm, paired_difference
 from pipelines.evaluation.scoring import RowScores, Score, score
-from pipelines.source import DamagedError, InputFile, Row, RowRange, Source, decode_rows
+from pipelines.listing import InputFile
+from pipelines.source import DamagedError, RowRange, Source
 from pipelines.sweep.cells import AXES, Cell, Sweep
 from pipelines.sweep.run import Finished
+from pipelines.values import Row, decode_rows
 
 RESULTS, TABLE, SCORES = "results.json", "results.parquet", "scores"
 FORMAT = 1

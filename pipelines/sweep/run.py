@@ -11,14 +11,17 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from glm_actors.spent import IN_ENGINE
 from models.errors import ConfigError
 from pipelines.cluster import cluster, job_workers
-from pipelines.commit import LEASE, Manifest, Output
+from pipelines.commit import LEASE, CommitRecord, Manifest, Output
+from pipelines.exporter import Exporter
 from pipelines.job import Job, job_file
 from pipelines.journal import Journal, tidy
 from pipelines.lease import own
@@ -166,8 +169,9 @@ def _run_together(cells: Sequence[_Open], numbers: Sequence[int], tally: _Tally,
         [each.pending for each in cells],
         numbers,
     )
+    exporter = Exporter(cells[numbers[0]].plan.fingerprint)
     for wave in waves(bundles):
-        follow(_graph(cells, numbers, wave, workers), watch, lambda record, seconds: tally.add(record.counts, seconds))
+        follow(_graph(cells, numbers, wave, workers), watch, exporter, tally.add)
         if watch.stop.is_asked:
             break
 
@@ -183,7 +187,7 @@ def _graph(cells: Sequence[_Open], numbers: Sequence[int], bundles: Sequence[Bun
         journals=journals, cells={each.number: each.cells for each in bundles}, every_seconds=every_seconds
     )
     commit = CommitBundle(journals, {number: cells[number].plan.unit_sizes for number in numbers}, specs)
-    ledger = stages.start_ledger()
+    ledger = stages.start_ledger(cells[numbers[0]].plan)
     dataset = stages.order_all(bundles, workers)
     render = partial(build_renderer, specs, numbers, _sources(cells, numbers))
     dataset = stages.preprocess(dataset, render, workers, ledger)
@@ -224,6 +228,7 @@ class _Tally:
         self._on_progress = on_progress
         self._begun = time.monotonic()
         self._started: float | None = None
+        self._spent: Counter[str] = Counter()
         self._resumed = self._counts = Counts()
         self._rows = self._units = self._units_done = 0
 
@@ -235,10 +240,11 @@ class _Tally:
             self._resumed += counts
         self._counts = self._resumed
 
-    def add(self, counts: Counts, seconds_in_engine: float) -> None:
+    def add(self, record: CommitRecord) -> None:
         if self._started is None:
-            self._started = time.monotonic() - seconds_in_engine
-        self._counts += counts
+            self._started = time.monotonic() - record.spent.get(IN_ENGINE, 0.0)
+        self._counts += record.counts
+        self._spent.update(record.spent)
         self._units_done += 1
         self.tell("running")
 
@@ -262,6 +268,7 @@ class _Tally:
             rows_total=self._rows,
             counts=self._counts,
             resumed=self._resumed,
+            spent=dict(self._spent),
             elapsed_s=time.monotonic() - self._begun,
             working_s=self._working_s,
         )
