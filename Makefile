@@ -1,4 +1,5 @@
 # make demo   label the shipped tickets, pictures and clips and print the accuracy against gold
+# make sweep  evaluate the shipped sweep: a table of accuracies with intervals and comparisons
 # make test   everything that a change must pass: ruff, mypy, pytest
 # make test-vllm   the tests of engine.kind vllm, with vLLM for CPUs in an environment of its own
 # make test-faults   the long form of the kill suite, about 25 minutes on two quiet cores; GLM_BATCH_FAULTS_SEED=N
@@ -15,7 +16,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 DEMO := out/demo
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-vllm test-faults clean
+.PHONY: demo sweep test test-vllm test-faults clean
 
 demo: $(VENV)/installed
 	@rm -rf $(DEMO)
@@ -23,6 +24,9 @@ demo: $(VENV)/installed
 		$(BIN)/glm-batch label examples/$$job.yaml --set output=$(DEMO)/$$job || exit $$?; echo; \
 	done
 	@echo "The labelled rows lie below $(DEMO)."
+
+sweep: $(VENV)/installed
+	$(BIN)/glm-batch evaluate examples/sweep.yaml
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -63,9 +63,12 @@ def sweep_summary(sweep: Sweep, ran: Ran, results: Results) -> Table:
 def grid_table(cells: Sequence[Cell], lines: Sequence[tuple[str, ...]], header: Sequence[str]) -> Table:
     """The grid before it runs: a line for each cell with the coordinates that vary."""
     axes = _varying(cells)
-    table = Table(*axes, *header, box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(", ".join(axes) or "cell", overflow="fold")
+    for name in header:
+        table.add_column(name, justify="right", no_wrap=True)
     for cell, line in zip(cells, lines, strict=True):
-        table.add_row(*(Text(cell.coordinates[axis]) for axis in axes), *line)
+        table.add_row(Text(", ".join(cell.coordinates[axis] for axis in axes) or cell.name), *line)
     return table
 
 
@@ -139,7 +142,7 @@ def first_and_last(numbers: Iterable[int]) -> str:
 
 
 def plan_header() -> tuple[str, ...]:
-    return "rows", "units", "prompt tokens", "sampled errors", "time"
+    return "rows", "units", "tokens", "errors seen", "time"
 
 
 def plan_line(rows: int, units: int, tokens: float | None, errors: int, seconds: float | None) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from jobs.plan import (
     GEMM_SHARE,
     ROW_OVERHEAD_S,
     START_S,
+    Sample,
     estimate_job,
     measure_gemm,
     shared_prefix_share,
@@ -26,7 +27,7 @@ from jobs.plan import (
 )
 from jobs.sweep_config import check_sweep, load_sweep
 from jobs.sweep_display import grid_table, plan_header, plan_line
-from pipelines.plan import make_plan
+from pipelines.plan import Plan, make_plan
 from pipelines.shares import uses_gpus
 from pipelines.sweep.cells import Cell
 from pipelines.sweep.run import with_shared_units
@@ -38,8 +39,12 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
     checked = check_sweep(sweep, place)
     rate = measure_gemm()
     lines, total_rows, total_tokens, total_s = [], 0, 0.0, START_S * len({cell.replicas for cell in sweep.cells})
+    samples: dict[tuple[str, str, str], Sample] = {}  # cells that ask in the same words have one
     for cell, each in zip(with_shared_units(sweep.cells), checked, strict=True):
-        line, rows, tokens, seconds = _line(cell, each, rate)
+        plan, question = make_plan(cell.job, each.files, {}), (cell.job.model, cell.dataset, each.runner.prompt_key)
+        if question not in samples:
+            samples[question] = take_sample(each, plan)
+        line, rows, tokens, seconds = _line(cell, each, plan, samples[question], rate)
         lines.append(line)
         total_rows, total_tokens, total_s = total_rows + rows, total_tokens + tokens, total_s + (seconds or 0.0)
     console = Console(highlight=False)
@@ -54,10 +59,10 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
     )
 
 
-def _line(cell: Cell, checked: Checked, rate: float) -> tuple[tuple[str, ...], int, float, float | None]:
+def _line(
+    cell: Cell, checked: Checked, plan: Plan, sample: Sample, rate: float
+) -> tuple[tuple[str, ...], int, float, float | None]:
     """The cell's line, its rows, prompt tokens and seconds (None on a GPU, whose rate was not measured)."""
-    plan = make_plan(cell.job, checked.files, {})
-    sample = take_sample(checked, plan)
     if not sample.ids:
         return plan_line(plan.num_rows, plan.num_units, None, len(sample.errors), None), plan.num_rows, 0.0, None
     lengths = [len(ids) for ids in sample.ids]

@@ -193,7 +193,7 @@ def test_a_killed_sweep_comes_to_the_same_results(tmp_path: Path) -> None:
     assert evaluate(folders[1]) == 0, (folders[1] / "log").read_text()
     tables = [pq.read_table(folder / "out/results.parquet").to_pylist() for folder in folders]
     assert len(tables[0]) == 6
-    for undisturbed, killed in zip(*tables, strict=True):
-        assert undisturbed["accuracy"] == killed["accuracy"] > 0.2
-        assert list(undisturbed) == list(killed)
-        assert killed == pytest.approx(undisturbed, rel=1e-5, abs=1e-6) or undisturbed == killed
+    assert all(row["accuracy"] > 0.2 for row in tables[0])
+    assert tables[1] == tables[0]
+    comparisons = [json.loads((folder / "out/results.json").read_bytes())["comparisons"] for folder in folders]
+    assert comparisons[1] == comparisons[0]
