@@ -33,7 +33,7 @@ from pipelines.tasks import TaskRunner
 
 TASK = "local_route"
 PROMPT = "{header}Text: {text}\nTeam:"
-SHOTS, SHOT_WORDS, ROW_WORDS = 6, 20, 30
+SHOT_WORDS = ROW_WORDS = 30
 TARGET = 3.0  # times as fast as lm_eval
 
 
@@ -57,19 +57,20 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where files of both go; emptied outputs.")] = Path(
         "build/evaluate_compare"
     ),
+    shots: Annotated[int, typer.Option(help="Examples in the header that all rows share.")] = 10,
     batch_size: Annotated[int, typer.Option(help="lm_eval's.")] = 8,
 ) -> None:
     """Runs both sides one after the other and prints the table."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = model or make_mid_model(folder / "mid")
-    write_rows(folder, checkpoint, rows)
+    write_rows(folder, checkpoint, rows, shots)
     ours = run_ours(folder, checkpoint)
     theirs = run_lm_eval(folder, checkpoint, batch_size)
     Console(highlight=False).print(comparison(ours, theirs))
     furthest = max(
         abs(a - b) for x, y in zip(ours.logprobs, theirs.logprobs, strict=True) for a, b in zip(x, y, strict=True)
     )
-    equal = (ours.accuracy, round(ours.accuracy_norm, 6)) == (theirs.accuracy, round(theirs.accuracy_norm, 6))
+    equal = all(abs(getattr(ours, name) - getattr(theirs, name)) < 1e-4 for name in ("accuracy", "accuracy_norm"))
     print(f"largest difference of a log-likelihood: {furthest:.2e} (of {len(ours.logprobs) * len(LABELS)})")
     print(
         f"accuracies {'equal' if equal else 'DIFFER'}; {theirs.wall_s / ours.wall_s:.1f} x as fast (wanted: {TARGET:g})"
@@ -77,11 +78,11 @@ def main(
     raise typer.Exit(0 if equal and furthest < 1e-4 else 1)
 
 
-def write_rows(folder: Path, checkpoint: Path, num_rows: int) -> None:
+def write_rows(folder: Path, checkpoint: Path, num_rows: int, shots: int) -> None:
     """The same prompts for both: columns for our template, and the rendered context for lm_eval's."""
     rng, words = random.Random(5), make_words(4000)
     header = "".join(
-        f"Text: {' '.join(rng.choices(words, k=SHOT_WORDS))}\nTeam: {rng.choice(LABELS)}\n\n" for _ in range(SHOTS)
+        f"Text: {' '.join(rng.choices(words, k=SHOT_WORDS))}\nTeam: {rng.choice(LABELS)}\n\n" for _ in range(shots)
     )
     rows = [
         {"id": str(n), "header": header, "text": " ".join(rng.choices(words, k=ROW_WORDS)), "gold": rng.choice(LABELS)}

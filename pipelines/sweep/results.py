@@ -36,7 +36,9 @@ SCORED_COLUMNS = (
     "row_key", "status", "error_code", "label", "label_probs", "off_set_mass", "label_logprobs", "text", "json",
     "scores",
 )  # fmt: skip
-DIGITS = 6  # significant ones: sums of equal numbers in another order may differ beyond
+# A row's probabilities differ by some 1e-7 with the rows that it meets in a batch: what is kept must not show that.
+DECIMALS = 4
+DIGITS = 6  # significant ones, of p-values: these depend on answers alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,17 +199,23 @@ def to_json(results: Results) -> dict[str, Any]:
         "format": FORMAT,
         "cells": [_cell_json(each) for each in results.cells],
         "comparisons": [
-            {"cell": each.cell, "baseline": each.baseline, "metric": "accuracy", "p_adjusted": rounded(each.adjusted)}
+            {"cell": each.cell, "baseline": each.baseline, "metric": "accuracy", "p_adjusted": rounded_p(each.adjusted)}
             | {name: rounded(value) for name, value in asdict(each.difference).items()}
+            | {"p_value": rounded_p(each.difference.p_value)}
             for each in results.comparisons
         ],
     }
 
 
 def rounded(value: Any) -> Any:
-    """A number as the files hold it: DIGITS significant digits, null for what is undefined."""
+    """A number as the files hold it: DECIMALS behind the point, null for what is undefined."""
     if not isinstance(value, float):
         return value
+    return round(value, DECIMALS) if math.isfinite(value) else None
+
+
+def rounded_p(value: float) -> float | None:
+    """A p-value as the files hold it: DIGITS significant digits."""
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
@@ -223,7 +231,7 @@ def _flat(each: CellResult, against: Comparison | None) -> dict[str, Any]:
     if against is not None:
         row |= {"baseline": against.baseline, "difference": rounded(against.difference.value)}
         row |= {"difference_low": rounded(against.difference.low), "difference_high": rounded(against.difference.high)}
-        row |= {"p_value": rounded(against.difference.p_value), "p_adjusted": rounded(against.adjusted)}
+        row |= {"p_value": rounded_p(against.difference.p_value), "p_adjusted": rounded_p(against.adjusted)}
     return row
 
 
