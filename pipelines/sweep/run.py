@@ -228,6 +228,7 @@ class _Tally:
         self._on_progress = on_progress
         self._begun = time.monotonic()
         self._started: float | None = None
+        self._latest = self._begun
         self._spent: Counter[str] = Counter()
         self._resumed = self._counts = Counts()
         self._rows = self._units = self._units_done = 0
@@ -243,6 +244,7 @@ class _Tally:
     def add(self, record: CommitRecord) -> None:
         if self._started is None:
             self._started = time.monotonic() - record.spent.get(IN_ENGINE, 0.0)
+        self._latest = time.monotonic()
         self._counts += record.counts
         self._spent.update(record.spent)
         self._units_done += 1
@@ -285,4 +287,5 @@ class _Tally:
 
     @property
     def _working_s(self) -> float:
-        return time.monotonic() - self._started if self._started is not None else 0.0
+        """Until the latest unit: what comes after it is no engine's time."""
+        return self._latest - self._started if self._started is not None else 0.0
