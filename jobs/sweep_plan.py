@@ -27,10 +27,12 @@ from jobs.plan import (
 )
 from jobs.sweep_config import check_sweep, load_sweep
 from jobs.sweep_display import grid_table, plan_header, plan_line
+from models.engine.request import Work
 from pipelines.plan import Plan, make_plan
 from pipelines.shares import uses_gpus
 from pipelines.sweep.cells import Cell
 from pipelines.sweep.run import with_shared_units
+from pipelines.tasks import TaskRunner
 
 
 def plan_sweep(path: str, overrides: Sequence[str]) -> None:
@@ -41,10 +43,11 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
     lines, total_rows, total_tokens, total_s = [], 0, 0.0, START_S * len({cell.replicas for cell in sweep.cells})
     samples: dict[tuple[str, str, str], Sample] = {}  # cells that ask in the same words have one
     for cell, each in zip(with_shared_units(sweep.cells), checked, strict=True):
+        assert isinstance(each.runner, TaskRunner)  # requests of other systems' files are no sweep's
         plan, question = make_plan(cell.job, each.files, {}), (cell.job.model, cell.dataset, each.runner.prompt_key)
         if question not in samples:
-            samples[question] = take_sample(each, plan)
-        line, rows, tokens, seconds = _line(cell, each, plan, samples[question], rate)
+            samples[question] = take_sample(each, each.runner, plan)
+        line, rows, tokens, seconds = _line(cell, each, each.runner.work, plan, samples[question], rate)
         lines.append(line)
         total_rows, total_tokens, total_s = total_rows + rows, total_tokens + tokens, total_s + (seconds or 0.0)
     console = Console(highlight=False)
@@ -60,7 +63,7 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
 
 
 def _line(
-    cell: Cell, checked: Checked, plan: Plan, sample: Sample, rate: float
+    cell: Cell, checked: Checked, work: Work, plan: Plan, sample: Sample, rate: float
 ) -> tuple[tuple[str, ...], int, float, float | None]:
     """The cell's line, its rows, prompt tokens and seconds (None on a GPU, whose rate was not measured)."""
     if not sample.ids:
@@ -68,7 +71,7 @@ def _line(
     lengths = [len(ids) for ids in sample.ids]
     of_media = sum(media_tokens(cell.job, cell.job.preprocess, sample.media)) / len(lengths)
     share = shared_prefix_share(sample.ids)
-    estimate = estimate_job(checked.config, checked.runner.work, lengths, share, plan.num_rows, of_media)
+    estimate = estimate_job(checked.config, [work], lengths, share, plan.num_rows, of_media)
     each = ROW_OVERHEAD_S + sample.row_seconds / (os.cpu_count() or 1)
     seconds: float | None = plan.num_rows * each
     if uses_gpus(cell.job, described_nodes(cell.job)):

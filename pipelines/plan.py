@@ -221,10 +221,10 @@ def shared_unit_rows(jobs: Sequence[Job], files: list[InputFile]) -> int:
     num_rows = sum(rows[file] if file in rows else _estimated_rows(source, file) for file in files)
     num_bytes = sum(file.size for file in files)
     budgets = {repr((job.task.image, job.task.video, job.task.messages, job.preprocess)): job for job in jobs}
-    media_bytes = sum(_media_bytes(job, job_source(job), files[0]) for job in budgets.values())
+    media_bytes = sum(_row_bytes(job, job_source(job), files[0]) for job in budgets.values())
     least = min(choose_unit_rows(job, num_rows, num_bytes) for job in jobs)
     alone = min(max(least // len(jobs), MIN_UNIT_ROWS), least)
-    return max(min(alone, int(MEDIA_UNIT_BYTES / media_bytes)), 1) if media_bytes else alone
+    return max(min(alone, int(HEAVY_UNIT_BYTES / media_bytes)), 1) if media_bytes else alone
 
 
 def extended_plan(job: Job, plan: Plan, files: list[InputFile], identity: Identity) -> Plan:

@@ -319,13 +319,15 @@ class TaskRunner:
     def _choose_columns(self, completion: Completion) -> Columns:
         """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1 - their sum."""
         found = label_scores(completion.choice_logprobs or ())
-        columns = {
+        columns: Columns = {
             "label": (self._task.labels or [])[found.best],
             "probability": found.probabilities[found.best],
             "label_probs": found.probabilities,
             "off_set_mass": found.off_set_mass,
         }
-        return columns | ({"label_logprobs": list(completion.choice_logprobs or ())} if self._task.label_logprobs else {})
+        if self._task.label_logprobs:
+            columns["label_logprobs"] = list(completion.choice_logprobs or ())
+        return columns
 
     def _generate_columns(self, outputs: tuple[Output, ...]) -> Columns:
         assert self._chat is not None

@@ -17,6 +17,7 @@ from models.errors import ConfigError, EngineError
 COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
     "label": (["job"], ["--debug", "--extend", "--set"]),
+    "evaluate": (["sweep"], ["--compare", "--debug", "--set"]),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
     "retry": (["output"], ["--code", "--debug", "--endpoint-url", "--set"]),
     "gc": (["output"], ["--debug", "--endpoint-url"]),
