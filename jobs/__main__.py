@@ -124,6 +124,39 @@ def status(
 
 
 @app.command()
+def report(
+    output: Annotated[
+        str,
+        typer.Argument(metavar="OUTPUT|SWEEP", help="An output, a sweep's, or its YAML file.", show_default=False),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="DIR", help="Write there instead of into OUTPUT.", show_default=False),
+    ] = None,
+    review: Annotated[
+        int | None,
+        typer.Option(
+            "--review", metavar="K", min=1, help="Also write the K rows most worth a look.", show_default=False
+        ),
+    ] = None,
+    pred_probs: Annotated[
+        str | None,
+        typer.Option(
+            "--pred-probs", metavar="FILE.npy", help="Also write all label probabilities.", show_default=False
+        ),
+    ] = None,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a page (report.html) about an output or a sweep: quality, errors, time, tokens, rows. Loads no model."""
+    with errors_for_people(debug):
+        from jobs.report import Wanted
+        from jobs.report import report as run_report
+
+        run_report(output, Wanted(to=to, review=review, pred_probs=pred_probs), endpoint_url=endpoint_url)
+
+
+@app.command()
 def retry(
     output: OutputArgument,
     codes: Annotated[

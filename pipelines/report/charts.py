@@ -17,7 +17,7 @@ from pipelines.report.text import compact, percent, short
 
 Y_TICKS = 4
 CHAR = 7.0  # the width of a character of a chart's text
-TOP, RIGHT, BOTTOM, LEFT = 18, 22, 42, 50
+TOP, RIGHT, BOTTOM, LEFT = 32, 22, 42, 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,9 @@ def bar(share: float, second: float | None = None) -> Markup:
     body = _rect("bar", 0, 0 if second is not None else 2, 100 * _within(share), 7 if second is not None else 8)
     if second is not None:
         body += _rect("bar-gold", 0, 8, 100 * _within(second), 3.5)
-    return Markup('<svg class="barcell" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">{}</svg>')\
-        .format(body)
+    return Markup(
+        '<svg class="barcell" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
+    ).format(body)
 
 
 def stacked_bar(parts: Sequence[tuple[str, float]], title: str) -> Markup:
@@ -103,9 +104,7 @@ def histogram(
     return _svg(frame, title, told, body)
 
 
-def reliability(
-    points: Sequence[tuple[float, float, float, float, int]], *, title: str, width: int = 420
-) -> Markup:
+def reliability(points: Sequence[tuple[float, float, float, float, int]], *, title: str, width: int = 420) -> Markup:
     """(confidence, accuracy, low, high, rows) of each bin against the diagonal of perfect calibration."""
     frame = Frame(width=width, height=min(width, 340), x=(0, 1), y=(0, 1))
     body = _y_axis(frame, lambda value: f"{value * 100:.0f} %") + _x_axis(frame, "confidence", percents=True)
@@ -118,7 +117,7 @@ def reliability(
         body += Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"/>').format(
             x, frame.py(accuracy), 3 + 6 * math.sqrt(rows / most)
         )
-    body += _text("axis-name", 4, TOP - 6, "accuracy", "start")
+    body += _text("axis-name", 4, 14, "accuracy", "start")
     told = "; ".join(f"{rows} rows at {percent(sure)} are {percent(right)} right" for sure, right, _, _, rows in points)
     return _svg(frame, title, told or "No rows.", body)
 
@@ -149,15 +148,24 @@ def throughput(
     for place, name in pauses:
         x = frame.px(place)
         body += _line("pause", x, TOP, x, frame.py(0))
-        body += _text("axis-name", *((x + 4, TOP + 10, name, "start") if x < width / 2 else (x - 4, TOP + 10, name, "end")))
+        body += _text(
+            "axis-name", *((x + 4, TOP + 10, name, "start") if x < width / 2 else (x - 4, TOP + 10, name, "end"))
+        )
     body += _x_axis(frame, "time of work", seconds=True)
-    body += _text("axis-name", 4, TOP - 6, "rows/s", "start")
-    told = f"Between {compact(min(rates, default=0))} and {compact(max(rates, default=0))} rows/s, mean {compact(mean)}."
+    body += _text("axis-name", 4, 14, "rows/s", "start")
+    told = (
+        f"Between {compact(min(rates, default=0))} and {compact(max(rates, default=0))} rows/s, mean {compact(mean)}."
+    )
     return _svg(frame, title, told, body)
 
 
 def scatter(
-    points: Sequence[Point], *, title: str, x_name: str, y_name: str, frontier: Sequence[tuple[float, float]] = (),
+    points: Sequence[Point],
+    *,
+    title: str,
+    x_name: str,
+    y_name: str,
+    frontier: Sequence[tuple[float, float]] = (),
     width: int = 860,
 ) -> Markup:
     """Points with intervals over a logarithmic x; `frontier` joins those that nothing beats."""
@@ -175,7 +183,7 @@ def scatter(
         body += _line(f"whisker group-{point.group}", x, frame.py(point.low), x, frame.py(point.high))
         body += _marker(point.group, x, at)
     body += Markup().join(_names(frame, points))
-    body += _text("axis-name", 4, TOP - 6, y_name, "start")
+    body += _text("axis-name", 4, 14, y_name, "start")
     told = "; ".join(f"{point.name}: {percent(point.y)} at {compact(point.x)}" for point in points)
     return _svg(frame, title, told, body)
 

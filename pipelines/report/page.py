@@ -117,8 +117,10 @@ def render(template: str, **context: Any) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    text = _environment().get_template(template).render(
-        policy=policy, style=Markup(style), script=Markup(script), made=made, **context
+    text = (
+        _environment()
+        .get_template(template)
+        .render(policy=policy, style=Markup(style), script=Markup(script), made=made, **context)
     )
     return text.encode("utf-8", "replace").decode()
 
@@ -177,7 +179,9 @@ def _tiles(collected: Collected) -> Iterator[Tile]:
         note = f"calibration error {ece * 100:.1f} points" if ece is not None else "of the answer given"
         yield Tile(name="Mean confidence", value=percent(answers.confidence.mean), note=note)
     if line.rows_per_s:
-        yield Tile(name="Rows per second", value=compact(line.rows_per_s), note=f"over {duration(line.active_s)} of work")
+        yield Tile(
+            name="Rows per second", value=compact(line.rows_per_s), note=f"over {duration(line.active_s)} of work"
+        )
     total = counts.prompt_tokens + counts.output_tokens
     yield Tile(name="Tokens", value=compact(total), note=f"{percent(counts.cached_share)} of the prompts cached")
 
@@ -187,23 +191,38 @@ def _notes(collected: Collected) -> Iterator[Note]:
     counts, answers, job = collected.found.counts, collected.found.answers, collected.job
     if not collected.finished:
         done = f"{collected.found.parts:,} of {collected.plan.num_units:,} units"
-        yield Note(level="warning", text=f"The job is not finished: {done} are committed, and all numbers are theirs. "
-                   "The same label command goes on from there.")
+        yield Note(
+            level="warning",
+            text=f"The job is not finished: {done} are committed, and all numbers are theirs. "
+            "The same label command goes on from there.",
+        )
     if counts.error_rate > job.max_error_rate:
-        yield Note(level="warning", text=f"{counts.error_rows:,} rows failed ({percent(counts.error_rate)}), and "
-                   f"max_error_rate allows {percent(job.max_error_rate)}. What failed, and why, stands below; "
-                   "glm-batch retry processes these rows again.")
+        yield Note(
+            level="warning",
+            text=f"{counts.error_rows:,} rows failed ({percent(counts.error_rate)}), and "
+            f"max_error_rate allows {percent(job.max_error_rate)}. What failed, and why, stands below; "
+            "glm-batch retry processes these rows again.",
+        )
     if collected.input_rows.problems:
         first = next(iter(collected.input_rows.problems.values()))
-        yield Note(level="warning", text=f"{len(collected.input_rows.problems):,} input files cannot be read any more, "
-                   f"so prompts, media and gold answers of their rows are missing here: {first}")
+        yield Note(
+            level="warning",
+            text=f"{len(collected.input_rows.problems):,} input files cannot be read any more, "
+            f"so prompts, media and gold answers of their rows are missing here: {first}",
+        )
     yield from _quality_notes(answers)
     for start, stop in collected.timeline.stalls[:3]:
-        yield Note(level="warning", text=f"Nothing was committed for {duration(stop - start)} from {_clock(start)} on "
-                   "while units were in work.")
+        yield Note(
+            level="warning",
+            text=f"Nothing was committed for {duration(stop - start)} from {_clock(start)} on "
+            "while units were in work.",
+        )
     if collected.left_parts > 0 and collected.finished:
-        yield Note(level="info", text=f"{collected.left_parts:,} files of attempts that died, came second or were "
-                   "retried are left; glm-batch gc removes them.")
+        yield Note(
+            level="info",
+            text=f"{collected.left_parts:,} files of attempts that died, came second or were "
+            "retried are left; glm-batch gc removes them.",
+        )
 
 
 def _quality_notes(answers: Answers) -> Iterator[Note]:
@@ -211,26 +230,41 @@ def _quality_notes(answers: Answers) -> Iterator[Note]:
     if gold is not None and gold.reliability is not None and gold.bins[0].sum() >= 100 and gold.reliability.ece > 0.05:
         rows, sure, right = gold.bins.sum(axis=1)
         how = "surer than it is right" if sure > right else "less sure than it could be"
-        yield Note(level="warning", text=f"The model is {how}: mean confidence {percent(sure / rows)}, accuracy "
-                   f"{percent(right / rows)} (calibration error {gold.reliability.ece * 100:.1f} points).")
+        yield Note(
+            level="warning",
+            text=f"The model is {how}: mean confidence {percent(sure / rows)}, accuracy "
+            f"{percent(right / rows)} (calibration error {gold.reliability.ece * 100:.1f} points).",
+        )
     if answers.off_set_mass.mean > 0.1:
-        yield Note(level="warning", text=f"On average {percent(answers.off_set_mass.mean)} of the probability goes to "
-                   "answers outside of the labels: the prompt may not tell which ones there are.")
+        yield Note(
+            level="warning",
+            text=f"On average {percent(answers.off_set_mass.mean)} of the probability goes to "
+            "answers outside of the labels: the prompt may not tell which ones there are.",
+        )
     if gold is not None:
         wrong = [(pair, rows) for pair, rows in gold.pairs.items() if pair[0] != pair[1] and pair[1] != NO_ANSWER]
         if wrong:
             (truth, given), rows = max(wrong, key=lambda item: (item[1], item[0]))
             if rows >= 3:
-                yield Note(level="info", text=f"The most frequent mistake: {short(truth, 40)} taken for "
-                           f"{short(given, 40)}, {rows:,} rows.")
-    never = [label for label in answers.labels if label not in answers.values.counts] if answers.kind == "choose" else []
+                yield Note(
+                    level="info",
+                    text=f"The most frequent mistake: {short(truth, 40)} taken for {short(given, 40)}, {rows:,} rows.",
+                )
+    never = (
+        [label for label in answers.labels if label not in answers.values.counts] if answers.kind == "choose" else []
+    )
     if never and answers.values.total:
-        yield Note(level="info", text=f"Never given: {', '.join(short(label, 30) for label in never[:8])}"
-                   f"{' ...' if len(never) > 8 else ''}.")
+        yield Note(
+            level="info",
+            text=f"Never given: {', '.join(short(label, 30) for label in never[:8])}"
+            f"{' ...' if len(never) > 8 else ''}.",
+        )
     cut = answers.finished.counts.get("length", 0)
     if cut:
-        yield Note(level="warning", text=f"{cut:,} texts ({percent(cut / answers.finished.total)}) were cut off at "
-                   "sampling.max_tokens.")
+        yield Note(
+            level="warning",
+            text=f"{cut:,} texts ({percent(cut / answers.finished.total)}) were cut off at sampling.max_tokens.",
+        )
 
 
 # ---- answers
@@ -259,22 +293,28 @@ def _answers(answers: Answers) -> dict[str, Any]:
 _LENGTHS = {"generate": "Tokens of an answer", "tag": "Tokens of a row", "classify": "Labels of a row"}
 
 
-def _distribution(
-    title: str, values: Values, order: Sequence[str], gold: Mapping[str, int]
-) -> dict[str, Any]:
+def _distribution(title: str, values: Values, order: Sequence[str], gold: Mapping[str, int]) -> dict[str, Any]:
     """`order` lists values that are shown even if they do not occur."""
-    ranked = values.ranked() + [(name, 0) for name in order if name not in values.counts]
+    listed = values.ranked()
+    if not order and len(listed) > VALUES_SHOWN:
+        listed = [(name, rows) for name, rows in listed if rows > 1]  # single ones tell nothing
+    ranked = listed + [(name, 0) for name in order if name not in values.counts]
     most = LABELS_SHOWN if order else VALUES_SHOWN
     total, num_gold = values.total, sum(gold.values())
     highest = max([rows / total for _, rows in ranked[:1]] + [rows / num_gold for rows in gold.values()], default=1.0)
     rows = []
     for name, count in ranked[:most]:
         second = gold.get(name, 0) / num_gold if num_gold else None
-        rows.append({
-            "name": shown(name, 80), "rows": count, "share": count / total, "gold": second,
-            "bar": charts.bar(count / total / highest, None if second is None else second / highest),
-        })
-    rest = sum(count for _, count in ranked[most:]) + values.others
+        rows.append(
+            {
+                "name": shown(name, 80),
+                "rows": count,
+                "share": count / total,
+                "gold": second,
+                "bar": charts.bar(count / total / highest, None if second is None else second / highest),
+            }
+        )
+    rest = total - sum(count for _, count in ranked[:most])
     different = f"{len(values.counts):,}" + ("+" if values.others else "")
     return {"title": title, "rows": rows, "rest": rest, "total": total, "different": different, "gold": bool(num_gold)}
 
@@ -291,9 +331,10 @@ def _unit_histogram(values: UnitHistogram, name: str, judged: bool, kind: str) -
     shares = values.bins.sum(axis=0) / values.rows
     top = f"{percent(float(shares[-2:].sum()))} of the rows from 0.9 up, {percent(float(shares[:10].sum()))} below 0.5"
     about = {
-        "Confidence": {"tag": "the score of a row's least sure token",
-                       "generate": "the geometric mean of an answer's token probabilities"}.get(
-                           kind, "the probability of the answer among the labels"),
+        "Confidence": {
+            "tag": "the score of a row's least sure token",
+            "generate": "the geometric mean of an answer's token probabilities",
+        }.get(kind, "the probability of the answer among the labels"),
         "off_set_mass": "the probability of anything but a label, before the labels share 1 among them",
     }[name]
     return {
@@ -302,8 +343,11 @@ def _unit_histogram(values: UnitHistogram, name: str, judged: bool, kind: str) -
         "chart": charts.histogram(stacks, edges, title=title, x_name=name.lower()),
         "told": f"{top}; mean {values.mean:.3f}, highest {values.highest:.3f}",
         "judged": judged,
-        "table": [(f"{low:.2f} to {high:.2f}", *map(int, stack)) for low, high, stack in
-                  zip(edges[:-1], edges[1:], stacks, strict=True) if sum(stack)],
+        "table": [
+            (f"{low:.2f} to {high:.2f}", *map(int, stack))
+            for low, high, stack in zip(edges[:-1], edges[1:], stacks, strict=True)
+            if sum(stack)
+        ],
     }
 
 
@@ -368,17 +412,24 @@ def _gold(answers: Answers) -> dict[str, Any] | None:
         return None
     low, high = wilson(gold.right, gold.rows)
     context: dict[str, Any] = {
-        "rows": gold.rows, "right": gold.right, "failed": gold.failed, "accuracy": gold.right / gold.rows,
-        "low": low, "high": high, "classes": None, "reliability": None,
+        "rows": gold.rows,
+        "right": gold.right,
+        "failed": gold.failed,
+        "accuracy": gold.right / gold.rows,
+        "low": low,
+        "high": high,
+        "classes": None,
+        "reliability": None,
     }
     if gold.pairs:
-        context["classes"] = _classes(gold, answers.labels)
+        context["classes"] = classes_of(gold, answers.labels)
     if gold.reliability is not None:
-        context["reliability"] = _reliability(gold)
+        context["reliability"] = reliability_of(gold)
     return context
 
 
-def _classes(gold: Gold, labels: Sequence[str]) -> dict[str, Any]:
+def classes_of(gold: Gold, labels: Sequence[str]) -> dict[str, Any]:
+    """Confusion, and precision, recall and F1 of each label, the LABELS_SHOWN most frequent ones in their order."""
     import numpy as np
 
     by_gold, by_answer = _sums(gold)
@@ -401,7 +452,9 @@ def _classes(gold: Gold, labels: Sequence[str]) -> dict[str, Any]:
 def _label_row(name: str, gold: Gold, by_gold: Mapping[str, int], by_answer: Mapping[str, int]) -> dict[str, Any]:
     right, truth, given = gold.pairs[name, name], by_gold.get(name, 0), by_answer.get(name, 0)
     return {
-        "name": shown(name, 60), "gold": truth, "answered": given,
+        "name": shown(name, 60),
+        "gold": truth,
+        "answered": given,
         "precision": right / given if given else None,
         "recall": right / truth if truth else None,
         "f1": 2 * right / (truth + given) if truth + given else None,
@@ -418,7 +471,8 @@ def _matrix_row(name: str, columns: Sequence[str], gold: Gold, total: int) -> di
     return {"name": shown(name, 40), "cells": cells, "total": total}
 
 
-def _reliability(gold: Gold) -> dict[str, Any]:
+def reliability_of(gold: Gold) -> dict[str, Any]:
+    """The diagram with its numbers, for gold that has probabilities."""
     found = gold.reliability
     assert found is not None
     points = []
@@ -452,8 +506,12 @@ def _errors(collected: Collected, deck: Deck) -> Iterator[dict[str, Any]]:
     for code, rows in sorted(counts.errors.items(), key=lambda item: (-item[1], item[0])):
         chosen = collected.found.failed.get(code)
         yield {
-            "code": code, "rows": rows, "share": rows / counts.rows, "about": ABOUT_CODES.get(code, ""),
-            "bar": charts.bar(rows / highest), "cards": list(map(deck.card, chosen.rows)) if chosen else [],
+            "code": code,
+            "rows": rows,
+            "share": rows / counts.rows,
+            "about": ABOUT_CODES.get(code, ""),
+            "bar": charts.bar(rows / highest),
+            "cards": list(map(deck.card, chosen.rows)) if chosen else [],
         }
 
 
@@ -461,32 +519,58 @@ def _time(collected: Collected) -> dict[str, Any]:
     line, found = collected.timeline, collected.found
     facts = []
     if line.known:
-        facts += [("First unit began", _clock(line.start)), ("Last commit", _clock(line.end)),
-                  ("Time of work", duration(line.active_s)),
-                  ("Pauses", f"{len(line.pauses)}, {duration(sum(b - a for a, b in line.pauses))} in all"
-                   if line.pauses else "none"),
-                  ("Stalls", f"{len(line.stalls)}, {duration(sum(b - a for a, b in line.stalls))} in all"
-                   if line.stalls else "none"),
-                  ("A unit in the engine", f"{duration(line.unit_s)} (median)")]
+        facts += [
+            ("First unit began", _clock(line.start)),
+            ("Last commit", _clock(line.end)),
+            ("Time of work", duration(line.active_s)),
+            (
+                "Pauses",
+                f"{len(line.pauses)}, {duration(sum(b - a for a, b in line.pauses))} in all" if line.pauses else "none",
+            ),
+            (
+                "Stalls",
+                f"{len(line.stalls)}, {duration(sum(b - a for a, b in line.stalls))} in all" if line.stalls else "none",
+            ),
+            ("A unit in the engine", f"{duration(line.unit_s)} (median)"),
+        ]
     again = sum(rows for attempts, rows in found.attempts.items() if attempts > 1)
-    facts += [("Units", f"{found.parts:,} of {collected.plan.num_units:,}, {collected.plan.unit_rows:,} rows each at most"),
-              ("Rows processed again", f"{again:,} in {line.retried_units:,} units" if again else "none")]
+    facts += [
+        ("Units", f"{found.parts:,} of {collected.plan.num_units:,}, {collected.plan.unit_rows:,} rows each at most"),
+        ("Rows processed again", f"{again:,} in {line.retried_units:,} units" if again else "none"),
+    ]
     chart = None
     if line.known:
         pauses = [(line.active(start), f"paused {duration(stop - start)}") for start, stop in line.pauses]
         stalls = [(line.active(start), line.active(stop)) for start, stop in line.stalls]
-        chart = [charts.throughput(line.edges.tolist(), line.rates.tolist(), title="Rows per second over the time of work",
-                                   mean=line.rows_per_s, pauses=pauses[:12], stalls=stalls, width=width)
-                 for width in (860, 420)]
-    return {"facts": facts, "chart": chart, "unknown": line.unknown, "pauses": bool(line.pauses),
-            "stalls": bool(line.stalls)}
+        chart = [
+            charts.throughput(
+                line.edges.tolist(),
+                line.rates.tolist(),
+                title="Rows per second over the time of work",
+                mean=line.rows_per_s,
+                pauses=pauses[:12],
+                stalls=stalls,
+                width=width,
+            )
+            for width in (860, 420)
+        ]
+    return {
+        "facts": facts,
+        "chart": chart,
+        "unknown": line.unknown,
+        "pauses": bool(line.pauses),
+        "stalls": bool(line.stalls),
+    }
 
 
 def _tokens(collected: Collected) -> dict[str, Any]:
     counts = collected.found.counts
     read = counts.prompt_tokens - counts.cached_tokens
-    parts = [("bar", "read by the model", read), ("cached", "cached prompt", counts.cached_tokens),
-             ("written", "written", counts.output_tokens)]
+    parts = [
+        ("bar", "read by the model", read),
+        ("cached", "cached prompt", counts.cached_tokens),
+        ("written", "written", counts.output_tokens),
+    ]
     rows = max(counts.rows, 1)
     total = counts.prompt_tokens + counts.output_tokens
     return {
@@ -509,4 +593,15 @@ def _clock(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))
 
 
-__all__ = ["Card", "render", "render_job", "wilson"]
+__all__ = [
+    "Card",
+    "Note",
+    "Tile",
+    "classes_of",
+    "compact",
+    "percent",
+    "reliability_of",
+    "render",
+    "render_job",
+    "wilson",
+]

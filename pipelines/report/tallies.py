@@ -120,7 +120,7 @@ class NumberRange:
         self.total += float(values.sum())
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
         every, sample = np.concatenate([self._keys, keys]), np.concatenate([self.sample, values])
-        kept = np.argsort(every, kind="stable")[: NUMBERS_SAMPLED]
+        kept = np.argsort(every, kind="stable")[:NUMBERS_SAMPLED]
         self._keys, self.sample = every[kept], sample[kept]
 
     @property

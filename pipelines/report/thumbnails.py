@@ -94,9 +94,7 @@ def _checkpoint_fps(model_dir: str) -> float:
 def _picture(media: MediaPatches) -> Picture:
     _, height, width = media.source
     if media.kind == "image":
-        return Picture(
-            kind="image", frames=((_data_url(frames(media)[0]), ""),), size=f"{width} x {height}"
-        )
+        return Picture(kind="image", frames=((_data_url(frames(media)[0]), ""),), size=f"{width} x {height}")
     shown = [_data_url(frame) for frame in frames(media)[::2][:FRAMES]]  # the first frame of each group has a time
     times = [f"{second:.1f} s" for second in media.timestamps[:FRAMES]]
     of_all = f", first {len(shown)} of {media.source[0]} frames taken" if media.source[0] > len(shown) else ""
