@@ -22,6 +22,7 @@ from pipelines.evaluation.scoring import Rules, score_rows
 from pipelines.report.tallies import Floats, IntegerCounts, NumberRange, UnitHistogram, Values
 
 RIGHT, WRONG, UNJUDGED = 0, 1, 2
+JUDGED = ("choose", "classify", "generate", "extract")  # kinds with one right answer
 MAX_TEXT = 80  # a longer answer is counted as "a longer text"
 MAX_FIELDS = 20
 LONGER, NO_ANSWER = "(longer texts)", "(no answer)"
@@ -103,8 +104,10 @@ class Answers:
 
     def _judge(self, part: pa.Table, golds: Sequence[Any] | None) -> npt.NDArray[np.int64]:
         result = np.full(part.num_rows, UNJUDGED, np.int64)
-        places = np.flatnonzero([gold is not None for gold in golds]) if golds is not None else ()
-        if golds is None or not len(places) or self.kind not in ("choose", "classify", "generate", "extract"):
+        if golds is None or self.kind not in JUDGED:
+            return result
+        places = np.flatnonzero([gold is not None for gold in golds])
+        if not len(places):
             return result
         self.gold = self.gold or Gold()
         rules = Rules(kind=self.kind, labels=self._labels_of(part))

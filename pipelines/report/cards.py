@@ -18,6 +18,7 @@ from pipelines.evaluation.scoring import Rules
 from pipelines.job import Job
 from pipelines.plan import Plan
 from pipelines.prompts import Message, PromptTemplate, conversation, prompt_columns, uses_chat
+from pipelines.report.answers import JUDGED
 from pipelines.report.rows import InputRows, Place
 from pipelines.report.tallies import Picked
 from pipelines.report.text import shown
@@ -102,7 +103,7 @@ class Deck:
         return [(shown(label, KEY_SHOWN), score) for label, score in ranked[:LABELS_SHOWN]]
 
     def _verdict(self, columns: Mapping[str, Any], gold: Any) -> str:
-        if gold is None or self.job.task.kind not in ("choose", "classify", "generate", "extract"):
+        if gold is None or self.job.task.kind not in JUDGED:
             return ""
         return "right" if is_right(self.job.task.kind, self.labels, columns, gold) else "wrong"
 

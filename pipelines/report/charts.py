@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from pipelines.report.text import compact, percent, short
 
 Y_TICKS = 4
+BESIDE = 9.0  # between points of groups that cost the same
 CHAR = 7.0  # the width of a character of a chart's text
 TOP, RIGHT, BOTTOM, LEFT = 32, 22, 42, 50
 
@@ -179,7 +180,7 @@ def scatter(
         path = "L".join(f"{frame.px(at):.1f},{frame.py(value):.1f}" for at, value in frontier)
         body += Markup('<path class="frontier" d="M{}"/>').format(path)
     for point in points:
-        x, at = frame.px(point.x), frame.py(point.y)
+        x, at = frame.px(point.x) + _aside(point, points), frame.py(point.y)
         body += _line(f"whisker group-{point.group}", x, frame.py(point.low), x, frame.py(point.high))
         body += _marker(point.group, x, at)
     body += Markup().join(_names(frame, points))
@@ -188,11 +189,16 @@ def scatter(
     return _svg(frame, title, told, body)
 
 
+def _aside(point: Point, points: Sequence[Point]) -> float:
+    """So that groups of the same cost stand side by side."""
+    return BESIDE * (point.group - max(each.group for each in points) / 2)
+
+
 def _names(frame: Frame, points: Sequence[Point]) -> Iterable[Markup]:
     """Each point's name, moved aside where another one stands already."""
     taken: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda each: (-each.y, each.x)):
-        x, y = frame.px(point.x) + 8, frame.py(point.y) + 4
+    for point in points:
+        x, y = frame.px(point.x) + 8 + BESIDE * max(each.group for each in points) / 2, frame.py(point.y) + 4
         while any(abs(x - other[0]) < CHAR * (len(point.name) + 1) and abs(y - other[1]) < 12 for other in taken):
             x += CHAR * (len(point.name) + 1)
         taken.append((x, y))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ from models.errors import ConfigError
 from pipelines.commit import Output
 from pipelines.report import charts
 from pipelines.report.answers import NO_ANSWER, Gold
-from pipelines.report.page import Note, Tile, classes_of, compact, percent, reliability_of, render
-from pipelines.report.text import short, shown
+from pipelines.report.head import Note, Tile
+from pipelines.report.page import render
+from pipelines.report.quality import classes_of, reliability_of
+from pipelines.report.text import compact, percent, short, shown
 
 RESULTS, SCORES = "results.json", "scores"
 AXES = ("model", "dataset", "task", "prompt", "sampling", "seed", "max_pixels")
@@ -30,7 +32,7 @@ MORE_METRICS = {
     "macro_f1": "macro F1", "ece": "ECE", "brier": "Brier", "pass@1": "pass@1", "majority": "majority",
     "field_accuracy": "fields", "normalised": "normalised", "sample_f1": "sample F1",
 }  # fmt: skip
-MOST_METRICS = 3
+MOST_METRICS = 2
 DISAGREEMENTS = 12
 
 
@@ -113,12 +115,13 @@ def _group(output: Output, cells: list[SweepCell], against: dict[str, Any]) -> d
     known = [found for cell in cells if (found := cell.metric("accuracy"))]
     scale = _scale(known)
     best = max((found["value"] for found in known), default=math.nan)
+    baselines = {each["baseline"] for each in against.values()}
     task, dataset = cells[0].question
     return {
         "title": f"{shown(task, 60)} on {shown(dataset, 60)}",
         "axes": axes,
         "metrics": [MORE_METRICS[name] for name in metrics],
-        "rows": [_row(cell, axes, metrics, against.get(cell.name), scale, best) for cell in cells],
+        "rows": [_row(cell, axes, metrics, against.get(cell.name), baselines, scale, best) for cell in cells],
         "charts": _charts(cells),
         "details": [found for cell in cells if (found := _details(cell))],
         "models": _legend(cells),
@@ -132,6 +135,7 @@ def _row(
     axes: Sequence[str],
     metrics: Sequence[str],
     against: dict[str, Any] | None,
+    baselines: set[str],
     scale: tuple[float, float],
     best: float,
 ) -> dict[str, Any]:
@@ -145,14 +149,23 @@ def _row(
         "failed": failed,
         "accuracy": accuracy,
         "best": accuracy is not None and accuracy["value"] == best,
-        "bar": None if accuracy is None else charts.interval(*(accuracy[k] for k in ("value", "low", "high")), scale),
+        "bar": charts.interval(*_ends(accuracy), scale) if accuracy else "",
         "metrics": [cell.metric(name) for name in metrics],
         "cost": cell.cost,
+        "is_baseline": cell.name in baselines,
         "against": None if against is None or against["value"] is None else {
             "value": against["value"], "low": against["low"], "high": against["high"],
-            "p": against["p_adjusted"], "sure": (against["p_adjusted"] or 1.0) < SURE,
+            "p": _p_value(against["p_adjusted"]), "sure": (against["p_adjusted"] or 1.0) < SURE,
         },
     }  # fmt: skip
+
+
+def _p_value(value: float | None) -> str:
+    return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _ends(found: Mapping[str, float]) -> tuple[float, float, float]:
+    return found["value"], found["low"], found["high"]
 
 
 def _charts(cells: Sequence[SweepCell]) -> list[Any] | None:
@@ -284,9 +297,9 @@ def _notes(cells: Sequence[SweepCell], against: dict[str, Any]) -> Iterator[Note
         if len(known) < 2:
             continue
         best, cell = max(known, key=lambda pair: (pair[0], -pair[1].cost))
-        rivals = [each for value, each in known if value == best]
+        rivals = [each.mark for value, each in known if value == best and each is not cell]
         task, dataset = cell.question
-        also = f" (as do {len(rivals) - 1} others, which cost as much or more)" if len(rivals) > 1 else ""
+        also = f"; {', '.join(rivals)} {'is' if len(rivals) == 1 else 'are'} as good at no lower cost" if rivals else ""
         sure = against.get(cell.name)
         told = ""
         if sure is not None and sure["p_adjusted"] is not None:

@@ -50,7 +50,7 @@ class Timeline:
 
     def active(self, moment: float) -> float:
         """Seconds of work before a moment: what an axis without pauses shows."""
-        return _active(np.array([moment]), self.start, self.pauses)[0].item()
+        return float(_active(np.array([moment]), self.start, self.pauses)[0])
 
 
 @dataclass(slots=True)
