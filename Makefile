@@ -2,6 +2,7 @@
 # make sweep  evaluate the shipped sweep: a table of accuracies with intervals and comparisons
 # make test   everything that a change must pass: ruff, mypy, pytest
 # make test-vllm   the tests of engine.kind vllm, with vLLM for CPUs in an environment of its own
+# make test-report   pages of reports in a real browser; needs chromium on the PATH and fails without it
 # make test-faults   the long form of the kill suite, about 25 minutes on two quiet cores; GLM_BATCH_FAULTS_SEED=N
 #
 # All make .venv (.venv-vllm) on a fresh machine and use it again until pyproject.toml changes. PYTHON names the interpreter
@@ -16,7 +17,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 DEMO := out/demo
 
 .DELETE_ON_ERROR:
-.PHONY: demo sweep test test-vllm test-faults clean
+.PHONY: demo sweep test test-vllm test-report test-faults clean
 
 demo: $(VENV)/installed
 	@rm -rf $(DEMO)
@@ -37,6 +38,9 @@ test: $(VENV)/installed-test
 # vLLM's GLM-4.1V imports torchvision, whose build for CUDA works beside a CPU torch only with tests/vllm_environment.
 test-vllm: $(VLLM_VENV)/installed
 	PYTHONPATH=tests/vllm_environment $(VLLM_BIN)/pytest -k vllm tests/contracts/test_engine.py tests/models/engine
+
+test-report: $(VENV)/installed-test
+	$(BIN)/pytest -v -m browser tests/report
 
 test-faults: $(VENV)/installed-test
 	$(BIN)/pytest -v -m faults tests/faults
