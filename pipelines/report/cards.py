@@ -126,6 +126,8 @@ def asked(job: Job, row: Row | RowError) -> Asked:
     if isinstance(row, RowError):
         return Asked()
     gold = row.get(job.task.gold) if job.task.gold else None
+    if job.asks_by_row:
+        return Asked(prompt=_json(row))
     try:
         template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
         if not uses_chat(job.task):
@@ -152,6 +154,8 @@ def answer_text(kind: str, columns: Mapping[str, Any]) -> str:
             tokens = columns["tokens"]
             more = f" ... {len(tokens) - TOKENS_SHOWN:,} tokens more" if len(tokens) > TOKENS_SHOWN else ""
             return "  ".join(f"{token['text'].strip()}/{token['label']}" for token in tokens[:TOKENS_SHOWN]) + more
+        case "requests":
+            return str(columns["response"])
     vector = columns["vector"]
     return f"[{', '.join(f'{value:.3g}' for value in vector[:6])}{', ...' if len(vector) > 6 else ''}]"
 

@@ -7,12 +7,15 @@ committed, much longer than between others. Knows nothing of rows.
 
 from __future__ import annotations
 
+import calendar
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from glm_actors.spent import IN_ENGINE
 from pipelines.commit import CommitRecord
 
 Floats = npt.NDArray[np.float64]
@@ -63,10 +66,11 @@ class Clock:
 
     def add(self, record: CommitRecord) -> None:
         self.retried_units += record.generation > 1
-        if record.committed is None:
+        if not record.at:
             self.unknown += 1
         else:
-            self.times.append((record.committed - max(record.seconds or 0.0, 0.0), record.committed, record.rows))
+            committed = float(calendar.timegm(time.strptime(record.at, "%Y-%m-%dT%H:%M:%SZ")))
+            self.times.append((committed - record.spent.get(IN_ENGINE, 0.0), committed, record.rows))
 
     def timeline(self) -> Timeline:
         if not self.times:

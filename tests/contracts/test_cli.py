@@ -19,6 +19,7 @@ COMMANDS = {
     "label": (["job"], ["--debug", "--extend", "--set"]),
     "evaluate": (["sweep"], ["--compare", "--debug", "--set"]),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
+    "report": (["output"], ["--debug", "--endpoint-url", "--pred-probs", "--review", "--to"]),
     "retry": (["output"], ["--code", "--debug", "--endpoint-url", "--set"]),
     "gc": (["output"], ["--debug", "--endpoint-url"]),
     "serve": (["config"], ["--debug", "--insecure"]),

@@ -37,10 +37,10 @@ HOSTILE = [
     for n, (piece, (before, after)) in enumerate(islice(product(PIECES * 5, AROUND), 1000))
 ]
 ALLOWED = {
-    "html", "head", "meta", "title", "link", "style", "body", "header", "p", "h1", "h2", "h3", "span", "dl", "div", "dt",
-    "dd", "code", "bdi", "nav", "a", "main", "ul", "li", "section", "table", "caption", "thead", "tbody", "tr", "th",
-    "td", "svg", "desc", "rect", "line", "text", "path", "circle", "polygon", "details", "summary", "article", "figure",
-    "figcaption", "img", "small", "strong", "pre", "footer", "script", "button",
+    "html", "head", "meta", "title", "link", "style", "body", "header", "p", "h1", "h2", "h3", "span", "dl", "div",
+    "dt", "dd", "code", "bdi", "nav", "a", "main", "ul", "li", "section", "table", "caption", "thead", "tbody", "tr",
+    "th", "td", "svg", "desc", "rect", "line", "text", "path", "circle", "polygon", "details", "summary", "article",
+    "figure", "figcaption", "img", "small", "strong", "pre", "footer", "script", "button",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_counts_errors_and_tokens(made: Any, frame: pd.DataFrame) -> None:
     for code, rows in frame["code"].value_counts().items():
         assert f"{code} {rows} rows, {rows / ROWS * 100:.1f} %" in page.text
     tokens = {cells[0]: cells[1] for cells in page.table_with("tokens")}
-    assert tokens["cached prompt"] == str(TOKENS["cached_tokens"] * (ROWS - failed))
+    assert tokens["cached prompt"] == f"{TOKENS['cached_tokens'] * (ROWS - failed):,}"
     assert tokens["read by the model"] == f"{30 * (ROWS - failed):,}"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from glm_actors.spent import IN_ENGINE
 from pipelines.commit import JOB, Output
 from pipelines.job import CommitSection, Job, TaskConfig, job_file
 from pipelines.metrics import Counts
@@ -74,7 +75,7 @@ def commit_rows(
             some = zip(keys[first:last], answers[first:last], strict=True)
             whole = [{"row_key": key, **row(**answer)} for key, answer in some]
             table = pa.Table.from_pylist(whole, schema)
-            output.commit(unit.index, table, counts_of(table), seconds=seconds)
+            output.commit(unit.index, table, counts_of(table), spent={IN_ENGINE: seconds})
         first = last
     if units is None:
         output.finish(plan, schema, dict(facts or {}))
