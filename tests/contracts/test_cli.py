@@ -16,7 +16,7 @@ from models.errors import ConfigError, EngineError
 
 COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
-    "label": (["job"], ["--debug", "--extend", "--set"]),
+    "label": (["job"], ["--app", "--debug", "--extend", "--set"]),
     "evaluate": (["sweep"], ["--compare", "--debug", "--set"]),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
     "report": (["output"], ["--debug", "--endpoint-url", "--pred-probs", "--review", "--to"]),
@@ -82,7 +82,7 @@ def test_a_workers_traceback_is_shortened_and_debug_shows_it(capsys: pytest.Capt
 
 @pytest.mark.parametrize("code", [0, 3, 130])
 def test_label_decides_the_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.label.label", lambda path, overrides, extend: code)
+    monkeypatch.setattr("jobs.label.label", lambda path, overrides, **options: code)
     assert CliRunner().invoke(cli.app, ["label", "job.yaml"]).exit_code == code
 
 
