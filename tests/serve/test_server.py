@@ -235,17 +235,16 @@ def test_many_clients_at_once(server: Server) -> None:
     assert found["glm_prompt_tokens_total"] > found["glm_cached_prompt_tokens_total"] > 0
 
 
-def test_a_signal_lets_requests_finish_and_takes_no_new_ones(server: Server) -> None:
-    """The last test here: it ends the server."""
-    stream = server.client.completions.create(model=MODEL, prompt="Where is", stream=True, logprobs=1, **LONG)
+def test_a_signal_lets_requests_finish_and_takes_no_new_ones(own_server: Server) -> None:
+    stream = own_server.client.completions.create(model=MODEL, prompt="Where is", stream=True, logprobs=1, **LONG)
     first = next(iter(stream))
-    server.process.send_signal(signal.SIGTERM)
+    own_server.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 10.0
-    while (answer := httpx.get(f"{server.url}/health", timeout=60.0)).status_code != 503:
+    while (answer := httpx.get(f"{own_server.url}/health", timeout=60.0)).status_code != 503:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert answer.headers["Retry-After"] == "1"
     rest = [chunk.choices[0] for chunk in stream]
     assert rest[-1].finish_reason == "length"
     assert sum(len(choice.logprobs.tokens or []) for choice in [first.choices[0], *rest] if choice.logprobs) == 900
-    assert server.process.wait(timeout=60) == 0
+    assert own_server.process.wait(timeout=60) == 0
