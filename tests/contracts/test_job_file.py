@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
+from glm_actors.serving.settings import Caps
 from jobs.config import describe, job_keys
 
-SECTION = "a section of keys"
 TEXT, TEXT_OR_NULL, TEXTS = "text", "text or null", "a list of text"
 WHOLE, NUMBER, SWITCH = "a whole number", "a number", "true or false"
 WHOLE_OR_AUTO, WHOLE_OR_NULL = 'a whole number or "auto"', "a whole number or null"
 COLUMNS = "text or a list of text or null"
-KINDS = 'one of "choose", "generate", "extract", "classify", "tag", "embed"'
+KINDS = 'one of "choose", "generate", "extract", "classify", "tag", "embed", "requests"'
 
 KEYS = {
     "model": (TEXT, "required"),
     "input": (TEXTS, "required"),
     "output": (TEXT, "required"),
-    "task": (SECTION, "required"),
+    "input_format": ('one of "rows", "openai_batch"', "rows"),
+    "requests.models": (TEXTS, []),
+    "requests.thinking": (SWITCH, False),
     "task.kind": (KINDS, "required"),
     "task.system": (TEXT_OR_NULL, None),
     "task.prompt": (TEXT_OR_NULL, None),
@@ -80,6 +83,9 @@ KEYS = {
     "storage.anon": (SWITCH, False),
 }
 SECTIONS = {
+    "task",
+    "requests",
+    "requests.limits",
     "sampling",
     "engine",
     "cluster",
@@ -92,7 +98,9 @@ SECTIONS = {
 
 def test_keys_types_and_defaults() -> None:
     known = {name: (describe(key.type), key.default) for name, key in job_keys().items() if name not in SECTIONS}
-    assert known == KEYS
+    limits = {name for name in known if name.startswith("requests.limits.")}
+    assert limits == {f"requests.limits.{field.name}" for field in fields(Caps)}  # as in a server's configuration
+    assert {name: known[name] for name in known.keys() - limits} == KEYS
 
 
 def test_sections_may_be_left_out() -> None:
@@ -105,7 +113,7 @@ def test_the_readme_shows_every_key_with_its_default() -> None:
     flat = {key: value for key, value in shown.items() if not isinstance(value, dict)}
     flat |= {f"{section}.{key}": value for section in shown if isinstance(shown[section], dict)
              for key, value in shown[section].items()}  # fmt: skip
-    assert flat.keys() | {"task"} == KEYS.keys()
+    assert flat.keys() - {"requests.limits"} == KEYS.keys()
     example = {"task.prompt", "task.labels", "key", "carry"}
     for key, (_, default) in KEYS.items():
         if default != "required" and key not in example:
