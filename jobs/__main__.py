@@ -108,6 +108,38 @@ def evaluate(
 
 
 @app.command()
+def cron(
+    job: JobArgument,
+    overrides: SetOption = None,
+    max_units: Annotated[
+        int | None,
+        typer.Option(
+            "--max-units", min=1, help="Process at most so many units; the next run goes on.", show_default=False
+        ),
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option("--until", metavar="TIME", help="Stop at HH:MM, or after 90m or 1h30m; the next run goes on."),
+    ] = None,
+    drop_deleted: Annotated[
+        bool, typer.Option("--drop-deleted", help="Give up the rows of input files that are gone.")
+    ] = False,
+    changed_job: Annotated[
+        bool, typer.Option("--changed-job", help="The job was changed: process every row again.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Process what is new or changed since the last run, as a new version of the output. For schedulers."""
+    with errors_for_people(debug):
+        from jobs.cron import cron as run_cron
+
+        code = run_cron(
+            job, overrides or [], max_units=max_units, until=until, drop_deleted=drop_deleted, changed_job=changed_job
+        )
+    raise typer.Exit(code)
+
+
+@app.command()
 def status(
     output: OutputArgument,
     verify: Annotated[bool, typer.Option("--verify", help="Read every part and compare checksums.")] = False,

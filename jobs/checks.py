@@ -260,7 +260,7 @@ def has_cuda_device() -> bool:
 def _check_ranges(job: Job) -> Iterator[Problem]:
     at_least_one = (
         "engine.replicas", "engine.tensor_parallel_size", "engine.max_step_tokens", "engine.max_model_len",
-        "cluster.nodes", "cluster.cpus", "preprocess.workers", "commit.unit_rows",
+        "cluster.nodes", "cluster.cpus", "preprocess.workers", "commit.unit_rows", "cron.keep",
     )  # fmt: skip
     for key in at_least_one:
         value = value_of(job, key)
@@ -275,6 +275,8 @@ def _check_ranges(job: Job) -> Iterator[Problem]:
         yield Problem(
             key="max_error_rate", message=f"it is {job.max_error_rate}, but it is a fraction of the rows: 0 to 1"
         )
+    if job.cron.webhook is not None and not re.match("https?://[^/]", job.cron.webhook):
+        yield Problem(key="cron.webhook", message="it is no URL; write https://host/path, or remove it")
     if not job.input:
         yield Problem(key="input", message="no file is named; write input: [data/*.parquet]")
     for path in job.input:

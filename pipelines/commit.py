@@ -21,7 +21,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -235,6 +235,11 @@ class Output:
         assert standing is not None
         return standing
 
+    def enter(self, record: CommitRecord) -> None:
+        """Creates the commit record of a part that lies here already."""
+        with self.writable():
+            self.store.create(_record_name(record.unit, record.generation), record.to_json())
+
     def record(self, unit: int, generation: int = 1) -> CommitRecord | None:
         """One generation of a unit's commit record, if it has been committed."""
         try:
@@ -317,7 +322,7 @@ class Output:
             "task": facts,
             "job": plan.identity,
             "parts": parts,
-        }
+        } | _kept_of_deleted(plan, [str(part["part"]) for part in parts])
         if not _says_the_same(self._manifest_content(), content):
             reach("before_manifest")
             with self.writable():
@@ -440,6 +445,16 @@ class Output:
 
 def part_of(record: CommitRecord) -> Part:
     return Part(name=record.part, rows=record.rows, num_bytes=record.num_bytes, checksum=record.checksum)
+
+
+def _kept_of_deleted(plan: Plan, parts: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of files that are no longer part of the input: the last parts are theirs."""
+    entries, rest = [], list(parts)
+    for planned in reversed(plan.deleted):
+        first = len(rest) - -(-planned.num_rows // plan.unit_rows)
+        entries.append({"file": planned.file.name, "rows": planned.num_rows, "parts": rest[first:]})
+        del rest[first:]
+    return {"deleted": entries[::-1]} if entries else {}
 
 
 def _damage(place: str, part: Part) -> str:

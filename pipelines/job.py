@@ -115,6 +115,14 @@ class CommitSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CronSection:
+    """The `cron:` section: how many versions of the output are kept, and who is told of each run (an http(s) URL)."""
+
+    keep: int = 7
+    webhook: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StorageSection:
     """The `storage:` section: options for s3:// paths."""
 
@@ -155,6 +163,7 @@ class Job:
     commit: CommitSection = field(default_factory=CommitSection)
     max_error_rate: float = 0.0
     fail_fast: bool = False
+    cron: CronSection = field(default_factory=CronSection)
     storage: StorageSection = field(default_factory=StorageSection)
 
     @property
@@ -169,7 +178,8 @@ class Job:
 
 
 def job_file(job: Job) -> bytes:
-    """The job as JSON, to be found beside its output: fit for another current directory."""
+    """The job as JSON, to be found beside its output: fit for another current directory, and without secrets."""
     root = None if job.media.root is None else os.path.abspath(job.media.root)
     found = replace(job, model=os.path.abspath(job.model), media=replace(job.media, root=root))
+    found = replace(found, cron=replace(job.cron, webhook=None))  # such URLs let everybody write who has them
     return json.dumps(asdict(found), indent=1).encode()

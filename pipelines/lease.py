@@ -39,6 +39,10 @@ EPOCH_NAME = re.compile(rf"{FOLDER}/epoch-(\d+)\.json")
 log = logging.getLogger(__name__)
 
 
+class BusyError(ConfigError):
+    """A living driver owns the output."""
+
+
 class LeaseLostError(GlmBatchError):
     """Another driver owns the output now; this one must not finish it."""
 
@@ -139,7 +143,7 @@ class Lease:
 
 @contextmanager
 def own(store: Store) -> Iterator[Lease]:
-    """The lease for the duration of the context. Raises ConfigError when a living driver has it."""
+    """The lease for the duration of the context. Raises BusyError when a living driver has it."""
     lease = Lease(store, take(store))
     try:
         yield lease
@@ -150,7 +154,7 @@ def own(store: Store) -> Iterator[Lease]:
 def take(store: Store) -> Holder:
     """Makes this process the owner; waits up to DEAD_AFTER_S for signs of life of an owner that may be dead.
 
-    Raises ConfigError when it is alive, or when a third one was quicker.
+    Raises BusyError when it is alive, or when a third one was quicker.
     """
     last = latest_epoch(store)
     if last:
@@ -161,7 +165,7 @@ def take(store: Store) -> Holder:
     reach("after_lease")
     # A slow taker may create an epoch whose successors have come and been tidied away: the highest one counts.
     if not created or latest_epoch(store) != mine.epoch:
-        raise ConfigError(f"output: another driver has just started on {store.place}; let it do the job")
+        raise BusyError(f"output: another driver has just started on {store.place}; let it do the job")
     return mine
 
 
@@ -182,7 +186,7 @@ def tidy(store: Store) -> None:
 
 
 def _await_death(store: Store, epoch: int) -> None:
-    """Returns when the owner of that epoch is done or dead. Raises ConfigError when it lives."""
+    """Returns when the owner of that epoch is done or dead. Raises BusyError when it lives."""
     holder, beat = _holder(store, epoch), _read(store, _beat_name(epoch))
     if holder is None or json.loads(beat or b"{}").get("beat") == "released":
         return
@@ -196,7 +200,7 @@ def _await_death(store: Store, epoch: int) -> None:
         time.sleep(POLL_S)
         alive = True if _read(store, _beat_name(epoch)) != beat else None
     if alive:
-        raise ConfigError(
+        raise BusyError(
             f"output: {store.place} is being written by another driver ({holder}); wait for it or stop it, then run "
             "the same command again"
         )

@@ -34,6 +34,11 @@ class InputFile:
     stamp: str
 
     @property
+    def mark(self) -> tuple[str, int, str]:
+        """The same as long as the file is; the path may be another where a relative name is looked up elsewhere."""
+        return self.name, self.size, self.stamp
+
+    @property
     def format(self) -> Format:
         return SUFFIXES[os.path.splitext(self.path)[1]]
 

@@ -88,7 +88,7 @@ def run(
         with own(output.store) as lease:
             output.take_over(prepared.plan, job_file(job))
             work.resume(prepared.plan, output)
-            _complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()), app)
+            complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()), app)
             lease.confirm()
             manifest = finish(job, output, prepared.plan, prepared.spec.schema, prepared.facts)
             tidy(output)
@@ -220,7 +220,9 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
-def _complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None) -> None:
+def complete(
+    job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None = None
+) -> None:
     """Commits every unit that is not committed yet."""
     pending = work.pending(prepared.plan)
     work.refuse_errors(job)

@@ -69,7 +69,8 @@ class PlannedFile:
     """An input file after it was opened once. `offsets` (JSONL) are the byte at which each unit starts, and the end.
 
     `lines` (JSONL) are the numbers of the lines with which the units start, where empty lines make them other than the
-    rows' numbers. `longest_line` in bytes is known when the file has just been scanned.
+    rows' numbers. `longest_line` in bytes is known when the file has just been scanned. `digests`, where
+    pipelines.changes has made them, tell each unit's rows from others.
     """
 
     file: InputFile
@@ -77,17 +78,22 @@ class PlannedFile:
     offsets: tuple[int, ...] = ()
     lines: tuple[int, ...] = ()
     longest_line: int = field(default=0, compare=False)
+    digests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What stands in plan.json. Units are a function of it, so a billion rows cost kilobytes, not row lists."""
+    """What stands in plan.json. Units are a function of it, so a billion rows cost kilobytes, not row lists.
+
+    The last `num_deleted` files are no longer part of the input: what was committed of them is kept.
+    """
 
     identity: Identity
     unit_rows: int
     files: tuple[PlannedFile, ...]
     duplicates: Mapping[Place, Place]
     schema: pa.Schema
+    num_deleted: int = 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,6 +106,16 @@ class Plan:
     @cached_property
     def num_units(self) -> int:
         return sum(-(-file.num_rows // self.unit_rows) for file in self.files)
+
+    @property
+    def present(self) -> tuple[PlannedFile, ...]:
+        """The files that are part of the input."""
+        return self.files[: len(self.files) - self.num_deleted]
+
+    @property
+    def deleted(self) -> tuple[PlannedFile, ...]:
+        """The files whose rows are kept though they are part of the input no more."""
+        return self.files[len(self.files) - self.num_deleted :]
 
     @property
     def unit_sizes(self) -> UnitSizes:
@@ -128,7 +144,8 @@ class Plan:
     def to_json(self) -> bytes:
         files = [
             asdict(planned.file)
-            | {"rows": planned.num_rows, "offsets": list(planned.offsets), "lines": list(planned.lines)}
+            | {"rows": planned.num_rows}
+            | {name: list(getattr(planned, name)) for name in ("offsets", "lines", "digests")}
             for planned in self.files
         ]
         content = {
@@ -139,6 +156,7 @@ class Plan:
             "rows": self.num_rows,
             "units": self.num_units,
             "files": files,
+            "deleted": self.num_deleted,
             "duplicates": [[*place, *first] for place, first in self.duplicates.items()],
             "input_schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
         }
@@ -153,6 +171,7 @@ class Plan:
                 num_rows=entry["rows"],
                 offsets=tuple(entry["offsets"]),
                 lines=tuple(entry.get("lines", ())),
+                digests=tuple(entry.get("digests", ())),
             )
             for entry in content["files"]
         )
@@ -162,6 +181,7 @@ class Plan:
             files=files,
             duplicates={(file, row): (at, first) for file, row, at, first in content["duplicates"]},
             schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["input_schema"]))),
+            num_deleted=content.get("deleted", 0),
         )
 
 
@@ -189,9 +209,10 @@ def job_source(job: Job) -> Source:
     return Source(storage=job.storage, columns=input_columns(job))
 
 
-def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
+def make_plan(job: Job, files: list[InputFile], identity: Identity, known: Plan | None = None) -> Plan:
     """Opens every file once: footers of Parquet, newlines of JSONL, and the key column if there is one.
 
+    With a `known` plan, units are as large as there, and its files that are still the same are not counted again.
     Raises ConfigError for anything wrong with a file as a whole, or with the columns that the job asks for.
     """
     check_formats(job, files)
@@ -199,12 +220,20 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity) -> Plan:
     schema = source.schema(files)
     if job.key is not None:
         _check_key_type(job.key, schema.field(job.key).type)
-    rows = source.all_parquet_rows(files)
-    estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
-    num_bytes = sum(file.size for file in files)
-    unit_rows = choose_unit_rows(job, sum(estimates), num_bytes, _row_bytes(job, source, files[0]))
-    planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
-    while job.asks_by_row and job.commit.unit_rows == "auto" and (fewer := _fewer_rows(planned, unit_rows)):
+    counted = {planned.file.mark: planned for planned in known.files} if known is not None else {}
+    rows = source.all_parquet_rows([file for file in files if file.mark not in counted])
+    if known is not None:
+        unit_rows = known.unit_rows
+    else:
+        estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
+        num_bytes = sum(file.size for file in files)
+        unit_rows = choose_unit_rows(job, sum(estimates), num_bytes, _row_bytes(job, source, files[0]))
+    planned = tuple(
+        replace(counted[file.mark], file=file) if file.mark in counted else _planned_file(source, file, unit_rows, rows)
+        for file in files
+    )
+    may_cut = known is None and job.asks_by_row and job.commit.unit_rows == "auto"
+    while may_cut and (fewer := _fewer_rows(planned, unit_rows)):
         unit_rows = fewer
         planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
     duplicates = _duplicates(source, files, job.key_column)
@@ -318,12 +347,17 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
         "preprocess": preprocess,
         "key": job.key,
         "carry": job.carry,
-        "input": {file.name: {"size": file.size, "modified": file.stamp} for file in files},
+        "input": input_identity(files),
     }
     if job.asks_by_row:
         content["requests"] = {"thinking": job.requests.thinking, "max_tokens": job.requests.limits.max_tokens}
     normal: Identity = json.loads(json.dumps(content))  # as it will be read back: tuples are lists
     return normal
+
+
+def input_identity(files: Sequence[InputFile]) -> Identity:
+    """What stands of input files in a job's identity."""
+    return {file.name: {"size": file.size, "modified": file.stamp} for file in files}
 
 
 def fingerprint(identity: Identity) -> str:

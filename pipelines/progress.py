@@ -68,6 +68,19 @@ class Work:
     def is_complete(self) -> bool:
         return self._units_done == self._num_units
 
+    @property
+    def units_left(self) -> int:
+        return self._num_units - self._units_done
+
+    @property
+    def new_units(self) -> int:
+        """Units that this run has committed, beside those that `resume` found."""
+        return self._units_done - len(self._done)
+
+    @property
+    def new_rows(self) -> int:
+        return self._counts.rows - self._resumed.rows
+
     def how_far(self) -> str:
         return (
             f"stopped with {self._units_done:,} of {self._num_units:,} units ({self._counts.rows:,} of "

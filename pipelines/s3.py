@@ -104,6 +104,11 @@ class S3:
         reply = self._call("HEAD", url, _look)
         return Object(url=url, size=int(reply["ContentLength"]), etag=str(reply["ETag"]).strip('"'))
 
+    def copy(self, source: str, url: str) -> None:
+        """Makes the object of another one's bytes, inside the store. Raises FileNotFoundError."""
+        bucket, key = _split(source)
+        self.call("COPY", url, "copy_object", CopySource={"Bucket": bucket, "Key": key})
+
     def delete(self, url: str) -> None:
         self._call("DELETE", url, _delete)
 

@@ -35,10 +35,14 @@ class TooManyErrorsError(GlmBatchError):
 
 
 class Stop:
-    """Whether someone asked the run to stop. The first signal asks, the second one ends the process at once."""
+    """Whether someone asked the run to stop. The first signal asks, the second one ends the process at once.
 
-    def __init__(self, grace_s: float = GRACE_S) -> None:
+    With `seconds`, the time asks, too, once they are over.
+    """
+
+    def __init__(self, grace_s: float = GRACE_S, seconds: float | None = None) -> None:
         self.grace_s = grace_s
+        self._ends_at = None if seconds is None else time.monotonic() + seconds
         self.signum: int | None = None
         self._asked_at = 0.0
 
@@ -47,12 +51,14 @@ class Stop:
 
     @property
     def is_asked(self) -> bool:
-        return self.signum is not None
+        return self.signum is not None or self._is_over(0.0)
 
     @property
     def is_due(self) -> bool:
         """Whether the grace period is over."""
-        return self.is_asked and time.monotonic() - self._asked_at >= self.grace_s
+        if self.signum is None:
+            return self._is_over(self.grace_s)
+        return time.monotonic() - self._asked_at >= self.grace_s
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -67,8 +73,11 @@ class Stop:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
+    def _is_over(self, grace_s: float) -> bool:
+        return self._ends_at is not None and time.monotonic() >= self._ends_at + grace_s
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.is_asked:
+        if self.signum is not None:
             os._exit(128 + signum)
         self.ask(signum)
         print(

@@ -1,7 +1,7 @@
 """Where an output lives: a directory or an s3:// prefix, as the few calls that the commit protocol needs.
 
     read, write (whole and durable, replacing; at once or piece by piece), create (whole and durable, the first writer
-    wins), list, delete, size
+    wins), copy, list, delete, size
 
 Names are relative to the store, with "/" between folders. Failures are OSErrors. Knows nothing of what is written.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -25,6 +27,7 @@ from pipelines.s3 import S3
 
 TEMPORARY = "tmp"
 PAGE = 1000
+REMOVERS = 32  # requests in flight to a store with long round trips
 
 
 class StorageError(GlmBatchError):
@@ -67,11 +70,17 @@ class Store(Protocol):
     def create(self, name: str, data: bytes) -> bool:
         """Makes `name`, durable, unless it exists: True for the one writer that made it. `data` must be unique."""
 
+    def copy(self, source: str, name: str) -> None:
+        """Makes `name`, durable, of a file that never changes, without moving its bytes. Raises FileNotFoundError."""
+
     def pages(self, folder: str = "") -> Iterator[list[Entry]]:
         """The files and folders right below `folder`, some at a time, in any order. Nothing if there is none."""
 
     def delete(self, name: str) -> None:
         """Removes a file; one that is gone already is no error."""
+
+    def remove(self, folder: str) -> None:
+        """Removes a folder with all that is in it, in any order; one that is gone already is no error."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None when there is none."""
@@ -145,6 +154,10 @@ class LocalStore:
         _sync_directory((self.root / name).parent)
         return True
 
+    def copy(self, source: str, name: str) -> None:
+        os.link(self.root / source, self.root / name)
+        _sync_directory((self.root / name).parent)
+
     def pages(self, folder: str = "") -> Iterator[list[Entry]]:
         prefix = f"{folder}/" if folder else ""
         page: list[Entry] = []
@@ -164,6 +177,10 @@ class LocalStore:
 
     def delete(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
+
+    def remove(self, folder: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.root / folder)
 
     def size(self, name: str) -> int | None:
         path = self.root / name
@@ -215,6 +232,9 @@ class S3Store:
     def create(self, name: str, data: bytes) -> bool:
         return self._s3.create(f"{self.url}/{name}", data)
 
+    def copy(self, source: str, name: str) -> None:
+        self._s3.copy(f"{self.url}/{source}", f"{self.url}/{name}")
+
     def pages(self, folder: str = "") -> Iterator[list[Entry]]:
         prefix = f"{self.url}/{folder}/" if folder else f"{self.url}/"
         start = len(self.url) + 1
@@ -226,6 +246,11 @@ class S3Store:
 
     def delete(self, name: str) -> None:
         self._s3.delete(f"{self.url}/{name}")
+
+    def remove(self, folder: str) -> None:
+        with ThreadPoolExecutor(REMOVERS) as pool:
+            for objects, _ in self._s3.pages(f"{self.url}/{folder}/", deep=True):
+                list(pool.map(self._s3.delete, [each.url for each in objects]))
 
     def size(self, name: str) -> int | None:
         try:

@@ -1,0 +1,62 @@
+"""Incremental runs: what is new or changed is processed, the rest is taken over, and a failed run changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import run
+from pipelines.commit import Output
+from pipelines.cron import Choices, Night, run_night
+from pipelines.job import Job
+from tests.pipelines.test_pipeline import make_job, write_input
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def line(key: str, text: str = "shape") -> str:
+    return json.dumps({"id": key, "text": text, "size": 1, "gold": "circle"})
+
+
+def write(folder: Path, name: str, *lines: str) -> Path:
+    path = folder / "in" / name
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tonight(job: Job, **choices: Any) -> Night:
+    return run_night(job, Choices(**choices))
+
+
+def rows(output: Output) -> list[dict[str, Any]]:
+    return [row for table in output.iter_tables() for row in table.to_pylist()]
+
+
+def test_nights(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_input(tmp_path, num_parquet=10)
+    job = make_job(echo_checkpoint, tmp_path, 3)
+    first = tonight(job)
+    assert (first.state, first.processed_rows, first.adopted_units) == ("finished", 10, 0)
+    write(tmp_path, "b.jsonl", *(line(f"b{n}") for n in range(7)))
+    second = tonight(job)
+    assert (second.state, second.processed_rows, second.adopted_units) == ("finished", 7, 4)
+    write(tmp_path, "b.jsonl", *(line(f"b{n}", "changed" if n == 4 else "shape") for n in range(8)))
+    third = tonight(job)
+    assert (third.processed_rows, third.adopted_units) == (3 + 2, 5)
+    (tmp_path / "in" / "a.parquet").unlink()
+    os.utime(tmp_path / "in" / "b.jsonl")
+    fourth = tonight(job)
+    assert (fourth.processed_rows, fourth.adopted_units, fourth.deleted_rows) == (0, 7, 10)
+    found = rows(Output.at(job.output))
+    from dataclasses import replace
+    fresh = run(replace(job, output=str(tmp_path / "fresh")))
+    expected = rows(fresh.output)
+    assert found[:8] == expected
+    assert [row["row_key"] for row in found[8:]] == [f"p{n}" for n in range(10)]
+    assert tonight(job).state == "unchanged"
+    assert tonight(job, drop_deleted=True).state == "finished"
+    assert rows(Output.at(job.output)) == expected
