@@ -1,7 +1,7 @@
 """Runs of `cron` in one process, without Ray: what the nights of tests/pipelines/test_cron_nights.py are made of.
 
 The steps, the engine and the commit protocol are those of a real run; only Ray's part, who calls them, is not. Run as:
-cron_world.py CHECKPOINT FOLDER [MAX_UNITS] does one night in a process that may be killed.
+cron_world.py CHECKPOINT FOLDER does one night in a process that may be killed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pipelines.cron
 from glm_actors.model import ModelActor
@@ -65,14 +66,9 @@ def complete_here(job: Job, prepared: Prepared, output: Output, work: Work, watc
         raise InterruptedRunError(work.how_far(), watch.stop.signum)
 
 
-def night(job: Job, **choices: object) -> Night:
-    """A run of cron in this process."""
-    before = pipelines.cron.complete
-    pipelines.cron.complete = complete_here
-    try:
-        return run_night(job, Choices(**choices))  # type: ignore[arg-type]
-    finally:
-        pipelines.cron.complete = before
+def night(job: Job, **choices: Any) -> Night:
+    """A run of cron in this process; pipelines.cron.complete must be `complete_here`."""
+    return run_night(job, Choices(**choices))
 
 
 def from_scratch(job: Job, output: Path) -> Output:
@@ -97,5 +93,5 @@ def _watch() -> Watch:
 
 if __name__ == "__main__":
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    most = int(sys.argv[3]) if len(sys.argv) > 3 else None
-    print(night(make_job(checkpoint, folder), max_units=most).state, flush=True)
+    pipelines.cron.complete = complete_here
+    night(make_job(checkpoint, folder))

@@ -53,6 +53,7 @@ def test_nights(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert (fourth.processed_rows, fourth.adopted_units, fourth.deleted_rows) == (0, 7, 10)
     found = rows(Output.at(job.output))
     from dataclasses import replace
+
     fresh = run(replace(job, output=str(tmp_path / "fresh")))
     expected = rows(fresh.output)
     assert found[:8] == expected

@@ -17,12 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from pipelines.commit import Output
 from pipelines.cron import Night
 from pipelines.lease import BusyError
 from pipelines.versions import Versions
-from tests.pipelines.cron_world import from_scratch, make_job, night
+from tests.pipelines.cron_world import complete_here, from_scratch, make_job, night
 
 ROOT = Path(__file__).parents[2]
 NIGHTS = 30
@@ -47,14 +48,16 @@ class Input:
 
     def change(self, number: int) -> None:
         """New, changed, appended, touched and deleted files, and one that comes later than its name says."""
+        files = sorted(self.folder.iterdir())
         self._write(f"{number:02d}-new", self._rows(self._chance.randint(1, 9)))
         self._late.append(f"{number:02d}-a-late")
-        files = sorted(self.folder.iterdir())
+        if not files:
+            return
         if number % 3 == 0:
             self._edit(self._chance.choice(files))
         if number % 4 == 1:
-            with self._chance.choice([path for path in files if path.suffix == ".jsonl"]).open("a") as stream:
-                stream.write(json.dumps(self._rows(1)[0]) + "\n")
+            for path in [path for path in files if path.suffix == ".jsonl"][-1:]:
+                path.write_text(path.read_text() + json.dumps(self._rows(1)[0]) + "\n")
         if number % 5 == 2:
             os.utime(self._chance.choice(files), ns=(number, number))
         if number % 5 == 4:
@@ -131,7 +134,8 @@ def overlapping(job: Any) -> Night:
     return next(each for each in ran if each.state == "finished")
 
 
-def test_thirty_nights(echo_checkpoint: Path, tmp_path: Path) -> None:
+def test_thirty_nights(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.cron.complete", complete_here)
     chance = random.Random(7)
     job, found = make_job(echo_checkpoint, tmp_path), Input(tmp_path / "in", chance)
     output, versions = Output.at(job.output), Versions.at(job.output, job.storage)
