@@ -155,10 +155,7 @@ def test_thirty_nights(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytes
             if bounded.state == "bounded":
                 assert (tmp_path / "out" / "manifest.json").read_bytes() == before
                 assert bounded.processed_units == 1
-        if number in OVERLAPS:
-            done = overlapping(job)
-        else:
-            done = night(job, drop_deleted=number in DROPPING)
+        done = overlapping(job) if number in OVERLAPS else night(job, drop_deleted=number in DROPPING)
         adopted, processed = adopted + done.adopted_units, processed + done.processed_units
         if number in UNCHANGED:
             assert (done.state, done.processed_units, done.adopted_units) == ("unchanged", 0, 0)
