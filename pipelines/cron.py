@@ -118,7 +118,7 @@ class _Run:
             name, standing = begun[-1]
             if left := self._work(name, standing):
                 return self._night("bounded", found, standing, left)
-        if standing is None or not is_current(standing, files) or (self._choices.drop_deleted and standing.deleted):
+        if standing is None or not self._is_up_to_date(standing, files, identity):
             name, standing = self._begin(files, identity, standing, begun[-1][1] if begun else None)
             if left := self._work(name, standing):
                 return self._night("bounded", found, standing, left)
@@ -150,6 +150,10 @@ class _Run:
             f"output: {self._versions.store.place} is another job's; undo the difference, name another output, or "
             f"process every row again with --changed-job (there -> now):\n  {lines}"
         )
+
+    def _is_up_to_date(self, standing: Plan, files: Sequence[InputFile], identity: Identity) -> bool:
+        wanted = same_job(standing.identity, identity) and is_current(standing, files)
+        return wanted and not (self._choices.drop_deleted and standing.deleted)
 
     def _can_go_on(self, name: str, plan: Plan, files: Sequence[InputFile]) -> bool:
         """Whether what is left of an unfinished version can still be read as it was planned."""
