@@ -27,13 +27,12 @@ from pipelines.journal import tidy
 from pipelines.lease import Lease, own
 from pipelines.listing import InputFile
 from pipelines.metrics import Counts
-from pipelines.pipeline import Prepared, complete
+from pipelines.pipeline import Prepared, complete, finish, job_facts
 from pipelines.plan import Identity, Plan, Unit, differences, identify, job_source
 from pipelines.progress import OnProgress, Work
 from pipelines.rows import TaskSpec
 from pipelines.schema import output_schema
 from pipelines.stop import Stop
-from pipelines.tasks import TaskRunner
 from pipelines.versions import Versions, plans
 from pipelines.watch import Watch
 
@@ -200,7 +199,7 @@ class _Run:
         if work.units_left:
             return work.units_left
         self._lease.confirm()
-        output.finish(plan, prepared.spec.schema, prepared.facts)
+        finish(self._job, output, plan, prepared.spec.schema, prepared.facts)
         tidy(output)
         self._versions.publish(name)
         work.tell("done")
@@ -280,7 +279,7 @@ class _BoundedWork(Work):
 
 def _prepared(job: Job, plan: Plan) -> Prepared:
     model_dir = os.path.abspath(job.model)
-    facts = TaskRunner(job, model_dir).facts
+    facts = job_facts(job, model_dir)
     schema = output_schema(job, load_config(model_dir), {name: plan.schema.field(name).type for name in job.carry})
     run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
     return Prepared(plan=plan, spec=TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id), facts=facts)

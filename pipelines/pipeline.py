@@ -220,9 +220,7 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
-def complete(
-    job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None = None
-) -> None:
+def complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None = None) -> None:
     """Commits every unit that is not committed yet."""
     pending = work.pending(prepared.plan)
     work.refuse_errors(job)
