@@ -145,4 +145,5 @@ def _shipped_code() -> dict[str, object]:
     import models
     import pipelines
 
-    return {"py_modules": [models, glm_actors, pipelines]}
+    # By path: Ray copies what it merges into a submitted job's own environment, and modules cannot be copied.
+    return {"py_modules": [module.__path__[0] for module in (models, glm_actors, pipelines)]}

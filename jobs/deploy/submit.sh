@@ -9,6 +9,6 @@ set -eu
 : "${RAY_AUTH_TOKEN:?set it to the token of the cluster}"
 : "${1:?name a job file: submit.sh JOB}"
 export RAY_AUTH_MODE=token
-# RAY_ADDRESS inside the entrypoint makes the run use this cluster instead of starting a Ray of its own.
+# The job server sets RAY_ADDRESS for the entrypoint, so that the run uses this cluster instead of starting its own Ray.
 exec ray job submit --address "${RAY_JOB_SERVER:-http://127.0.0.1:8265}" \
-    -- env RAY_ADDRESS=auto glm-batch cron "$@"
+    -- glm-batch cron "$@"

@@ -263,7 +263,7 @@ def token_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     shim = tmp_path / "bin" / "glm-batch"
     shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m jobs "$@"\n')
     shim.chmod(0o755)
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     paths = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
         "PATH": ":".join(paths), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1",
@@ -274,14 +274,14 @@ def token_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         "--head", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[0]}",
         f"--port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}", "--node-ip-address=127.0.0.1",
         "--num-cpus=3", f"--object-store-memory={160 << 20}", f"--temp-dir={environment['RAY_TMPDIR']}",
-        "--ray-client-server-port=0", "--block",
+        f"--ray-client-server-port={ports[3]}", "--block",
     ]  # fmt: skip
     head = subprocess.Popen(
         ["ray", "start", *options], env=environment, cwd=tmp_path, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=(tmp_path / "head.log").open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        await_job_server(environment)
+        await_job_server(environment, head, tmp_path / "head.log")
         yield environment
     finally:
         head.terminate()
@@ -295,7 +295,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def await_job_server(environment: dict[str, str]) -> None:
+def await_job_server(environment: dict[str, str], head: subprocess.Popen[bytes], log: Path) -> None:
     import time
 
     import httpx
@@ -308,7 +308,8 @@ def await_job_server(environment: dict[str, str]) -> None:
                 return
         except httpx.HTTPError:
             pass
-        assert time.monotonic() < deadline
+        assert head.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.3)
 
 
