@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -139,20 +140,29 @@ def _tell(job: Job | None, said: dict[str, Any], begun: float) -> None:
     line = json.dumps(head | said, ensure_ascii=False)
     print(line, flush=True)
     if job is not None and job.cron.webhook is not None:
-        _post(job.cron.webhook, line)
+        _notify(job.cron.webhook, line)
 
 
-def _post(url: str, line: str) -> None:
+def _notify(url: str, line: str) -> None:
+    """Posts the line, and waits WEBHOOK_TIMEOUT_S for an answer in all: however slowly a name or a reply comes."""
+    outcome = [f"no answer within {WEBHOOK_TIMEOUT_S:g} s"]
+    poster = threading.Thread(target=lambda: outcome.insert(0, _post(url, line)), name="webhook", daemon=True)
+    poster.start()
+    poster.join(WEBHOOK_TIMEOUT_S)
+    if reason := outcome[0]:
+        print(f"glm-batch: cron.webhook was not told ({reason}); the run is not affected", file=sys.stderr)
+
+
+def _post(url: str, line: str) -> str:
+    """Why the line did not arrive; empty when it did. The URL is not in it, as that may be a secret."""
     import httpx
 
+    headers = {"Content-Type": "application/json"}
     try:
-        headers = {"Content-Type": "application/json"}
-        httpx.post(url, content=line.encode(), headers=headers, timeout=WEBHOOK_TIMEOUT_S).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = (
-            f"status {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
-        )
-        print(f"glm-batch: cron.webhook was not told ({reason}); the run is not affected", file=sys.stderr)
+        with httpx.stream("POST", url, content=line.encode(), headers=headers, timeout=WEBHOOK_TIMEOUT_S) as reply:
+            return "" if reply.is_success else f"status {reply.status_code}"
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+        return type(error).__name__
 
 
 def _utc(seconds: float) -> str:

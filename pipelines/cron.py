@@ -155,7 +155,12 @@ class _Run:
         return wanted and not (self._choices.drop_deleted and standing.deleted)
 
     def _can_go_on(self, name: str, plan: Plan, files: Sequence[InputFile]) -> bool:
-        """Whether what is left of an unfinished version can still be read as it was planned."""
+        """Whether what is left of an unfinished version can still be read as it was planned.
+
+        Under `fail_fast` it must be tonight's input: a file that was mended would wait for ever behind its old rows.
+        """
+        if self._job.fail_fast and not is_current(plan, files):
+            return False
         listed, done = {file.mark for file in files}, self._versions.output(name).generations()
         left = {unit.file for unit in plan.units() if unit.index not in done}
         return all(plan.files[number].file.mark in listed for number in left if number < len(plan.present))

@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
     "label": (["job"], ["--app", "--debug", "--extend", "--set"]),
     "evaluate": (["sweep"], ["--compare", "--debug", "--set"]),
+    "cron": (["job"], ["--changed-job", "--debug", "--drop-deleted", "--max-units", "--set", "--until"]),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
     "report": (["output"], ["--debug", "--endpoint-url", "--pred-probs", "--review", "--to"]),
     "retry": (["output"], ["--code", "--debug", "--endpoint-url", "--set"]),

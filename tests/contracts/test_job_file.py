@@ -79,6 +79,8 @@ KEYS = {
     "commit.every_seconds": (NUMBER, 30.0),
     "max_error_rate": (NUMBER, 0.0),
     "fail_fast": (SWITCH, False),
+    "cron.keep": (WHOLE, 7),
+    "cron.webhook": (TEXT_OR_NULL, None),
     "storage.endpoint_url": (TEXT_OR_NULL, None),
     "storage.anon": (SWITCH, False),
 }
@@ -92,6 +94,7 @@ SECTIONS = {
     "preprocess",
     "media",
     "commit",
+    "cron",
     "storage",
 }  # their defaults are those of their keys
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -152,6 +155,32 @@ def test_a_webhook_gets_the_line_and_decides_nothing(
     assert "cron.webhook was not told (ConnectError)" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="it is no URL"):
         cron("job.yaml", ["cron.webhook=localhost"])
+
+
+def test_a_webhook_that_hangs_holds_no_run(
+    nightly: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the connection, and sends a byte of its answer now and then: each one in time, and never the last."""
+    monkeypatch.setattr("jobs.cron.WEBHOOK_TIMEOUT_S", 0.3)
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            with contextlib.suppress(OSError), listener.accept()[0] as taken:
+                for byte in b"HTTP/1.1 200 OK":
+                    taken.sendall(bytes([byte]))
+                    if done.wait(0.1):
+                        return
+
+        threading.Thread(target=drip, daemon=True).start()
+        begun = time.monotonic()
+        assert cron("job.yaml", [f"cron.webhook=http://127.0.0.1:{listener.getsockname()[1]}/secret"]) == 0
+        assert time.monotonic() - begun < 5
+        done.set()
+    out = capsys.readouterr()
+    assert json.loads(out.out)["state"] == "finished"
+    assert "cron.webhook was not told (no answer within 0.3 s)" in out.err
+    assert "secret" not in out.err
 
 
 def test_times_of_day_and_durations() -> None:
