@@ -15,7 +15,7 @@ import pytest
 from glm_actors.worker_group import GroupLimits, Rank, WorkerGroup, needs_ranks
 from models.engine import EngineConfig, Generate, Request, SamplingParams
 from models.errors import ConfigError
-from tests.ray_processes import ray_processes
+from tests.ray_processes import NewProcesses
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_glm"
 LIMITS = GroupLimits(poll_s=0.2, silence_s=3.0, reason_s=3.0)
@@ -73,26 +73,25 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> float:
 def test_a_stopped_rank_ends_its_group(tmp_path: Path) -> None:
     import ray
 
-    reason = tmp_path / "reason"
+    reason, ranks = tmp_path / "reason", NewProcesses("ray::Rank")
     first = leader(reason, 2)
     tokens = ray.get(first.answer.remote())
     assert len(tokens) == 4
-    ranks = ray_processes("ray::Rank")
-    assert len(ranks) == 1
-    os.kill(ranks[0].pid, signal.SIGSTOP)
+    (rank_1,) = ranks()
+    os.kill(rank_1.pid, signal.SIGSTOP)
     waiting = first.answer.remote()
     wait_for(reason.exists, 30)
     assert "has not answered for 3 s: it is stopped" in reason.read_text()
     with suppress(ray.exceptions.RayError):
         ray.get(waiting)
-    wait_for(lambda: not ray_processes("ray::Rank"), 30)
+    wait_for(lambda: not ranks(), 30)
 
     again = leader(reason, 2)
     assert ray.get(again.answer.remote()) == tokens
     ray.get(again.close.remote())
     reason.unlink()
     ray.kill(again)
-    wait_for(lambda: not ray_processes("ray::Rank"), 30)
+    wait_for(lambda: not ranks(), 30)
     assert not reason.exists()
 
 
@@ -102,12 +101,12 @@ def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
         def serve(self, *arguments: Any) -> None:
             raise MemoryError("no room on this device")
 
-    reason = tmp_path / "reason"
+    reason, ranks = tmp_path / "reason", NewProcesses("ray::Rank")
     starting = leader(reason, 2, Full)
     wait_for(reason.exists)
     del starting
     assert "rank 1 failed: MemoryError: no room on this device" in reason.read_text()
-    wait_for(lambda: not ray_processes("ray::Rank"), 30)
+    wait_for(lambda: not ranks(), 30)
 
 
 def test_what_cannot_be_dealt_is_refused_before_a_rank_starts() -> None:

@@ -24,7 +24,7 @@ from pipelines.job import CommitSection, EngineSection, Job, TaskConfig
 from pipelines.metrics import Progress
 from tests.pipelines.test_culprits import actor_with, write_input
 from tests.pipelines.test_culprits import make_job as make_echo_job
-from tests.ray_processes import ray_processes
+from tests.ray_processes import NewProcesses
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -75,13 +75,13 @@ def test_a_job_outlives_each_of_its_ranks(tmp_path: Path, monkeypatch: pytest.Mo
     pq.write_table(pa.table({"id": [f"r{row}" for row in range(NUM_ROWS)], "text": texts}), tmp_path / "in.parquet")
     alone, together = make_job(tmp_path, "alone", 1), make_job(tmp_path, "together", 2)
     run(alone)
-    rank_0 = "ray::MapWorker(MapBatches(ModelActor"
-    kill = Killer(lambda: ray_processes("ray::Rank")[0], lambda: ray_processes(rank_0)[0])
+    ranks, leaders = NewProcesses("ray::Rank"), NewProcesses("ray::MapWorker(MapBatches(ModelActor")
+    kill = Killer(lambda: ranks()[0], lambda: leaders()[0])
     result = run(together, kill)
     assert len(kill.killed) == 2
     assert result.summary.counts.ok == NUM_ROWS
     assert records(together) == records(alone)
-    _, left = psutil.wait_procs(ray_processes("ray::Rank"), timeout=20)
+    _, left = psutil.wait_procs(ranks(), timeout=20)
     assert not left
 
 
