@@ -33,11 +33,11 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2
 
 # vLLM's GLM-4.1V imports torchvision, whose build for CUDA works beside a CPU torch only with tests/vllm_environment.
 test-vllm: $(VLLM_VENV)/installed
-	PYTHONPATH=tests/vllm_environment $(VLLM_BIN)/pytest -k vllm tests/contracts/test_engine.py tests/models/engine
+	PYTHONPATH=tests/vllm_environment $(VLLM_BIN)/pytest -n 2 -k vllm tests/contracts/test_engine.py tests/models/engine
 
 test-report: $(VENV)/installed-test
 	$(BIN)/pytest -v -m browser tests/report

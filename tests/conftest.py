@@ -70,6 +70,18 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives whole files to the test processes, and all of tests/serve to one of them: it starts the server once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Folders(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/serve" if file.startswith("tests/serve/") else file
+
+    return Folders(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what needs a GPU where there is none; Triton's interpreter stands in for one."""
     if os.environ.get("TRITON_INTERPRET") == "1" or not any(item.get_closest_marker("gpu") for item in items):
