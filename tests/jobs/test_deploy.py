@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import typer
 import yaml
@@ -282,7 +284,10 @@ def token_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         await_job_server(environment, head, tmp_path / "head.log")
         yield environment
     finally:
-        head.terminate()
+        family = psutil.Process(head.pid).children(recursive=True)
+        for process in [psutil.Process(head.pid), *family]:  # asked to end, it would wait half a minute for its agents
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         head.wait(timeout=60)
         shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
