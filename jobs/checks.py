@@ -74,15 +74,16 @@ class Checked:
     schema: pa.Schema
 
 
-def check_job(job: Job, place: Place) -> Checked:
+def check_job(job: Job, place: Place, *, may_be_gone: bool = False) -> Checked:
     """Checks keys, then checkpoint and input. Raises ConfigError with all problems of the first of these that has any.
 
-    The tokenizer is loaded and the labels are tokenized, so that what a worker would refuse is refused here.
+    With `may_be_gone`, patterns of the input may match nothing, see pipelines.listing. The tokenizer is loaded and the
+    labels are tokenized, so that what a worker would refuse is refused here.
     """
     place.refuse([*check_keys(job), *check_output(job)])
     source = Source(storage=job.storage, columns=input_columns(job))
     config, model_problems = check_checkpoint(job)
-    files, types, input_problems = check_input(job, source)
+    files, types, input_problems = check_input(job, source, may_be_gone=may_be_gone)
     place.refuse([*model_problems, *input_problems])
     assert config is not None
     try:
@@ -331,24 +332,26 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
     return config, problems
 
 
-def check_input(job: Job, source: Source) -> tuple[list[InputFile], pa.Schema, list[Problem]]:
+def check_input(
+    job: Job, source: Source, *, may_be_gone: bool = False
+) -> tuple[list[InputFile], pa.Schema, list[Problem]]:
     """The files, the types of the columns that the job reads, and what is wrong with either."""
     try:
-        files = source.list_files(job.input)
+        files = source.list_files(job.input, may_be_gone=may_be_gone)
         check_formats(job, files)
         schema = source.schema(files)
         return files, schema, list(_media_type_problems(job, schema))
     except ConfigError as error:
-        columns = list(_column_problems(job, source))
+        columns = list(_column_problems(job, source, may_be_gone))
         return [], pa.schema([]), columns or [_problem_from(error, "input")]
 
 
-def _column_problems(job: Job, source: Source) -> Iterator[Problem]:
+def _column_problems(job: Job, source: Source, may_be_gone: bool) -> Iterator[Problem]:
     """Looks at each column by itself, so that a missing one is told at the key that names it."""
     for key, column in column_uses(job):
         alone = replace(source, columns=(column,))
         try:
-            alone.schema(alone.list_files(job.input))
+            alone.schema(alone.list_files(job.input, may_be_gone=may_be_gone))
         except ConfigError as error:
             if "no column" in str(error):
                 yield Problem(key=key, message=str(error).removeprefix("input: "))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import threading
 import time
@@ -58,7 +59,7 @@ def cron(
             max_units=max_units,
             drop_deleted=drop_deleted,
             changed_job=changed_job,
-            check=lambda: check_job(job, place),
+            check=lambda may_be_gone: check_job(job, place, may_be_gone=may_be_gone),
         )
         said = _run(job, Path(path).stem, choices, Stop(seconds=seconds))
     except Exception as error:  # the process's border: recorded for whoever watches, then told to people as ever
@@ -85,7 +86,7 @@ def seconds_until(text: str, now: datetime) -> float:
 def _run(job: Job, name: str, choices: Choices, stop: Stop) -> dict[str, Any]:
     """What the line says of a run that is no error."""
     try:
-        with progress_display(name, Console(file=sys.stderr)) as show:
+        with stop.interrupting(), progress_display(name, Console(file=sys.stderr)) as show:
             night = run_night(job, choices, show, stop=stop)
     except BusyError as error:
         print(f"glm-batch: {error}", file=sys.stderr)
@@ -93,6 +94,11 @@ def _run(job: Job, name: str, choices: Choices, stop: Stop) -> dict[str, Any]:
     except InterruptedRunError as error:
         print(f"glm-batch: {error}", file=sys.stderr)
         return {"state": "interrupted", "exit_code": EXIT_SIGNAL + error.signum, "message": str(error)}
+    except KeyboardInterrupt:
+        message = "interrupted; what is committed stays, and the next run goes on from there"
+        print(f"glm-batch: {message}", file=sys.stderr)
+        signum = stop.signum or signal.SIGINT
+        return {"state": "interrupted", "exit_code": EXIT_SIGNAL + signum, "message": message}
     except TooManyErrorsError as error:
         print(f"glm-batch: {error}", file=sys.stderr)
         return {"state": "too_many_errors", "exit_code": EXIT_ROW_ERRORS, "message": str(error)}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from pipelines.commit import Output
+from jobs.place import opened
 from pipelines.gc import collect
-from pipelines.job import StorageSection
 
 
 def gc(path: str, *, endpoint_url: str | None = None) -> None:
     """Prints what was removed. Raises ConfigError when there is no output, or a driver is at work on it."""
-    collected = collect(Output.at(path, StorageSection(endpoint_url=endpoint_url)))
+    found = opened(path, endpoint_url)
+    with found.owned():
+        collected = collect(found.output, found.parts_in_force())
     console = Console(highlight=False)
     for entry in collected.removed:
         console.print(f"removed {entry.name} ({entry.size or 0:,} bytes)", soft_wrap=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import load_kept_job, read_yaml
+from jobs.place import opened
 from models.errors import ConfigError
 from pipelines.commit import JOB, Output
 from pipelines.job import Job, StorageSection
@@ -39,11 +40,12 @@ def report(path: str, wanted: Wanted, *, endpoint_url: str | None = None) -> Non
     """
     from pipelines.report.sweep import is_sweep
 
-    output = Output.at(_place(path), StorageSection(endpoint_url=endpoint_url))
+    place = _place(path)
+    output = Output.at(place, StorageSection(endpoint_url=endpoint_url))
     if is_sweep(output):
         _report_sweep(output, wanted)
     else:
-        _report_job(output, wanted)
+        _report_job(opened(place, endpoint_url).output, wanted)
 
 
 def _report_job(output: Output, wanted: Wanted) -> None:

@@ -12,9 +12,10 @@ from jobs.checks import check_checkpoint
 from jobs.config import load_kept_job
 from jobs.display import progress_display
 from jobs.label import closed
+from jobs.place import opened
 from models.errors import ConfigError
 from pipelines.commit import JOB, Output
-from pipelines.job import Job, StorageSection
+from pipelines.job import Job
 from pipelines.metrics import Summary
 from pipelines.stop import Stop
 
@@ -24,8 +25,9 @@ def retry(path: str, codes: Sequence[str], overrides: Sequence[str] = (), *, end
 
     Raises ConfigError before Ray starts when the job cannot run any more.
     """
-    output = Output.at(path, StorageSection(endpoint_url=endpoint_url))
-    job = replace(_kept_job(output, overrides), output=path)
+    found = opened(path, endpoint_url)
+    output = found.output
+    job = replace(_kept_job(output, overrides), output=found.path)
     _, problems = check_checkpoint(job)
     if problems:
         raise ConfigError("\n".join(map(str, problems)))
@@ -33,7 +35,7 @@ def retry(path: str, codes: Sequence[str], overrides: Sequence[str] = (), *, end
     def work() -> Summary:
         from pipelines.retry import retry_failed
 
-        with progress_display("retry", Console(file=sys.stderr)) as show:
+        with found.owned(), progress_display("retry", Console(file=sys.stderr)) as show:
             return retry_failed(job, output, codes, show, stop=Stop())
 
     return closed(work, job, "retry")

@@ -10,8 +10,8 @@ import sys
 from rich.console import Console
 
 from jobs.display import status_table
+from jobs.place import opened
 from pipelines.commit import Output
-from pipelines.job import StorageSection
 
 SHOWN_PROBLEMS = 20
 
@@ -22,8 +22,9 @@ def status(path: str, *, verify: bool = False, endpoint_url: str | None = None) 
     Raises ConfigError when no job has begun there.
     """
     console = Console(highlight=False)
-    output = Output.at(path, StorageSection(endpoint_url=endpoint_url))
-    console.print(status_table(output.status(), path))
+    found = opened(path, endpoint_url)
+    output = found.output
+    console.print(status_table(output.status(), found.path))
     return not verify or verified(output, console)
 
 

@@ -58,7 +58,7 @@ def next_plan(
 
     Only files that are not `known` as they are now are read. Raises ConfigError as make_plan does.
     """
-    plan = make_plan(job, list(files), identity, known)
+    plan = make_plan(job, list(files), identity, known, grows=True)
     source = job_source(job)
     planned = tuple(each if each.digests else _with_digests(source, each, plan.unit_rows) for each in plan.files)
     identity = identity | {"input": input_identity([*files, *(each.file for each in kept)])}

@@ -19,12 +19,11 @@ from typing import Literal
 
 from models.config_reader import load_config
 from models.errors import ConfigError
-from pipelines import lease as leases
 from pipelines.changes import Changes, changes, check_carried, claims, gone, is_current, next_plan, offers, same_job
 from pipelines.commit import PARTS, Output, unit_generation
 from pipelines.job import Job, job_file
 from pipelines.journal import tidy
-from pipelines.lease import Lease, own
+from pipelines.lease import Lease
 from pipelines.listing import InputFile
 from pipelines.metrics import Counts
 from pipelines.pipeline import Prepared, complete, finish, job_facts
@@ -43,12 +42,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """What the caller of one run decides. `check` is called before any work starts, and refuses a job by raising."""
+    """What the caller of one run decides.
+
+    `check` is called before any work starts, and refuses a job by raising; it is told whether input may be gone.
+    """
 
     max_units: int | None = None
     drop_deleted: bool = False
     changed_job: bool = False
-    check: Callable[[], object] = lambda: None
+    check: Callable[[bool], object] = lambda may_be_gone: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +79,11 @@ def run_night(job: Job, choices: Choices, on_progress: OnProgress | None = None,
     """
     versions = Versions.at(job.output, job.storage)
     versions.prepare()
-    with own(versions.store) as lease:
+    with versions.owned() as lease:
         run = _Run(job, choices, versions, lease, stop or Stop(), on_progress)
         night = run.night()
         lease.confirm()
         removed = versions.prune(job.cron.keep) if night.state != "bounded" else []
-        leases.tidy(versions.store)
     return replace(night, removed_versions=tuple(removed))
 
 
@@ -103,9 +104,11 @@ class _Run:
         self._processed = self._processed_units = self._adopted = 0
 
     def night(self) -> Night:
-        files = job_source(self._job).list_files(self._job.input)
-        identity = identify(self._job, files, os.path.abspath(self._job.model))
         name = self._versions.in_force()
+        files = job_source(self._job).list_files(self._job.input, may_be_gone=name is not None)
+        identity = identify(self._job, files, os.path.abspath(self._job.model))
+        if name is not None and self._versions.catch_up(name):
+            log.warning("%s: the manifest of %s was not that of a finished retry yet", self._versions.store.place, name)
         standing = self._versions.output(name).standing_plan() if name else None
         begun = [
             each for each in plans(self._versions, self._versions.unfinished()) if same_job(each[1].identity, identity)
@@ -114,6 +117,7 @@ class _Run:
         if standing and not begun:
             self._refuse_another_job(standing, identity)
         if begun and self._can_go_on(*begun[-1], files):
+            self._choices.check(name is not None)
             name, standing = begun[-1]
             if left := self._work(name, standing):
                 return self._night("bounded", found, standing, left)
@@ -169,7 +173,7 @@ class _Run:
         self, files: Sequence[InputFile], identity: Identity, before: Plan | None, unfinished: Plan | None
     ) -> tuple[str, Plan]:
         """A new version: the present input, and what is kept of the files that are gone since `before`."""
-        self._choices.check()
+        self._choices.check(before is not None)
         kept = () if self._choices.drop_deleted else gone(before, files)
         is_same = before is not None and same_job(before.identity, identity)
         known = unfinished or (before if is_same else None)
@@ -189,7 +193,6 @@ class _Run:
 
     def _work(self, name: str, plan: Plan) -> int:
         """Completes a version and puts it in force, unless that takes more than is allowed: then, the units left."""
-        self._choices.check()
         output, work = self._versions.output(name), _BoundedWork(self._on_progress, self._units_allowed())
         work.tell("planning")
         self._adopted += self._adopt(name, plan)

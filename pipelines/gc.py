@@ -8,7 +8,7 @@ manifest names stay, too. Knows nothing of Ray.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from pipelines.commit import PART_NAME, PARTS, Output
@@ -30,12 +30,12 @@ class Collected:
         return sum(entry.size or 0 for entry in self.removed)
 
 
-def collect(output: Output) -> Collected:
-    """Raises ConfigError when there is no output, or a driver owns it."""
+def collect(output: Output, kept: Collection[str] = ()) -> Collected:
+    """Removes all of that but the parts `kept`. Raises ConfigError when there is no output, or a driver owns it."""
     output.standing_plan()
     temporaries = list(_files(output, TEMPORARY))  # later ones may be the lease's own
     with own(output.store) as lease:
-        named, generations = output.named_parts(), output.generations()
+        named, generations = output.named_parts().union(kept), output.generations()
         removed: list[Entry] = []
         waiting = 0
         for entry in _files(output, PARTS):

@@ -6,6 +6,7 @@ Owns patterns, directories and names. Opens no file; knows nothing of what is in
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from pipelines.s3 import S3, Object
 Format = Literal["parquet", "jsonl"]
 
 SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+log = logging.getLogger(__name__)
 MAGIC = re.compile(r"[*?\[]")  # where a glob begins
 
 
@@ -43,12 +45,24 @@ class InputFile:
         return SUFFIXES[os.path.splitext(self.path)[1]]
 
 
-def list_files(patterns: Sequence[str], storage: StorageSection) -> list[InputFile]:
-    """The files that `input` names, each once, directories and globs in name order. Raises ConfigError."""
+def list_files(patterns: Sequence[str], storage: StorageSection, *, may_be_gone: bool = False) -> list[InputFile]:
+    """The files that `input` names, each once, directories and globs in name order. Raises ConfigError.
+
+    With `may_be_gone`, a pattern that matches nothing is a warning as long as another one matches something.
+    """
     found: dict[str, InputFile] = {}
     for pattern in patterns:
-        for file in sorted(_expand(pattern, storage), key=lambda file: file.name):
+        files = _expand(pattern, storage)
+        if not files and not may_be_gone:
+            raise ConfigError(f"input: {pattern!r} matches no Parquet or JSONL file; check the path")
+        if not files:
+            log.warning("input: %r matches no Parquet or JSONL file now", pattern)
+        for file in sorted(files, key=lambda file: file.name):
             found.setdefault(file.path, file)
+    if not found and patterns:
+        raise ConfigError(
+            f"input: no file is left of {', '.join(map(repr, patterns))}; check that what holds them can be reached"
+        )
     return list(found.values())
 
 
@@ -58,8 +72,6 @@ def is_remote(path: str) -> bool:
 
 def _expand(pattern: str, storage: StorageSection) -> list[InputFile]:
     files = _remote_files(pattern, S3(storage)) if is_remote(pattern) else _local_files(pattern)
-    if not files:
-        raise ConfigError(f"input: {pattern!r} matches no Parquet or JSONL file; check the path")
     for file in files:
         if os.path.splitext(file.path)[1] not in SUFFIXES:
             raise ConfigError(

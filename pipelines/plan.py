@@ -105,7 +105,11 @@ class Plan:
 
     @cached_property
     def num_units(self) -> int:
-        return sum(-(-file.num_rows // self.unit_rows) for file in self.files)
+        return self.units_of(self.files)
+
+    def units_of(self, files: Sequence[PlannedFile]) -> int:
+        """How many units these files make."""
+        return sum(-(-file.num_rows // self.unit_rows) for file in files)
 
     @property
     def present(self) -> tuple[PlannedFile, ...]:
@@ -209,10 +213,13 @@ def job_source(job: Job) -> Source:
     return Source(storage=job.storage, columns=input_columns(job))
 
 
-def make_plan(job: Job, files: list[InputFile], identity: Identity, known: Plan | None = None) -> Plan:
+def make_plan(
+    job: Job, files: list[InputFile], identity: Identity, known: Plan | None = None, *, grows: bool = False
+) -> Plan:
     """Opens every file once: footers of Parquet, newlines of JSONL, and the key column if there is one.
 
     With a `known` plan, units are as large as there, and its files that are still the same are not counted again.
+    With `grows`, units are as large as for many rows, whatever there is now.
     Raises ConfigError for anything wrong with a file as a whole, or with the columns that the job asks for.
     """
     check_formats(job, files)
@@ -227,7 +234,8 @@ def make_plan(job: Job, files: list[InputFile], identity: Identity, known: Plan 
     else:
         estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
         num_bytes = sum(file.size for file in files)
-        unit_rows = choose_unit_rows(job, sum(estimates), num_bytes, _row_bytes(job, source, files[0]))
+        num_rows = max(sum(estimates), WANTED_UNITS * MAX_UNIT_ROWS if grows else 0)
+        unit_rows = choose_unit_rows(job, num_rows, num_bytes, _row_bytes(job, source, files[0]))
     planned = tuple(
         replace(counted[file.mark], file=file) if file.mark in counted else _planned_file(source, file, unit_rows, rows)
         for file in files

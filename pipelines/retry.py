@@ -50,7 +50,9 @@ def retry_failed(
     work.tell("planning")
     plan = output.standing_plan()
     with own(output.store) as lease:
-        touched = {record.unit: record for record in output.records(plan) if num_failed(record.counts, codes)}
+        failed = {record.unit: record for record in output.records(plan) if num_failed(record.counts, codes)}
+        readable = plan.units_of(plan.present)
+        touched = {unit: record for unit, record in failed.items() if unit < readable}
         spec, facts = _checked(job, plan, touched)
         if touched:
             work.expect(sum(num_failed(record.counts, codes) for record in touched.values()), len(touched))
@@ -58,8 +60,16 @@ def retry_failed(
             _process(spec, plan, output, touched, codes, work, Watch(lease=lease, stop=stop or Stop()))
         counts = _finish(output, plan, spec, facts, lease)
     work.tell("done")
-    note = "" if touched else f"no row failed{' with ' + ', '.join(codes) if codes else ''}: nothing was left to do"
-    return replace(work.summary(output), counts=counts, notes=(note,) if note else ())
+    return replace(work.summary(output), counts=counts, notes=tuple(_notes(failed, touched, codes)))
+
+
+def _notes(
+    failed: Mapping[int, CommitRecord], touched: Mapping[int, CommitRecord], codes: Sequence[str]
+) -> Iterator[str]:
+    if not failed:
+        yield f"no row failed{' with ' + ', '.join(codes) if codes else ''}: nothing was left to do"
+    if gone := sum(num_failed(record.counts, codes) for unit, record in failed.items() if unit not in touched):
+        yield f"{gone:,} failed rows are of deleted input files and stay as they are"
 
 
 def num_failed(counts: Counts, codes: Sequence[str]) -> int:

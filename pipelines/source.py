@@ -67,9 +67,9 @@ class Source:
     storage: StorageSection
     columns: tuple[str, ...]
 
-    def list_files(self, patterns: Sequence[str]) -> list[InputFile]:
+    def list_files(self, patterns: Sequence[str], *, may_be_gone: bool = False) -> list[InputFile]:
         """See pipelines.listing."""
-        return list_files(patterns, self.storage)
+        return list_files(patterns, self.storage, may_be_gone=may_be_gone)
 
     def open(self, file: InputFile) -> Any:
         """A seekable binary file for Arrow and for Python alike."""

@@ -73,6 +73,24 @@ class Stop:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Makes SIGTERM what SIGINT is, a KeyboardInterrupt, wherever `listening` does not take it; keeps `signum`."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            self.ask(signum)
+            raise KeyboardInterrupt
+
+        before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
     def _is_over(self, grace_s: float) -> bool:
         return self._ends_at is not None and time.monotonic() >= self._ends_at + grace_s
 

@@ -11,20 +11,27 @@ when the clock goes backwards. Knows nothing of what is in a plan, of input file
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from models.errors import ConfigError
+from pipelines import lease as leases
 from pipelines.commit import LEASE, MANIFEST, PLAN, PLAN_NAME, Output
 from pipelines.crash import reach
 from pipelines.job import StorageSection
+from pipelines.listing import is_remote
 from pipelines.plan import Plan
 from pipelines.storage import TEMPORARY, Store, check_store, open_store
 
 VERSIONS = "versions"
 NAME_FORMAT = "%Y-%m-%dT%H-%M-%SZ"
+NAME = re.compile(r"\d{4,}(-\d\d){2}T\d\d(-\d\d){2}Z")
 OWN_NAMES = {VERSIONS, LEASE, TEMPORARY, MANIFEST}
 
 
@@ -62,6 +69,20 @@ class Versions:
             raise ConfigError(f"output: {self.store.place} cannot be written ({error})") from error
         check_store(self.store)
 
+    @contextmanager
+    def owned(self) -> Iterator[leases.Lease]:
+        """The lease of all versions for the duration of the context; at its end, what dead owners left is removed.
+
+        Raises BusyError when a living driver has it.
+        """
+        temporaries = [entry.name for page in self.store.pages(TEMPORARY) for entry in page]  # later ones may be ours
+        with leases.own(self.store) as lease:
+            yield lease
+            lease.confirm()
+            for temporary in temporaries:
+                self.store.delete(temporary)
+            leases.tidy(self.store)
+
     def output(self, name: str) -> Output:
         return Output.at(f"{self.path}/{VERSIONS}/{name}", self.storage)
 
@@ -97,16 +118,40 @@ class Versions:
 
     def publish(self, name: str) -> None:
         """Puts a finished version in force, at one stroke."""
-        content = json.loads(self.output(name).store.read(MANIFEST))
+        content = self._manifest_of(name)
+        with self.output(name).writable():
+            reach("before_publish")
+            self.store.write(MANIFEST, json.dumps(content, indent=1).encode())
+            reach("after_publish")
+
+    def catch_up(self, name: str) -> bool:
+        """Puts the version in force once more if its manifest says something else now; whether it did.
+
+        A retry makes both anew, and may die between them.
+        """
+        try:
+            is_same = self._manifest_of(name) == json.loads(self.store.read(MANIFEST))
+        except FileNotFoundError:
+            return False
+        if not is_same:
+            self.publish(name)
+        return not is_same
+
+    def parts_in_force(self, name: str) -> set[str]:
+        """What readers of the version in force may open of this version, by its names there; nothing of another one."""
+        content = json.loads(self.store.read(MANIFEST)) if self.in_force() == name else {"parts": []}
+        return {str(part["part"]).removeprefix(f"{VERSIONS}/{name}/") for part in content["parts"]}
+
+    def _manifest_of(self, name: str) -> dict[str, Any]:
+        """The manifest that puts a version in force. Raises FileNotFoundError."""
+        content: dict[str, Any] = json.loads(self.output(name).store.read(MANIFEST))
         folder = f"{VERSIONS}/{name}"
         content["version"] = name
         for part in content["parts"]:
             part["part"] = f"{folder}/{part['part']}"
         for deleted in content.get("deleted", []):
             deleted["parts"] = [f"{folder}/{part}" for part in deleted["parts"]]
-        reach("before_publish")
-        self.store.write(MANIFEST, json.dumps(content, indent=1).encode())
-        reach("after_publish")
+        return content
 
     def prune(self, keep: int) -> list[str]:
         """Removes all but the latest `keep` finished versions, and what never became one. To be called by the owner.
@@ -141,3 +186,64 @@ class Versions:
 def plans(versions: Versions, names: Sequence[str]) -> list[tuple[str, Plan]]:
     """Names and plans of versions. Raises ConfigError for one that has none."""
     return [(name, versions.output(name).standing_plan()) for name in names]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The output that a path means: an ordinary one, or the version `name` of a cron output."""
+
+    path: str
+    output: Output
+    versions: Versions | None = None
+    name: str = ""
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keeps runs of cron from the version for the duration of the context; then puts it in force anew if it is.
+
+        The output's own lease is still to be taken. Raises BusyError when a run of cron is at work.
+        """
+        if self.versions is None:
+            yield
+            return
+        with self.versions.owned() as lease:
+            yield
+            lease.confirm()
+            if self.versions.in_force() == self.name:
+                self.versions.catch_up(self.name)
+
+    def parts_in_force(self) -> set[str]:
+        return self.versions.parts_in_force(self.name) if self.versions is not None else set()
+
+
+def find(path: str, storage: StorageSection) -> Found:
+    """The output at a path, or the version in force below it; before the first one is in force, the latest begun.
+
+    Raises ConfigError for a cron output without any version.
+    """
+    above, name = _split(path)
+    if above and NAME.fullmatch(name):
+        return Found(path=path, output=Output.at(path, storage), versions=Versions.at(above, storage), name=name)
+    versions = Versions.at(path, storage)
+    if not _keeps_versions(versions.store):
+        return Found(path=path, output=Output(versions.store))
+    name = versions.in_force() or max(versions.unfinished(), default="")
+    if not name:
+        raise ConfigError(f"{versions.store.place} holds no version yet: glm-batch cron makes the first one")
+    place = f"{versions.path}/{VERSIONS}/{name}"
+    return Found(path=place, output=versions.output(name), versions=versions, name=name)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The cron output and the version that a path names; an empty output where it can be none's version."""
+    whole = path if is_remote(path) else os.path.abspath(path)
+    above, _, name = whole.rstrip("/").rpartition(f"/{VERSIONS}/")
+    return above, name
+
+
+def _keeps_versions(store: Store) -> bool:
+    try:
+        names = {entry.name for page in store.pages() for entry in page}
+    except NotADirectoryError:  # which whoever opens the output says in words
+        return False
+    return VERSIONS in names and not any(map(PLAN_NAME.fullmatch, names))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -13,13 +15,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.cron import cron, seconds_until
 from models.errors import ConfigError
 from pipelines.commit import Output
+from pipelines.job import StorageSection
 from pipelines.lease import own
+from pipelines.plan import MAX_UNIT_ROWS
 from pipelines.storage import LocalStore
+from pipelines.versions import find
 from tests.pipelines.cron_world import complete_here
 
 
@@ -105,6 +112,57 @@ def test_a_failed_run_leaves_the_last_manifest_in_force(
     monkeypatch.setattr("pipelines.cron.complete", complete_here)
     assert cron("job.yaml", []) == 0
     assert len(list(Output.at("out").iter_tables())) == len(Output.at("out").manifest().parts) == 6
+
+
+def test_a_signal_before_the_work_ends_the_run_with_its_line(
+    nightly: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While input is listed and compared, say, or Ray starts; and the next run need not wait for the lease."""
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.cron.complete", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert cron("job.yaml", []) == 128 + signal.SIGTERM
+    assert (said(capsys)["state"], signal.getsignal(signal.SIGTERM)) == ("interrupted", before)
+    assert cron("job.yaml", []) == 0
+    assert said(capsys)["state"] == "finished"
+
+
+def test_a_pattern_whose_files_are_all_gone_is_reported(nightly: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    patterns = 'input=["data/*.parquet", "data/b.jsonl"]'
+    with pytest.raises(ConfigError, match=r"'data/c\.jsonl' matches no"):
+        cron("job.yaml", [patterns.replace("b.jsonl", "c.jsonl")])  # before the first version, it is a slip
+    capsys.readouterr()
+    assert cron("job.yaml", [patterns]) == 0
+    capsys.readouterr()
+    (nightly.root / "data" / "b.jsonl").unlink()
+    assert cron("job.yaml", [patterns]) == 0
+    line = said(capsys)
+    assert (line["deleted"], line["deleted_rows"], line["rows"]) == (["data/b.jsonl"], 3, 8)
+    (nightly.root / "data" / "a.parquet").unlink()  # or what holds them is not mounted
+    with pytest.raises(ConfigError, match="no file is left of 'data/"):
+        cron("job.yaml", [patterns])
+    assert said(capsys)["exit_code"] == 2
+    assert Output.at("out").manifest().counts.rows == 8
+
+
+def test_fail_fast_keeps_bad_rows_out_until_their_file_is_mended(
+    nightly: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = ["fail_fast=true", "max_error_rate=0.0"]
+    assert cron("job.yaml", fast) == 3
+    assert (said(capsys)["state"], (nightly.root / "out" / "manifest.json").exists()) == ("too_many_errors", False)
+    rows = [{"id": number, "text": "hello", "team": "red", "score": 1.0} for number in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), nightly.root / "data" / "a.parquet")
+    (nightly.root / "data" / "b.jsonl").write_text(json.dumps(rows[0] | {"id": 9}) + "\n")
+    assert cron("job.yaml", fast) == 0
+    line = said(capsys)
+    assert (line["state"], line["ok"]) == ("finished", 6)
+
+
+def test_units_are_as_large_as_for_many_rows(nightly: Any) -> None:
+    """The first night has few, and all others keep its units."""
+    cron("job.yaml", ["commit.unit_rows=auto"])
+    assert find("out", StorageSection()).output.standing_plan().unit_rows == MAX_UNIT_ROWS
 
 
 def test_a_night_without_news_starts_nothing(nightly: Any) -> None:

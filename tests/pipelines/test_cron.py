@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from jobs.gc import gc
+from jobs.retry import retry
 from pipelines import run
 from pipelines.commit import Output
 from pipelines.cron import Choices, Night, run_night
@@ -34,6 +36,25 @@ def tonight(job: Job, **choices: Any) -> Night:
 
 def rows(output: Output) -> list[dict[str, Any]]:
     return [row for table in output.iter_tables() for row in table.to_pylist()]
+
+
+def test_retry_of_the_version_in_force_is_published(
+    echo_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_input(tmp_path, num_parquet=3)
+    write(tmp_path, "b.jsonl", line("b0"), "{", line("b2"))
+    job = make_job(echo_checkpoint, tmp_path, 3)
+    tonight(job)
+    assert retry(job.output, []) == 3
+    capsys.readouterr()
+    gc(job.output)
+    assert "removed parts/unit-00000001-g1-" in capsys.readouterr().out
+    assert [row["attempts"] for row in rows(Output.at(job.output)) if row["status"] == "error"] == [2]
+    (tmp_path / "in" / "b.jsonl").unlink()
+    assert (tonight(job).processed_rows, tonight(job).state) == (0, "unchanged")
+    assert retry(job.output, []) == 3
+    assert "1 failed rows are of deleted input files" in " ".join(capsys.readouterr().out.split())
+    assert [row["attempts"] for row in rows(Output.at(job.output)) if row["status"] == "error"] == [2]
 
 
 def test_nights(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

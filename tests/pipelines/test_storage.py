@@ -144,3 +144,27 @@ def test_an_object_reads_like_a_file(s3_server: str, read_ahead: int, monkeypatc
     ]  # fmt: skip
     for step in steps:
         assert step(remote) == step(plain)
+
+
+def test_a_copy_is_whole_and_outlives_what_it_was_made_of(store: Store) -> None:
+    store.prepare(["a/parts", "b/parts", "tmp"])
+    store.write("a/parts/x y+z%.parquet", b"some bytes")
+    store.copy("a/parts/x y+z%.parquet", "b/parts/other.parquet")
+    store.remove("a")
+    assert store.read("b/parts/other.parquet") == b"some bytes"
+    with pytest.raises(FileNotFoundError):
+        store.copy("a/parts/x y+z%.parquet", "b/parts/third.parquet")
+    assert store.size("b/parts/third.parquet") is None
+
+
+def test_a_folder_goes_with_all_that_is_in_it_and_nothing_else(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.s3.PAGE_KEYS", 4)  # what is removed spans pages
+    store.prepare(["a/parts", "a/commits", "ab", "tmp"])
+    names = [f"a/parts/{number}" for number in range(9)] + ["a/plan.json", "a/commits/1"]
+    for name in [*names, "ab/stays", "a.json"]:
+        store.write(name, b"x")
+    store.remove("a")
+    assert not any(store.size(name) for name in names)
+    assert not any(store.pages("a"))
+    assert (store.size("ab/stays"), store.size("a.json")) == (1, 1)
+    store.remove("a")
