@@ -15,6 +15,7 @@ from pipelines import run
 from pipelines.commit import Output
 from pipelines.cron import Choices, Night, run_night
 from pipelines.job import Job
+from pipelines.stop import Stop
 from tests.pipelines.test_pipeline import make_job, write_input
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -44,7 +45,11 @@ def test_retry_of_the_version_in_force_is_published(
     write_input(tmp_path, num_parquet=3)
     write(tmp_path, "b.jsonl", line("b0"), "{", line("b2"))
     job = make_job(echo_checkpoint, tmp_path, 3)
-    tonight(job)
+    bounded = tonight(job, max_units=1)
+    assert (bounded.state, bounded.processed_units, bounded.left_units, bounded.version) == ("bounded", 1, 1, None)
+    over = run_night(job, Choices(), stop=Stop(seconds=0.0))
+    assert (over.state, over.processed_units, over.left_units) == ("bounded", 0, 1)
+    assert tonight(job).processed_units == 1
     assert retry(job.output, []) == 3
     capsys.readouterr()
     gc(job.output)

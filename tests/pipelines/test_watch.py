@@ -90,3 +90,14 @@ def test_handlers_are_put_back() -> None:
     with Stop().listening():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_time_that_is_over_asks_as_a_signal_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("pipelines.stop.time.monotonic", lambda: now[0])
+    stop = Stop(grace_s=20.0, seconds=60.0)
+    seen = []
+    for now[0] in (159.0, 160.0, 179.0, 180.0):
+        seen.append((stop.is_asked, stop.is_due))
+    assert seen == [(False, False), (True, False), (True, False), (True, True)]
+    assert stop.signum is None  # which tells an end that was planned from one that was asked for
