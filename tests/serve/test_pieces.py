@@ -16,7 +16,7 @@ from glm_actors.serving.pieces import Address, Mailbox, Outlets, Piece
 def counted_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many pieces each message had."""
     sizes: list[int] = []
-    loads = pieces.pickle.loads
+    loads = pieces.json.loads
 
     def count(message: bytes) -> list[object]:
         found: list[object] = loads(message)
@@ -24,7 +24,7 @@ def counted_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(pieces.pickle, "loads", count)
+        patch.setattr(pieces.json, "loads", count)
         yield sizes
 
 
