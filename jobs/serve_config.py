@@ -25,6 +25,7 @@ from glm_actors.serving.settings import Caps, ServedModel, ServeSettings
 from jobs.checks import weight_problems
 from jobs.config import Place, Problem, describe, read_yaml, unquoted_dates
 from models.config_reader import load_config
+from models.engine.vllm_limits import check_installed, checkpoint_problem
 from models.errors import ConfigError
 from models.parallel import check_parts
 
@@ -89,8 +90,11 @@ def _served_problems(key: str, name: str, model: ServedModel) -> Iterator[Proble
     if len(counts) not in (1, 2) or not 1 <= least <= most:
         message = f"it is {model.replicas}; give a number from 1 on, or [least, most]"
         yield Problem(key=f"{key}.replicas", message=message)
-    if model.engine.kind == "vllm":
-        yield Problem(key=f"{key}.engine.kind", message="serve runs torch or echo in this version; use one of these")
+    if model.engine.kind == "vllm" and "RAY_ADDRESS" not in os.environ:  # a cluster's workers may have what we have not
+        try:
+            check_installed()
+        except ConfigError as error:
+            yield Problem(key=f"{key}.engine.kind", message=str(error).partition(": ")[2])
     try:
         _ = model.engine_config
     except ValueError as error:
@@ -139,6 +143,8 @@ def _model_problems(name: str, model: ServedModel, caps: Caps) -> Iterator[Probl
         check_parts(config, model.engine.tensor_parallel_size)
     except ConfigError as error:
         yield Problem(key=f"models.{name}.engine.tensor_parallel_size", message=str(error).partition(": ")[2])
+    if model.engine.kind == "vllm" and (refusal := checkpoint_problem(config, None)):
+        yield Problem(key=f"models.{name}.engine.kind", message=refusal)
     limit, longest = model.engine.max_model_len, config.longest_context
     if limit != "auto" and limit > longest:
         message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"

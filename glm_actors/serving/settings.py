@@ -44,8 +44,9 @@ class ServedModel:
     def engine_config(self) -> EngineConfig:
         chosen = asdict(self.engine)
         if self.engine.kind == "auto":
-            chosen["kind"] = "torch"  # the one that streams
-        return EngineConfig(model=self.model, **chosen)
+            chosen["kind"] = "torch"  # the one that answers every kind of request
+        # A request for a vector must not make vLLM load the model once more.
+        return EngineConfig(model=self.model, task="generate" if self.engine.kind == "vllm" else None, **chosen)
 
     @property
     def wants_gpu(self) -> bool:

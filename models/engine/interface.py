@@ -18,8 +18,8 @@ Task = Literal["choose", "generate", "extract", "classify", "tag", "embed"]
 class Engine(Protocol):
     """Takes requests, is stepped, and gives back exactly one Completion for each of them.
 
-    Which of them it works at first is its own business; answers do not depend on it. TorchEngine does ONLINE requests
-    before BATCH ones; VllmEngine and EchoEngine make no difference between them.
+    Which of them it works at first is its own business; answers do not depend on it. TorchEngine and VllmEngine do
+    ONLINE requests before BATCH ones; EchoEngine makes no difference between them.
     """
 
     def submit(self, requests: list[Request]) -> None:
@@ -59,7 +59,7 @@ class EngineConfig:
     `kv_cache_tokens` the size of the paged KV cache in tokens, `block_size` the tokens of one block of it.
     `max_model_len` bounds prompt plus output; "auto" takes the checkpoint's max_position_embeddings.
     `media_cache_bytes` bounds the features of images and videos that are remembered. `task` tells what all requests
-    will ask for, where that is known: kind "auto" goes by it.
+    will ask for, where that is known: kind "auto" goes by it, and vllm loads the model for nothing else.
     """
 
     model: str

@@ -15,6 +15,7 @@ import torch
 from models.config import ModelConfig
 from models.engine.interface import EngineConfig
 from models.engine.kv_cache import bytes_per_token, default_kv_tokens
+from models.engine.request import Priority
 from models.engine.settings import resolve_auto
 from models.engine.vllm_limits import set_environment
 from models.errors import ConfigError
@@ -55,6 +56,7 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": max(int(config.max_step_tokens), int(config.max_num_seqs)),
         "enable_prefix_caching": config.prefix_caching,
+        "scheduling_policy": "priority",
         "generation_config": "vllm",  # every sampling parameter comes with its request
         "logprobs_mode": "raw_logprobs",
         "max_logprobs": -1,
@@ -171,12 +173,12 @@ class VllmCore:
         if runner == "generate":
             self._share_tokenizer(tokenizer)
 
-    def add(self, id: str, prompt: Any, params: Any) -> None:
+    def add(self, id: str, prompt: Any, params: Any, priority: Priority) -> None:
         """Queues a prompt in vLLM's own form. Raises ValueError for what vLLM refuses."""
         from vllm.exceptions import VLLMValidationError
 
         try:
-            self._llm.add_request(id, prompt, params)
+            self._llm.add_request(id, prompt, params, priority=priority)
         except VLLMValidationError as error:  # a ValueError in some versions only
             raise ValueError(str(error)) from error
 

@@ -6,6 +6,7 @@ tree), which share its prefix in vLLM's cache. Knows nothing of rows, files or r
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -20,9 +21,11 @@ from models.config_reader import load_config
 from models.engine.constraints import Constraints
 from models.engine.decoding import Decoding
 from models.engine.engine import choice_tree, pooled_index
-from models.engine.interface import EngineConfig
+from models.engine.interface import EngineConfig, Task
 from models.engine.media import PlacedMedia
 from models.engine.request import (
+    BATCH,
+    ONLINE,
     Choose,
     Classify,
     Completion,
@@ -43,7 +46,8 @@ from models.engine.vllm_requests import Fork, Vocabulary, choice_forks, is_greed
 from models.errors import ConfigError, RowError
 from models.processing.tokenizer import Tokenizer
 
-QUEUE_DEPTH = 2  # requests given to vLLM for each one that it can run
+# Requests given to vLLM for each one that it can run: a batch's leave room for those that somebody waits for.
+QUEUE_DEPTH = {ONLINE: 2, BATCH: 1}
 MEDIA_BYTES = 1 << 30  # of rendered media given to vLLM, which keeps them until their requests are done
 Asks = Literal["given", "likeliest"]
 
@@ -80,12 +84,14 @@ class VllmEngine:
     """vLLM behind the engine seam. `from_checkpoint` builds one; every request ends in exactly one Completion.
 
     vLLM runs a checkpoint either to generate or to pool. The one that the first requests will need is loaded at once,
-    the other when a request asks for it: a second copy of the weights.
+    the other when a request asks for it: a second copy of the weights. Not where a task is known: then such a request
+    ends in an error.
     """
 
-    def __init__(self, settings: VllmSettings, tokenizer: Tokenizer) -> None:
+    def __init__(self, settings: VllmSettings, tokenizer: Tokenizer, task: Task | None = None) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
+        self._task = task
         vision, model_dir = settings.model.vision, settings.arguments["model"]
         self._renderer = MediaRenderer.from_dir(model_dir, vision, settings.pixel_dtype) if vision else None
         self._cores: dict[Runner, VllmCore] = {}
@@ -94,7 +100,7 @@ class VllmEngine:
         self._owners: dict[str, _Pending] = {}  # by the forks' ids
         self._asking: Counter[Asks | None] = Counter()  # of the requests that vLLM works on
         self._media_bytes = 0  # theirs, rendered
-        self._held: deque[_Pending] = deque()  # in their order
+        self._held: deque[_Pending] = deque()  # by priority, in their order
         self._ready: deque[Completion] = deque()
         self._deltas: list[Delta] = []
 
@@ -108,7 +114,7 @@ class VllmEngine:
             raise ConfigError(f"engine.kind=vllm: {problem}")
         tokenizer = Tokenizer.from_dir(config.model)
         tokenizer.eos_token_ids = resolve_end_ids(tokenizer, model)
-        engine = cls(resolve_settings(config, model, vllm_args or {}), tokenizer)
+        engine = cls(resolve_settings(config, model, vllm_args or {}), tokenizer, config.task)
         pools = model.head != "causal_lm" or config.task == "embed"
         engine._core("pooling" if pools else "generate")
         return engine
@@ -174,20 +180,24 @@ class VllmEngine:
         check(request, prompt, model, settings.max_model_len, settings.max_engine_len)
         media = place_media(request, prompt, model)
         runner: Runner = "generate" if isinstance(request.work, Generate | Choose) else "pooling"
+        if self._task is not None and runner not in self._cores:
+            raise RowError("unsupported_work", f"vLLM has loaded the model to {self._task} only; use engine.kind torch")
         forks = self._forks(request, settings.max_model_len - len(prompt))
         media_bytes = self._renderer.num_bytes(media) if self._renderer and media else 0
         pending = _Pending(
             request=request, prompt=prompt, media=media, runner=runner, planned=forks, media_bytes=media_bytes
         )
         self._pending[request.id] = pending
-        if self._held or self._must_wait(pending):
-            self._held.append(pending)
+        first = self._held[0].request.priority if self._held else None
+        if self._must_wait(pending) or (first is not None and first <= request.priority):
+            bisect.insort(self._held, pending, key=lambda held: held.request.priority)
         else:
             self._begin(pending)
 
     def _must_wait(self, pending: _Pending) -> bool:
         """While vLLM has plenty to choose from, or works on requests that ask otherwise."""
-        if self._asking.total() >= QUEUE_DEPTH * self.settings.arguments["max_num_seqs"]:
+        depth = QUEUE_DEPTH[pending.request.priority]
+        if self._asking.total() >= depth * self.settings.arguments["max_num_seqs"]:
             return True
         if self._media_bytes and self._media_bytes + pending.media_bytes > MEDIA_BYTES:
             return True
@@ -200,7 +210,8 @@ class VllmEngine:
                     self._matcher(work)
                 except ConfigError as error:  # a constraint that cannot be compiled
                     raise RowError("invalid_constraint", str(error)) from error
-                return list(sample_forks(work, self._vocabulary, min(work.sampling.max_tokens, room)))
+                max_tokens = min(work.sampling.max_tokens, room)
+                return list(sample_forks(work, self._vocabulary, max_tokens, stream=request.stream))
             case Choose() as work:
                 return list(choice_forks(work, self._vocabulary))
         return [pooling_fork(request.work)]
@@ -229,7 +240,7 @@ class VllmEngine:
         if isinstance(work, Generate):
             decoding = Decoding(work.sampling, self.tokenizer, max_tokens=fork.params.max_tokens)
             pending.transcripts[id] = Transcript(decoding, self._matcher(work))
-        core.add(id, prompt, fork.params)
+        core.add(id, prompt, fork.params, pending.request.priority)
         pending.forks[id] = fork
         pending.open.add(id)
         self._owners[id] = pending

@@ -67,11 +67,15 @@ def scored_ids(tree: ChoiceTree, eos_token_ids: tuple[int, ...]) -> Iterator[tup
         yield node, tuple(dict.fromkeys([*tokens, *(eos_token_ids if node in tree.ends else ())]))
 
 
-def sample_forks(work: Generate, vocabulary: Vocabulary, max_tokens: int) -> Iterator[Fork]:
-    """One fork for each sample; greedy samples are all the same one."""
+def sample_forks(work: Generate, vocabulary: Vocabulary, max_tokens: int, *, stream: bool) -> Iterator[Fork]:
+    """One fork for each sample; greedy samples are all the same one. With `stream` tokens come as they are drawn."""
     params = work.sampling
+    # Whoever looks for stop strings needs them as they come, too.
+    output = RequestOutputKind.DELTA if stream or params.stop else RequestOutputKind.FINAL_ONLY
     for index in range(1 if is_greedy(params) else params.n):
-        yield Fork(params=_sampling(params, work.constraint, vocabulary, max_tokens, index))
+        drawn = _sampling(params, work.constraint, vocabulary, max_tokens, index)
+        drawn.output_kind = output
+        yield Fork(params=drawn)
 
 
 def is_greedy(params: SamplingParams) -> bool:
@@ -131,8 +135,6 @@ def _sampling(
         logit_bias=_bans(vocabulary),
         structured_outputs=_structure(constraint) if constraint else None,
         detokenize=False,
-        # Only whoever looks for stop strings needs the tokens as they come.
-        output_kind=RequestOutputKind.DELTA if params.stop else RequestOutputKind.FINAL_ONLY,
     )
 
 

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from models.engine.vllm_limits import is_installed
 
-NEED_VLLM = ["test_vllm_engine.py", "test_vllm_jobs.py", "test_vllm_media.py"]
+NEED_VLLM = ["test_vllm_engine.py", "test_vllm_jobs.py", "test_vllm_media.py", "test_vllm_serving.py"]
 collect_ignore = [] if is_installed() else NEED_VLLM
