@@ -23,7 +23,7 @@ from glm_actors.batches import to_requests, with_completions
 from glm_actors.guard import Answer, Guard, RayBook
 from glm_actors.journal import Journal, UnitJournal
 from glm_actors.loop import EngineLoop
-from glm_actors.shared import SharedModel
+from glm_actors.shared import AppFailedError, SharedModel
 from glm_actors.shared_line import connect
 from glm_actors.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, spent, with_spent
 from glm_actors.startup import loading
@@ -118,6 +118,8 @@ class ModelActor:
         assert self._loop is not None
         try:
             return journal.complete(self._loop, requests)
+        except AppFailedError:
+            raise  # another process of ours would meet the same
         except EngineError as error:
             traceback.print_exception(error)
             self._guard.die(error)

@@ -1,7 +1,7 @@
 """What a batch job and a live application tell each other about a model that they share.
 
-Owns what makes two of them the same model for a job's results, and the message that carries a job's requests. Knows
-nothing of Ray or of how requests are made.
+Owns what makes two of them the same model for a job's results, the message that carries a job's requests, and what can
+become of it. Knows nothing of Ray or of how requests are made.
 """
 
 from __future__ import annotations
@@ -12,6 +12,19 @@ from dataclasses import asdict, dataclass
 from models.checkpoint_digest import model_digest
 from models.engine.interface import EngineConfig
 from models.engine.request import Completion, Request
+from models.errors import EngineError
+
+
+class NoReplicaError(Exception):
+    """No replica has taken the message."""
+
+
+class ReplicaLostError(Exception):
+    """The replica that had taken the message did not live to answer it."""
+
+
+class AppFailedError(EngineError):
+    """The application cannot do the work, whichever process of the job asks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

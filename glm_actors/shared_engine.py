@@ -1,8 +1,7 @@
 """SharedEngine: an Engine whose work is done by the replicas of a live application.
 
-Owns how requests are cut into messages, how many of them are under way, and what is tried again. A message that a
-replica took with it is sent again, as often as it may be innocent of that; one that found no replica waits until there
-is one. Knows nothing of Ray: `Line` is all that it knows of the application.
+Owns how requests are cut into messages, and how long a replica is waited for. What a replica took with it is the
+business of glm_actors.shared_suspects. Knows nothing of Ray: `Line` is all that it knows of the application.
 """
 
 from __future__ import annotations
@@ -19,7 +18,16 @@ from functools import partial
 from itertools import chain
 from typing import Protocol, TypeVar
 
-from glm_actors.shared import Answer, BatchWork, ModelIdentity, SharedModel
+from glm_actors.shared import (
+    Answer,
+    AppFailedError,
+    BatchWork,
+    ModelIdentity,
+    NoReplicaError,
+    ReplicaLostError,
+    SharedModel,
+)
+from glm_actors.shared_suspects import Search
 from models.engine.request import BATCH, Completion, Delta, Request, refuse_known_ids
 from models.errors import ConfigError, EngineError
 
@@ -27,14 +35,6 @@ STEP_S = 0.5  # that a step waits for an answer
 MESSAGE_ROWS = 32
 MESSAGE_BYTES = 8 << 20  # of media
 T = TypeVar("T")
-
-
-class NoReplicaError(Exception):
-    """No replica has taken the message."""
-
-
-class ReplicaLostError(Exception):
-    """The replica that had taken the message did not live to answer it."""
 
 
 class Line(Protocol):
@@ -50,12 +50,10 @@ class Patience:
     """How long what is tried again.
 
     `messages` may be under way at once. An application is waited for `absence_s`; between two tries pass `pause_s`,
-    twice as long each time up to `max_pause_s`. A message under way at `losses` ends of replicas ends this engine:
-    whoever starts it again finds out by itself which row cannot be run.
+    twice as long each time up to `max_pause_s`.
     """
 
     messages: int = 32
-    losses: int = 3
     pause_s: float = 0.2
     max_pause_s: float = 5.0
     absence_s: float = 900.0
@@ -68,7 +66,10 @@ class _Message:
 
 
 class SharedEngine:
-    """Raises ConfigError from the constructor where the application serves something else, EngineError without it."""
+    """Raises ConfigError from the constructor where the application serves something else, EngineError without it.
+
+    A row that replicas do not survive ends in an error of its own: see glm_actors.shared_suspects.
+    """
 
     def __init__(self, model: SharedModel, line: Line, patience: Patience | None = None) -> None:
         self._model, self._line = model, line
@@ -78,11 +79,11 @@ class SharedEngine:
         self._ready: list[Completion] = []
         self._answered: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
-        self._places = asyncio.Semaphore(self._patience.messages)
+        self._search = Search(self._ask, self._present, self._patience.messages, self._where)
         self._thread = threading.Thread(target=self._loop.run_forever, name="shared-engine", daemon=True)
         self._thread.start()
         try:
-            self._check(asyncio.run_coroutine_threadsafe(self._persist(line.identity), self._loop).result())
+            asyncio.run_coroutine_threadsafe(self._present(), self._loop).result()
         except BaseException:
             self.close()
             raise
@@ -95,7 +96,7 @@ class SharedEngine:
         for part in _cut(requests):
             message = _Message(part)
             self._pending |= {request.id: message for request in part}
-            message.answer = asyncio.run_coroutine_threadsafe(self._send(part), self._loop)
+            message.answer = asyncio.run_coroutine_threadsafe(self._search.run(part), self._loop)
             message.answer.add_done_callback(partial(self._arrive, message))
 
     def step(self) -> list[Completion]:
@@ -149,45 +150,41 @@ class SharedEngine:
                 del self._pending[completion.id]
                 self._ready.append(completion)
 
-    async def _send(self, requests: Sequence[Request]) -> list[Completion]:
+    async def _ask(self, requests: Sequence[Request]) -> list[Completion]:
         """Under other names: what a process that has died has left in a replica may still be there."""
         prefix = uuid.uuid4().hex
         renamed = [replace(each, id=f"{prefix}-{i}", priority=BATCH) for i, each in enumerate(requests)]
         work = BatchWork(caller=self._name, identity=self._model.identity, requests=renamed)
-        async with self._places:
-            answer = await self._persist(lambda: self._line.ask(work))
+        answer = await self._persist(lambda: self._line.ask(work), NoReplicaError)
         if isinstance(answer, ModelIdentity):
             raise EngineError(self._refusal(answer))
         return [replace(each, id=request.id) for each, request in zip(answer, requests, strict=True)]
 
-    async def _persist(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """Asks until there is an answer."""
+    async def _present(self) -> None:
+        """Waits for a replica. Raises ConfigError where it is another model's."""
+        identity = await self._persist(self._line.identity, NoReplicaError, ReplicaLostError)
+        if identity != self._model.identity:
+            raise ConfigError(self._refusal(identity))
+
+    async def _persist(self, ask: Callable[[], Awaitable[T]], *absent: type[Exception]) -> T:
+        """Asks until there is an answer. Errors of the types `absent` mean that nobody is there yet."""
         patience = self._patience
-        losses, pause = 0, patience.pause_s
+        pause = patience.pause_s
         absent_since: float | None = None
         while True:
             try:
                 return await ask()
-            except ReplicaLostError as error:
-                losses += 1
-                if losses == patience.losses:
-                    raise EngineError(f"{self._where} lost {losses} replicas at the same rows: {error}") from error
-                pause, absent_since = patience.pause_s, None
-            except NoReplicaError as error:
+            except absent as error:
                 absent_since = absent_since or time.monotonic()
                 if time.monotonic() - absent_since > patience.absence_s:
                     waited = f"{patience.absence_s:.0f} s"
-                    raise EngineError(f"{self._where} has not been there for {waited}: {error}") from error
+                    raise AppFailedError(f"{self._where} has not been there for {waited}: {error}") from error
             await asyncio.sleep(pause)
             pause = min(2 * pause, patience.max_pause_s)
 
     @property
     def _where(self) -> str:
         return f"the application {self._model.app!r}"
-
-    def _check(self, identity: ModelIdentity) -> None:
-        if identity != self._model.identity:
-            raise ConfigError(self._refusal(identity))
 
     def _refusal(self, identity: ModelIdentity) -> str:
         found = "; ".join(self._model.identity.differences(identity))

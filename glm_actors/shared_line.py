@@ -11,8 +11,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from glm_actors.shared import Answer, BatchWork, ModelIdentity, SharedModel
-from glm_actors.shared_engine import NoReplicaError, ReplicaLostError, SharedEngine
+from glm_actors.shared import Answer, BatchWork, ModelIdentity, NoReplicaError, ReplicaLostError, SharedModel
+from glm_actors.shared_engine import SharedEngine
 from models.engine.interface import Engine
 
 MANY = 10_000  # replicas that may hold a lifeline
@@ -98,12 +98,16 @@ def _handle(model: SharedModel) -> Any:
 @contextlib.contextmanager
 def _ray_failures() -> Iterator[None]:
     """Whether a message came to a replica at all. Serve itself sends it to another one where it knows it did not."""
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
 
     try:
         yield
     except RayServeException as error:
         raise NoReplicaError(str(error)) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, NoReplicaError):  # the replica is about to be replaced
+            raise NoReplicaError(str(error.cause)) from error
+        raise ReplicaLostError(f"{type(error.cause).__name__}: {error.cause}") from error
     except RayError as error:
         raise ReplicaLostError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error

@@ -44,6 +44,15 @@ EndpointOption = Annotated[
     str | None,
     typer.Option("--endpoint-url", metavar="URL", help="The s3:// store, if it is not AWS.", show_default=False),
 ]
+AppOption = Annotated[
+    str | None,
+    typer.Option(
+        "--app",
+        metavar="NAME",
+        help="Let the replicas of this live application do the model's work: online requests go first.",
+        show_default=False,
+    ),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -68,15 +77,7 @@ def label(
     job: JobArgument,
     overrides: SetOption = None,
     extend: Annotated[bool, typer.Option("--extend", help="Take up input files that were added.")] = False,
-    app_name: Annotated[
-        str | None,
-        typer.Option(
-            "--app",
-            metavar="NAME",
-            help="Let the replicas of this live application do the model's work: online requests go first.",
-            show_default=False,
-        ),
-    ] = None,
+    app_name: AppOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Run a job. A rerun goes on where the last one stopped."""
@@ -196,6 +197,7 @@ def retry(
         typer.Option("--code", help="Only rows with this error code; repeatable.", show_default=False),
     ] = None,
     overrides: SetOption = None,
+    app_name: AppOption = None,
     endpoint_url: EndpointOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -203,7 +205,7 @@ def retry(
     with errors_for_people(debug):
         from jobs.retry import retry as run_retry
 
-        code = run_retry(output, codes or [], overrides or [], endpoint_url=endpoint_url)
+        code = run_retry(output, codes or [], overrides or [], endpoint_url=endpoint_url, app=app_name)
     raise typer.Exit(code)
 
 

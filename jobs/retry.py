@@ -20,8 +20,17 @@ from pipelines.metrics import Summary
 from pipelines.stop import Stop
 
 
-def retry(path: str, codes: Sequence[str], overrides: Sequence[str] = (), *, endpoint_url: str | None = None) -> int:
+def retry(
+    path: str,
+    codes: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    endpoint_url: str | None = None,
+    app: str | None = None,
+) -> int:
     """Recomputes failed rows, prints the summary of the whole output and gives the exit code.
+
+    With `app`, through the replicas of this live application.
 
     Raises ConfigError before Ray starts when the job cannot run any more.
     """
@@ -36,7 +45,7 @@ def retry(path: str, codes: Sequence[str], overrides: Sequence[str] = (), *, end
         from pipelines.retry import retry_failed
 
         with found.owned(), progress_display("retry", Console(file=sys.stderr)) as show:
-            return retry_failed(job, output, codes, show, stop=Stop())
+            return retry_failed(job, output, codes, show, stop=Stop(), app=app)
 
     return closed(work, job, "retry")
 

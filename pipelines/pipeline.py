@@ -195,7 +195,7 @@ def committed(
     commit: Step,
     engine: EngineConfig | SharedModel | None = None,
 ) -> Dataset:
-    """The whole graph, as in the diagram above; `engine` is the job's own, unless an application shares its own."""
+    """The whole graph, as in the diagram above; `engine` is the job's own by default: see `engine_of`."""
     from pipelines import stages
 
     ledger = stages.start_ledger(plan)
@@ -220,6 +220,15 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
+def engine_of(job: Job, app: str | None) -> EngineConfig | SharedModel:
+    """Where the job's model runs: on workers of its own, or in the live application `app`. Raises ConfigError."""
+    if app is None:
+        return engine_config(job)
+    from pipelines.app import shared_model
+
+    return shared_model(app, engine_config(job))
+
+
 def complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None = None) -> None:
     """Commits every unit that is not committed yet."""
     pending = work.pending(prepared.plan)
@@ -229,9 +238,8 @@ def complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Wa
     work.tell("starting")
     with cluster(found=app is not None):
         from pipelines import stages
-        from pipelines.app import shared_model
 
-        engine = engine_config(job) if app is None else shared_model(app, engine_config(job))
+        engine = engine_of(job, app)
         workers = job_workers(job, beside_app=app is not None)
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
         journal = Journal(output=output, every_seconds=job.commit.every_seconds)

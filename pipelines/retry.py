@@ -28,7 +28,7 @@ from pipelines.job import Job
 from pipelines.journal import Journal, tidy
 from pipelines.lease import Lease, own
 from pipelines.metrics import Counts, Summary
-from pipelines.pipeline import committed, finish, follow, job_facts, waves
+from pipelines.pipeline import committed, engine_of, finish, follow, job_facts, waves
 from pipelines.plan import Plan, differences, identify, job_source
 from pipelines.progress import OnProgress, Work
 from pipelines.rows import RIGHT, UNIT, TaskSpec, count_rows
@@ -39,12 +39,18 @@ from pipelines.watch import Watch
 
 
 def retry_failed(
-    job: Job, output: Output, codes: Sequence[str], on_progress: OnProgress | None = None, *, stop: Stop | None = None
+    job: Job,
+    output: Output,
+    codes: Sequence[str],
+    on_progress: OnProgress | None = None,
+    *,
+    stop: Stop | None = None,
+    app: str | None = None,
 ) -> Summary:
     """Recomputes the failed rows of all committed units, or those with one of `codes`; sums up the whole output.
 
-    A finished output gets its manifest anew at the end. Raises ConfigError before anything starts, otherwise as
-    pipelines.run does.
+    A finished output gets its manifest anew at the end. With `app`, the replicas of this live application do the
+    model's work. Raises ConfigError before anything starts, otherwise as pipelines.run does.
     """
     work = Work(on_progress)
     work.tell("planning")
@@ -57,7 +63,7 @@ def retry_failed(
         if touched:
             work.expect(sum(num_failed(record.counts, codes) for record in touched.values()), len(touched))
             work.tell("starting")
-            _process(spec, plan, output, touched, codes, work, Watch(lease=lease, stop=stop or Stop()))
+            _process(spec, plan, output, touched, codes, work, Watch(lease=lease, stop=stop or Stop()), app)
         counts = _finish(output, plan, spec, facts, lease)
     work.tell("done")
     return replace(work.summary(output), counts=counts, notes=tuple(_notes(failed, touched, codes)))
@@ -174,19 +180,21 @@ def _process(
     codes: Sequence[str],
     work: Work,
     watch: Watch,
+    app: str | None,
 ) -> None:
     generations = {unit: record.generation for unit, record in touched.items()}
     journal = Journal(output=output, every_seconds=spec.job.commit.every_seconds, generations=generations)
     units = [unit for unit in plan.units() if unit.index in touched]
-    with cluster():
+    with cluster(found=app is not None):
         from pipelines import stages
 
-        workers = job_workers(spec.job)
+        engine = engine_of(spec.job, app)
+        workers = job_workers(spec.job, beside_app=app is not None)
         watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
         exporter = Exporter(plan.fingerprint)
         read = ReadFailed(Read(job_source(spec.job)), journal, codes)
         for wave in waves(units):
-            dataset = committed(plan, wave, read, spec, workers, journal, Recommit(journal, spec, codes))
+            dataset = committed(plan, wave, read, spec, workers, journal, Recommit(journal, spec, codes), engine)
             follow(dataset, watch, exporter, lambda record: work.add(_recomputed(touched, record, codes), record.spent))
             if watch.stop.is_asked:
                 break

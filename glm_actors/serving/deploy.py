@@ -109,10 +109,18 @@ class Ingress:
         """
         from glm_actors.serving.listener import Listener
 
-        if self._listener is not None:
-            await self._listener.close()
-        self._listener = Listener(self._border, address["host"], address["port"])
+        former, self._listener = self._listener, Listener(self._border, address["host"], address["port"])
         await self._listener.start()
+        if former is not None:  # what it is answering goes on
+            self._leaving = asyncio.ensure_future(former.close())
+
+    async def __del__(self) -> None:
+        """Ray Serve calls this once another ingress has taken this one's place, and waits drain_s for it to return.
+
+        Both listen at the same address until then: nobody finds it closed.
+        """
+        if self._listener is not None and not self._border.draining:
+            await self._listener.close()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._border
@@ -262,6 +270,7 @@ def build_application(
         max_ongoing_requests=(caps.max_queue + ROUTER_SLACK) * sum(most.values()) * 2,
         ray_actor_options={"num_cpus": 0, "resources": {f"node:{listen_on}": NODE_SHARE} if listen_on else {}},
         user_config={"host": settings.host, "port": settings.port} if listen_on else None,
+        max_surge_percent=100,  # the next one is there before this one goes
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         graceful_shutdown_timeout_s=caps.drain_s,
     )

@@ -27,7 +27,7 @@ from glm_actors.serving.protocol import Body, ChatRequest, CompletionRequest, To
 from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps, ServedModel
 from glm_actors.serving.tasks import Json, StreamTask, Task, build_task, usage_of
-from glm_actors.shared import Answer, BatchWork, ModelIdentity
+from glm_actors.shared import Answer, BatchWork, ModelIdentity, NoReplicaError
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
 from glm_actors.worker_group import WorkerGroup, needs_ranks
 from models.engine import Completion, Delta, Engine, build_engine
@@ -118,10 +118,16 @@ class Replica:
             give(Piece(usage=usage_of(completions)))
 
     async def work(self, work: BatchWork, gone: asyncio.Future[None]) -> Answer:
-        """A batch job's requests, beside those of clients. Raises EngineError, also when its caller is `gone`."""
+        """A batch job's requests, beside those of clients.
+
+        Raises EngineError, also when its caller is `gone`, and NoReplicaError where the engine was dead before.
+        """
         if work.identity != self.identity:
             return self.identity
-        submission = self._loop.submit(work.requests)
+        try:
+            submission = self._loop.submit(work.requests)
+        except EngineError as error:
+            raise NoReplicaError(str(error)) from error
         try:
             completed = asyncio.wrap_future(submission)
             await asyncio.wait((completed, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -21,7 +21,7 @@ COMMANDS = {
     "cron": (["job"], ["--changed-job", "--debug", "--drop-deleted", "--max-units", "--set", "--until"]),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
     "report": (["output"], ["--debug", "--endpoint-url", "--pred-probs", "--review", "--to"]),
-    "retry": (["output"], ["--code", "--debug", "--endpoint-url", "--set"]),
+    "retry": (["output"], ["--app", "--code", "--debug", "--endpoint-url", "--set"]),
     "gc": (["output"], ["--debug", "--endpoint-url"]),
     "serve": (["config"], ["--debug", "--insecure"]),
     "inspect": (["model"], ["--debug"]),

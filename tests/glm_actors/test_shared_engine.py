@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_actors.shared import Answer, BatchWork, ModelIdentity, SharedModel
-from glm_actors.shared_engine import (
-    MESSAGE_BYTES,
-    MESSAGE_ROWS,
+from glm_actors.shared import (
+    Answer,
+    AppFailedError,
+    BatchWork,
+    ModelIdentity,
     NoReplicaError,
-    Patience,
     ReplicaLostError,
-    SharedEngine,
+    SharedModel,
 )
+from glm_actors.shared_engine import MESSAGE_BYTES, MESSAGE_ROWS, Patience, SharedEngine
+from glm_actors.shared_suspects import BARREN_DEATHS
 from models.engine.echo import EchoEngine
 from models.engine.interface import EngineConfig
 from models.engine.request import BATCH, Choose, Completion, Embed, Media, MediaItem, Request
@@ -32,10 +34,17 @@ HASTE = Patience(messages=2, pause_s=0.001, max_pause_s=0.002, absence_s=0.1)
 
 
 class FakeLine:
-    """Answers with an EchoEngine, after the troubles that it is given, one for each call."""
+    """Answers with an EchoEngine, after the troubles that it is given, one for each call.
 
-    def __init__(self, *troubles: Exception | ModelIdentity, identity: ModelIdentity = IDENTITY) -> None:
+    A request with a token of `poison` takes the replica with it, and all that is under way.
+    """
+
+    def __init__(
+        self, *troubles: Exception | ModelIdentity, identity: ModelIdentity = IDENTITY, poison: Collection[int] = ()
+    ) -> None:
         self.troubles = list(troubles)
+        self.num_deaths = 0
+        self._poison = set(poison)
         self.works: list[BatchWork] = []
         self.hold = threading.Event()
         self.hold.set()
@@ -50,10 +59,16 @@ class FakeLine:
         self.works.append(work)
         self.num_under_way += 1
         self.most_under_way = max(self.most_under_way, self.num_under_way)
+        replica = self.num_deaths
         try:
             while not self.hold.is_set():
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0)
+            if replica == self.num_deaths and any(self._poison & set(request.input_ids) for request in work.requests):
+                self.num_deaths += 1
+            await asyncio.sleep(0)
+            if replica != self.num_deaths:
+                raise ReplicaLostError("killed")
             trouble = self.troubles.pop(0) if self.troubles else None
             if isinstance(trouble, Exception):
                 raise trouble
@@ -134,14 +149,40 @@ def test_what_a_replica_took_with_it_is_sent_again(build: Build) -> None:
     wanted = requests(3)
     engine.submit(wanted)
     assert same(drain(engine), echoed(wanted))
-    assert len(line.works) == 4
+    assert [len(work.requests) for work in line.works] == [3, 3, 3, 1, 1, 1]
 
 
-def test_rows_that_replicas_do_not_survive_end_the_engine(build: Build) -> None:
-    engine = build(FakeLine(*[ReplicaLostError("killed")] * HASTE.losses))
-    engine.submit(requests(3))
-    with pytest.raises(EngineError, match=r"'app' lost 3 replicas at the same rows: killed"):
+@pytest.mark.parametrize(
+    ("bad", "deaths"),
+    [((70,), 4), ((0,), 4), ((33, 34), 6), (tuple(range(40, 44)), 10), ((5, 70), 8)],
+)
+def test_rows_that_replicas_do_not_survive_fail_alone(build: Build, bad: tuple[int, ...], deaths: int) -> None:
+    """At most four deaths for one, and two more for another one in the same message."""
+    wanted = [replace(each, input_ids=[row, 1000 if row in bad else 0]) for row, each in enumerate(requests(100))]
+    line = FakeLine(poison=[1000])
+    engine = build(line)
+    engine.submit(wanted)
+    done = drain(engine)
+    failed = {name: each.error for name, each in done.items() if each.error}
+    assert failed.keys() == {f"r{row}" for row in bad}
+    for error in failed.values():
+        assert error is not None
+        assert error.code == "worker_died"
+        assert "died 2 times while it had nothing else" in str(error)
+    expected = echoed(wanted)
+    good = {name: each for name, each in done.items() if name not in failed}
+    assert same(good, {name: expected[name] for name in good})
+    assert len(done) == len(wanted)
+    assert line.num_deaths <= deaths
+
+
+def test_replicas_that_survive_nothing_end_the_engine_soon(build: Build) -> None:
+    line = FakeLine(poison=range(200))
+    engine = build(line)
+    engine.submit(requests(100))
+    with pytest.raises(AppFailedError, match=r"'app' lost 6 replicas in a row.*: killed"):
         drain(engine)
+    assert line.num_deaths == 1 + BARREN_DEATHS
 
 
 def test_an_application_is_waited_for_but_not_for_ever(build: Build) -> None:

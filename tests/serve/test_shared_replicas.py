@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
@@ -20,9 +22,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from glm_actors.serving.deploy import APP_NAME
+from glm_actors.serving.deploy import APP_NAME, ModelDeployment
 from glm_actors.serving.replica import Replica
-from glm_actors.serving.settings import ServedModel, ServeEngine, ServeSettings
+from glm_actors.serving.settings import Caps, ServedModel, ServeEngine, ServeSettings
 from glm_actors.shared import BatchWork
 from jobs.__main__ import EXIT_BAD_CONFIG, app
 from jobs.config import load_job
@@ -30,14 +32,17 @@ from jobs.serve import start
 from models.engine.request import BATCH, Generate, Request, SamplingParams
 from models.errors import ConfigError, EngineError
 from pipelines import run
-from pipelines.job import Job
+from pipelines.job import Job, TaskConfig
 from pipelines.metrics import Progress
+from pipelines.retry import retry_failed
 from tests.ray_processes import ray_processes
 from tests.serve.conftest import MODEL, ROOT, TINY
 
 EXAMPLES = ROOT / "examples"
 
 NUM_ROWS = 800
+LONG = 60  # tokens that only a poisoned prompt has
+CAPS = Caps()
 BODY = {
     "model": MODEL,
     "messages": [{"role": "user", "content": "Where is my parcel?"}],
@@ -73,10 +78,10 @@ def alone(ray_cluster: None, tickets: Path, tmp_path_factory: pytest.TempPathFac
     return records(run(make_job(tickets, tmp_path_factory.mktemp("alone"))))
 
 
-def deploy(port: int = 8000, **engine: Any) -> None:
+def deploy(port: int = 8000, limits: Caps = CAPS, **engine: Any) -> None:
     """Starts the application, or replaces its model's replicas if the engine's settings are others than before."""
     chosen = ServeEngine(**({"dtype": "float32"} | engine))
-    start(ServeSettings(models={MODEL: ServedModel(model=TINY, engine=chosen)}, port=port), None)
+    start(ServeSettings(models={MODEL: ServedModel(model=TINY, engine=chosen)}, port=port, limits=limits), None)
 
 
 def make_job(tickets: Path, folder: Path, **engine: Any) -> Job:
@@ -174,6 +179,85 @@ def test_the_command_refuses_an_application_that_does_not_run(url: str, tickets:
     assert result.exit_code == EXIT_BAD_CONFIG
     assert "--app nobody: no such application runs on this Ray cluster" in result.output
     assert f"running: {APP_NAME}" in result.output
+
+
+def test_requests_are_answered_while_the_application_is_redeployed(url: str) -> None:
+    """Every stream comes to its end, at the old ingress or the new one, and nobody is turned away in between."""
+    port = httpx.URL(url).port
+    assert port is not None
+    deploy(port=port)
+    stop = threading.Event()
+    ends: list[str] = []
+    long = BODY | {"stream": True, "max_tokens": 200, "logprobs": True}
+
+    def ask() -> None:
+        while not stop.is_set():
+            response = httpx.post(f"{url}/chat/completions", json=long, timeout=60.0)
+            ends.append(f"{response.status_code} {response.text[-14:].strip()}")
+
+    clients = [threading.Thread(target=ask) for _ in range(3)]
+    for client in clients:
+        client.start()
+    try:
+        deploy(port=port, limits=replace(CAPS, max_n=2))
+        before = len(ends)
+        found = httpx.post(f"{url}/chat/completions", json=BODY | {"n": 3}, timeout=60.0)
+        assert "3 is more than 2" in found.json()["error"]["message"]
+        deadline = time.monotonic() + 30.0
+        while len(ends) < before + 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert before > 3
+    assert set(ends) == {"200 data: [DONE]"}
+
+
+def poisoned(starts: Path) -> type:
+    """A ModelDeployment whose process a row with POISON in it ends; it notes each of its processes in a file."""
+
+    class Poisoned(ModelDeployment):
+        def __init__(self, *arguments: Any) -> None:
+            with starts.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            super().__init__(*arguments)
+
+        async def work(self, work: BatchWork, lifeline: Any) -> Any:
+            if any(len(request.input_ids) > LONG for request in work.requests):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return await super().work(work, lifeline)
+
+    return Poisoned
+
+
+def test_a_row_that_kills_replicas_fails_alone_after_four_deaths(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = tmp_path / "starts"
+    with monkeypatch.context() as patched:
+        patched.setattr("glm_actors.serving.deploy.ModelDeployment", poisoned(starts))
+        deploy(kind="echo")
+    texts = ["poison " * LONG if row == 70 else f"shape {row}" for row in range(150)]
+    pq.write_table(pa.table({"id": [f"r{row}" for row in range(150)], "text": texts}), tmp_path / "rows.parquet")
+    job = replace(
+        make_job(tmp_path / "rows.parquet", tmp_path, kind="echo"),
+        task=TaskConfig(kind="choose", prompt="{text}", labels=["circle", "square"]),
+        key="id",
+        carry=["id"],
+    )
+    result = run(job, app=APP_NAME)
+    rows = records(result)
+    assert [row["id"] for row in rows] == [f"r{row}" for row in range(150)]
+    assert [row["id"] for row in rows if row["status"] != "ok"] == ["r70"]
+    assert rows[70]["error_code"] == "worker_died"
+    assert "died 2 times while it had nothing else" in rows[70]["error_message"]
+    assert len(set(starts.read_text().splitlines())) == 5
+    # What is bad about the row is not so any more where an application answers it.
+    deploy(kind="echo", max_step_tokens=512)
+    summary = retry_failed(job, result.output, ["worker_died"], app=APP_NAME)
+    assert (summary.counts.ok, summary.counts.errors) == (150, {})
 
 
 def test_without_a_cluster_there_is_no_application(
