@@ -13,6 +13,7 @@ from models.checkpoint_digest import model_digest
 from models.engine.interface import EngineConfig
 from models.engine.request import Completion, Request
 from models.errors import EngineError
+from models.version import VERSION
 
 
 class NoReplicaError(Exception):
@@ -29,22 +30,31 @@ class AppFailedError(EngineError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """What decides the answers, as far as two configurations can tell: the checkpoint's files and these settings."""
+    """What decides the answers, as far as two sides can tell: the checkpoint's files, these settings, our version."""
 
     checkpoint: str
     kind: str
     dtype: str
     max_model_len: str
+    version: str
 
     @classmethod
     def of(cls, config: EngineConfig) -> ModelIdentity:
         """Reads samples of the checkpoint's files."""
         kind = "torch" if config.kind == "auto" else config.kind  # as serving has it
         longest = str(config.max_model_len)
-        return cls(checkpoint=model_digest(config.model), kind=kind, dtype=config.dtype, max_model_len=longest)
+        return cls(
+            checkpoint=model_digest(config.model),
+            kind=kind,
+            dtype=config.dtype,
+            max_model_len=longest,
+            version=VERSION,
+        )
 
     def differences(self, other: ModelIdentity) -> list[str]:
         """In which of a job's keys `other`, which is served, is another: for people."""
+        if self.version != other.version:
+            return [f"it runs glm-batch {other.version}, the job {self.version}: use the same version on both sides"]
         if self.checkpoint != other.checkpoint:
             return ["model: its files are others"]
         both = [(name, value, asdict(other)[name]) for name, value in asdict(self).items()]

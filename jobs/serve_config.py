@@ -6,24 +6,19 @@ Owns every refusal that comes before Ray starts, with the key's place and the re
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import os
 import re
 import socket
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import pydantic
 
 from glm_actors.media_rules import endpoints
 from glm_actors.serving.deploy import deployment_name
 from glm_actors.serving.prompts import Prompter
 from glm_actors.serving.settings import Caps, ServedModel, ServeSettings
 from jobs.checks import weight_problems
-from jobs.config import Place, Problem, describe, read_yaml, unquoted_dates
+from jobs.config import Place, Problem, read_yaml
+from jobs.sections import read_sections
 from models.config_reader import load_config
 from models.engine.vllm_limits import check_installed, checkpoint_problem
 from models.errors import ConfigError
@@ -38,15 +33,7 @@ def load_settings(path: str) -> tuple[ServeSettings, Place]:
     """Raises ConfigError that names each key and its place."""
     data, lines = read_yaml(path, WHAT)
     place = Place(path=path, lines=lines, overridden=frozenset())
-    place.refuse(list(_unknown_keys(data, ServeSettings, "")))
-    place.refuse(list(unquoted_dates(data, "")))
-    try:
-        # JSON text in strict mode is exactly YAML's view of a value: "64" is no number.
-        return pydantic.TypeAdapter(ServeSettings).validate_json(json.dumps(data), strict=True), place
-    except pydantic.ValidationError as error:
-        problems = [_explain(each, data) for each in error.errors(include_url=False)]
-        place.refuse(list({problem.key: problem for problem in reversed(problems)}.values())[::-1])
-        raise AssertionError("a validation error without a problem") from error
+    return read_sections(ServeSettings, data, place), place
 
 
 def check_settings(settings: ServeSettings, place: Place, *, insecure: bool, listens: bool = True) -> str | None:
@@ -163,39 +150,3 @@ def _port_problems(settings: ServeSettings) -> Iterator[Problem]:
     except OSError as error:
         reason = error.strerror or str(error)
         yield Problem(key="port", message=f"{settings.host}:{settings.port} cannot be used: {reason}; choose another")
-
-
-def _unknown_keys(data: Mapping[Any, Any], owner: type, prefix: str) -> Iterator[Problem]:
-    hints = typing.get_type_hints(owner)
-    for name, value in data.items():
-        hint = hints.get(name)
-        if hint is None:
-            close = difflib.get_close_matches(str(name), hints, n=1)
-            told = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(hints)}"
-            yield Problem(key=f"{prefix}{name}", message=f"unknown key; {told}")
-        elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
-            yield from _unknown_keys(value, typing.cast(type, hint), f"{prefix}{name}.")
-        elif isinstance(value, dict) and name == "models":
-            for model, section in value.items():
-                if isinstance(section, dict):
-                    yield from _unknown_keys(section, ServedModel, f"{prefix}{name}.{model}.")
-
-
-def _explain(error: Any, data: dict[str, Any]) -> Problem:
-    """pydantic's error in our words: the key, the value found, what it takes instead."""
-    hint: Any = ServeSettings
-    names: list[str] = []
-    value: Any = data
-    for part in error["loc"]:
-        if dataclasses.is_dataclass(hint) and isinstance(part, str):
-            hint = typing.get_type_hints(hint).get(part)
-        elif typing.get_origin(hint) is dict:
-            hint = typing.get_args(hint)[1]
-        else:
-            break
-        names.append(str(part))
-        value = value.get(part) if isinstance(value, dict) else None
-    key = ".".join(names)
-    if error["type"] == "missing":
-        return Problem(key=key, message="the key is missing")
-    return Problem(key=key, message=f"it is {json.dumps(value, ensure_ascii=False)}, but it must be {describe(hint)}")

@@ -22,6 +22,13 @@ def shared_model(app: str, engine: EngineConfig) -> SharedModel:
     for name, identity in served.items():
         if identity == wanted:
             return SharedModel(app=app, deployment=name, identity=wanted)
+    versions = {identity.version for identity in served.values()} - {wanted.version}
+    if versions:
+        theirs = " and ".join(sorted(versions))
+        raise ConfigError(
+            f"--app {app}: it runs glm-batch {theirs}, and this is glm-batch {wanted.version}, whose answers may be "
+            "others; use the same version on both sides"
+        )
     found = "; ".join(
         f"{name.removeprefix(MODEL_PREFIX)}: {', '.join(wanted.differences(identity))}"
         for name, identity in served.items()

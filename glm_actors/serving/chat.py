@@ -19,13 +19,15 @@ from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps
 from glm_actors.serving.tools import CallStream, find_calls, tools_of
 from glm_actors.serving.work import Json, checked, envelope, request_of, usage_of
-from models.engine.request import Completion, Delta, Generate, Output
+from models.engine.request import Completion, Delta, Generate, Output, Request
 
 NEXT_CALL = "<|assistant|>"  # what a model of 0414 writes between two calls
 
 
 class ChatTask:
     """POST /v1/chat/completions"""
+
+    first: Sequence[Request] = ()
 
     def __init__(
         self, body: ChatRequest, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool
@@ -55,6 +57,9 @@ class ChatTask:
         (completion,) = checked(completions)
         choices = [self._choice(index, output) for index, output in enumerate(completion.outputs)]
         return self._envelope | {"choices": choices, "usage": usage_of(completions)}
+
+    def begin(self, completions: Sequence[Completion]) -> list[Json]:
+        return []
 
     def chunks(self, delta: Delta) -> list[Json]:
         message: Json = {}

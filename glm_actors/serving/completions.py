@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,14 @@ from models.engine.request import Completion, Delta, Generate, Output, Request, 
 from models.errors import RowError
 
 Lists = dict[str, list[Any]]
-NOTHING = Output(token_ids=(), text="", finish_reason="length")
+NOTHING = Delta(id="", index=0, token_ids=(), text="", finish_reason="length")
 
 
 class CompletionTask:
     """POST /v1/completions: each of the prompts has n choices, in the prompts' order.
 
-    With `echo` a choice begins with its prompt. The engine scores the prompt's tokens in a request of its own; the one
-    that writes comes after it and finds the prompt in the cache.
+    With `echo` a choice begins with its prompt, and so does its stream. The engine scores the prompt's tokens in a
+    request of its own; the one that writes comes after it and finds the prompt in the cache.
     """
 
     def __init__(self, body: CompletionRequest, prompter: Prompter, caps: Caps) -> None:
@@ -39,8 +40,6 @@ class CompletionTask:
         self._gives_ids, self._alternatives = bool(body.return_token_ids), body.logprobs or 0
         self._echo, self._writes = bool(body.echo), body.max_tokens != 0
         self._scores = self._echo and (body.logprobs is not None or not self._writes)
-        if self._scores and body.stream:
-            raise bad("stream", "an echo with logprobs, or with max_tokens: 0, comes in one piece; leave it out")
         sampling = completion_sampling(body, caps)
         self._gives_logprobs = body.logprobs is not None
         self._prompts = raw_prompts(body.prompt, prompter, caps, "prompt")
@@ -53,7 +52,9 @@ class CompletionTask:
             for number, prompt in enumerate(self._prompts)
             for request in self._requests(f"{id}-{number}", prompt, work, stream=bool(body.stream))
         ]
-        self._number = {request.id: number for number, request in enumerate(self.requests)}
+        self.first = [request for request in self.requests if isinstance(request.work, Score)]
+        writing = [request for request in self.requests if isinstance(request.work, Generate)]
+        self._number = {request.id: number for number, request in enumerate(writing)}
         self._shown: dict[int, int] = {}  # characters that a choice's chunks have shown
 
     def _check_size(self, caps: Caps) -> None:
@@ -76,10 +77,22 @@ class CompletionTask:
         choices: list[Json] = []
         for number, prompt in enumerate(self._prompts):
             echo = self._prompt_text(prompt) if self._echo else ""
-            logprobs = self._prompt_logprobs(prompt, scored[number]) if self._scores and self._gives_logprobs else None
+            logprobs = self._prompt_logprobs(prompt, scored[number]) if self._scores else None
             for output in written[number].outputs if written else [NOTHING] * self._n:
                 choices.append(self._choice(len(choices), output, len(echo), echo, logprobs))
         return self._envelope | {"choices": choices, "usage": self._usage(scored, written)}
+
+    def begin(self, completions: Sequence[Completion]) -> list[Json]:
+        """A chunk for each choice: its prompt, which is all of it where nothing is written."""
+        chunks: list[Json] = []
+        nothing = replace(NOTHING, finish_reason=None) if self._writes else NOTHING
+        for prompt, completion in zip(self._prompts, checked(completions), strict=True):
+            echo, logprobs = self._prompt_text(prompt), self._prompt_logprobs(prompt, completion)
+            for _ in range(self._n):
+                self._shown[len(chunks)] = len(echo)
+                choice = self._choice(len(chunks), nothing, len(echo), echo, logprobs)
+                chunks.append(self._envelope | {"choices": [choice]})
+        return chunks
 
     def chunks(self, delta: Delta) -> list[Json]:
         number = self._number[delta.id]
@@ -108,7 +121,9 @@ class CompletionTask:
             return prompt.text
         return self._tokenizer.decode(prompt.input_ids, skip_special_tokens=False)
 
-    def _prompt_logprobs(self, prompt: Prompt, completion: Completion) -> Lists:
+    def _prompt_logprobs(self, prompt: Prompt, completion: Completion) -> Lists | None:
+        if not self._gives_logprobs:
+            return None
         scores = completion.scores
         if scores is None or not np.isfinite(scores.logprobs).all():
             raise of_row(RowError("not_finite", "the log-probabilities of the prompt are not finite"))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from glm_actors.serving.errors import of_problems
 
@@ -21,7 +22,18 @@ Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Stops = Annotated[list[str], Field(fail_fast=True)]
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Prompts = str | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
-Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
+
+
+def _with_names(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a message holds is judged where templates are known; a name is for none of them."""
+    for index, message in enumerate(messages):
+        if not isinstance(message.get("name"), str | None):
+            found = type(message["name"]).__name__
+            raise PydanticCustomError("name_type", f"message {index}: its name is {found}; it must be a string")
+    return messages
+
+
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True), AfterValidator(_with_names)]
 
 
 class Strict(BaseModel):

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +26,11 @@ from glm_actors.serving.prompts import Prompter
 from glm_actors.serving.protocol import Body, ChatRequest, CompletionRequest, TokenizeRequest
 from glm_actors.serving.schema_check import SchemaChecker
 from glm_actors.serving.settings import Caps, ServedModel
-from glm_actors.serving.tasks import Json, StreamTask, Task, build_task, usage_of
+from glm_actors.serving.tasks import Json, StreamTask, Task, build_task
 from glm_actors.shared import Answer, BatchWork, ModelIdentity, NoReplicaError
 from glm_actors.watchdog import STDERR, HangLimits, Watchdog
 from glm_actors.worker_group import WorkerGroup, needs_ranks
-from models.engine import Completion, Delta, Engine, build_engine
+from models.engine import Completion, Delta, Engine, Request, build_engine
 from models.errors import EngineError, RowError
 
 TEXT_THREADS = 2
@@ -86,9 +86,9 @@ class Replica:
             if isinstance(body, TokenizeRequest):
                 return await self._prepare(body, partial(self._tokenize, body))
             task: Task = await self._prepare(body, partial(self._task, body))
-            completions = await self._completions(self._submit(task))
-            if isinstance(body, CompletionRequest) and body.echo:  # an answer as long as its prompts
-                return await asyncio.get_running_loop().run_in_executor(self._slow_threads, task.answer, completions)
+            completions = await self._completions(self._submit(task.requests))
+            if isinstance(body, CompletionRequest) and body.echo:
+                return await self._at_length(task.answer, completions)
             return task.answer(completions)
 
     async def stream(self, body: Body) -> AsyncIterator[Piece]:
@@ -110,12 +110,18 @@ class Replica:
             task: StreamTask = await self._prepare(body, partial(self._task, body))
             stream = _Stream(task, give)
             with self._streaming(stream):
-                submission = self._submit(task, _Post(asyncio.get_running_loop(), self._give_out))
-                completions = await self._completions(submission)
+                first = await self._completions(self._submit(task.first)) if task.first else []
+                if first:
+                    give(Piece(chunks=await self._at_length(task.begin, first)))
+                then = [request for request in task.requests if request not in task.first]
+                submission = self._submit(then, _Post(asyncio.get_running_loop(), self._give_out))
+                found = {each.id: each for each in [*first, *await self._completions(submission)]}
             if stream.error is not None:
                 raise internal() from stream.error
-            task.answer(completions)  # raises what went wrong with any of them
-            give(Piece(usage=usage_of(completions)))
+            completions = [found[request.id] for request in task.requests]
+            # Raises what went wrong with any of them.
+            whole = await self._at_length(task.answer, completions) if first else task.answer(completions)
+            give(Piece(usage=whole["usage"]))
 
     async def work(self, work: BatchWork, gone: asyncio.Future[None]) -> Answer:
         """A batch job's requests, beside those of clients.
@@ -197,9 +203,13 @@ class Replica:
         longest = self._prompter.config.longest_context if limit == "auto" else limit
         return {"count": len(prompt.input_ids), "max_model_len": longest, "tokens": list(prompt.input_ids)}
 
-    def _submit(self, task: Task, on_deltas: OnDeltas | None = None) -> Submission:
+    async def _at_length(self, work: Callable[[list[Completion]], Found], completions: list[Completion]) -> Found:
+        """What is as long as its prompts is written in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._slow_threads, work, completions)
+
+    def _submit(self, requests: Sequence[Request], on_deltas: OnDeltas | None = None) -> Submission:
         try:
-            return self._loop.submit(task.requests, on_deltas)
+            return self._loop.submit(requests, on_deltas)
         except EngineError as error:
             raise unavailable() from error
 

@@ -36,6 +36,8 @@ def sampling_of(body: Sampled, caps: Caps, *, max_tokens: int | None, logprobs: 
             raise bad(param, f"{asked} is more than {most}, which is the most here")
     if any(not text or len(text) > 256 for text in stop):
         raise bad("stop", "each stop string has 1 to 256 characters")
+    if any("\ud800" <= character <= "\udfff" for text in stop for character in text):
+        raise bad("stop", "a stop string holds half of a surrogate pair: it is no valid text")
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,

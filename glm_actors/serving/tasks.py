@@ -45,7 +45,13 @@ class Task(Protocol):
 
 
 class StreamTask(Task, Protocol):
-    """A task whose answer can come in chunks."""
+    """A task whose answer can come in chunks. `first` are those of its requests whose completions come before all."""
+
+    first: Sequence[Request]
+
+    def begin(self, completions: Sequence[Completion]) -> list[Json]:
+        """What the completions of `first` put at the stream's beginning. Raises ApiError."""
+        ...
 
     def chunks(self, delta: Delta) -> list[Json]:
         """What a delta adds to the stream."""

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glm_actors.journal import UnitJournal
+from glm_actors.model import ModelActor
 from glm_actors.shared import (
     Answer,
     AppFailedError,
@@ -28,7 +30,7 @@ from models.engine.interface import EngineConfig
 from models.engine.request import BATCH, Choose, Completion, Embed, Media, MediaItem, Request
 from models.errors import ConfigError, EngineError
 
-IDENTITY = ModelIdentity(checkpoint="c", kind="torch", dtype="float32", max_model_len="auto")
+IDENTITY = ModelIdentity(checkpoint="c", kind="torch", dtype="float32", max_model_len="auto", version="1.0")
 MODEL = SharedModel(app="app", deployment="model-x", identity=IDENTITY)
 HASTE = Patience(messages=2, pause_s=0.001, max_pause_s=0.002, absence_s=0.1)
 
@@ -264,3 +266,16 @@ def test_an_identity_is_that_of_files_and_settings(echo_checkpoint: Path) -> Non
         "engine.dtype: float32 in the job, auto there",
         "engine.max_model_len: auto in the job, 8 there",
     ]
+    newer = replace(mine, version="9.9", dtype="bfloat16")
+    (told,) = mine.differences(newer)
+    assert told.startswith(f"it runs glm-batch 9.9, the job {mine.version}: ")
+
+
+def test_an_application_that_fails_ends_the_job_and_not_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process of the job would lose as many replicas again."""
+    line = FakeLine(poison=range(200))
+    monkeypatch.setattr("glm_actors.model.connect", lambda model: SharedEngine(model, line, HASTE))
+    actor = ModelActor(MODEL, 1)
+    with pytest.raises(AppFailedError):
+        actor._complete(UnitJournal(None), requests(3))
+    assert line.num_deaths == 1 + BARREN_DEATHS

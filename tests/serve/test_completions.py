@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -32,6 +33,16 @@ def stream(replica: Replica, **fields: Any) -> list[dict[str, Any]]:
     return asyncio.run(pieces())
 
 
+def usage(replica: Replica, **fields: Any) -> Any:
+    """The last thing that a stream says."""
+    body = CompletionRequest.model_validate({"model": MODEL, "temperature": 0.0, "stream": True} | fields)
+
+    async def last() -> Any:
+        return [piece.usage async for piece in replica.stream(body)][-1]
+
+    return asyncio.run(last())
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_dir(TINY)
@@ -46,6 +57,39 @@ def test_an_echo_is_the_prompt_and_what_follows(replica: Replica) -> None:
     joined = {index: "".join(chunk["text"] for chunk in chunks if chunk["index"] == index) for index in (0, 1)}
     assert joined[0] == echoed["text"]
     assert joined[1].startswith("Where")
+
+
+@pytest.mark.parametrize("fields", [{"logprobs": 2}, {"logprobs": 0, "n": 2}, {}, {"return_token_ids": True}])
+@pytest.mark.parametrize("max_tokens", [5, 0])
+def test_a_streamed_echo_begins_with_its_prompt(replica: Replica, fields: dict[str, Any], max_tokens: int) -> None:
+    """The chunks of each choice, joined, are the choice of the whole answer; the first one is the prompt."""
+    asked: dict[str, Any] = {"prompt": [PROMPT, "Where"], "echo": True, "max_tokens": max_tokens, **fields}
+    whole = ask(replica, **asked)
+    chunks = stream(replica, **asked)
+    assert chunks[0]["text"].startswith(PROMPT)
+    for choice in whole["choices"]:
+        own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
+        assert "".join(chunk["text"] for chunk in own) == choice["text"]
+        assert [chunk["finish_reason"] for chunk in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+        if choice["logprobs"] is None:
+            assert all(chunk["logprobs"] is None for chunk in own)
+            continue
+        assert own[0]["text"] == asked["prompt"][choice["index"] // fields.get("n", 1)]
+        assert own[0]["logprobs"]["token_logprobs"][0] is None
+        joined = {name: [x for chunk in own for x in chunk["logprobs"][name]] for name in choice["logprobs"]}
+        whole_logprobs = choice["logprobs"]
+        for name in ("tokens", "text_offset"):
+            assert joined[name] == whole_logprobs[name]
+        assert joined["token_logprobs"][1:] == pytest.approx(whole_logprobs["token_logprobs"][1:], abs=1e-4)
+        for mine, its in zip(joined["top_logprobs"][1:], whole_logprobs["top_logprobs"][1:], strict=True):
+            assert mine == pytest.approx(its, abs=1e-4)
+    assert usage(replica, **asked) == whole["usage"] | {"prompt_tokens_details": ANY}
+
+
+def test_a_streamed_echo_that_cannot_be_scored_is_refused(replica: Replica) -> None:
+    with pytest.raises(ApiError) as caught:
+        stream(replica, prompt=[[5], [1 << 40]], echo=True, logprobs=1)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_token")
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
@@ -103,8 +147,7 @@ def test_special_tokens_are_shown_where_they_were_given(replica: Replica, tokeni
     ("fields", "param"),
     [
         ({"max_tokens": 0}, "max_tokens"),
-        ({"echo": True, "logprobs": 1, "stream": True}, "stream"),
-        ({"echo": True, "max_tokens": 0, "stream": True}, "stream"),
+        ({"max_tokens": 0, "stream": True}, "max_tokens"),
     ],
 )
 def test_what_cannot_be_done_is_refused(replica: Replica, fields: dict[str, Any], param: str) -> None:

@@ -103,6 +103,13 @@ HOSTILE_CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "many stops": ({"stop": ["x"] * 100}, "stop: 100"),
     "empty stop": ({"stop": [""]}, "1 to 256 characters"),
     "long stop": ({"stop": "x" * 1000}, "1 to 256 characters"),
+    "stop with a surrogate": ({"stop": ["x", "a\ud800"]}, "stop: a stop string holds half of a surrogate pair"),
+    "only a surrogate to stop at": ({"stop": "\udfff"}, "half of a surrogate pair"),
+    "name of another kind": (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x", "name": 7}]},
+        "messages: message 1: its name is int",
+    ),
+    "name of many parts": ({"messages": [{"role": "user", "content": "x", "name": ["a"]}]}, "its name is list"),
     "stop of another kind": ({"stop": [1, 2]}, "stop: it has none of the forms"),
     "min over max": ({"min_tokens": 9}, "min_tokens: 9"),
     "alternatives without logprobs": ({"top_logprobs": 3}, "goes with logprobs"),
