@@ -70,6 +70,7 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Gives whole files to the test processes, and all of tests/serve to one of them: it starts the server once."""
     from xdist.scheduler import LoadScopeScheduling
