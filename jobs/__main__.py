@@ -190,6 +190,24 @@ def report(
 
 
 @app.command()
+def calibrate(
+    output: OutputArgument,
+    bias: Annotated[bool, typer.Option("--bias", help="Fit a bias for each label too.")] = False,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FILE.json", help="Write there, not beside the model.", show_default=False),
+    ] = None,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Fit probabilities to a job's gold answers; other jobs apply the file as task.calibration. Loads no model."""
+    with errors_for_people(debug):
+        from jobs.calibrate import calibrate as run_calibrate
+
+        run_calibrate(output, to=to, bias=bias, endpoint_url=endpoint_url)
+
+
+@app.command()
 def retry(
     output: OutputArgument,
     codes: Annotated[

@@ -48,6 +48,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
     "task.labels": ("choose",),
     "task.end_of_label": ("choose",),
     "task.label_logprobs": ("choose",),
+    "task.calibration": ("choose", "classify"),
     "task.schema": ("extract",),
     "task.thinking": ("generate",),
     "task.pooling": ("embed",),

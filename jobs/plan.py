@@ -371,3 +371,5 @@ def _label_lines(job: Job, runner: TaskRunner) -> Iterator[tuple[str, str]]:
         counted = "counted" if runner.work.count_end else "not counted"
         text = ", ".join(f"{label} ({len(choice)})" for label, choice in labels)
         yield "label tokens", f"{text}; the end of a label is {counted}"
+    if runner.calibration is not None:
+        yield "calibration", f"{job.task.calibration}: {runner.calibration.sentence()}"

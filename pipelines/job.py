@@ -23,7 +23,8 @@ class TaskConfig:
     """What is asked of the model for each row; kind "requests" says that each row says so itself.
 
     `prompt` is a template over columns ("{text}"); `messages` names a column that holds chat messages instead.
-    `gold` names a column with the right answer: the summary then prints the accuracy.
+    `gold` names a column with the right answer: the summary then prints the accuracy. `calibration` is a file that
+    `glm-batch calibrate` has written.
     """
 
     kind: TaskKind
@@ -35,6 +36,7 @@ class TaskConfig:
     labels: list[str] | None = None
     end_of_label: Literal["auto", "always", "never"] = "auto"
     label_logprobs: bool = False
+    calibration: str | None = None
     schema: dict[str, Any] | None = None
     thinking: bool = False
     pooling: Literal["last", "mean"] = "last"
@@ -180,6 +182,8 @@ class Job:
 def job_file(job: Job) -> bytes:
     """The job as JSON, to be found beside its output: fit for another current directory, and without secrets."""
     root = None if job.media.root is None else os.path.abspath(job.media.root)
-    found = replace(job, model=os.path.abspath(job.model), media=replace(job.media, root=root))
+    calibration = None if job.task.calibration is None else os.path.abspath(job.task.calibration)
+    task, media = replace(job.task, calibration=calibration), replace(job.media, root=root)
+    found = replace(job, model=os.path.abspath(job.model), task=task, media=media)
     found = replace(found, cron=replace(job.cron, webhook=None))  # such URLs let everybody write who has them
     return json.dumps(asdict(found), indent=1).encode()

@@ -20,6 +20,7 @@ from models.config_reader import load_config
 from models.engine.interface import EngineConfig
 from models.errors import EngineError, GlmBatchError
 from pipelines.answers import export, exported_note, is_exported
+from pipelines.calibration import planned_scaling
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Manifest, Output
 from pipelines.exporter import Exporter
@@ -157,7 +158,9 @@ def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepare
     if output is not None and standing is None:
         plan = output.begin(plan)
     run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
-    return Prepared(plan=plan, spec=TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id), facts=facts)
+    scaling = planned_scaling(plan.identity["task"], job.task.labels or config.id2label)
+    spec = TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id, scaling=scaling)
+    return Prepared(plan=plan, spec=spec, facts=facts)
 
 
 def job_facts(job: Job, model_dir: str) -> dict[str, Any]:

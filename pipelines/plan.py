@@ -22,6 +22,7 @@ import pyarrow as pa
 from models.checkpoint_digest import model_digest
 from models.config_reader import load_config
 from models.errors import ConfigError, RowError
+from pipelines.calibration import read_calibration
 from pipelines.job import Job
 from pipelines.keys import Place, find_duplicates
 from pipelines.listing import InputFile
@@ -347,6 +348,9 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
     task = asdict(job.task)
     if not job.task.label_logprobs:
         del task["label_logprobs"]  # outputs from before there was this key stay as they are
+    del task["calibration"]
+    if job.task.calibration is not None:
+        task["calibration"] = read_calibration(job.task.calibration).applied  # whatever the file's name is
     content = {
         "model": model_digest(model_dir),
         "task": task,

@@ -21,6 +21,7 @@ from glm_actors.spent import spent
 from models.config_reader import load_config
 from models.errors import ConfigError, EngineError, RowError
 from pipelines.bottleneck import COMMITTING, READING
+from pipelines.calibration import planned_scaling
 from pipelines.cluster import cluster, job_workers
 from pipelines.commit import CommitRecord, Output, part_of
 from pipelines.exporter import Exporter
@@ -166,9 +167,11 @@ def _checked(job: Job, plan: Plan, touched: Mapping[int, CommitRecord]) -> tuple
     if identity != plan.identity:
         lines = "\n  ".join(differences(plan.identity, identity))
         raise ConfigError(f"this is another job now; undo the difference (there -> now):\n  {lines}")
-    schema = output_schema(job, load_config(model_dir), {name: plan.schema.field(name).type for name in job.carry})
+    config = load_config(model_dir)
+    schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
     run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
-    spec = TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id)
+    scaling = planned_scaling(plan.identity["task"], job.task.labels or config.id2label)
+    spec = TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id, scaling=scaling)
     return spec, job_facts(job, model_dir)
 
 

@@ -21,6 +21,7 @@ from glm_actors.batches import request_table, to_completions
 from glm_actors.media import MediaLoader
 from models.engine.request import Completion, Request
 from models.errors import RowError
+from models.scores import Scaling
 from pipelines.affinity import with_prefix_key
 from pipelines.job import Job
 from pipelines.listing import InputFile
@@ -40,7 +41,8 @@ INPUT_LINE = INPUT + LINE
 class TaskSpec:
     """A job's task as it travels to the workers; `run_id` names the run there. `schema` is the output's.
 
-    Several jobs that run together have the same `run_id`, and names of their own.
+    Several jobs that run together have the same `run_id`, and names of their own. `scaling` is what the job's
+    calibration held when its plan was made: workers read no such file.
     """
 
     job: Job
@@ -48,6 +50,7 @@ class TaskSpec:
     schema: pa.Schema
     run_id: str
     name: str = ""
+    scaling: Scaling | None = None
 
 
 class Runner(Protocol):
@@ -63,7 +66,7 @@ _loaders: dict[str, MediaLoader] = {}  # of all these runners
 
 def task_runner(spec: TaskSpec) -> TaskRunner:
     """The runner of this process for this job."""
-    return kept_runner(spec, lambda job, model_dir: TaskRunner(job, model_dir, _loaders))
+    return kept_runner(spec, lambda job, model_dir: TaskRunner(job, model_dir, _loaders, spec.scaling))
 
 
 def kept_runner(spec: TaskSpec, build: Callable[[Job, str], R]) -> R:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from glm_actors.media import MediaLoader
 from glm_actors.spent import MEDIA, timed
+from models.checkpoint_digest import model_digest
 from models.config_reader import load_config
 from models.engine.request import (
     Choose,
@@ -39,7 +40,8 @@ from models.processing.messages import MediaPart, media_parts
 from models.processing.patches import MediaPatches
 from models.processing.prompt import MediaPrompts
 from models.processing.tokenizer import Tokenizer
-from models.scores import class_scores, label_scores, softmax
+from models.scores import Scaling, class_scores, label_scores, softmax
+from pipelines.calibration import Calibration, read_calibration
 from pipelines.job import Job, TaskConfig
 from pipelines.media import media_budgets, media_loader, media_rules, reads_media
 from pipelines.prompts import Message, PromptTemplate, Row, conversation, uses_chat
@@ -84,10 +86,13 @@ class TaskRunner:
 
     The labels' continuations, the constraint and the token limit are computed here, once. Media are decoded in a
     process of their own, which starts with `start` or when the first is asked for; runners that are given the same
-    `loaders` share it where they load media in the same way.
+    `loaders` share it where they load media in the same way. The file that `task.calibration` names is read and checked
+    here, unless what it holds is given as `scaling`.
     """
 
-    def __init__(self, job: Job, model_dir: str, loaders: dict[str, MediaLoader] | None = None) -> None:
+    def __init__(
+        self, job: Job, model_dir: str, loaders: dict[str, MediaLoader] | None = None, scaling: Scaling | None = None
+    ) -> None:
         self._job = job
         self._loaders = {} if loaders is None else loaders
         self._task = job.task
@@ -101,6 +106,8 @@ class TaskRunner:
         if self.reads_media:
             _ = self._media_prompts, self._loader  # what is wrong with either should be known before rows come
         self.work: Work = self._build_work()
+        self.calibration = self._read_calibration() if scaling is None and job.task.calibration is not None else None
+        self._scaling = scaling if self.calibration is None else self.calibration.scaling(self._labels)
         limit = job.engine.max_model_len
         self._max_model_len = self._config.longest_context if limit == "auto" else limit
         self._reserved = self._tokens_after_prompt()
@@ -119,7 +126,7 @@ class TaskRunner:
     @property
     def prompt_key(self) -> str:
         """Runners of one checkpoint in which this is equal make equal prompts of a row."""
-        task = replace(self._task, gold=None, label_logprobs=False)
+        task = replace(self._task, gold=None, label_logprobs=False, calibration=None)
         return repr((task, self._job.preprocess, self._job.media, self._max_model_len))
 
     def text(self, row: Row) -> str:
@@ -203,11 +210,26 @@ class TaskRunner:
     @property
     def facts(self) -> dict[str, Any]:
         """What was decided for this job and belongs into its manifest."""
+        found: dict[str, Any] = {}
         if isinstance(self.work, Choose):
-            return {"label_token_ids": [list(ids) for ids in self.work.choices], "end_counted": self.work.count_end}
+            found = {"label_token_ids": [list(ids) for ids in self.work.choices], "end_counted": self.work.count_end}
         if self._task.kind == "classify":
-            return {"problem_type": self._problem_type, "label_names": list(self._config.id2label)}
-        return {}
+            found = {"problem_type": self._problem_type, "label_names": list(self._config.id2label)}
+        return found if self.calibration is None else found | {"calibration": self.calibration.to_json()}
+
+    @property
+    def _labels(self) -> Sequence[str]:
+        return self._task.labels or self._config.id2label
+
+    def _read_calibration(self) -> Calibration:
+        """Raises ConfigError for a file that was not fitted for this."""
+        if self._task.kind == "classify" and self._problem_type != "single_label_classification":
+            raise ConfigError(
+                f"task.calibration: a {self._problem_type} has no probabilities that add up to 1; remove it"
+            )
+        found = read_calibration(self._task.calibration or "")
+        found.check(self._task, self._labels, model_digest(self._model_dir))
+        return found
 
     def _build_work(self) -> Work:
         task = self._task
@@ -318,7 +340,7 @@ class TaskRunner:
 
     def _choose_columns(self, completion: Completion) -> Columns:
         """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1 - their sum."""
-        found = label_scores(completion.choice_logprobs or ())
+        found = label_scores(completion.choice_logprobs or (), self._scaling)
         columns: Columns = {
             "label": (self._task.labels or [])[found.best],
             "probability": found.probabilities[found.best],
@@ -354,7 +376,7 @@ class TaskRunner:
         return {"json": text}
 
     def _classify_columns(self, logits: NDArray[np.float64]) -> Columns:
-        scores, label = class_scores(logits, self._config.id2label, self._problem_type)
+        scores, label = class_scores(logits, self._config.id2label, self._problem_type, self._scaling)
         return {"scores": scores, "label": label}
 
     def _tag_columns(self, completion: Completion, row: Row) -> Columns:

@@ -44,7 +44,7 @@ def write_pred_probs(output: Output, job: Job, path: str) -> dict[str, Any]:
     file = Path(path)
     if file.suffix != ".npy":
         raise ConfigError(f"--pred-probs: {path}: name a file that ends in .npy")
-    labels = _labels(output, job)
+    labels = probability_labels(output, job)
     plan, num_rows, left_out = output.standing_plan(), 0, Counter[str]()
     with ExitStack() as stack:
         write_probs = stack.enter_context(npy_file(file, np.float64, (len(labels),)))
@@ -52,7 +52,7 @@ def write_pred_probs(output: Output, job: Job, path: str) -> dict[str, Any]:
             stack.enter_context(npy_file(file.with_suffix(".labels.npy"), np.int64, ())) if job.task.gold else None
         )
         keys = stack.enter_context(pq.ParquetWriter(file.with_suffix(".rows.parquet"), KEYS))
-        for rows, numbers in _usable(output, job, plan, labels, left_out):
+        for rows, numbers in usable_rows(output, job, plan, labels, left_out):
             write_probs(matrix(rows[PROBABILITIES[job.task.kind]]).reshape(-1, len(labels)))
             keys.write_table(rows.select(KEYS.names))
             if write_given is not None:
@@ -71,7 +71,7 @@ def write_pred_probs(output: Output, job: Job, path: str) -> dict[str, Any]:
     return said
 
 
-def _usable(
+def usable_rows(
     output: Output, job: Job, plan: Plan, labels: Sequence[str], left_out: Counter[str]
 ) -> Iterator[tuple[pa.Table, npt.NDArray[np.int64]]]:
     """Each part's rows that have probabilities, and a label that was given if any is; the others are counted."""
@@ -109,7 +109,7 @@ def npy_file(path: Path, dtype: npt.DTypeLike, row_shape: tuple[int, ...]) -> It
             shutil.copyfileobj(data, stream, 1 << 20)
 
 
-def _labels(output: Output, job: Job) -> Sequence[str]:
+def probability_labels(output: Output, job: Job) -> Sequence[str]:
     plan = output.standing_plan()
     facts = output.manifest().facts if output.is_finished(plan) else {}
     if job.task.kind == "choose" or facts.get("problem_type") == "single_label_classification":

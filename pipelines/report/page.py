@@ -68,6 +68,7 @@ def render_job(collected: Collected) -> str:
         kind=collected.job.task.kind,
         model=collected.job.model,
         fingerprint=collected.plan.fingerprint,
+        calibration=_calibration(collected),
         state=state(collected),
         notes=list(notes(collected)),
         tiles=list(tiles(collected)),
@@ -81,6 +82,16 @@ def render_job(collected: Collected) -> str:
         files=_files(collected),
         schema=[(field.name, str(field.type)) for field in found.schema or ()],
     )
+
+
+def _calibration(collected: Collected) -> str | None:
+    """What was applied to the probabilities on the page, for people."""
+    applied = collected.plan.identity["task"].get("calibration")
+    if applied is None:
+        return None
+    each = applied["bias"].items() if any(applied["bias"].values()) else ()
+    biases = ", ".join(f"{short(label, 40)} {bias:+.3f}" for label, bias in each)
+    return f"temperature {applied['temperature']:.4g}{', bias ' if biases else ''}{biases}"
 
 
 def render(template: str, **context: Any) -> str:

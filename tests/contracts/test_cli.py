@@ -22,6 +22,7 @@ COMMANDS = {
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
     "report": (["output"], ["--debug", "--endpoint-url", "--pred-probs", "--review", "--to"]),
     "retry": (["output"], ["--app", "--code", "--debug", "--endpoint-url", "--set"]),
+    "calibrate": (["output"], ["--bias", "--debug", "--endpoint-url", "--to"]),
     "gc": (["output"], ["--debug", "--endpoint-url"]),
     "serve": (["config"], ["--debug", "--insecure"]),
     "inspect": (["model"], ["--debug"]),

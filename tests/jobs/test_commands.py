@@ -83,6 +83,6 @@ def test_doctor_is_content_with_the_machine_that_runs_the_tests(work: Any) -> No
 def test_help_lists_commands_and_exit_codes(work: Any) -> None:
     done = work.run("--help")
     assert done.code == EXIT_OK
-    for part in ("plan", "label", "status", "retry", "gc", "inspect", "doctor", "bad configuration"):
+    for part in ("plan", "label", "status", "calibrate", "retry", "gc", "inspect", "doctor", "bad configuration"):
         assert part in done.out
     assert not done.imported & {"ray", "torch", "pyarrow", "pydantic"}

@@ -59,12 +59,13 @@ def commit_rows(
     units: int | None = None,
     facts: Mapping[str, Any] | None = None,
     seconds: float = 1.0,
+    identity: Mapping[str, Any] | None = None,
 ) -> Output:
     """Writes the input and commits an answer for each of its rows; `units` bounds how many units are committed."""
     pq.write_table(rows, job.input[0])
     output = Output.at(job.output)
-    identity = {"task": {"kind": job.task.kind}, "input": {}}
-    plan = output.begin(make_plan(job, job_source(job).list_files(job.input), identity))
+    known = dict(identity or {"task": {"kind": job.task.kind}, "input": {}})
+    plan = output.begin(make_plan(job, job_source(job).list_files(job.input), known))
     output.store.write(JOB, job_file(job))
     schema = pa.schema(ROW_COLUMNS | dict(types or TYPES[job.task.kind]) | dict.fromkeys(TOKENS, pa.int32()))
     keys = [str(key) for key in rows["id"].to_pylist()]
