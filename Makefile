@@ -1,5 +1,5 @@
 # make demo   label the shipped tickets, pictures and clips and print the accuracy against gold
-# make sweep  evaluate the shipped sweep: a table of accuracies with intervals and comparisons
+# make sweep  round the shipped model's weights and evaluate both: a table of accuracies with intervals and comparisons
 # make test   everything that a change must pass: ruff, mypy, pytest
 # make test-vllm   the tests of engine.kind vllm, with vLLM for CPUs in an environment of its own
 # make test-report   pages of reports in a real browser; needs chromium on the PATH and fails without it
@@ -27,6 +27,7 @@ demo: $(VENV)/installed
 	@echo "The labelled rows lie below $(DEMO)."
 
 sweep: $(VENV)/installed
+	@$(BIN)/python examples/round_weights.py examples/tiny_glm out/tiny_glm_3bit --bits 3
 	$(BIN)/glm-batch evaluate examples/sweep.yaml
 
 test: $(VENV)/installed-test

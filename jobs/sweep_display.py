@@ -132,7 +132,7 @@ def _difference(found: Comparison | None) -> str:
 
 
 def _tokens(each: CellResult) -> str:
-    return short((each.tokens["prompt"] + each.tokens["output"]) / max(each.score.rows, 1))
+    return short(each.tokens_per_row)
 
 
 def first_and_last(numbers: Iterable[int]) -> str:

@@ -36,6 +36,7 @@ class Found:
     parts: int = 0
     num_bytes: int = 0
     attempts: Counter[int] = field(default_factory=Counter)
+    spent: Counter[str] = field(default_factory=Counter)
     prompt_lengths: IntegerCounts = field(default_factory=IntegerCounts)
     sampled: Lowest = field(default_factory=lambda: Lowest(SAMPLED))
     mistakes: Lowest = field(default_factory=lambda: Lowest(MISTAKES))
@@ -46,6 +47,7 @@ class Found:
         """Takes one committed unit."""
         self.schema = self.schema or part.schema
         self.counts += record.counts
+        self.spent.update(record.spent)
         self.parts += 1
         self.num_bytes += record.num_bytes
         for value in pc.value_counts(part["attempts"]).to_pylist():

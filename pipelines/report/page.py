@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from importlib import resources
@@ -19,6 +19,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from glm_actors.spent import ENGINE_BUSY
+from pipelines.bottleneck import AFTER_ENGINE, BEFORE_ENGINE, bottleneck
 from pipelines.report import charts
 from pipelines.report.cards import Deck
 from pipelines.report.collect import Collected
@@ -170,6 +172,7 @@ def _time(collected: Collected) -> dict[str, Any]:
     facts += [
         ("Units", f"{found.parts:,} of {collected.plan.num_units:,}, {collected.plan.unit_rows:,} rows each at most"),
         ("Rows processed again", f"{again:,} in {line.retried_units:,} units" if again else "none"),
+        *_stages(found.spent),
     ]
     chart = None
     if line.known:
@@ -194,6 +197,18 @@ def _time(collected: Collected) -> dict[str, Any]:
         "pauses": bool(line.pauses),
         "stalls": bool(line.stalls),
     }
+
+
+def _stages(spent: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """What the workers' seconds went into; nothing where they were not timed."""
+    found = bottleneck(spent)
+    if found is None:
+        return
+    yield "Engine busy", f"{duration(spent.get(ENGINE_BUSY, 0.0))}, {percent(found.engine_share)} of its time"
+    for stage in (*BEFORE_ENGINE, *AFTER_ENGINE):
+        if spent.get(stage):
+            yield f"{stage.capitalize()}", f"{duration(spent[stage])} of workers' time"
+    yield "Bottleneck", f"{found.stage}: {found.remedy}"
 
 
 def _tokens(collected: Collected) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from pipelines.report.head import Note, Tile
 from pipelines.report.page import render
 from pipelines.report.quality import classes_of, reliability_of
 from pipelines.report.text import compact, percent, short, shown
+from pipelines.sweep.cells import AXES, tokens_per_row
 
 RESULTS, SCORES = "results.json", "scores"
-AXES = ("model", "dataset", "task", "prompt", "sampling", "seed", "max_pixels")
 SURE = 0.05
 MORE_METRICS = {
     "macro_f1": "macro F1", "ece": "ECE", "brier": "Brier", "pass@1": "pass@1", "majority": "majority",
@@ -56,10 +56,8 @@ class SweepCell:
 
     @property
     def cost(self) -> float:
-        """Tokens of a row, read and written."""
-        tokens = self.content["tokens"]
-        rows = self.content["rows"] + self.content["without_gold"]
-        return (tokens["prompt"] + tokens["output"]) / rows if rows else 0.0
+        """Tokens of a row: see tokens_per_row."""
+        return tokens_per_row(self.content["tokens"], self.content["rows"] + self.content["without_gold"])
 
     def metric(self, name: str) -> dict[str, float] | None:
         found = self.content["metrics"].get(name)

@@ -64,6 +64,11 @@ class Cell:
         )
 
 
+def tokens_per_row(tokens: Mapping[str, int], rows: int) -> float:
+    """Tokens of a cell's row, read and written; `rows` are all that it has, failed ones and those without gold too."""
+    return (tokens["prompt"] + tokens["output"]) / rows if rows else 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """All cells, in the order of the grid. `baseline` names coordinates that the others are compared with, or BEST."""

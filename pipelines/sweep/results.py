@@ -26,7 +26,7 @@ from pipelines.evaluation.intervals import Difference, Estimate, holm, paired_di
 from pipelines.evaluation.scoring import RowScores, Score, score
 from pipelines.listing import InputFile
 from pipelines.source import DamagedError, RowRange, Source
-from pipelines.sweep.cells import AXES, Cell, Sweep
+from pipelines.sweep.cells import AXES, Cell, Sweep, tokens_per_row
 from pipelines.sweep.run import Finished
 from pipelines.values import Row, decode_rows
 
@@ -50,6 +50,10 @@ class CellResult:
     rows: RowScores
     tokens: Mapping[str, int]
     error_rate: float
+
+    @property
+    def tokens_per_row(self) -> float:
+        return tokens_per_row(self.tokens, self.score.rows + self.score.without_gold)
 
     @property
     def accuracy(self) -> float:

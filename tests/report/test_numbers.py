@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
 
+from glm_actors.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, MEDIA
 from models.engine.request import SamplingParams
 from pipelines.evaluation.calibration import NUM_BINS
 from pipelines.job import TaskConfig
@@ -101,6 +102,16 @@ def test_reliability(made: Any, frame: pd.DataFrame) -> None:
     truth = np.array([[label == gold for label in LABELS] for gold in judged["gold"]], float)
     brier = ((np.stack(judged["p"].to_list()) - truth) ** 2).sum(1).mean()
     assert f"Expected calibration error {ece:.4f}, Brier score {brier:.4f}." in page.text
+
+
+def test_seconds_by_stage_and_the_bottleneck(tmp_path: Path) -> None:
+    job = choose_job(tmp_path)
+    rows = pa.table({"id": list(map(str, range(20))), "text": ["x"] * 20, "gold": ["red"] * 20})
+    spent = {IN_ENGINE: 9.0, ENGINE_BUSY: 3.0, ENGINE_IDLE: 1.0, "reading": 0.5, MEDIA: 7.0, "preparing": 2.0}
+    page = page_of(commit_rows(job, rows, [chosen([0.5, 0.3, 0.2])] * 20, spent=spent), job)
+    assert page.tiles["Engine busy"] == "6.0 s, 75.0 % of its time"
+    assert page.tiles["Media"] == "14.0 s of workers' time"
+    assert page.tiles["Bottleneck"].startswith("media: raise preprocess.workers")
 
 
 def test_the_confidence_histogram(made: Any, frame: pd.DataFrame) -> None:

@@ -60,6 +60,7 @@ def commit_rows(
     facts: Mapping[str, Any] | None = None,
     seconds: float = 1.0,
     identity: Mapping[str, Any] | None = None,
+    spent: Mapping[str, float] | None = None,
 ) -> Output:
     """Writes the input and commits an answer for each of its rows; `units` bounds how many units are committed."""
     pq.write_table(rows, job.input[0])
@@ -76,7 +77,7 @@ def commit_rows(
             some = zip(keys[first:last], answers[first:last], strict=True)
             whole = [{"row_key": key, **row(**answer)} for key, answer in some]
             table = pa.Table.from_pylist(whole, schema)
-            output.commit(unit.index, table, counts_of(table), spent={IN_ENGINE: seconds})
+            output.commit(unit.index, table, counts_of(table), spent=dict(spent or {IN_ENGINE: seconds}))
         first = last
     if units is None:
         output.finish(plan, schema, dict(facts or {}))

@@ -15,10 +15,12 @@ from models.errors import ConfigError
 from pipelines import run
 from pipelines.commit import Output
 from pipelines.metrics import Progress
+from pipelines.report.sweep import read_results, render_sweep, sweep_cells
 from pipelines.sweep.cells import Sweep
 from pipelines.sweep.results import compare, evaluate, keep, results_table, to_json
 from pipelines.sweep.run import Ran, run_sweep
 from tests.pipelines.sweep.conftest import NUM_ROWS, make_sweep, write_input
+from tests.report.world import Page
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -49,6 +51,23 @@ def test_every_cell_is_as_the_job_alone(whole: Sweep, tmp_path: Path) -> None:
         assert together[cell.name] == rows(alone.output), cell.name
     codes = [row["error_code"] for row in together["shape-short-7056"]]
     assert (codes[7], codes[11], len(codes)) == ("bad_image", "duplicate_key", NUM_ROWS)
+
+
+def test_the_page_shows_what_evaluate_keeps(whole: Sweep) -> None:
+    results = evaluate(whole, run_sweep(whole).cells)
+    keep(whole, results)
+    output = Output.at(whole.output)
+    page = Page.read(render_sweep(output))
+    tables = [table for table in page.tables if table[0][1].strip() == "accuracy"]
+    shown = [line[1].split()[0] for table in tables for line in table[1:]]
+    assert shown == [f"{each.accuracy:.3f}" for each in results.cells]
+    for cell, each in zip(sweep_cells(read_results(output)), results.cells, strict=True):
+        assert cell.cost == each.tokens_per_row > 0
+        assert cell.name in page.text
+    counts = results.cells[0].score
+    assert results.cells[0].tokens_per_row == sum(results.cells[0].tokens[kind] for kind in ("prompt", "output")) / (
+        counts.rows + counts.without_gold
+    )
 
 
 def test_interrupted_sweeps_go_on_unit_by_unit(whole: Sweep) -> None:
