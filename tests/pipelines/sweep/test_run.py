@@ -58,7 +58,7 @@ def test_the_page_shows_what_evaluate_keeps(whole: Sweep) -> None:
     keep(whole, results)
     output = Output.at(whole.output)
     page = Page.read(render_sweep(output))
-    tables = [table for table in page.tables if table[0][1].strip() == "accuracy"]
+    tables = [table for table in page.tables if table[0][0].strip() == "cell"]
     shown = [line[1].split()[0] for table in tables for line in table[1:]]
     assert shown == [f"{each.accuracy:.3f}" for each in results.cells]
     for cell, each in zip(sweep_cells(read_results(output)), results.cells, strict=True):
