@@ -19,6 +19,7 @@ from typing import Literal
 
 from models.config_reader import load_config
 from models.errors import ConfigError
+from pipelines.calibration import planned_scaling
 from pipelines.changes import Changes, changes, check_carried, claims, gone, is_current, next_plan, offers, same_job
 from pipelines.commit import PARTS, Output, unit_generation
 from pipelines.job import Job, job_file
@@ -288,9 +289,12 @@ class _BoundedWork(Work):
 def _prepared(job: Job, plan: Plan) -> Prepared:
     model_dir = os.path.abspath(job.model)
     facts = job_facts(job, model_dir)
-    schema = output_schema(job, load_config(model_dir), {name: plan.schema.field(name).type for name in job.carry})
+    config = load_config(model_dir)
+    schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
     run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
-    return Prepared(plan=plan, spec=TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id), facts=facts)
+    scaling = planned_scaling(plan.identity["task"], job.task.labels or config.id2label)
+    spec = TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id, scaling=scaling)
+    return Prepared(plan=plan, spec=spec, facts=facts)
 
 
 def _same_types(job: Job, one: Plan, other: Plan) -> bool:
