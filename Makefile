@@ -34,7 +34,7 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 # vLLM's GLM-4.1V imports torchvision, whose build for CUDA works beside a CPU torch only with tests/vllm_environment.
 test-vllm: $(VLLM_VENV)/installed

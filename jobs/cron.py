@@ -49,7 +49,7 @@ def cron(
 
     Raises ConfigError before anything starts for a job that cannot run, EngineError when the engine gives up.
     """
-    begun = time.time()
+    begun = _Start()
     job: Job | None = None
     try:
         seconds = None if until is None else seconds_until(until, datetime.now())
@@ -141,8 +141,8 @@ def _failure(error: Exception) -> dict[str, Any]:
     }
 
 
-def _tell(job: Job | None, said: dict[str, Any], begun: float) -> None:
-    head = {"output": job.output if job else None, "started": _utc(begun), "seconds": round(time.time() - begun, 3)}
+def _tell(job: Job | None, said: dict[str, Any], begun: _Start) -> None:
+    head = {"output": job.output if job else None, "started": begun.utc, "seconds": begun.seconds_since()}
     line = json.dumps(head | said, ensure_ascii=False)
     print(line, flush=True)
     if job is not None and job.cron.webhook is not None:
@@ -171,5 +171,12 @@ def _post(url: str, line: str) -> str:
         return type(error).__name__
 
 
-def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+class _Start:
+    """The moment in which it is made: a label for people, and what has passed since, whatever happens to the clock."""
+
+    def __init__(self) -> None:
+        self.utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._at = time.monotonic()
+
+    def seconds_since(self) -> float:
+        return round(time.monotonic() - self._at, 3)

@@ -17,7 +17,9 @@ os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AW
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes beside each other: with a team of threads each, all would wait for cores again and again.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-EXAMPLES = Path(__file__).parents[1] / "examples"
+TESTS = Path(__file__).parent
+LONG_FOLDERS = ("serve", "faults", "jobs", "pipelines")
+EXAMPLES = TESTS.parent / "examples"
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "hidden_size": 8, "intermediate_size": 16,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 320,
@@ -84,7 +86,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what needs a GPU where there is none; Triton's interpreter stands in for one."""
+    """Begins with the folders that take long, so that test processes end together.
+
+    Leaves out what needs a GPU where there is none; Triton's interpreter stands in for one.
+    """
+    items.sort(key=lambda item: [item.path.is_relative_to(TESTS / folder) for folder in LONG_FOLDERS], reverse=True)
     if os.environ.get("TRITON_INTERPRET") == "1" or not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

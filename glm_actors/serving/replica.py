@@ -145,8 +145,9 @@ class Replica:
 
     async def stats(self) -> Json:
         """Numbers of this moment: requests here, sequences in the engine, blocks of its cache."""
+        requests = self._in_flight  # before the look: one that ends meanwhile must not be missing from both
         numbers = await asyncio.wrap_future(self._loop.look(_engine_stats))
-        return {"replica": self.name, "requests": self._in_flight, **numbers}
+        return {"replica": self.name, "requests": requests, **numbers}
 
     async def check_blocks(self) -> None:
         """Raises AssertionError where the cache's books do not agree. Reads all of them: for tests, not for a probe."""

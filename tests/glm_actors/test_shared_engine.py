@@ -134,7 +134,11 @@ def test_requests_go_in_small_messages_at_batch_priority_and_come_back_under_the
     line = FakeLine()
     engine = build(line)
     wanted = requests(5 * MESSAGE_ROWS + 1)
+    line.hold.clear()
     engine.submit(wanted)
+    while line.num_under_way < HASTE.messages:
+        assert engine.step() == []
+    line.hold.set()
     assert same(drain(engine), echoed(wanted))
     assert [len(work.requests) for work in line.works] == [MESSAGE_ROWS] * 5 + [1]
     assert {request.priority for work in line.works for request in work.requests} == {BATCH}
