@@ -2,7 +2,9 @@
 
 A unit's table has one row for each input row, in the input's order, from beginning to end: rows that failed carry
 `error_code` and `error_message` and are passed over. Columns not named here travel along untouched. An image or video
-that several prompts of a table show travels in it once. Knows nothing of prompts, tasks, files or Ray.
+that several prompts of a table show travels in it once. Where a row has a `continuation` (token ids), the engine is
+asked about it too: its joint log-probability after the row's prompt comes back as the row's `choice_logprobs`. Knows
+nothing of prompts, tasks, files or Ray.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,9 @@ from models.engine.request import (
 )
 from models.errors import RowError
 
-REQUEST_COLUMNS = ("input_ids", "work", "media", "positions")
+CONTINUATION = "continuation"
+REQUEST_COLUMNS = ("input_ids", "work", "media", "positions", CONTINUATION)
+SCORED = "\0scored"  # behind a row's key, the id of the request for its continuation
 COMPLETION_SCHEMA = pa.schema(
     {
         "finish_reason": pa.string(),
@@ -100,6 +104,8 @@ def request_table(row_keys: Sequence[str], requests: Sequence[Request | RowError
 def to_requests(table: pa.Table) -> list[Request]:
     """The requests of the rows that have not failed, in the order of the rows; a request's id is its row key.
 
+    A row with a continuation has a second one behind it, with a prompt that the prefix cache knows by then.
+
     Patches are views into the table's memory, read-only, which they keep alive.
     """
     works = table["work"].combine_chunks()
@@ -107,10 +113,23 @@ def to_requests(table: pa.Table) -> list[Request]:
     keys = table["row_key"].to_pylist()
     all_ids = table["input_ids"].to_pylist()
     media = read_media(table)
+    found = []
+    rows = zip(keys, all_ids, works.indices.to_pylist(), media, _continuations(table), strict=True)
+    for key, ids, work, shown, continuation in rows:
+        if work is not None:
+            found.append(Request(id=key, input_ids=ids, work=decoded[work], media=shown))
+            if continuation is not None:
+                scored = Choose(choices=(tuple(continuation),))
+                found.append(Request(id=key + SCORED, input_ids=ids, work=scored, media=shown))
+    return found
+
+
+def num_requests(table: pa.Table) -> list[int]:
+    """How many of `to_requests` each row has."""
+    valid = table["work"].is_valid().to_pylist()
     return [
-        Request(id=key, input_ids=ids, work=decoded[work], media=shown)
-        for key, ids, work, shown in zip(keys, all_ids, works.indices.to_pylist(), media, strict=True)
-        if work is not None
+        0 if not good else 1 if continuation is None else 2
+        for good, continuation in zip(valid, _continuations(table), strict=True)
     ]
 
 
@@ -120,13 +139,29 @@ def with_completions(table: pa.Table, completions: Iterable[Completion]) -> pa.T
     A completion's error becomes its row's error.
     """
     remaining = iter(completions)
-    has_request = table["work"].is_valid().to_pylist()
-    rows = [next(remaining) if valid else None for valid in has_request]
+    rows = [_of_row(list(islice(remaining, count))) for count in num_requests(table)]
     assert next(remaining, None) is None, "one completion for each request"
     codes, messages = _merged_errors(table, rows)
     columns = {name: table[name] for name in table.column_names if name not in REQUEST_COLUMNS}
     columns |= {"error_code": codes, "error_message": messages}
     return pa.table(columns | _completion_columns(rows))
+
+
+def _continuations(table: pa.Table) -> Sequence[list[int] | None]:
+    if CONTINUATION not in table.column_names:
+        return [None] * table.num_rows
+    found: list[list[int] | None] = table[CONTINUATION].to_pylist()
+    return found
+
+
+def _of_row(completions: Sequence[Completion]) -> Completion | None:
+    """One completion of a row's: that of its own work, with what its continuation has come to."""
+    if len(completions) < 2:
+        return completions[0] if completions else None
+    own, scored = completions
+    if own.error is None and scored.error is not None:
+        return dataclasses.replace(own, finish_reason="error", outputs=(), error=scored.error)
+    return dataclasses.replace(own, choice_logprobs=scored.choice_logprobs)
 
 
 def completion_table(completions: Sequence[Completion]) -> pa.Table:

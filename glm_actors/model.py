@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from glm_actors.batches import to_requests, with_completions
+from glm_actors.batches import num_requests, to_requests, with_completions
 from glm_actors.guard import Answer, Guard, RayBook
 from glm_actors.journal import Journal, UnitJournal
 from glm_actors.loop import EngineLoop
@@ -78,7 +78,7 @@ class ModelActor:
             raise self._refusal
         begun = time.monotonic()
         requests = to_requests(table)
-        first = list(accumulate(table["work"].is_valid().to_pylist(), initial=0))  # request of each row
+        first = list(accumulate(num_requests(table), initial=0))  # request of each row
         unit = table[self._unit_column][0].as_py() if self._unit_column and table.num_rows else ""
         journal = UnitJournal(self._journal, int(unit)) if unit != "" else UnitJournal(None)
 
@@ -86,7 +86,11 @@ class ModelActor:
             return self._complete(journal, requests[first[start] : first[stop]])
 
         answers = self._guard.run(f"unit {unit}", table.num_rows, complete)
-        completions = [done for answer in answers for done in _completions(answer, requests[first[answer.start] :])]
+        completions = [
+            done
+            for answer in answers
+            for done in _completions(answer, requests[first[answer.start] : first[answer.stop]])
+        ]
         seconds = spent(table) | {IN_ENGINE: time.monotonic() - begun} | self._usage()
         return with_spent(with_completions(table, completions), seconds)
 
@@ -133,9 +137,10 @@ class ModelActor:
 
 
 def _completions(answer: Answer[list[Completion]], requests: Sequence[Request]) -> Iterator[Completion]:
-    """The answer's completions; `requests` begin with those of its rows."""
+    """The answer's completions; `requests` are those of its rows."""
     if not isinstance(answer.result, RowError):
         yield from answer.result
         return
-    request = requests[0]  # a row without a request cannot have been anybody's end
-    yield Completion(id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=answer.result)
+    for request in requests:
+        tokens = len(request.input_ids)
+        yield Completion(id=request.id, finish_reason="error", prompt_tokens=tokens, error=answer.result)

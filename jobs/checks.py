@@ -48,6 +48,7 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
     "task.labels": ("choose",),
     "task.end_of_label": ("choose",),
     "task.label_logprobs": ("choose",),
+    "task.gold_logprobs": ("generate",),
     "task.calibration": ("choose", "classify"),
     "task.schema": ("extract",),
     "task.thinking": ("generate",),
@@ -201,6 +202,8 @@ def _check_answer(task: TaskConfig) -> Iterator[Problem]:
         )
     if any(not label.strip() for label in labels):
         yield Problem(key="task.labels", message="a label is empty; give each label some text")
+    if task.gold_logprobs and task.gold is None:
+        yield Problem(key="task.gold_logprobs", message="there is nothing to score; name the column in task.gold")
     if task.kind == "extract" and task.schema is None:
         yield Problem(key="task.schema", message="extract needs a JSON schema; write schema: {type: object, ...}")
     if task.schema is not None:

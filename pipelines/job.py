@@ -36,6 +36,7 @@ class TaskConfig:
     labels: list[str] | None = None
     end_of_label: Literal["auto", "always", "never"] = "auto"
     label_logprobs: bool = False
+    gold_logprobs: bool = False
     calibration: str | None = None
     schema: dict[str, Any] | None = None
     thinking: bool = False

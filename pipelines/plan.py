@@ -346,8 +346,9 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
     preprocess = asdict(job.preprocess)
     preprocess.pop("workers")
     task = asdict(job.task)
-    if not job.task.label_logprobs:
-        del task["label_logprobs"]  # outputs from before there was this key stay as they are
+    for name in ("label_logprobs", "gold_logprobs"):
+        if not task[name]:
+            del task[name]  # outputs from before there was this key stay as they are
     del task["calibration"]
     if job.task.calibration is not None:
         task["calibration"] = read_calibration(job.task.calibration).applied  # whatever the file's name is

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glm_actors.batches import request_table, to_completions
+from glm_actors.batches import CONTINUATION, request_table, to_completions
 from glm_actors.media import MediaLoader
 from models.engine.request import Completion, Request
 from models.errors import RowError
@@ -31,7 +31,7 @@ from pipelines.tasks import TOKEN_COLUMNS, Prompt, TaskRunner
 from pipelines.values import LINE, Row, column_values, decode_rows, key_text, parse_line, row_key
 
 UNIT, ROW, FIRST, LOST = "#unit", "#row", "#first", "#lost"
-GOLD, PROMPT, RIGHT = "#gold", "#prompt", "#right"
+GOLD, GOLD_TOKENS, PROMPT, RIGHT = "#gold", "#gold_tokens", "#prompt", "#right"
 OWN_PARSED = ((UNIT, pa.int32()), (RIGHT, pa.bool_()))
 INPUT = "in."
 INPUT_LINE = INPUT + LINE
@@ -142,7 +142,11 @@ def render_rows(
     checked = [_checked(spec.job, *name) for name in names]
     keys = [key for key, _ in checked]
     good = prompts(runner, [row for _, row in checked if not isinstance(row, RowError)])
-    return Rendered(keys=keys, requests=_requests(runner, checked, good), beside=_beside(spec.job, rows) | carried)
+    requests, continuations = _requests(runner, checked, good)
+    beside = _beside(spec.job, rows) | carried
+    if spec.job.task.gold_logprobs:
+        beside |= _scored(continuations)
+    return Rendered(keys=keys, requests=requests, beside=beside)
 
 
 def parse_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
@@ -154,12 +158,13 @@ def parse_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) ->
     completions: list[Completion | RowError] = [lost] * table.num_rows if lost else to_completions(table)
     golds = _from_json(table, GOLD)
     prompts = _from_json(table, PROMPT)
+    gold_tokens = table[GOLD_TOKENS].to_pylist() if GOLD_TOKENS in table.column_names else [None] * table.num_rows
     outputs: list[dict[str, Any]] = []
-    for completion, prompt in zip(completions, prompts, strict=True):
+    for completion, prompt, scored in zip(completions, prompts, gold_tokens, strict=True):
         if isinstance(completion, RowError):
             outputs.append(runner.error_columns(completion))
         else:
-            outputs.append(runner.to_columns(completion, prompt or {}))
+            outputs.append(runner.to_columns(completion, prompt or {}, scored))
     right = [None if gold is None else runner.is_right(row, gold) for row, gold in zip(outputs, golds, strict=True)]
     given = {"row_key": table["row_key"], "attempts": pa.array([1] * table.num_rows, pa.int32())}
     given |= {name: table[INPUT + name] for name in spec.job.carry}
@@ -212,14 +217,33 @@ def _checked(
 
 def _requests(
     runner: TaskRunner, rows: Sequence[tuple[str, Row | RowError]], good: Sequence[Prompt | RowError]
-) -> list[Request | RowError]:
-    """A request for each row; `good` are the prompts of those without an error."""
+) -> tuple[list[Request | RowError], list[Sequence[int] | None]]:
+    """A request for each row, and what to score beside it; `good` are the prompts of those without an error."""
     prompts = iter(good)
     requests: list[Request | RowError] = []
+    continuations: list[Sequence[int] | None] = []
     for key, row in rows:
-        prompt = row if isinstance(row, RowError) else next(prompts)
-        requests.append(prompt if isinstance(prompt, RowError) else runner.request(key, prompt))
-    return requests
+        continuation = None
+        try:
+            if isinstance(row, RowError):
+                raise row
+            prompt = next(prompts)
+            if isinstance(prompt, RowError):
+                raise prompt
+            continuation = runner.gold_ids(row, prompt)
+            requests.append(runner.request(key, prompt))
+        except RowError as error:
+            requests.append(error)
+        continuations.append(continuation)
+    return requests, continuations
+
+
+def _scored(continuations: Sequence[Sequence[int] | None]) -> dict[str, pa.Array]:
+    lengths = [None if ids is None else len(ids) for ids in continuations]
+    return {
+        CONTINUATION: pa.array(continuations, pa.list_(pa.int32())),
+        GOLD_TOKENS: pa.array(lengths, pa.int32()),
+    }
 
 
 def _with_lost(rows: list[Row | RowError], table: pa.Table) -> list[Row | RowError]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from models.config import ModelConfig
 from models.errors import ConfigError
 from pipelines.job import Job
-from pipelines.tasks import TOKEN_COLUMNS, task_columns
+from pipelines.tasks import TASK_COLUMNS, TOKEN_COLUMNS, columns_on_demand
 
 ROW_COLUMNS: dict[str, pa.DataType] = {
     "row_key": pa.string(),
@@ -25,6 +25,12 @@ ROW_COLUMNS: dict[str, pa.DataType] = {
 TOKEN = pa.struct(
     {"text": pa.string(), "start": pa.int32(), "end": pa.int32(), "label": pa.string(), "score": pa.float64()}
 )
+
+ON_DEMAND: dict[str, pa.DataType] = {
+    "label_logprobs": pa.list_(pa.float64()),
+    "gold_logprob": pa.float64(),
+    "gold_num_tokens": pa.int32(),
+}
 
 
 def output_schema(job: Job, config: ModelConfig, carried: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -45,17 +51,16 @@ def output_schema(job: Job, config: ModelConfig, carried: Mapping[str, pa.DataTy
 
 def task_types(job: Job, config: ModelConfig) -> dict[str, pa.DataType]:
     """The task's own columns and their types."""
-    types = dict(zip(task_columns(job.task), _types(job, config), strict=True))
+    types = dict(zip(TASK_COLUMNS[job.task.kind], _types(job, config), strict=True))
     if job.task.kind == "generate" and job.sampling.n > 1:
-        return {name: pa.list_(dtype) for name, dtype in types.items()}
-    return types
+        types = {name: pa.list_(dtype) for name, dtype in types.items()}
+    return types | {name: ON_DEMAND[name] for name in columns_on_demand(job.task)}
 
 
 def _types(job: Job, config: ModelConfig) -> tuple[pa.DataType, ...]:
     match job.task.kind:
         case "choose":
-            scores = pa.list_(pa.float64())
-            return pa.string(), pa.float64(), scores, pa.float64(), *((scores,) if job.task.label_logprobs else ())
+            return pa.string(), pa.float64(), pa.list_(pa.float64()), pa.float64()
         case "generate":
             return pa.string(), pa.string(), pa.string(), pa.list_(pa.float32())
         case "extract":

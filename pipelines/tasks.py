@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -59,9 +60,10 @@ TASK_COLUMNS: dict[str, tuple[str, ...]] = {
 Columns = dict[str, Any]
 
 
-def task_columns(task: TaskConfig) -> tuple[str, ...]:
-    """The task's own output columns."""
-    return (*TASK_COLUMNS[task.kind], *(("label_logprobs",) if task.label_logprobs else ()))
+def columns_on_demand(task: TaskConfig) -> tuple[str, ...]:
+    """What the task's own output columns have beyond TASK_COLUMNS."""
+    labels = ("label_logprobs",) if task.label_logprobs else ()
+    return (*labels, *(("gold_logprob", "gold_num_tokens") if task.gold_logprobs else ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,13 +107,17 @@ class TaskRunner:
         self.reads_media = reads_media(job, model_dir)
         if self.reads_media:
             _ = self._media_prompts, self._loader  # what is wrong with either should be known before rows come
+        if self._task.gold_logprobs:
+            self._check_gold_logprobs()
         self.work: Work = self._build_work()
         self.calibration = self._read_calibration() if scaling is None and job.task.calibration is not None else None
         self._scaling = scaling if self.calibration is None else self.calibration.scaling(self._labels)
         limit = job.engine.max_model_len
         self._max_model_len = self._config.longest_context if limit == "auto" else limit
         self._reserved = self._tokens_after_prompt()
-        self._null_columns: Columns = dict.fromkeys((*task_columns(job.task), *TOKEN_COLUMNS))
+        self._null_columns: Columns = dict.fromkeys(
+            (*TASK_COLUMNS[job.task.kind], *columns_on_demand(job.task), *TOKEN_COLUMNS)
+        )
 
     def start(self) -> None:
         """Begins to start the process that decodes media, where the job names any."""
@@ -126,7 +132,7 @@ class TaskRunner:
     @property
     def prompt_key(self) -> str:
         """Runners of one checkpoint in which this is equal make equal prompts of a row."""
-        task = replace(self._task, gold=None, label_logprobs=False, calibration=None)
+        task = replace(self._task, gold=None, label_logprobs=False, gold_logprobs=False, calibration=None)
         return repr((task, self._job.preprocess, self._job.media, self._max_model_len))
 
     def text(self, row: Row) -> str:
@@ -166,10 +172,28 @@ class TaskRunner:
             work = replace(work, sampling=replace(work.sampling, seed=row_seed(work.sampling.seed, row_key)))
         return Request(id=row_key, input_ids=prompt.input_ids, work=work, media=prompt.media)
 
-    def to_columns(self, completion: Completion, row: Row) -> Columns:
+    def gold_ids(self, row: Row, prompt: Prompt) -> tuple[int, ...] | None:
+        """What `task.gold_logprobs` scores after the prompt: the gold answer's token ids, None where there is none.
+
+        An answer of white space is none. Raises RowError for one that does not fit behind the prompt.
+        """
+        gold = row.get(self._task.gold) if self._task.gold_logprobs and self._task.gold is not None else None
+        if gold is None or not str(gold).strip():
+            return None
+        assert self._chat is not None
+        ids = self._chat.answer_ids(str(gold))
+        if len(prompt.input_ids) + len(ids) > self._max_model_len:
+            raise RowError(
+                "gold_too_long",
+                f"the prompt has {len(prompt.input_ids)} tokens and the gold answer {len(ids)}; at most "
+                f"{self._max_model_len} fit together: shorten one of them, or leave task.gold_logprobs out",
+            )
+        return ids
+
+    def to_columns(self, completion: Completion, row: Row, gold_tokens: int | None = None) -> Columns:
         """The row's output: status, error, task columns and token counts. Never raises RowError: it records it.
 
-        `row` is read by tag alone, whose tokens carry the prompt's text and offsets.
+        `row` is read by tag alone, whose tokens carry the prompt's text and offsets. `gold_tokens` counts `gold_ids`.
         """
         counts = {
             "prompt_tokens": completion.prompt_tokens,
@@ -178,7 +202,7 @@ class TaskRunner:
             "media_tokens": completion.media_tokens,
         }
         try:
-            columns = self._answer(completion, row)
+            columns = self._answer(completion, row, gold_tokens)
         except RowError as error:
             return {**self.error_columns(error), **counts}
         return {"status": "ok", "error_code": None, "error_message": None, **columns, **counts}
@@ -230,6 +254,19 @@ class TaskRunner:
         found = read_calibration(self._task.calibration or "")
         found.check(self._task, self._labels, model_digest(self._model_dir))
         return found
+
+    def _check_gold_logprobs(self) -> None:
+        """Raises ConfigError where this checkpoint writes no answer right after a prompt."""
+        assert self._chat is not None
+        if self._task.thinking and self._chat.thinking_form != "none":
+            raise ConfigError(
+                "task.gold_logprobs: gold answers are scored right after the prompt, where this checkpoint would begin "
+                "to reason; set task.thinking: false, or leave it out"
+            )
+        try:
+            self._chat.answer_ids("a")
+        except RowError as error:
+            raise ConfigError(f"task.gold_logprobs: {error.message}") from error
 
     def _build_work(self) -> Work:
         task = self._task
@@ -318,7 +355,7 @@ class TaskRunner:
                 f"(the limit is {self._max_model_len} tokens{kept})",
             )
 
-    def _answer(self, completion: Completion, row: Row) -> Columns:
+    def _answer(self, completion: Completion, row: Row, gold_tokens: int | None) -> Columns:
         if completion.error is not None:
             raise completion.error
         if completion.finish_reason == "abort":
@@ -327,7 +364,7 @@ class TaskRunner:
             case "choose":
                 return self._choose_columns(completion)
             case "generate":
-                return self._generate_columns(completion.outputs)
+                return self._generate_columns(completion.outputs) | self._gold_columns(completion, gold_tokens)
             case "extract":
                 return self._extract_columns(completion.outputs[0])
             case "classify":
@@ -363,6 +400,18 @@ class TaskRunner:
         if self._job.sampling.n > 1:
             return columns
         return {name: values[0] for name, values in columns.items()}
+
+    def _gold_columns(self, completion: Completion, gold_tokens: int | None) -> Columns:
+        if not self._task.gold_logprobs:
+            return {}
+        if gold_tokens is None:
+            return {"gold_logprob": None, "gold_num_tokens": None}
+        if completion.choice_logprobs is None:
+            raise RowError("not_scored", "the scoring of the gold answer was ended before it was done")
+        (logprob,) = completion.choice_logprobs
+        if not math.isfinite(logprob):
+            raise RowError("not_finite", f"the gold answer's log-probability is {logprob}: try engine.dtype float32")
+        return {"gold_logprob": logprob, "gold_num_tokens": gold_tokens}
 
     def _extract_columns(self, output: Output) -> Columns:
         text = output.text.strip()

@@ -51,6 +51,8 @@ from models.errors import ConfigError, RowError
 from models.parallel import TorchGroup
 from models.processing.tokenizer import Tokenizer
 
+KEPT_TREE_TOKENS = 1024  # a tree may hold a byte for each pair of them
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Pending:
@@ -447,9 +449,14 @@ class TorchEngine:
         )
 
 
-@lru_cache(maxsize=256)
 def choice_tree(work: Choose) -> ChoiceTree:
-    """A job's requests all have the same choices: their tree is built once."""
+    """Most jobs' requests all have the same choices: their tree is built once."""
+    kept = sum(map(len, work.choices)) <= KEPT_TREE_TOKENS
+    return _kept_tree(work) if kept else ChoiceTree.build(work.choices, count_end=work.count_end)
+
+
+@lru_cache(maxsize=256)
+def _kept_tree(work: Choose) -> ChoiceTree:
     return ChoiceTree.build(work.choices, count_end=work.count_end)
 
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -118,11 +119,19 @@ class Chat:
                 "task.thinking: labels are scored right after the prompt, where this checkpoint would begin to reason; "
                 "set thinking: false, or kind: generate"
             )
-        prompt, restore = self._render(_PROBE, False, True, None)
-        prompt_ids = self._encode(prompt, restore)
-        continuations = [self._continuation(label, prompt, prompt_ids) for label in labels]
+        continuations = [self._continuation(label, *self._probe) for label in labels]
         _refuse_duplicates(labels, continuations)
         return continuations
+
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """Token ids of one answer after a prompt with thinking=False, tokenized as `label_continuations` does.
+
+        Raises RowError for one that is empty or not separable from the prompt.
+        """
+        try:
+            return self._continuation(answer, *self._probe)
+        except ConfigError as error:
+            raise RowError("bad_gold", str(error).removeprefix("task.labels: ")) from error
 
     @staticmethod
     def count_end(label_continuations: Sequence[tuple[int, ...]], end_of_label: str) -> bool:
@@ -254,6 +263,12 @@ class Chat:
                 ids.append(control_id)
         return ids
 
+    @cached_property
+    def _probe(self) -> tuple[str, list[int]]:
+        """A prompt, as text and ids: what matters here is how prompts end."""
+        prompt, restore = self._render(_PROBE, False, True, None)
+        return prompt, self._encode(prompt, restore)
+
     def _continuation(self, label: str, prompt: str, prompt_ids: list[int]) -> tuple[int, ...]:
         protect, restore = self._stand_ins(label)
         written = self._label_text(_replace(label, protect), prompt)
@@ -268,14 +283,14 @@ class Chat:
         if ids[: len(prompt_ids)] != prompt_ids:
             raise ConfigError(
                 f"task.labels: {label!r} merges with the end of the prompt {prompt[-20:]!r} into other tokens, so that "
-                "it cannot be scored after it; begin the label with another character"
+                "it cannot be scored after it; begin it with another character"
             )
         return tuple(ids[len(prompt_ids) :])
 
     def _label_text(self, label: str, prompt: str) -> str:
         """What the history puts between the prompt and the end of an assistant's turn that says `label`."""
         if not label.strip():
-            raise ConfigError(f"task.labels: {label!r} is empty; give each label some text")
+            raise ConfigError(f"task.labels: {label!r} is empty; give it some text")
         if self.thinking_form in ("open", "tags"):
             return label
         turn = self._answered(label)

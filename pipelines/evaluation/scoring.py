@@ -142,7 +142,7 @@ def summarised(rules: Rules, rows: RowScores, confidence: float = CONFIDENCE) ->
         metrics |= _calibration_estimates(rows, confidence)
         result = replace(result, confusion=table, reliability=_reliability(rows))
     if "gold_log_likelihood" in rows.values and "gold_tokens" in rows.values:
-        metrics["gold_perplexity"] = _perplexity(rows, confidence)
+        metrics |= _token_estimates(rows, confidence)
     return replace(result, quantiles=_quantiles(rows))
 
 
@@ -204,6 +204,9 @@ def _texts(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.ND
     num_samples = max((len(texts) for texts in samples), default=1)
     if num_samples > 1:
         values |= _sample_scores(rules, samples, gold, rights[rules.match], answered, num_samples)
+    if "gold_logprob" in table.column_names:
+        values |= {"gold_log_likelihood": _column(table, "gold_logprob")}
+        values |= {"gold_tokens": _column(table, "gold_num_tokens")}
     return gold, [texts[0] for texts in samples], values
 
 
@@ -319,20 +322,29 @@ def _answered(rows: RowScores, name: str) -> Floats:
     return rows.values[name][np.isfinite(rows.values["confidence"])]
 
 
-def _perplexity(rows: RowScores, confidence: float) -> Estimate:
-    """exp of the mean negative log-likelihood of a gold token."""
+def _token_estimates(rows: RowScores, confidence: float) -> dict[str, Estimate]:
+    """The mean log-likelihood (nats) of a gold token, and perplexity: exp of what this is below zero."""
     both = np.stack([rows.values["gold_log_likelihood"], rows.values["gold_tokens"]], axis=1)
     both = both[np.isfinite(both).all(axis=1)]
-    if not len(both):
-        return Estimate(value=math.nan, low=math.nan, high=math.nan, rows=0)
+
+    def mean(sums: Floats) -> Floats:
+        return np.asarray(sums[..., 0] / sums[..., 1])
 
     def perplexity(sums: Floats) -> Floats:
-        return np.asarray(np.exp(-sums[..., 0] / sums[..., 1]))
+        return np.asarray(np.exp(-mean(sums)))
 
-    value = float(perplexity(both.sum(axis=0)))
-    drawn = resample(lambda weights: perplexity(weights @ both), len(both), _random("perplexity"))
-    low, high = bca(drawn, value, confidence=confidence)
-    return Estimate(value=value, low=low, high=high, rows=len(both))
+    found = {}
+    for name, formula, random in (
+        ("gold_token_log_likelihood", mean, "gold_token"),
+        ("gold_perplexity", perplexity, "perplexity"),
+    ):
+        value = low = high = math.nan
+        if len(both):
+            value = float(formula(both.sum(axis=0)))
+            drawn = resample(lambda weights, of=formula: of(weights @ both), len(both), _random(random))
+            low, high = bca(drawn, value, confidence=confidence)
+        found[name] = Estimate(value=value, low=low, high=high, rows=len(both))
+    return found
 
 
 def _quantiles(rows: RowScores) -> dict[str, float]:

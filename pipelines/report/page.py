@@ -32,11 +32,13 @@ FILES_SHOWN = 20
 
 ABOUT_CODES = {
     "aborted": "The request was ended before it was answered; retry it.",
+    "bad_gold": "The gold answer merges with the end of the prompt: task.gold_logprobs cannot score it.",
     "bad_image": "The bytes are no image that can be decoded.",
     "bad_json": "The input line is no JSON object.",
     "bad_video": "The bytes are no clip that can be decoded.",
     "duplicate_key": "An earlier row has the same key.",
     "empty_text": "The prompt's columns hold nothing but white space.",
+    "gold_too_long": "Prompt and gold answer do not fit together: see task.gold_logprobs and engine.max_model_len.",
     "invalid_json": "The answer left the schema.",
     "media_fetch_failed": "A URL could not be fetched; it may work later.",
     "media_forbidden": "Its place is not allowed: see media.root and media.hosts.",
@@ -44,6 +46,7 @@ ABOUT_CODES = {
     "media_timeout": "Fetching or decoding took too long; it may work later.",
     "media_too_large": "Larger than media.max_bytes or the decoder's limits.",
     "not_finite": "The model's output holds NaN or infinity: try engine.dtype float32.",
+    "not_scored": "The scoring of the gold answer was ended; retry it.",
     "not_utf8": "The text is not UTF-8.",
     "null_key": "The key column is null.",
     "null_media": "The media column is null.",

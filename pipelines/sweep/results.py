@@ -34,7 +34,7 @@ RESULTS, TABLE, SCORES = "results.json", "results.parquet", "scores"
 FORMAT = 1
 SCORED_COLUMNS = (
     "row_key", "status", "error_code", "label", "label_probs", "off_set_mass", "label_logprobs", "text", "json",
-    "scores",
+    "scores", "gold_logprob", "gold_num_tokens",
 )  # fmt: skip
 # A row's probabilities differ by some 1e-7 with the rows that it meets in a batch: what is kept must not show that.
 DECIMALS = 4

@@ -32,6 +32,7 @@ KEYS = {
     "task.labels": ("a list of text or null", None),
     "task.end_of_label": ('one of "auto", "always", "never"', "auto"),
     "task.label_logprobs": (SWITCH, False),
+    "task.gold_logprobs": (SWITCH, False),
     "task.calibration": (TEXT_OR_NULL, None),
     "task.schema": ("a section of keys or null", None),
     "task.thinking": (SWITCH, False),

@@ -59,6 +59,14 @@ def test_log_probabilities_of_labels_come_on_demand() -> None:
     assert columns(asked) == BEFORE + TASK["choose"] + [("label_logprobs", "list<item: double>")] + AFTER
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_scores_of_gold_answers_come_on_demand_and_are_never_lists(n: int) -> None:
+    task = TaskConfig(kind="generate", prompt="{x}", gold="y", gold_logprobs=True)
+    asked = columns(replace(job("generate", sampling=SamplingParams(n=n)), task=task))
+    own = columns(job("generate", sampling=SamplingParams(n=n)))[: -len(AFTER)]
+    assert asked == [*own, ("gold_logprob", "double"), ("gold_num_tokens", "int32"), *AFTER]
+
+
 def test_several_outputs_make_lists() -> None:
     lists = [(name, f"list<item: {dtype}>") for name, dtype in TASK["generate"]]
     assert columns(job("generate", sampling=SamplingParams(n=2))) == BEFORE + lists + AFTER

@@ -159,7 +159,9 @@ KILLED = {
 }  # fmt: skip
 
 
-OF_PROBABILITIES = ("brier", "ece", "off_set_mass", "gold_log_likelihood", "gold_perplexity")
+OF_PROBABILITIES = (
+    "brier", "ece", "off_set_mass", "gold_log_likelihood", "gold_token_log_likelihood", "gold_perplexity",
+)  # fmt: skip
 
 
 def evaluate(folder: Path, kill_at: int | None = None) -> int:

@@ -49,6 +49,7 @@ def test_choices_are_scored_by_class_probability_and_likelihood() -> None:
     assert got["accuracy"] == pytest.approx(2 / 4)
     assert got["accuracy_norm"] == pytest.approx(2 / 4)  # "certainly" has nine characters: it wins rows 1 to 3
     assert got["gold_log_likelihood"] == pytest.approx((-1.0 - 1.0 - 1.5) / 3)
+    assert got["gold_token_log_likelihood"] == pytest.approx(-3.5 / 7)
     assert got["gold_perplexity"] == pytest.approx(math.exp(3.5 / 7))
     assert found.metrics["gold_log_likelihood"].rows == 3
     assert found.confusion is not None
@@ -71,6 +72,27 @@ def test_texts_are_compared_in_three_ways() -> None:
     _, found = score(Rules(kind="generate"), table(rows, text=pa.string()), ["cat", "12", "dog", "cow"])
     got = values(found)
     assert (got["accuracy"], got["exact"], got["normalised"], got["numeric"]) == (0.25, 0.25, 0.5, 0.25)
+
+
+def test_gold_texts_are_scored_by_row_and_by_token() -> None:
+    rows = [
+        {"text": "a", "gold_logprob": -3.0, "gold_num_tokens": 2},
+        {"text": "b", "gold_logprob": -1.0, "gold_num_tokens": 4},
+        {"text": "", "gold_logprob": None, "gold_num_tokens": None},
+        FAILED,
+    ]
+    types = {"text": pa.string(), "gold_logprob": pa.float64(), "gold_num_tokens": pa.int32()}
+    scored, found = score(Rules(kind="generate"), table(rows, **types), ["a", "c", "", "d"])
+    got = values(found)
+    assert got["gold_log_likelihood"] == pytest.approx(-4.0 / 2)
+    assert got["gold_token_log_likelihood"] == pytest.approx(-4.0 / 6)
+    assert got["gold_perplexity"] == pytest.approx(math.exp(4.0 / 6))
+    estimate = found.metrics["gold_perplexity"]
+    assert estimate.rows == 2
+    assert math.exp(1 / 4) - 1e-9 <= estimate.low < estimate.value < estimate.high <= math.exp(3 / 2) + 1e-9
+    assert scored.to_table()["gold_log_likelihood"].to_pylist() == [-3.0, -1.0, None, None]
+    nothing = values(score(Rules(kind="generate"), table([rows[2]], **types), [""])[1])
+    assert math.isnan(nothing["gold_perplexity"])
 
 
 def test_a_pattern_takes_the_answer_out_of_a_text() -> None:
