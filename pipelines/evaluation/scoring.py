@@ -326,25 +326,28 @@ def _token_estimates(rows: RowScores, confidence: float) -> dict[str, Estimate]:
     """The mean log-likelihood (nats) of a gold token, and perplexity: exp of what this is below zero."""
     both = np.stack([rows.values["gold_log_likelihood"], rows.values["gold_tokens"]], axis=1)
     both = both[np.isfinite(both).all(axis=1)]
+    return {
+        "gold_token_log_likelihood": _of_tokens(both, _token_mean, "gold_token", confidence),
+        "gold_perplexity": _of_tokens(both, _token_perplexity, "perplexity", confidence),
+    }
 
-    def mean(sums: Floats) -> Floats:
-        return np.asarray(sums[..., 0] / sums[..., 1])
 
-    def perplexity(sums: Floats) -> Floats:
-        return np.asarray(np.exp(-mean(sums)))
+def _of_tokens(both: Floats, formula: Callable[[Floats], Floats], random: str, confidence: float) -> Estimate:
+    """`formula` takes sums over rows of `both` [rows, 2], log-likelihood and tokens: it is no mean over rows."""
+    if not len(both):
+        return Estimate(value=math.nan, low=math.nan, high=math.nan, rows=0)
+    value = float(formula(both.sum(axis=0)))
+    drawn = resample(lambda weights: formula(weights @ both), len(both), _random(random))
+    low, high = bca(drawn, value, confidence=confidence)
+    return Estimate(value=value, low=low, high=high, rows=len(both))
 
-    found = {}
-    for name, formula, random in (
-        ("gold_token_log_likelihood", mean, "gold_token"),
-        ("gold_perplexity", perplexity, "perplexity"),
-    ):
-        value = low = high = math.nan
-        if len(both):
-            value = float(formula(both.sum(axis=0)))
-            drawn = resample(lambda weights, of=formula: of(weights @ both), len(both), _random(random))
-            low, high = bca(drawn, value, confidence=confidence)
-        found[name] = Estimate(value=value, low=low, high=high, rows=len(both))
-    return found
+
+def _token_mean(sums: Floats) -> Floats:
+    return np.asarray(sums[..., 0] / sums[..., 1])
+
+
+def _token_perplexity(sums: Floats) -> Floats:
+    return np.asarray(np.exp(-_token_mean(sums)))
 
 
 def _quantiles(rows: RowScores) -> dict[str, float]:

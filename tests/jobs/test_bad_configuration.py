@@ -94,7 +94,11 @@ BAD: list[tuple[str, Change, list[str]]] = [
     ("empty label", task(labels=["red", " "]), ["task.labels", "a label is empty"]),
     ("labels with generate", task(kind="generate"), ["task.labels", "only choose takes it", "remove it"]),
     ("gold scores of choose", task(gold_logprobs=True), ["task.gold_logprobs", "only generate takes it"]),
-    ("gold scores without gold", task(kind="generate", labels=None, gold_logprobs=True), ["nothing to score"]),
+    (
+        "gold scores without gold",
+        task(kind="generate", labels=None, gold=None, gold_logprobs=True),
+        ["task.gold_logprobs", "nothing to score"],
+    ),
     ("sampling with choose", top(sampling={"temperature": 1.0}), ["sampling.temperature", "remove it"]),
     ("logprobs with alternatives", generate(logprobs=5), ["sampling.logprobs", "use 1 or 0"]),
     ("extract without schema", task(kind="extract", labels=None), ["task.schema", "needs a JSON schema"]),

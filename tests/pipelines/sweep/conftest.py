@@ -53,8 +53,11 @@ def make_sweep(folder: Path) -> Sweep:
     cells += [
         cell(output, "team", "texts", [texts], team),
         cell(output, "reply-one", "texts", [texts], reply, sampling=SamplingParams(max_tokens=4)),
-        cell(output, "reply-three", "texts", [texts], reply, sampling=SamplingParams(max_tokens=6, n=3)),
-    ]
+        cell(
+            output, "reply-three", "texts", [texts], replace(reply, gold_logprobs=True),
+            sampling=SamplingParams(max_tokens=6, n=3),
+        ),
+    ]  # fmt: skip
     return Sweep(output=output, cells=tuple(cells))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,8 @@ def results_of(sweep: Sweep, ran: Ran) -> str:
 
 def test_results_are_kept_and_can_be_compared(whole: Sweep) -> None:
     sweep = replace(whole, baseline={"prompt": "shape-long-14112"})
-    results = evaluate(sweep, run_sweep(sweep).cells)
+    ran = run_sweep(sweep)
+    results = evaluate(sweep, ran.cells)
     keep(sweep, results)
     table = pq.read_table(Path(sweep.output) / "results.parquet")
     assert table["cell"].to_pylist() == [cell.name for cell in sweep.cells]
@@ -106,6 +108,13 @@ def test_results_are_kept_and_can_be_compared(whole: Sweep) -> None:
     assert first["errors"] == {"duplicate_key": 1, "bad_image": 1}
     assert sum(map(sum, first["confusion"]["counts"])) == first["rows"]
     assert [each["baseline"] for each in content["comparisons"][:3]] == ["shape-long-14112"] * 3
+    scored = {name: each["value"] for name, each in content["cells"][6]["metrics"].items() if name.startswith("gold")}
+    logprobs, tokens = math.log(0.8) * NUM_ROWS, sum(row["gold_num_tokens"] for row in rows(ran.cells[6].output))
+    assert scored == {  # the echo engine gives a single continuation four fifths
+        "gold_log_likelihood": pytest.approx(math.log(0.8), abs=1e-4),
+        "gold_token_log_likelihood": pytest.approx(logprobs / tokens, abs=1e-4),
+        "gold_perplexity": pytest.approx(math.exp(-logprobs / tokens), abs=1e-4),
+    }
     difference = compare(sweep.output, sweep.cells[0].name, "shape-long-14112", sweep)
     assert difference == results.comparisons[0].difference
     with pytest.raises(ConfigError, match="no scores of a cell 'nothing'"):
