@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from pipelines.steps import ORDER, Order
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-POISON = "poison " * 25
-LONG = 75  # tokens that only a poisoned prompt has
+POISON_TOKENS = 6  # of a word of poison
+LONG, LONGER = 15, 7  # words of the first kind of poison, and what each further one has more
 NUM_ROWS = 200
 BAD_ROWS = (3, 117)
 
@@ -54,8 +54,10 @@ def make_job(checkpoint: Path, folder: Path, name: str = "out", unit_rows: int =
 
 
 def write_input(folder: Path, bad: tuple[int, ...] = (), num_rows: int = NUM_ROWS) -> None:
+    """Rows of shapes; in those that are `bad` is a poison, in each of another kind."""
     (folder / "in").mkdir()
-    texts = [POISON if row in bad else f"shape {row}" for row in range(num_rows)]
+    poisons = {row: "poison " * (LONG + kind * LONGER) for kind, row in enumerate(bad)}
+    texts = [poisons.get(row, f"shape {row}") for row in range(num_rows)]
     table = pa.table({"id": [f"r{row}" for row in range(num_rows)], "text": texts})
     pq.write_table(table, folder / "in" / "a.parquet")
 
@@ -64,11 +66,11 @@ def records(job: Job) -> list[dict[str, Any]]:
     return [row for table in Output.at(job.output).iter_tables() for row in table.to_pylist()]
 
 
-def assert_only_these_failed(rows: list[dict[str, Any]], code: str) -> list[str]:
+def assert_only_these_failed(rows: list[dict[str, Any]], code: str, bad: tuple[int, ...] = BAD_ROWS) -> list[str]:
     """The messages of the failed rows; all others are answered, once each, in order."""
     assert [row["row_key"] for row in rows] == [f"r{row}" for row in range(NUM_ROWS)]
     failed = [index for index, row in enumerate(rows) if row["error_code"] is not None]
-    assert tuple(failed) == BAD_ROWS
+    assert tuple(failed) == bad
     assert {rows[index]["error_code"] for index in failed} == {code}
     assert all(row["label"] is not None for index, row in enumerate(rows) if index not in failed)
     return [rows[index]["error_message"] for index in failed]
@@ -86,12 +88,15 @@ def actor_with(engine: Callable[[], EchoEngine], starts: Path) -> type:
     return Actor
 
 
-def poisoned_engine(end: Callable[[], None]) -> Callable[[], EchoEngine]:
+def poisoned_engine(ends: Sequence[Callable[[], None]]) -> Callable[[], EchoEngine]:
+    """An engine that each kind of poison ends in its own way."""
+
     def build() -> EchoEngine:
         class Poisoned(EchoEngine):
             def step(self) -> Any:
-                if any(len(request.input_ids) > LONG for request in self._waiting.values()):
-                    end()
+                for request in self._waiting.values():
+                    if len(request.input_ids) >= LONG * POISON_TOKENS:
+                        ends[(len(request.input_ids) // POISON_TOKENS - LONG) // LONGER]()
                 return super().step()
 
         return Poisoned()
@@ -115,29 +120,25 @@ def hang() -> None:
     time.sleep(300)
 
 
-@pytest.mark.parametrize(
-    ("end", "words"),
-    [
-        (kill_self, "killed without a word"),
-        (crash, "Segmentation fault"),
-        (fail, "a matrix that nothing can hold"),
-        (hang, "a step of the engine hangs"),
-    ],
-)
 def test_rows_that_end_the_engine_fail_alone(
-    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], words: str
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_input(tmp_path, BAD_ROWS)
-    if end is hang:
-        monkeypatch.setattr("pipelines.stages.HANG_LIMITS", HangLimits(first_step_s=3.0, step_s=3.0))
-    monkeypatch.setattr("pipelines.stages.ModelActor", actor_with(poisoned_engine(end), tmp_path / "starts"))
+    bad = (3, 60, 117, 118)
+    ends = (kill_self, crash, fail, hang)
+    words = (
+        "killed without a word", "Segmentation fault", "a matrix that nothing can hold", "a step of the engine hangs",
+    )  # fmt: skip
+    write_input(tmp_path, bad)
+    monkeypatch.setattr("pipelines.stages.HANG_LIMITS", HangLimits(first_step_s=3.0, step_s=3.0))
+    monkeypatch.setattr("pipelines.stages.ModelActor", actor_with(poisoned_engine(ends), tmp_path / "starts"))
     job = make_job(echo_checkpoint, tmp_path)
     result = run(job)
-    messages = assert_only_these_failed(records(job), "worker_died")
-    assert all(words in message for message in messages)
-    assert result.summary.counts.errors == {"worker_died": 2}
+    messages = assert_only_these_failed(records(job), "worker_died", bad)
+    for expected, message in zip(words, messages, strict=True):
+        assert expected in message
+    assert result.summary.counts.errors == {"worker_died": len(bad)}
     starts = (tmp_path / "starts").read_text().splitlines()
-    assert 4 <= len(set(starts)) <= 10
+    assert 2 * len(bad) <= len(set(starts)) <= 5 * len(bad)
 
 
 class Before:
