@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from glm_actors.serving.deploy import APP_NAME, ModelDeployment
+from glm_actors.serving.deploy import APP_NAME, ModelDeployment, deployment_name
 from glm_actors.serving.replica import Replica
 from glm_actors.serving.settings import Caps, ServedModel, ServeEngine, ServeSettings
 from glm_actors.shared import BatchWork
@@ -36,15 +37,16 @@ from pipelines.job import Job, TaskConfig
 from pipelines.metrics import Progress
 from pipelines.retry import retry_failed
 from tests.ray_processes import ray_processes
-from tests.serve.conftest import MODEL, ROOT, TINY
+from tests.serve.conftest import ROOT, TINY
 
 EXAMPLES = ROOT / "examples"
 
+SHARED = "shared"  # not the name of a model of the session's server, which is about, too
 NUM_ROWS = 800
 LONG = 60  # tokens that only a poisoned prompt has
 CAPS = Caps()
 BODY = {
-    "model": MODEL,
+    "model": SHARED,
     "messages": [{"role": "user", "content": "Where is my parcel?"}],
     "max_tokens": 8,
     "temperature": 0,
@@ -81,7 +83,7 @@ def alone(ray_cluster: None, tickets: Path, tmp_path_factory: pytest.TempPathFac
 def deploy(port: int = 8000, limits: Caps = CAPS, **engine: Any) -> None:
     """Starts the application, or replaces its model's replicas if the engine's settings are others than before."""
     chosen = ServeEngine(**({"dtype": "float32"} | engine))
-    start(ServeSettings(models={MODEL: ServedModel(model=TINY, engine=chosen)}, port=port, limits=limits), None)
+    start(ServeSettings(models={SHARED: ServedModel(model=TINY, engine=chosen)}, port=port, limits=limits), None)
 
 
 def make_job(tickets: Path, folder: Path, **engine: Any) -> Job:
@@ -98,25 +100,27 @@ def records(result: Any) -> list[dict[str, Any]]:
 
 
 class Once:
-    """As a job's on_progress: does something in a thread of its own once a number of units are committed."""
+    """As a job's on_progress: does something in another thread once a number of units are committed."""
 
     def __init__(self, *acts: tuple[int, Callable[[], None]]) -> None:
         self._acts = list(acts)
-        self._threads: list[threading.Thread] = []
+        self._pool = ThreadPoolExecutor()
+        self._under_way: list[Future[None]] = []
 
     def __call__(self, progress: Progress) -> None:
         while self._acts and progress.phase != "done" and progress.units_done >= self._acts[0][0]:
-            self._threads.append(threading.Thread(target=self._acts.pop(0)[1]))
-            self._threads[-1].start()
+            self._under_way.append(self._pool.submit(self._acts.pop(0)[1]))
 
     def join(self) -> None:
+        """Raises what one of them raised."""
         assert not self._acts, "the job was over before that"
-        for thread in self._threads:
-            thread.join()
+        for act in self._under_way:
+            act.result()
+        self._pool.shutdown()
 
 
 def kill_replica() -> None:
-    (process,) = ray_processes(f"ray::ServeReplica:{APP_NAME}:model")
+    (process,) = ray_processes(f"ray::ServeReplica:{APP_NAME}:{deployment_name(SHARED)}")
     with contextlib.suppress(psutil.NoSuchProcess):
         process.kill()
 
