@@ -23,6 +23,7 @@ from models.engine import (
     SamplingParams,
     vllm_engine,
 )
+from models.engine.request import ONLINE
 from models.engine.vllm_engine import VllmEngine
 from models.engine.vllm_requests import Vocabulary, sample_forks
 from models.processing.images import ImageProcessor
@@ -116,8 +117,8 @@ def test_rendered_media_are_bounded(tiny_glm: VllmEngine, monkeypatch: pytest.Mo
 
 def _past_the_seam(engine: VllmEngine, ids: list[int], picture: Image.Image, work: Generate) -> Any:
     core = engine._core("generate")
-    (fork,) = sample_forks(work, Vocabulary.of(engine.tokenizer, engine.settings.model.vocab_size), 8)
-    core.add("theirs", {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, fork.params)
+    (fork,) = sample_forks(work, Vocabulary.of(engine.tokenizer, engine.settings.model.vocab_size), 8, stream=False)
+    core.add("theirs", {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, fork.params, ONLINE)
     found: list[Any] = []
     while not found:
         found = core.step()
