@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 Layout = Any  # tuple[Group, ...], or models.engine.batch_paged.PagedLayout
 SHORT_QUERIES = 16  # up to this many queries a sequence is padded together with others
 # Scores of one part (all heads). Near the caches, and small enough for memory that the allocator keeps: with twice as
-# many, prompts of 500 tokens and more took 1.4 to 2 times as long on a CPU, most of it page faults.
+# many, prompts of 500 tokens and more took 1.4 to 2 times as long on a CPU, probably by page faults.
 MAX_SCORES = 1 << 21
 MIN_QUERIES = 16  # however long the context, a part has at least this many queries
 
