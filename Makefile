@@ -41,7 +41,7 @@ test-vllm: $(VLLM_VENV)/installed
 	PYTHONPATH=tests/vllm_environment $(VLLM_BIN)/pytest -n 2 -k vllm tests/contracts/test_engine.py tests/models/engine
 
 test-report: $(VENV)/installed-test
-	$(BIN)/pytest -v -m browser tests/report
+	$(BIN)/pytest -v -m browser tests/pipelines/report
 
 test-faults: $(VENV)/installed-test
 	$(BIN)/pytest -v -m faults tests/faults

@@ -74,7 +74,7 @@ HEADINGS = (
     "agreement",
 )
 SYSTEMS = {
-    "torch": SystemSpec(module="torch_engine"),
+    "torch": SystemSpec(module="torch_alone"),
     "vllm": SystemSpec(module="vllm_llm", python_env="GLM_BATCH_VLLM_PYTHON", env=VLLM_ENV),
     "pipeline": SystemSpec(module="pipeline_job", max_passes=0, comparable=False, images=True),
     "pipeline-vllm": SystemSpec(

@@ -108,7 +108,7 @@ def _restarts(folder: Path, times: int) -> dict[str, Any]:
 
 
 def _label(folder: Path) -> None:
-    command = [sys.executable, "-m", "jobs", "label", str(folder / "job.yaml")]
+    command = [sys.executable, "-m", "glm_batch.jobs", "label", str(folder / "job.yaml")]
     done = subprocess.run(command, cwd=ROOT, env=Laptop().environment(), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"glm-batch label ended with exit status {done.returncode}:\n{done.stderr}")

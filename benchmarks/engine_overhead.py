@@ -22,15 +22,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models.config import ModelConfig
-from models.config_reader import load_config
-from models.engine import Choose, Generate, Request, SamplingParams, Work
-from models.engine.batch import Batch
-from models.engine.engine import TorchEngine
-from models.engine.runner import StepOutput
-from models.engine.scheduler import Scheduler
-from models.engine.settings import Limits, resolve_end_ids
-from models.processing.tokenizer import Tokenizer
+from glm_batch.models.checkpoint.config_reader import load_config
+from glm_batch.models.checkpoint.model_config import ModelConfig
+from glm_batch.models.engine import Choose, Generate, Request, SamplingParams, Work
+from glm_batch.models.engine.execution.batch import Batch
+from glm_batch.models.engine.execution.runner import StepOutput
+from glm_batch.models.engine.scheduling.scheduler import Scheduler
+from glm_batch.models.engine.settings import Limits, resolve_end_ids
+from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.processing.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny_glm"
 CONTEXT, OUTPUT = 1024, 48

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.make_mid_model import LABELS, make_mid_model, make_words
-from pipelines.job import Job, TaskConfig
-from pipelines.tasks import TaskRunner
+from glm_batch.pipelines.job import Job, TaskConfig
+from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 TASK = "local_route"
 PROMPT = "{header}Text: {text}\nTeam:"
@@ -104,7 +104,7 @@ def run_ours(folder: Path, checkpoint: Path) -> Outcome:
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     shutil.rmtree(folder / "ours", ignore_errors=True)
-    wall_s, told = timed([sys.executable, "-m", "jobs", "evaluate", str(folder / "sweep.yaml")])
+    wall_s, told = timed([sys.executable, "-m", "glm_batch.jobs", "evaluate", str(folder / "sweep.yaml")])
     working = re.search(r"the engines had rows for ([\d.,]+) s", " ".join(told.split()))
     (cell,) = json.loads((folder / "ours" / "results.json").read_bytes())["cells"]
     output = Path(cell["output"])

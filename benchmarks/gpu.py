@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.make_large_model import Shape, make_large_model
-from models.engine import Choose, Completion, EngineConfig, Generate, Request, SamplingParams, Work
-from models.engine.engine import TorchEngine
+from glm_batch.models.engine import Choose, Completion, EngineConfig, Generate, Request, SamplingParams, Work
+from glm_batch.models.engine.torch_engine import TorchEngine
 
 IDS = 1900  # prompts are drawn from so many ids
 CONTEXT, PREFILL_ROWS = 1024, 128

@@ -24,10 +24,10 @@ from benchmarks import BUILD, ROOT
 from benchmarks.machine import describe
 from benchmarks.photos import photos
 from benchmarks.watched_job import MIB, WORKERS, WatchedJob, run_watched
-from glm_actors.batches import request_table
-from jobs.config import load_job
-from models.engine.request import Request
-from pipelines.tasks import TaskRunner
+from glm_batch.glm_actors.units.batches import request_table
+from glm_batch.jobs.files.job_file import load_job
+from glm_batch.models.engine.api.request import Request
+from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 MARKS = (0.1, 0.5, 1.0)
 ROWS_PER_FILE = 1000

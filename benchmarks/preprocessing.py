@@ -23,11 +23,11 @@ from rich.table import Table
 from benchmarks import BUILD
 from benchmarks.machine import describe
 from benchmarks.photos import photos
-from glm_actors.media import MediaLoader, MediaRules
-from models.processing.budget import image_grid
-from models.processing.images import ImageProcessor, decode_image
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
-from models.processing.patches import pixel_values
+from glm_batch.glm_actors.media.media_loader import MediaLoader, MediaRules
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.processing.budget import image_grid
+from glm_batch.models.processing.images import ImageProcessor, decode_image
+from glm_batch.models.processing.patches import pixel_values
 
 SIZES = ((640, 480), (1920, 1080))
 PUBLISHED = ImageProcessorConfig(min_pixels=12544, max_pixels=9633792)

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import BUILD
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.systems.harness import Plan
-from benchmarks.systems.torch_engine import TorchSystem
+from benchmarks.systems.torch_alone import TorchSystem
 from benchmarks.workload import WorkKind, read_rows, write_rows
 
 PURPOSES = {

@@ -23,17 +23,17 @@ from benchmarks import BUILD
 from benchmarks.machine import describe
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.pipeline_rows import write_job
-from glm_actors.row_worker import Step
-from jobs.config import load_job
-from models.errors import RowError
-from pipelines.cluster import cluster, job_workers
-from pipelines.commit import CommitRecord, Output
-from pipelines.journal import Journal
-from pipelines.lease import own
-from pipelines.pipeline import committed, prepare
-from pipelines.plan import job_source
-from pipelines.rows import UNIT, TaskSpec, count_rows
-from pipelines.steps import Commit, Read, committed_table
+from glm_batch.glm_actors.units.row_worker import Step
+from glm_batch.jobs.files.job_file import load_job
+from glm_batch.models.errors import RowError
+from glm_batch.pipelines.cluster.cluster import cluster, job_workers
+from glm_batch.pipelines.graph.steps import Commit, Read, committed_table
+from glm_batch.pipelines.output.commit import CommitRecord, Output
+from glm_batch.pipelines.output.journal import Journal
+from glm_batch.pipelines.output.lease import own
+from glm_batch.pipelines.planning.plan import job_source
+from glm_batch.pipelines.runs.pipeline import committed, prepare
+from glm_batch.pipelines.tasks.rows import UNIT, TaskSpec, count_rows
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ def main(
 
 def _rate(job_path: Path, out: Path, *, once: bool) -> float:
     """Rows per second between the first and the last unit; what "once" writes at the end counts."""
-    from pipelines import stages
+    from glm_batch.pipelines.graph import stages
 
     job, _ = load_job(str(job_path), [f"output={out}"])
     output = Output.at(job.output)

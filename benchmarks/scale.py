@@ -25,13 +25,13 @@ from rich.console import Console
 
 from benchmarks import BUILD, ROOT
 from benchmarks.machine import describe
-from pipelines import Job
-from pipelines.commit import CommitRecord, Output
-from pipelines.job import EngineSection, TaskConfig
-from pipelines.metrics import Counts
-from pipelines.pipeline import prepare
-from pipelines.plan import Plan
-from pipelines.progress import Work
+from glm_batch.pipelines import Job
+from glm_batch.pipelines.job import EngineSection, TaskConfig
+from glm_batch.pipelines.metrics.counts import Counts
+from glm_batch.pipelines.output.commit import CommitRecord, Output
+from glm_batch.pipelines.planning.plan import Plan
+from glm_batch.pipelines.runs.pipeline import prepare
+from glm_batch.pipelines.runs.progress import Work
 
 WRITERS = 8
 

@@ -159,7 +159,9 @@ def _servers(model_dir: Path, port: int, vllm_args: list[str], engine: dict[str,
     start = [str(peer), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     shim = {"PYTHONPATH": str(ROOT / "tests" / "vllm_environment")}
     return {
-        "glm-batch": Server(command=[sys.executable, "-m", "jobs", "serve", str(config), "--insecure"], env={}),
+        "glm-batch": Server(
+            command=[sys.executable, "-m", "glm_batch.jobs", "serve", str(config), "--insecure"], env={}
+        ),
         "vllm": Server(command=[*start, *names, *sizes, *vllm_args] if peer else None, env=VLLM_ENV | shim),
     }
 

@@ -30,11 +30,11 @@ from benchmarks.machine import describe
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.serve_load import MAX_MODEL_LEN, MODEL, Answer, Connection, Load, summary
 from benchmarks.workload import OUTPUT_TOKENS, TextKind, build_rows
-from models.engine import SamplingParams
-from pipelines.job import CommitSection, EngineSection, Job, TaskConfig
-from pipelines.metrics import Progress
-from pipelines.pipeline import run
-from pipelines.stop import InterruptedRunError, Stop
+from glm_batch.models.engine import SamplingParams
+from glm_batch.pipelines.job import CommitSection, EngineSection, Job, TaskConfig
+from glm_batch.pipelines.metrics.counts import Progress
+from glm_batch.pipelines.runs.pipeline import run
+from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
 
 UNIT_ROWS = 32  # small ones, so that the rows of a window can be counted
 STARTED_ROWS = 4 * UNIT_ROWS  # from then on a job runs steadily
@@ -135,10 +135,10 @@ def measure(job: Job, load: Load, pauses_s: list[float], window_s: float, engine
     import ray
     from ray import serve as ray_serve
 
-    from glm_actors.serving.deploy import APP_NAME
-    from glm_actors.serving.settings import ServedModel, ServeEngine, ServeSettings
-    from jobs.serve import start
-    from pipelines.cluster import cluster
+    from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine, ServeSettings
+    from glm_batch.glm_actors.serving.replicas.deployment import APP_NAME
+    from glm_batch.jobs.serving.serve import start
+    from glm_batch.pipelines.cluster.cluster import cluster
 
     found: dict[str, Any] = {"rows_per_s": {}, "online": {}}
     with socket.socket() as probe:

@@ -94,7 +94,11 @@ def run_watched(job_path: Path, output: Path, timeout: float) -> WatchedJob:
     with log_path.open("w") as log:
         begin = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs", "label", str(job_path)], cwd=ROOT, stdout=log, stderr=log, text=True
+            [sys.executable, "-m", "glm_batch.jobs", "label", str(job_path)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            text=True,
         )
         try:
             while process.poll() is None:

@@ -14,9 +14,15 @@ import numpy.typing as npt
 import torch
 from tiny_tokenizer import ChatEncoder
 
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
-from models.processing.patches import MediaPatches, pixel_values
-from models.processing.positions import MediaTokens, VideoSpan, expand_placeholders, media_token_types, rope_positions
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.processing.patches import MediaPatches, pixel_values
+from glm_batch.models.processing.positions import (
+    MediaTokens,
+    VideoSpan,
+    expand_placeholders,
+    media_token_types,
+    rope_positions,
+)
 
 IGNORED = -100
 # A picture becomes 16 to 36 tokens, a clip at most 48 in all, so that training is cheap.

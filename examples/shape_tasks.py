@@ -23,10 +23,10 @@ from samples import IGNORED, IMAGES, VIDEOS, Batch, make_sample, stack
 from shapes import COLOURS, MOTIONS, SHAPES, Clip, Figure, Scene, Split, clips, draw, scenes
 from tiny_tokenizer import ChatEncoder
 
-from models.processing.budget import sample_frames
-from models.processing.images import ImageProcessor
-from models.processing.patches import MediaPatches
-from models.processing.video import VideoProcessor
+from glm_batch.models.processing.budget import sample_frames
+from glm_batch.models.processing.images import ImageProcessor
+from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.models.processing.video import VideoProcessor
 
 IMAGE_TASKS = ("shape", "colour", "count")
 CLIP_TASK = "motion"

@@ -16,7 +16,7 @@ from tiny_tokenizer import STOP_TOKENS, ChatEncoder, save_tokenizer
 from torch import nn
 from transformers import GenerationConfig, Glm4vConfig, Glm4vForConditionalGeneration
 
-from models.processing.media_config import ImageProcessorConfig
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig
 
 MAX_POSITIONS = 2048
 HEAD_DIM = 32

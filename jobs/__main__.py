@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from models.errors import ConfigError, GlmBatchError
+from glm_batch.models.errors import ConfigError, GlmBatchError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -60,14 +60,14 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
     """Show what a job or sweep would do: files, units, three prompts, tokens, an estimate. Loads no model."""
     with errors_for_people(debug):
-        from jobs.sweep_config import is_sweep
+        from glm_batch.jobs.sweep.sweep_config import is_sweep
 
         if is_sweep(job):
-            from jobs.sweep_plan import plan_sweep
+            from glm_batch.jobs.sweep.sweep_plan import plan_sweep
 
             plan_sweep(job, overrides or [])
             return
-        from jobs.plan import plan as run_plan
+        from glm_batch.jobs.plans.job_plan import plan as run_plan
 
         run_plan(job, overrides or [])
 
@@ -82,7 +82,7 @@ def label(
 ) -> None:
     """Run a job. A rerun goes on where the last one stopped."""
     with errors_for_people(debug):
-        from jobs.label import label as run_label
+        from glm_batch.jobs.commands.label import label as run_label
 
         code = run_label(job, overrides or [], extend=extend, app=app_name)
     raise typer.Exit(code)
@@ -102,7 +102,7 @@ def evaluate(
 ) -> None:
     """Run a grid of jobs over rows with gold answers and score them. A rerun goes on where the last one stopped."""
     with errors_for_people(debug):
-        from jobs.evaluate import evaluate as run_evaluate
+        from glm_batch.jobs.sweep.evaluate import evaluate as run_evaluate
 
         code = run_evaluate(sweep, overrides or [], compare)
     raise typer.Exit(code)
@@ -132,7 +132,7 @@ def cron(
 ) -> None:
     """Process what is new or changed since the last run, as a new version of the output. For schedulers."""
     with errors_for_people(debug):
-        from jobs.cron import cron as run_cron
+        from glm_batch.jobs.cron.cron import cron as run_cron
 
         code = run_cron(
             job, overrides or [], max_units=max_units, until=until, drop_deleted=drop_deleted, changed_job=changed_job
@@ -149,7 +149,7 @@ def status(
 ) -> None:
     """Show how far an output is: units, rows by status and error code, tokens, accuracy."""
     with errors_for_people(debug):
-        from jobs.status import status as run_status
+        from glm_batch.jobs.commands.status import status as run_status
 
         is_sound = run_status(output, verify=verify, endpoint_url=endpoint_url)
     if not is_sound:
@@ -183,8 +183,8 @@ def report(
 ) -> None:
     """Write a page (report.html) about an output or a sweep: quality, errors, time, tokens, rows. Loads no model."""
     with errors_for_people(debug):
-        from jobs.report import Wanted
-        from jobs.report import report as run_report
+        from glm_batch.jobs.report.report import Wanted
+        from glm_batch.jobs.report.report import report as run_report
 
         run_report(output, Wanted(to=to, review=review, pred_probs=pred_probs), endpoint_url=endpoint_url)
 
@@ -202,7 +202,7 @@ def calibrate(
 ) -> None:
     """Fit probabilities to a job's gold answers; other jobs apply the file as task.calibration. Loads no model."""
     with errors_for_people(debug):
-        from jobs.calibrate import calibrate as run_calibrate
+        from glm_batch.jobs.calibration.calibrate import calibrate as run_calibrate
 
         run_calibrate(output, to=to, bias=bias, endpoint_url=endpoint_url)
 
@@ -221,7 +221,7 @@ def retry(
 ) -> None:
     """Process the failed rows of an output again, and replace their records."""
     with errors_for_people(debug):
-        from jobs.retry import retry as run_retry
+        from glm_batch.jobs.commands.retry import retry as run_retry
 
         code = run_retry(output, codes or [], overrides or [], endpoint_url=endpoint_url, app=app_name)
     raise typer.Exit(code)
@@ -231,7 +231,7 @@ def retry(
 def gc(output: OutputArgument, endpoint_url: EndpointOption = None, debug: DebugOption = False) -> None:
     """Remove what crashes and retries left in an output."""
     with errors_for_people(debug):
-        from jobs.gc import gc as run_gc
+        from glm_batch.jobs.commands.gc import gc as run_gc
 
         run_gc(output, endpoint_url=endpoint_url)
 
@@ -244,7 +244,7 @@ def serve(
 ) -> None:
     """Answer requests over HTTP with an OpenAI-compatible interface, until Ctrl-C or SIGTERM."""
     with errors_for_people(debug):
-        from jobs.serve import serve as run_serve
+        from glm_batch.jobs.serving.serve import serve as run_serve
 
         run_serve(config, insecure=insecure)
 
@@ -256,7 +256,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint resolves to, and from which file each value comes."""
     with errors_for_people(debug):
-        from jobs.inspect import inspect as run_inspect
+        from glm_batch.jobs.commands.inspect import inspect as run_inspect
 
         run_inspect(model)
 
@@ -265,7 +265,7 @@ def inspect(
 def doctor(debug: DebugOption = False) -> None:
     """Show what this machine has: Python, libraries, CPU, GPU, memory, disk."""
     with errors_for_people(debug):
-        from jobs.doctor import doctor as run_doctor
+        from glm_batch.jobs.commands.doctor import doctor as run_doctor
 
         healthy = run_doctor()
     if not healthy:

@@ -1,11 +1,15 @@
-"""GLM in PyTorch and the engine that runs it. Knows nothing of Ray, files of rows, jobs."""
+"""GLM in PyTorch and the engine that runs it: no Ray, no files of rows, no jobs.
+
+Rooms, each of which may import those before it: `errors.py`, `checkpoint`, `network.layers`, `network`,
+`processing`, `engine` (with rooms of its own). Read network/glm.py, then engine/torch_engine.py.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.llm import LLM
+    from glm_batch.models.engine.llm import LLM
 
 __all__ = ["load"]
 
@@ -15,7 +19,7 @@ def load(model_dir: str, **engine: Any) -> LLM:
 
     torch is imported here and not with the package, so that a driver which only plans work stays light.
     """
-    from models.engine.interface import EngineConfig
-    from models.llm import LLM
+    from glm_batch.models.engine.api.interface import EngineConfig
+    from glm_batch.models.engine.llm import LLM
 
     return LLM(EngineConfig(model=str(model_dir), **engine))

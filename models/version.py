@@ -1,3 +1,3 @@
 """The version of this code, as pyproject.toml has it: code that was shipped to a worker knows no installed package."""
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """The job as data: one frozen dataclass for each section of a job file, with every default written once.
 
 Owns names, types and defaults of the public job contract. Parsing YAML and judging values against files is the
-business of jobs.config; running them, of pipelines.pipeline.
+business of glm_batch.jobs.files.job_file; running them, of glm_batch.pipelines.runs.pipeline.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from glm_actors.serving.settings import Caps
-from models.engine.request import SamplingParams
+from glm_batch.glm_actors.serving.openai.serve_settings import Caps
+from glm_batch.models.engine.api.request import SamplingParams
 
 Auto = Literal["auto"]
 TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed", "requests"]
@@ -47,7 +47,7 @@ class TaskConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSection:
-    """The `engine:` section; all but `replicas` goes to models.engine.EngineConfig.
+    """The `engine:` section; all but `replicas` goes to glm_batch.models.engine.EngineConfig.
 
     Two `replicas` are the fewest and the most: the pool grows while units wait, as far as the cluster has room.
     """

@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Test processes beside each other: with a team of threads each, all would wait for cores again and again.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).parent
-LONG_FOLDERS = ("serve", "faults", "jobs", "pipelines")
+LONG_FOLDERS = ("glm_actors/serving", "faults", "jobs", "pipelines")
 EXAMPLES = TESTS.parent / "examples"
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "hidden_size": 8, "intermediate_size": 16,
@@ -74,13 +74,13 @@ def s3_server() -> Iterator[str]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives whole files to the test processes, and all of tests/serve to one of them: it starts the server once."""
+    """Gives whole files to the test processes, and all of tests/glm_actors/serving to one of them: it starts the server once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Folders(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "tests/serve" if file.startswith("tests/serve/") else file
+            return "tests/glm_actors/serving" if file.startswith("tests/glm_actors/serving/") else file
 
     return Folders(config, log)
 

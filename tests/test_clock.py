@@ -14,9 +14,9 @@ TIME_OF_DAY = {  # but for gmtime, which makes the labels
 }
 ALLOWED = {
     "models/processing/chat.py",  # templates may write today's date into a prompt
-    "glm_actors/serving/work.py",  # OpenAI's answers say when they were made
-    "pipelines/versions.py",  # a version is called after the moment in which it began, but always later than the last
-    "jobs/cron.py",  # --until is a time of day
+    "glm_actors/serving/openai/work.py",  # OpenAI's answers say when they were made
+    "pipelines/cron/versions.py",  # a version is called after the moment in which it began, but always later than the last
+    "jobs/cron/cron.py",  # --until is a time of day
 }
 
 

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.systems.harness import Answer, FirstResult, Plan, run_system
 from benchmarks.workload import OUTPUT_TOKENS, RowSet
-from models.engine import SamplingParams
-from pipelines.job import EngineSection, Job, TaskConfig
-from pipelines.pipeline import run
+from glm_batch.models.engine import SamplingParams
+from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
+from glm_batch.pipelines.runs.pipeline import run
 
 
 class PipelineSystem:

@@ -1,5 +1,5 @@
-"""Serving: the engine loop of the batch path behind an OpenAI-compatible HTTP interface.
+"""The engine behind an OpenAI-compatible HTTP interface. Can be taken away.
 
-`app` speaks HTTP and knows no model; a `replica` owns one engine and knows no HTTP; `deploy` joins them with Ray Serve.
-What a request means lies in `protocol` (its fields), `tasks` (its work for the engine and the shape of its answer).
+Rooms, each of which may import those before it: `openai` (bodies to work and answers), `http` (routes and
+what guards them), `replicas` (the Ray Serve application).
 """

@@ -1,9 +1,15 @@
-"""The engine: requests in, completions out. `build_engine` is the one place that chooses torch, vllm or echo."""
+"""The engine: requests in, completions out. `build_engine` is the one place that chooses torch, vllm or echo.
+
+Reads top down: torch_engine.py is the loop around a scheduler and a runner; what it is made of lies in
+`api` (the vocabulary), `scheduling`, `decoding` and `execution`; `vllm` and `cuda` can be taken away.
+llm.py is the few-line Python door. Everything else of `models` may be imported; nothing imports this but
+through `glm_batch.models.engine`.
+"""
 
 from __future__ import annotations
 
-from models.engine.interface import Engine, EngineConfig
-from models.engine.request import (
+from glm_batch.models.engine.api.interface import Engine, EngineConfig
+from glm_batch.models.engine.api.request import (
     Choose,
     Classify,
     Completion,
@@ -23,7 +29,7 @@ from models.engine.request import (
     TopLogprob,
     Work,
 )
-from models.parallel import TorchGroup
+from glm_batch.models.network.layers.parallel import TorchGroup
 
 __all__ = [
     "Choose",
@@ -56,9 +62,9 @@ def build_engine(config: EngineConfig, group: TorchGroup | None = None) -> Engin
     Raises ConfigError for a checkpoint or option that cannot run.
     """
     if config.kind == "echo":
-        from models.config_reader import load_config
-        from models.engine.echo import EchoEngine
-        from models.processing.tokenizer import Tokenizer
+        from glm_batch.models.checkpoint.config_reader import load_config
+        from glm_batch.models.engine.echo import EchoEngine
+        from glm_batch.models.processing.tokenizer import Tokenizer
 
         model = load_config(config.model)
         tokenizer = Tokenizer.from_dir(config.model)
@@ -68,17 +74,17 @@ def build_engine(config: EngineConfig, group: TorchGroup | None = None) -> Engin
             num_labels=model.num_labels,
             merge_size=model.vision.spatial_merge_size if model.vision else None,
         )
-    from models.config_reader import load_config
-    from models.engine.settings import resolve_auto
-    from models.engine.vllm_limits import check_installed, set_environment
+    from glm_batch.models.checkpoint.config_reader import load_config
+    from glm_batch.models.engine.settings import resolve_auto
+    from glm_batch.models.engine.vllm.vllm_limits import check_installed, set_environment
 
     config = resolve_auto(config, load_config(config.model))
     if config.kind == "vllm":
         check_installed()
         set_environment(config.device)
-        from models.engine.vllm_engine import VllmEngine
+        from glm_batch.models.engine.vllm.vllm_engine import VllmEngine
 
         return VllmEngine.from_checkpoint(config)
-    from models.engine.engine import TorchEngine
+    from glm_batch.models.engine.torch_engine import TorchEngine
 
     return TorchEngine.from_checkpoint(config, group)

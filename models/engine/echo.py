@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from models.engine.request import (
+from glm_batch.models.engine.api.request import (
     Choose,
     Classify,
     Completion,
@@ -30,7 +30,7 @@ from models.engine.request import (
     Tag,
     refuse_known_ids,
 )
-from models.errors import RowError
+from glm_batch.models.errors import RowError
 
 ECHO_WIDTH = 8  # length of vectors, class logits and hidden states where no checkpoint says otherwise
 DIGEST_BYTES = 4  # of each item's digest, as much as answers depend on

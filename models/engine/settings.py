@@ -10,15 +10,15 @@ from typing import Literal
 
 import torch
 
-from models.config import ModelConfig
-from models.config_reader import load_config
-from models.engine.interface import Auto, EngineConfig
-from models.engine.kernels import resolve_tile_queries
-from models.engine.kv_cache import default_kv_tokens
-from models.engine.vllm_limits import checkpoint_problem, is_installed
-from models.errors import ConfigError
-from models.parallel import SINGLE, ParallelGroup
-from models.processing.tokenizer import Tokenizer
+from glm_batch.models.checkpoint.config_reader import load_config
+from glm_batch.models.checkpoint.model_config import ModelConfig
+from glm_batch.models.engine.api.interface import Auto, EngineConfig
+from glm_batch.models.engine.cuda.kernels import resolve_tile_queries
+from glm_batch.models.engine.execution.kv_cache import default_kv_tokens
+from glm_batch.models.engine.vllm.vllm_limits import checkpoint_problem, is_installed
+from glm_batch.models.errors import ConfigError
+from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup
+from glm_batch.models.processing.tokenizer import Tokenizer
 
 # Throughput settings: on a CPU activations of a step should stay near the caches, and small blocks waste few shared
 # tokens; a GPU wants many rows in flight.

@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from models.errors import RowError
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.errors import RowError
 
 Grid = tuple[int, int, int]  # patches along time, height and width
 

@@ -22,9 +22,9 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from models.errors import ConfigError, RowError
-from models.processing.messages import Message, check_messages, plain_value
-from models.processing.tokenizer import Tokenizer, read_json
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.messages import Message, check_messages, plain_value
+from glm_batch.models.processing.tokenizer import Tokenizer, read_json
 
 ThinkingForm = Literal["none", "open", "tags", "switch"]
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from models.errors import RowError
-from models.processing.budget import image_grid
-from models.processing.media_config import ImageProcessorConfig
-from models.processing.patches import Encoded, Frame, MediaPatches, PatchWriter, as_file, encoded_digest
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig
+from glm_batch.models.errors import RowError
+from glm_batch.models.processing.budget import image_grid
+from glm_batch.models.processing.patches import Encoded, Frame, MediaPatches, PatchWriter, as_file, encoded_digest
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What Pillow's readers raise on damaged files, beside the OSError that they mean to.

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.errors import RowError
-from models.normalization import MediaKind
+from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.errors import RowError
 
 Message = Mapping[str, Any]
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from models.engine.request import MediaItem
-from models.normalization import MediaKind
-from models.processing.budget import Grid
-from models.processing.media_config import NUM_CHANNELS, ImageProcessorConfig, Resampling
+from glm_batch.models.checkpoint.media_config import NUM_CHANNELS, ImageProcessorConfig, Resampling
+from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.engine.api.request import MediaItem
+from glm_batch.models.processing.budget import Grid
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import ConfigError, RowError
-from models.processing.budget import Grid, num_media_tokens
-from models.processing.tokenizer import Tokenizer
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.budget import Grid, num_media_tokens
+from glm_batch.models.processing.tokenizer import Tokenizer
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # the values of mm_token_type_ids
 

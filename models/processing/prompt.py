@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from models.config import ModelConfig, VisionConfig
-from models.config_reader import load_config
-from models.engine.request import Media
-from models.errors import ConfigError
-from models.processing.budget import num_media_tokens
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
-from models.processing.patches import MediaPatches
-from models.processing.positions import (
+from glm_batch.models.checkpoint.config_reader import load_config
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.checkpoint.model_config import ModelConfig, VisionConfig
+from glm_batch.models.engine.api.request import Media
+from glm_batch.models.errors import ConfigError
+from glm_batch.models.processing.budget import num_media_tokens
+from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.models.processing.positions import (
     MediaTokens,
     VideoSpan,
     expand_placeholders,
     media_token_types,
     rope_positions,
 )
-from models.processing.tokenizer import Tokenizer
+from glm_batch.models.processing.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from models.errors import ConfigError, RowError
+from glm_batch.models.errors import ConfigError, RowError
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from models.errors import RowError
-from models.processing.budget import group_timestamps, sample_frames, video_grid
-from models.processing.images import check_frame
-from models.processing.media_config import VideoProcessorConfig
-from models.processing.patches import Encoded, Frame, MediaPatches, PatchWriter, as_file, encoded_digest
+from glm_batch.models.checkpoint.media_config import VideoProcessorConfig
+from glm_batch.models.errors import RowError
+from glm_batch.models.processing.budget import group_timestamps, sample_frames, video_grid
+from glm_batch.models.processing.images import check_frame
+from glm_batch.models.processing.patches import Encoded, Frame, MediaPatches, PatchWriter, as_file, encoded_digest
 
 # Containers that hold their own data; playlists, image sequences and devices are not among them.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"

@@ -1,5 +1,4 @@
-"""What answers are worth: metrics over rows with gold answers, their intervals, and comparisons of two sets of answers.
+"""What answers are worth: metrics over rows with gold answers, their intervals, and comparisons. Can be taken away.
 
-Pure functions of arrays and Arrow tables. scikit-learn is imported inside functions only. Knows nothing of Ray, models
-or files.
+Imports no other room. Read scoring.py, agreement.py, classes.py, intervals.py, reliability.py.
 """

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.evaluation import classes
-from pipelines.evaluation.answers import (
+from glm_batch.pipelines.evaluation import classes
+from glm_batch.pipelines.evaluation.agreement import (
     exact_match,
     extracted,
     field_matches,
@@ -35,7 +35,8 @@ from pipelines.evaluation.answers import (
     pass_at,
     same_json,
 )
-from pipelines.evaluation.calibration import (
+from glm_batch.pipelines.evaluation.intervals import CONFIDENCE, Estimate, bca, mean_estimate, num_resamples, resample
+from glm_batch.pipelines.evaluation.reliability import (
     NUM_BINS,
     Reliability,
     bin_numbers,
@@ -43,7 +44,6 @@ from pipelines.evaluation.calibration import (
     expected_calibration_error,
     reliability,
 )
-from pipelines.evaluation.intervals import CONFIDENCE, Estimate, bca, mean_estimate, num_resamples, resample
 
 Match = Literal["exact", "normalised", "numeric"]
 Floats = npt.NDArray[np.float64]

@@ -1,5 +1,4 @@
-"""Reports on outputs and sweeps: one HTML file that a person looks at, and rows and numbers to go on with.
+"""Reports on outputs and sweeps: one HTML file that a person looks at, and tables to go on with. Can be taken away.
 
-collect, rows   an output, read part by part -> what a report says      page, charts   that -> HTML
-review          the rows most worth a person's look                     exports        probabilities for cleanlab
+May import `output`, `tasks`, `evaluation` and `sweep`. Read collect.py, answers.py, page.py.
 """

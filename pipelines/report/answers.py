@@ -1,7 +1,7 @@
 """What the answers of one task kind come to: labels, how sure they are, their lengths, whether they are right.
 
 One `Answers` takes an output part by part. Owns which columns mean what for each kind; scores against gold are
-pipelines.evaluation's. Knows nothing of files or pages.
+glm_batch.pipelines.evaluation's. Knows nothing of files or pages.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.evaluation.calibration import NUM_BINS, Reliability, bin_numbers
-from pipelines.evaluation.scoring import Rules, score_rows
-from pipelines.report.tallies import Floats, IntegerCounts, NumberRange, UnitHistogram, Values
+from glm_batch.pipelines.evaluation.reliability import NUM_BINS, Reliability, bin_numbers
+from glm_batch.pipelines.evaluation.scoring import Rules, score_rows
+from glm_batch.pipelines.report.tallies import Floats, IntegerCounts, NumberRange, UnitHistogram, Values
 
 RIGHT, WRONG, UNJUDGED = 0, 1, 2
 JUDGED = ("choose", "classify", "generate", "extract")  # kinds with one right answer

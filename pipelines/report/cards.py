@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import RowError
-from models.processing.messages import MediaPart, media_parts
-from pipelines.evaluation.scoring import Rules
-from pipelines.job import Job
-from pipelines.plan import Plan
-from pipelines.prompts import Message, PromptTemplate, conversation, prompt_columns, uses_chat
-from pipelines.report.answers import JUDGED
-from pipelines.report.rows import InputRows, Place
-from pipelines.report.tallies import Picked
-from pipelines.report.text import shown
-from pipelines.report.thumbnails import Picture, pictures
-from pipelines.values import Row
+from glm_batch.models.errors import RowError
+from glm_batch.models.processing.messages import MediaPart, media_parts
+from glm_batch.pipelines.evaluation.scoring import Rules
+from glm_batch.pipelines.input.values import Row
+from glm_batch.pipelines.job import Job
+from glm_batch.pipelines.planning.plan import Plan
+from glm_batch.pipelines.report.answers import JUDGED
+from glm_batch.pipelines.report.input_rows import InputRows, Place
+from glm_batch.pipelines.report.tallies import Picked
+from glm_batch.pipelines.report.text import shown
+from glm_batch.pipelines.report.thumbnails import Picture, pictures
+from glm_batch.pipelines.tasks.prompts import Message, PromptTemplate, conversation, prompt_columns, uses_chat
 
 PROMPT_SHOWN, ANSWER_SHOWN, MESSAGE_SHOWN, KEY_SHOWN, TOKENS_SHOWN = 600, 600, 400, 120, 40
 LABELS_SHOWN = 5
@@ -112,7 +112,7 @@ def is_right(kind: str, labels: Sequence[str], columns: Mapping[str, Any], gold:
     """Whether one row's answer agrees with its gold answer, by the rule that scores all rows."""
     import pyarrow as pa
 
-    from pipelines.evaluation.scoring import score_rows
+    from glm_batch.pipelines.evaluation.scoring import score_rows
 
     width = len(columns.get("label_probs") or columns.get("scores") or ())
     names = tuple(labels) if len(labels) == width else tuple(map(str, range(width)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from pipelines.report.text import compact, percent, short
+from glm_batch.pipelines.report.text import compact, percent, short
 
 Y_TICKS = 4
 BESIDE = 9.0  # between points of groups that cost the same

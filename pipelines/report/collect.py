@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.commit import PARTS, CommitRecord, Output, part_of
-from pipelines.job import Job
-from pipelines.metrics import Counts
-from pipelines.plan import Plan, Unit
-from pipelines.report.answers import WRONG, Answers, Judged, label_names
-from pipelines.report.rows import InputRows
-from pipelines.report.tallies import IntegerCounts, Lowest, random_scores
-from pipelines.report.timeline import Clock, Timeline
+from glm_batch.pipelines.job import Job
+from glm_batch.pipelines.metrics.counts import Counts
+from glm_batch.pipelines.output.commit import PARTS, CommitRecord, Output, part_of
+from glm_batch.pipelines.planning.plan import Plan, Unit
+from glm_batch.pipelines.report.answers import WRONG, Answers, Judged, label_names
+from glm_batch.pipelines.report.input_rows import InputRows
+from glm_batch.pipelines.report.tallies import IntegerCounts, Lowest, random_scores
+from glm_batch.pipelines.report.timeline import Clock, Timeline
 
 SAMPLED, MISTAKES, UNSURE, OF_A_CODE = 12, 8, 6, 3
 

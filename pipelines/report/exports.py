@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from models.errors import ConfigError
-from pipelines.commit import Output
-from pipelines.job import Job
-from pipelines.plan import Plan
-from pipelines.report.answers import label_names, matrix
-from pipelines.report.collect import parts
-from pipelines.report.rows import InputRows
+from glm_batch.models.errors import ConfigError
+from glm_batch.pipelines.job import Job
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.planning.plan import Plan
+from glm_batch.pipelines.report.answers import label_names, matrix
+from glm_batch.pipelines.report.collect import parts
+from glm_batch.pipelines.report.input_rows import InputRows
 
 KEYS = pa.schema({"row_key": pa.string()})
 PROBABILITIES = {"choose": "label_probs", "classify": "scores"}

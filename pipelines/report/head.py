@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.report.answers import NO_ANSWER, Answers
-from pipelines.report.collect import Collected
-from pipelines.report.quality import wilson
-from pipelines.report.text import compact, duration, percent, short
+from glm_batch.pipelines.report.answers import NO_ANSWER, Answers
+from glm_batch.pipelines.report.collect import Collected
+from glm_batch.pipelines.report.quality import wilson
+from glm_batch.pipelines.report.text import compact, duration, percent, short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

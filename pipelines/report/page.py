@@ -19,14 +19,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from glm_actors.spent import ENGINE_BUSY
-from pipelines.bottleneck import AFTER_ENGINE, BEFORE_ENGINE, bottleneck
-from pipelines.report import charts
-from pipelines.report.cards import Deck
-from pipelines.report.collect import Collected
-from pipelines.report.head import clock, notes, state, tiles
-from pipelines.report.quality import answers_section, gold_section, lengths_chart
-from pipelines.report.text import clean, compact, duration, percent, short
+from glm_batch.glm_actors.faults.spent import ENGINE_BUSY
+from glm_batch.pipelines.metrics.bottleneck import AFTER_ENGINE, BEFORE_ENGINE, bottleneck
+from glm_batch.pipelines.report import charts
+from glm_batch.pipelines.report.cards import Deck
+from glm_batch.pipelines.report.collect import Collected
+from glm_batch.pipelines.report.head import clock, notes, state, tiles
+from glm_batch.pipelines.report.quality import answers_section, gold_section, lengths_chart
+from glm_batch.pipelines.report.text import clean, compact, duration, percent, short
 
 FILES_SHOWN = 20
 
@@ -118,7 +118,7 @@ def render(template: str, **context: Any) -> str:
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipelines.report", "assets"),
+        loader=jinja2.PackageLoader("glm_batch.pipelines.report", "assets"),
         autoescape=True,
         finalize=clean,
         undefined=jinja2.StrictUndefined,
@@ -131,7 +131,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _asset(name: str) -> str:
-    return resources.files("pipelines.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return resources.files("glm_batch.pipelines.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.classes import RESAMPLED
-from pipelines.report import charts
-from pipelines.report.answers import NO_ANSWER, Answers, Gold
-from pipelines.report.tallies import NumberRange, UnitHistogram, Values
-from pipelines.report.text import percent, shown
+from glm_batch.pipelines.evaluation.classes import RESAMPLED
+from glm_batch.pipelines.report import charts
+from glm_batch.pipelines.report.answers import NO_ANSWER, Answers, Gold
+from glm_batch.pipelines.report.tallies import NumberRange, UnitHistogram, Values
+from glm_batch.pipelines.report.text import percent, shown
 
 LABELS_SHOWN = 20
 VALUES_SHOWN = 10

@@ -18,19 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from models.errors import ConfigError
-from pipelines.commit import Output
-from pipelines.job import Job
-from pipelines.plan import Plan
-from pipelines.prompts import prompt_columns
-from pipelines.report.answers import sureness, to_floats
-from pipelines.report.cards import asked
-from pipelines.report.collect import parts
-from pipelines.report.rows import InputRows, Place
-from pipelines.report.sweep import SweepCell, answers_by_key, by_question, disagreement, scores_of
-from pipelines.report.tallies import Floats, Lowest, Picked
-from pipelines.schema import ROW_COLUMNS
-from pipelines.tasks import TOKEN_COLUMNS
+from glm_batch.models.errors import ConfigError
+from glm_batch.pipelines.job import Job
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.planning.plan import Plan
+from glm_batch.pipelines.report.answers import sureness, to_floats
+from glm_batch.pipelines.report.cards import asked
+from glm_batch.pipelines.report.collect import parts
+from glm_batch.pipelines.report.input_rows import InputRows, Place
+from glm_batch.pipelines.report.sweep_page import SweepCell, answers_by_key, by_question, disagreement, scores_of
+from glm_batch.pipelines.report.tallies import Floats, Lowest, Picked
+from glm_batch.pipelines.tasks.prompts import prompt_columns
+from glm_batch.pipelines.tasks.schema import ROW_COLUMNS
+from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS
 
 PARQUET, JSONL = "review.parquet", "review.jsonl"
 MARGIN, MASS, SAMPLES, CELLS = "low margin", "large off_set_mass", "samples disagree", "cells disagree"

@@ -1,6 +1,6 @@
 """Small pictures of a row's media as data: URLs, decoded in the process that jobs use for hostile bytes.
 
-Images and clips come through glm_actors.media under the job's own rules for paths; nothing is fetched: a URL is only
+Images and clips come through glm_batch.glm_actors.media.media_loader under the job's own rules for paths; nothing is fetched: a URL is only
 named. Owns sizes and how patches become a picture again. Knows nothing of pages.
 """
 
@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from glm_actors.media import MediaLoader
-from glm_actors.media_source import url_of
-from models.errors import ConfigError, EngineError
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
-from models.processing.messages import MediaPart
-from models.processing.patches import Frame, MediaPatches
-from pipelines.job import Job
-from pipelines.media import media_rules
+from glm_batch.glm_actors.media.media_loader import MediaLoader
+from glm_batch.glm_actors.media.media_source import url_of
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.errors import ConfigError, EngineError
+from glm_batch.models.processing.messages import MediaPart
+from glm_batch.models.processing.patches import Frame, MediaPatches
+from glm_batch.pipelines.job import Job
+from glm_batch.pipelines.tasks.job_media import media_rules
 
 SIDE = 168
 FRAMES = 4

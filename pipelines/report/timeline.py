@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from glm_actors.spent import IN_ENGINE
-from pipelines.commit import CommitRecord
+from glm_batch.glm_actors.faults.spent import IN_ENGINE
+from glm_batch.pipelines.output.commit import CommitRecord
 
 Floats = npt.NDArray[np.float64]
 Span = tuple[float, float]

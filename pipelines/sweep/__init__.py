@@ -1,5 +1,4 @@
-"""Sweeps: many jobs over the same rows, run together on one set of replicas, and the table of what they came to.
+"""Many jobs over the same rows, run together on one set of replicas, and the table of their scores. Can be taken away.
 
-A cell is one job of a sweep, with its own output. Cells of one model run as one pipeline: a row range is read once for
-all cells that ask about it, and their prompts meet in the same engines' caches.
+May import `runs` and `evaluation`. Read cells.py, sweep_run.py, sweep_steps.py, results.py.
 """

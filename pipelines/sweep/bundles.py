@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipelines.journal import Journal
-from pipelines.listing import InputFile
-from pipelines.plan import Plan
-from pipelines.source import RowRange
-from pipelines.steps import Order
+from glm_batch.pipelines.graph.steps import Order
+from glm_batch.pipelines.input.listing import InputFile
+from glm_batch.pipelines.input.source import RowRange
+from glm_batch.pipelines.output.journal import Journal
+from glm_batch.pipelines.planning.plan import Plan
 
 CELLS, CELL, DATASET = "#cells", "#cell", "#dataset"
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.evaluation.intervals import CONFIDENCE
-from pipelines.evaluation.scoring import Match, Rules
-from pipelines.job import EngineSection, Job, StorageSection
+from glm_batch.pipelines.evaluation.intervals import CONFIDENCE
+from glm_batch.pipelines.evaluation.scoring import Match, Rules
+from glm_batch.pipelines.job import EngineSection, Job, StorageSection
 
 AXES = ("model", "dataset", "task", "prompt", "sampling", "seed", "max_pixels")
 BEST = "best"
@@ -19,7 +19,7 @@ BEST = "best"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSection:
-    """How answers are compared with gold: see pipelines.evaluation.scoring.Rules. For generate alone."""
+    """How answers are compared with gold: see glm_batch.pipelines.evaluation.scoring.Rules. For generate alone."""
 
     match: Match = "exact"
     extract: str | None = None

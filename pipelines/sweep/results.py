@@ -20,15 +20,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import ConfigError, RowError
-from pipelines.commit import Output
-from pipelines.evaluation.intervals import Difference, Estimate, holm, paired_difference
-from pipelines.evaluation.scoring import RowScores, Score, score
-from pipelines.listing import InputFile
-from pipelines.source import DamagedError, RowRange, Source
-from pipelines.sweep.cells import AXES, Cell, Sweep, tokens_per_row
-from pipelines.sweep.run import Finished
-from pipelines.values import Row, decode_rows
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.pipelines.evaluation.intervals import Difference, Estimate, holm, paired_difference
+from glm_batch.pipelines.evaluation.scoring import RowScores, Score, score
+from glm_batch.pipelines.input.listing import InputFile
+from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
+from glm_batch.pipelines.input.values import Row, decode_rows
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.sweep.cells import AXES, Cell, Sweep, tokens_per_row
+from glm_batch.pipelines.sweep.sweep_run import Finished
 
 RESULTS, TABLE, SCORES = "results.json", "results.parquet", "scores"
 FORMAT = 1

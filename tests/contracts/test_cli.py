@@ -11,8 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs import __main__ as cli
-from models.errors import ConfigError, EngineError
+from glm_batch.jobs import __main__ as cli
+from glm_batch.models.errors import ConfigError, EngineError
 
 COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
@@ -43,7 +43,7 @@ def test_commands_arguments_and_options() -> None:
 
 def test_the_console_script() -> None:
     scripts = importlib.metadata.entry_points(group="console_scripts", name="glm-batch")
-    assert [script.value for script in scripts] == ["jobs.__main__:main"]
+    assert [script.value for script in scripts] == ["glm_batch.jobs.__main__:main"]
 
 
 def test_the_exit_codes() -> None:
@@ -84,7 +84,7 @@ def test_a_workers_traceback_is_shortened_and_debug_shows_it(capsys: pytest.Capt
 
 @pytest.mark.parametrize("code", [0, 3, 130])
 def test_label_decides_the_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.label.label", lambda path, overrides, **options: code)
+    monkeypatch.setattr("glm_batch.jobs.commands.label.label", lambda path, overrides, **options: code)
     assert CliRunner().invoke(cli.app, ["label", "job.yaml"]).exit_code == code
 
 

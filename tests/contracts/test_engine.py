@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.engine import (
+from glm_batch.models.engine import (
     Choose,
     Classify,
     Completion,
@@ -36,11 +36,11 @@ from models.engine import (
     Work,
     build_engine,
 )
-from models.engine.echo import EchoEngine
-from models.engine.engine import TorchEngine
-from models.engine.request import BATCH
-from models.engine.vllm_limits import is_installed
-from models.processing.tokenizer import Tokenizer
+from glm_batch.models.engine.api.request import BATCH
+from glm_batch.models.engine.echo import EchoEngine
+from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.engine.vllm.vllm_limits import is_installed
+from glm_batch.models.processing.tokenizer import Tokenizer
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
 from tests.models.media_cases import MakeGlm4v, make_glm4v, make_item, make_prompt
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from glm_actors.serving.settings import Caps
-from jobs.config import describe, job_keys
+from glm_batch.glm_actors.serving.openai.serve_settings import Caps
+from glm_batch.jobs.files.job_file import describe, job_keys
 
 TEXT, TEXT_OR_NULL, TEXTS = "text", "text or null", "a list of text"
 WHOLE, NUMBER, SWITCH = "a whole number", "a number", "true or false"

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from models.config import ModelConfig, RopeConfig
-from models.engine.request import SamplingParams
-from pipelines.job import Job, TaskConfig
-from pipelines.schema import output_schema
+from glm_batch.models.checkpoint.model_config import ModelConfig, RopeConfig
+from glm_batch.models.engine.api.request import SamplingParams
+from glm_batch.pipelines.job import Job, TaskConfig
+from glm_batch.pipelines.tasks.schema import output_schema
 
 CONFIG = ModelConfig(
     architecture="Glm4ForCausalLM", family="glm4", head="causal_lm", vocab_size=320, hidden_size=8,

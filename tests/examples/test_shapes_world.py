@@ -35,9 +35,9 @@ from shapes import (
     scenes,
 )
 
-from models.errors import RowError
-from models.processing.images import ImageProcessor, decode_image
-from models.processing.video import VideoProcessor, scan_video
+from glm_batch.models.errors import RowError
+from glm_batch.models.processing.images import ImageProcessor, decode_image
+from glm_batch.models.processing.video import VideoProcessor, scan_video
 
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]

@@ -26,15 +26,15 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Glm4vForConditionalGeneration, PreTrainedTokenizerBase
 from world import LABELS, Ticket, tickets, with_control_strings
 
-import models
-from models.engine import Choose, Generate, Inspect, Media, Request, SamplingParams, Work
-from models.llm import LLM
-from models.processing.chat import Chat
-from models.processing.images import ImageProcessor
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
-from models.processing.patches import MediaPatches
-from models.processing.positions import MediaTokens
-from models.processing.video import VideoProcessor
+from glm_batch import models
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.engine import Choose, Generate, Inspect, Media, Request, SamplingParams, Work
+from glm_batch.models.engine.llm import LLM
+from glm_batch.models.processing.chat import Chat
+from glm_batch.models.processing.images import ImageProcessor
+from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.models.processing.positions import MediaTokens
+from glm_batch.models.processing.video import VideoProcessor
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_glm"
 

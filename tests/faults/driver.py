@@ -81,9 +81,9 @@ class Paced:
 
 
 def paced_workers(pace: Pace) -> dict[str, type]:
-    """Stand-ins for the classes of the same names in pipelines.stages."""
-    from glm_actors import model
-    from pipelines import stages
+    """Stand-ins for the classes of the same names in glm_batch.pipelines.graph.stages."""
+    from glm_batch.glm_actors.units import model_actor as model
+    from glm_batch.pipelines.graph import stages
 
     build_engine = model.build_engine
 
@@ -92,7 +92,9 @@ def paced_workers(pace: Pace) -> dict[str, type]:
 
     class ModelActor(model.ModelActor):
         def __init__(self, *args: Any) -> None:
-            sys.modules["glm_actors.model"].build_engine = build  # in the worker, where it is another module object
+            sys.modules[
+                "glm_batch.glm_actors.units.model_actor"
+            ].build_engine = build  # in the worker, where it is another module object
             super().__init__(*args)
 
     class Preprocessor(stages.Preprocessor):
@@ -109,9 +111,9 @@ def paced_workers(pace: Pace) -> dict[str, type]:
 
 
 def main() -> None:
-    from glm_actors.suspects import Patience
-    from jobs.__main__ import app
-    from pipelines import stages
+    from glm_batch.glm_actors.faults.suspects import Patience
+    from glm_batch.jobs.__main__ import app
+    from glm_batch.pipelines.graph import stages
 
     pace = Pace(**json.loads(sys.argv.pop(1)))
     for name, worker in paced_workers(pace).items():

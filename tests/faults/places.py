@@ -148,7 +148,7 @@ def _with_title(processes: Iterable[psutil.Process], *titles: re.Pattern[str]) -
 
 def _environment(address: str | None) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONFAULTHANDLER": "1"}
-    return own | {"PYTHONPATH": str(ROOT)} | ({"RAY_ADDRESS": address} if address else {})
+    return own | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"} | ({"RAY_ADDRESS": address} if address else {})
 
 
 def driver_command(pace: str, *arguments: str) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import yaml
 
-from pipelines.commit import Output
+from glm_batch.pipelines.output.commit import Output
 from tests.faults.driver import HURRY
 from tests.faults.places import ROOT, Laptop, driver_command
 from tests.faults.workloads import ECHO_PACE

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines.commit import Output
+from glm_batch.pipelines.output.commit import Output
 from tests.faults.checks import check_parts
 from tests.faults.driver import Pace
 from tests.faults.places import ROOT, Farm, driver_command

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from jobs.config import load_job
-from pipelines import run
+from glm_batch.jobs.files.job_file import load_job
+from glm_batch.pipelines import run
 from tests.faults.checks import Workload, read_records
 from tests.faults.driver import HURRY, Pace, completed_rows
 from tests.faults.places import ROOT, Place, driver_command

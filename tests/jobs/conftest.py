@@ -59,8 +59,8 @@ class Workplace:
     def run(self, *arguments: str) -> Done:
         """`glm-batch` with these arguments in a process of its own; `cpu_s` is what it cost, waiting apart."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-X", "importtime", "-m", "jobs", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+        command = [sys.executable, "-X", "importtime", "-m", "glm_batch.jobs", *arguments]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "COLUMNS": "80"}
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=240)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         lines = done.stderr.splitlines()

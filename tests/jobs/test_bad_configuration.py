@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.checks import check_job
-from jobs.config import load_job
-from models.errors import ConfigError
+from glm_batch.jobs.checks.checks import check_job
+from glm_batch.jobs.files.job_file import load_job
+from glm_batch.models.errors import ConfigError
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -304,7 +304,7 @@ def test_an_unreadable_checkpoint_names_the_file(work: Any, file: str, content: 
 
 def test_cuda_is_refused_where_there_is_no_such_device(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("jobs.checks.has_cuda_device", lambda: False)
+    monkeypatch.setattr("glm_batch.jobs.checks.checks.has_cuda_device", lambda: False)
     message = refusal(work, top(engine={"device": "cuda"}))
     assert "engine.device: this machine has no NVIDIA device; use auto or cpu" in message
 

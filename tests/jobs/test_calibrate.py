@@ -13,19 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.calibrate import calibrate
-from jobs.checks import check_job
-from jobs.config import Place
-from jobs.report import kept_job
-from models.engine.request import Completion
-from models.errors import ConfigError
-from models.scores import label_scores, softmax
-from pipelines.evaluation.scoring import Rules, score
-from pipelines.job import EngineSection, Job, TaskConfig
-from pipelines.pipeline import prepare
-from pipelines.plan import differences, fingerprint, identify, job_source
-from pipelines.rows import task_runner
-from tests.report.world import chosen, commit_rows, page_of
+from glm_batch.jobs.calibration.calibrate import calibrate
+from glm_batch.jobs.checks.checks import check_job
+from glm_batch.jobs.files.job_file import Place
+from glm_batch.jobs.report.report import kept_job
+from glm_batch.models.engine.api.request import Completion
+from glm_batch.models.errors import ConfigError
+from glm_batch.models.processing.scores import label_scores, softmax
+from glm_batch.pipelines.evaluation.scoring import Rules, score
+from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
+from glm_batch.pipelines.planning.plan import differences, fingerprint, identify, job_source
+from glm_batch.pipelines.runs.pipeline import prepare
+from glm_batch.pipelines.tasks.rows import task_runner
+from tests.pipelines.report.world import chosen, commit_rows, page_of
 
 LABELS = ["red", "green", "blue"]
 ROWS = 600

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.__main__ import EXIT_BAD_CONFIG, EXIT_OK, EXIT_ROW_ERRORS
+from glm_batch.jobs.__main__ import EXIT_BAD_CONFIG, EXIT_OK, EXIT_ROW_ERRORS
 
 
 def test_label_status_and_a_rerun(work: Any) -> None:

@@ -19,20 +19,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cron import cron, seconds_until
-from models.errors import ConfigError
-from pipelines.commit import Output
-from pipelines.job import StorageSection
-from pipelines.lease import own
-from pipelines.plan import MAX_UNIT_ROWS
-from pipelines.storage import LocalStore
-from pipelines.versions import find
-from tests.pipelines.cron_world import complete_here
+from glm_batch.jobs.cron.cron import cron, seconds_until
+from glm_batch.models.errors import ConfigError
+from glm_batch.pipelines.cron.versions import find
+from glm_batch.pipelines.job import StorageSection
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.lease import own
+from glm_batch.pipelines.planning.plan import MAX_UNIT_ROWS
+from glm_batch.pipelines.storage.storage import LocalStore
+from tests.pipelines.cron.cron_world import complete_here
 
 
 @pytest.fixture
 def nightly(work: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("pipelines.cron.complete", complete_here)
+    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", complete_here)
     work.write_job(lambda job: job.update({"max_error_rate": 1.0, "input": ["data"], "commit": {"unit_rows": 2}}))
     return work
 
@@ -103,13 +103,13 @@ def test_a_failed_run_leaves_the_last_manifest_in_force(
     def fail(*_: Any) -> None:
         raise OSError("the device is lost")
 
-    monkeypatch.setattr("pipelines.cron.complete", fail)
+    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", fail)
     capsys.readouterr()
     with pytest.raises(OSError, match="lost"):
         cron("job.yaml", [])
     assert said(capsys)["message"] == "the device is lost"
     assert (nightly.root / "out" / "manifest.json").read_bytes() == before
-    monkeypatch.setattr("pipelines.cron.complete", complete_here)
+    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", complete_here)
     assert cron("job.yaml", []) == 0
     assert len(list(Output.at("out").iter_tables())) == len(Output.at("out").manifest().parts) == 6
 
@@ -120,7 +120,7 @@ def test_a_signal_before_the_work_ends_the_run_with_its_line(
     """While input is listed and compared, say, or Ray starts; and the next run need not wait for the lease."""
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.cron.complete", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("glm_batch.pipelines.cron.incremental.complete", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert cron("job.yaml", []) == 128 + signal.SIGTERM
     assert (said(capsys)["state"], signal.getsignal(signal.SIGTERM)) == ("interrupted", before)
     assert cron("job.yaml", []) == 0
@@ -219,7 +219,7 @@ def test_a_webhook_that_hangs_holds_no_run(
     nightly: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes the connection, and sends a byte of its answer now and then: each one in time, and never the last."""
-    monkeypatch.setattr("jobs.cron.WEBHOOK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("glm_batch.jobs.cron.cron.WEBHOOK_TIMEOUT_S", 0.3)
     done = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

@@ -21,8 +21,8 @@ import pytest
 import typer
 import yaml
 
-from jobs.__main__ import app
-from jobs.cron import seconds_until
+from glm_batch.jobs.__main__ import app
+from glm_batch.jobs.cron.cron import seconds_until
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "jobs" / "deploy"
@@ -261,12 +261,12 @@ def token_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A Ray head with token authentication and a job server on loopback; gives the environment of its users."""
     (tmp_path / "bin").mkdir()
     shim = tmp_path / "bin" / "glm-batch"
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m jobs "$@"\n')
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m glm_batch.jobs "$@"\n')
     shim.chmod(0o755)
     ports = [free_port() for _ in range(4)]
     paths = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-        "PATH": ":".join(paths), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1",
+        "PATH": ":".join(paths), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1",
         "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_JOB_SERVER": f"http://127.0.0.1:{ports[0]}",
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(Path("/tmp") / f"ray-{secrets.token_hex(4)}"),
     }  # fmt: skip

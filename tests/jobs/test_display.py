@@ -7,9 +7,17 @@ import io
 import pytest
 from rich.console import Console
 
-from glm_actors.spent import ENGINE_BUSY, ENGINE_IDLE, MEDIA
-from jobs.display import LogLines, clock_time, live_view, next_step, progress_display, short, summary_table
-from pipelines.metrics import Counts, Progress, Summary
+from glm_batch.glm_actors.faults.spent import ENGINE_BUSY, ENGINE_IDLE, MEDIA
+from glm_batch.jobs.display.display import (
+    LogLines,
+    clock_time,
+    live_view,
+    next_step,
+    progress_display,
+    short,
+    summary_table,
+)
+from glm_batch.pipelines.metrics.counts import Counts, Progress, Summary
 
 COUNTS = Counts(
     rows=1_234_567,

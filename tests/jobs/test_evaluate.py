@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.sweep_config import check_sweep, is_sweep, load_sweep
-from models.errors import ConfigError
+from glm_batch.jobs.sweep.sweep_config import check_sweep, is_sweep, load_sweep
+from glm_batch.models.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = {
@@ -166,8 +166,8 @@ OF_PROBABILITIES = (
 
 def evaluate(folder: Path, kill_at: int | None = None) -> int:
     """Runs the sweep; with `kill_at`, kills its driver once there are so many commits in all."""
-    command = [sys.executable, "-m", "jobs", "evaluate", "sweep.yaml"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "glm_batch.jobs", "evaluate", "sweep.yaml"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     with (folder / "log").open("a") as log:
         driver = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     while kill_at is not None and driver.poll() is None and commits(folder) < kill_at:

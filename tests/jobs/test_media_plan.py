@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.media_plan import MediaSize, media_lines, media_note, media_tokens, smaller_budgets
-from jobs.plan import told_apart
-from models.config_reader import load_config
-from models.engine.request import Media, MediaItem
-from models.processing.patches import MediaPatches
-from pipelines.job import Job, PreprocessSection, TaskConfig
-from pipelines.tasks import Prompt
+from glm_batch.jobs.plans.job_plan import told_apart
+from glm_batch.jobs.plans.media_plan import MediaSize, media_lines, media_note, media_tokens, smaller_budgets
+from glm_batch.models.checkpoint.config_reader import load_config
+from glm_batch.models.engine.api.request import Media, MediaItem
+from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.pipelines.job import Job, PreprocessSection, TaskConfig
+from glm_batch.pipelines.tasks.tasks import Prompt
 from tests.models.media_cases import IDS, IMAGE, TEXT, VISION
 
 PHOTO = MediaSize(kind="image", source=(1, 480, 640), grid=(1, 34, 46))  # 17 x 23 tokens

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.__main__ import app
-from pipelines.commit import Output
-from tests.pipelines.test_commit import SCHEMA, commit, make_plan
+from glm_batch.jobs.__main__ import app
+from glm_batch.pipelines.output.commit import Output
+from tests.pipelines.output.test_commit import SCHEMA, commit, make_plan
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.checks import check_job
-from jobs.cluster_plan import cluster_lines
-from jobs.config import load_job
-from jobs.plan import estimate_job, excerpt, measure_gemm, plan, shared_prefix_share, take_sample
-from models.config_reader import load_config
-from models.engine.request import Choose, Embed, Generate, SamplingParams
-from models.errors import ConfigError
-from pipelines.plan import make_plan
-from pipelines.tasks import TaskRunner
+from glm_batch.jobs.checks.checks import check_job
+from glm_batch.jobs.checks.cluster_plan import cluster_lines
+from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.plans.job_plan import estimate_job, excerpt, measure_gemm, plan, shared_prefix_share, take_sample
+from glm_batch.models.checkpoint.config_reader import load_config
+from glm_batch.models.engine.api.request import Choose, Embed, Generate, SamplingParams
+from glm_batch.models.errors import ConfigError
+from glm_batch.pipelines.planning.plan import make_plan
+from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 
 def test_shared_prefix_share_counts_what_a_neighbour_has_already() -> None:
@@ -130,7 +130,7 @@ def test_plan_for_a_cluster_that_is_not_here(work: Any, capsys: pytest.CaptureFi
 
 def test_plan_of_this_machine(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr("jobs.cluster_plan.num_gpus", lambda: 0)
+    monkeypatch.setattr("glm_batch.jobs.checks.cluster_plan.num_gpus", lambda: 0)
     job, _ = load_job(work.write_job().name)
     assert list(cluster_lines(job)) == [
         ("cluster", "this machine: 1 node of 4 cores and 0 GPUs"),

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from jobs.__main__ import EXIT_BAD_CONFIG, EXIT_ROW_ERRORS
-from pipelines.commit import Output
-from pipelines.gc import collect
+from glm_batch.jobs.__main__ import EXIT_BAD_CONFIG, EXIT_ROW_ERRORS
+from glm_batch.pipelines.output.cleanup import collect
+from glm_batch.pipelines.output.commit import Output
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS, UNIT_ROWS = 1200, 4
@@ -36,9 +36,9 @@ def start(work: Any) -> subprocess.Popen[str]:
     commits = work.root / "out" / "commits"
     before = len(list(commits.glob("*")))
     driver = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "label", "job.yaml"],
+        [sys.executable, "-m", "glm_batch.jobs", "label", "job.yaml"],
         cwd=work.root,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,

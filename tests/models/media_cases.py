@@ -18,8 +18,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from models.engine.request import Media, MediaItem
-from models.normalization import Normalization
+from glm_batch.models.checkpoint.normalization import Normalization
+from glm_batch.models.engine.api.request import Media, MediaItem
 from tests.models.conftest import VOCAB_SIZE, save_checkpoint
 
 IMAGE, VIDEO, IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = range(300, 306)

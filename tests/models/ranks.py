@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from models.engine import EngineConfig
-from models.engine.engine import TorchEngine
-from models.engine.ranks import serve
-from models.parallel import Rendezvous, join
+from glm_batch.models.engine import EngineConfig
+from glm_batch.models.engine.execution.ranks import serve
+from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.network.layers.parallel import Rendezvous, join
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from unittest import mock
 
 import torch
 
-from models.engine.engine import TorchEngine
-from models.engine.interface import EngineConfig
-from models.engine.kernels import make_runner
-from models.engine.media_encoder import MediaEncoder
-from models.engine.settings import Limits
-from models.layers.paged import TILE_ROWS
-from models.registry import build_model
+from glm_batch.models.engine.api.interface import EngineConfig
+from glm_batch.models.engine.cuda.kernels import make_runner
+from glm_batch.models.engine.cuda.paged import TILE_ROWS
+from glm_batch.models.engine.execution.media_encoder import MediaEncoder
+from glm_batch.models.engine.settings import Limits
+from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.network.registry import build_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -29,7 +29,7 @@ def fused_engine(path: Path, limits: dict[str, Any]) -> TorchEngine:
     fused: Limits = replace(
         plain.limits, tile_queries=TILE_ROWS // (config.num_attention_heads // config.num_key_value_heads)
     )
-    with mock.patch("models.registry.can_pack", return_value=False):  # packed weights are for CPUs
+    with mock.patch("glm_batch.models.network.registry.can_pack", return_value=False):  # packed weights are for CPUs
         model = build_model(path, dtype=getattr(torch, limits["dtype"]), device=DEVICE)
     encoder = None
     if model.vision:

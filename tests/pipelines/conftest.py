@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.job import StorageSection
-from pipelines.storage import LocalStore, S3Store, Store
+from glm_batch.pipelines.job import StorageSection
+from glm_batch.pipelines.storage.storage import LocalStore, S3Store, Store
 from tests.s3_faults import new_bucket, proxy
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.engine.vllm_limits import is_installed
+from glm_batch.models.engine.vllm.vllm_limits import is_installed
 
 NEED_VLLM = ["test_vllm_engine.py", "test_vllm_jobs.py", "test_vllm_media.py", "test_vllm_serving.py"]
 collect_ignore = [] if is_installed() else NEED_VLLM

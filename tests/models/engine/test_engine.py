@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.engine import Choose, Completion, Embed, EngineConfig, Generate, Inspect, Request, SamplingParams
-from models.engine.engine import TorchEngine
-from models.errors import RowError
+from glm_batch.models.engine import Choose, Completion, Embed, EngineConfig, Generate, Inspect, Request, SamplingParams
+from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.errors import RowError
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
 
 ATOL = 5e-5

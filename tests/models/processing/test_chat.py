@@ -14,10 +14,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.errors import ConfigError, RowError
-from models.processing import chat as chat_module
-from models.processing.chat import Chat
-from models.processing.tokenizer import Tokenizer
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing import chat as chat_module
+from glm_batch.models.processing.chat import Chat
+from glm_batch.models.processing.tokenizer import Tokenizer
 from tests.models.processing.conftest import (
     GLM4_0414,
     GLM_41V,

@@ -18,11 +18,11 @@ from PIL import Image, ImageFile, ImageOps
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as hf_smart_resize
 
-from models.errors import ConfigError, RowError
-from models.processing.budget import image_grid, num_media_tokens, smart_resize, video_grid
-from models.processing.images import ImageProcessor, decode_image, read_image_size
-from models.processing.media_config import ImageProcessorConfig, VideoProcessorConfig
-from models.processing.patches import encoded_digest, pixel_values
+from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.budget import image_grid, num_media_tokens, smart_resize, video_grid
+from glm_batch.models.processing.images import ImageProcessor, decode_image, read_image_size
+from glm_batch.models.processing.patches import encoded_digest, pixel_values
 from tests.models.processing.golden import CASES, DATA, budget, check_values
 
 HUB = ImageProcessorConfig(min_pixels=12544, max_pixels=9633792)

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from models.errors import RowError
-from models.processing.messages import check_messages, media_parts
+from glm_batch.models.errors import RowError
+from glm_batch.models.processing.messages import check_messages, media_parts
 
 DATA_URL = "data:image/png;base64,AAAA"
 

@@ -16,17 +16,17 @@ from transformers.models.glm4v.modeling_glm4v import Glm4vModel
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.video_utils import VideoMetadata
 
-from models.errors import ConfigError, RowError
-from models.processing.budget import Grid, sample_frames
-from models.processing.media_config import VideoProcessorConfig
-from models.processing.positions import (
+from glm_batch.models.checkpoint.media_config import VideoProcessorConfig
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.budget import Grid, sample_frames
+from glm_batch.models.processing.positions import (
     MediaTokens,
     VideoSpan,
     expand_placeholders,
     media_token_types,
     rope_positions,
 )
-from models.processing.tokenizer import Tokenizer
+from glm_batch.models.processing.tokenizer import Tokenizer
 from tests.models.processing.conftest import build_tokenizer
 
 IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"

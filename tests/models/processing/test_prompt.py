@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import transformers
 
-from models.errors import ConfigError, RowError
-from models.processing.chat import Chat
-from models.processing.patches import MediaPatches
-from models.processing.prompt import MediaPrompts
-from models.processing.tokenizer import Tokenizer
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.chat import Chat
+from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.models.processing.prompt import MediaPrompts
+from glm_batch.models.processing.tokenizer import Tokenizer
 from tests.models.media_cases import TEXT, VISION, rope_index
 
 NAMES = {

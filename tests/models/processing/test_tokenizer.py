@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from models.errors import ConfigError, RowError
-from models.processing.tokenizer import IncrementalDetokenizer, Tokenizer
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.tokenizer import IncrementalDetokenizer, Tokenizer
 from tests.models.processing.conftest import (
     MEDIA_TOKENS,
     REASONING_TOKENS,

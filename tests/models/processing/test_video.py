@@ -21,12 +21,12 @@ import torch
 from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from models.errors import RowError
-from models.processing import video
-from models.processing.budget import group_timestamps, sample_frames
-from models.processing.media_config import VideoProcessorConfig
-from models.processing.patches import encoded_digest, pixel_values
-from models.processing.video import VideoProcessor, decode_frames, scan_video
+from glm_batch.models.checkpoint.media_config import VideoProcessorConfig
+from glm_batch.models.errors import RowError
+from glm_batch.models.processing import video
+from glm_batch.models.processing.budget import group_timestamps, sample_frames
+from glm_batch.models.processing.patches import encoded_digest, pixel_values
+from glm_batch.models.processing.video import VideoProcessor, decode_frames, scan_video
 from tests.models.processing.golden import CASES, DATA, budget, check_values
 
 CONFIG = VideoProcessorConfig()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.evaluation.answers import (
+from glm_batch.pipelines.evaluation.agreement import (
     exact_match,
     extracted,
     field_matches,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score_loss, confusion_matrix, f1_score
 
-from pipelines.evaluation import classes
-from pipelines.evaluation.calibration import brier, reliability
+from glm_batch.pipelines.evaluation import classes
+from glm_batch.pipelines.evaluation.reliability import brier, reliability
 
 LABELS = ["a", "b", "c"]
 PAIRS = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, None])), min_size=1, max_size=40)

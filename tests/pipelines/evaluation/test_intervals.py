@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipelines.evaluation import classes
-from pipelines.evaluation.calibration import reliability
-from pipelines.evaluation.intervals import (
+from glm_batch.pipelines.evaluation import classes
+from glm_batch.pipelines.evaluation.intervals import (
     bca,
     holm,
     mcnemar,
@@ -19,6 +18,7 @@ from pipelines.evaluation.intervals import (
     paired_difference,
     resample,
 )
+from glm_batch.pipelines.evaluation.reliability import reliability
 
 TRIALS = 1200  # the coverage is known to within 0.6 % (one standard deviation)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.evaluation.scoring import Rules, Score, score
+from glm_batch.pipelines.evaluation.scoring import Rules, Score, score
 
 
 def table(rows: list[dict[str, Any]], **types: pa.DataType) -> pa.Table:

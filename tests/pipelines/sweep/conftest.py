@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from models.engine.request import SamplingParams
-from pipelines.job import CommitSection, EngineSection, Job, PreprocessSection, TaskConfig
-from pipelines.sweep.cells import AXES, Cell, Sweep
+from glm_batch.models.engine.api.request import SamplingParams
+from glm_batch.pipelines.job import CommitSection, EngineSection, Job, PreprocessSection, TaskConfig
+from glm_batch.pipelines.sweep.cells import AXES, Cell, Sweep
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SHAPES = ["circle", "square", "triangle", "star"]

@@ -12,16 +12,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from models.errors import ConfigError
-from pipelines import run
-from pipelines.commit import Output
-from pipelines.metrics import Progress
-from pipelines.report.sweep import read_results, render_sweep, sweep_cells
-from pipelines.sweep.cells import Sweep
-from pipelines.sweep.results import compare, evaluate, keep, results_table, to_json
-from pipelines.sweep.run import Ran, run_sweep
+from glm_batch.models.errors import ConfigError
+from glm_batch.pipelines import run
+from glm_batch.pipelines.metrics.counts import Progress
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.report.sweep_page import read_results, render_sweep, sweep_cells
+from glm_batch.pipelines.sweep.cells import Sweep
+from glm_batch.pipelines.sweep.results import compare, evaluate, keep, results_table, to_json
+from glm_batch.pipelines.sweep.sweep_run import Ran, run_sweep
+from tests.pipelines.report.world import Page
 from tests.pipelines.sweep.conftest import NUM_ROWS, make_sweep, write_input
-from tests.report.world import Page
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

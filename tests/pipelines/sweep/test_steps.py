@@ -10,21 +10,21 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from glm_actors.batches import num_requests, to_requests, with_completions
-from glm_actors.media import MediaLoader
-from models.engine import EngineConfig, build_engine
-from models.errors import RowError
-from pipelines.commit import Output
-from pipelines.journal import Journal
-from pipelines.pipeline import Prepared, prepare
-from pipelines.plan import job_source
-from pipelines.prompts import input_columns
-from pipelines.rows import TaskSpec, task_runner
-from pipelines.source import Source
-from pipelines.sweep.bundles import CELL, BundleJournal, cell_and_key, make_bundles, request_id
-from pipelines.sweep.cells import Sweep
-from pipelines.sweep.steps import PARSED, ParseBundle, ReadBundle, RenderBundle, _from_bytes
-from pipelines.tasks import TaskRunner
+from glm_batch.glm_actors.media.media_loader import MediaLoader
+from glm_batch.glm_actors.units.batches import num_requests, to_requests, with_completions
+from glm_batch.models.engine import EngineConfig, build_engine
+from glm_batch.models.errors import RowError
+from glm_batch.pipelines.input.source import Source
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.journal import Journal
+from glm_batch.pipelines.planning.plan import job_source
+from glm_batch.pipelines.runs.pipeline import Prepared, prepare
+from glm_batch.pipelines.sweep.bundles import CELL, BundleJournal, cell_and_key, make_bundles, request_id
+from glm_batch.pipelines.sweep.cells import Sweep
+from glm_batch.pipelines.sweep.sweep_steps import PARSED, ParseBundle, ReadBundle, RenderBundle, _from_bytes
+from glm_batch.pipelines.tasks.prompts import input_columns
+from glm_batch.pipelines.tasks.rows import TaskSpec, task_runner
+from glm_batch.pipelines.tasks.tasks import TaskRunner
 from tests.pipelines.sweep.conftest import NUM_ROWS
 
 

@@ -1,0 +1,114 @@
+"""ChatTask: a conversation's answer, whole or in chunks, with its reasoning and its calls of functions apart.
+
+Knows nothing of HTTP, of other requests or of how media become tokens.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+
+from glm_batch.glm_actors.serving.openai.api_errors import bad
+from glm_batch.glm_actors.serving.openai.logprobs import chat_logprobs
+from glm_batch.glm_actors.serving.openai.prompter import Prompter
+from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
+from glm_batch.glm_actors.serving.openai.reasoning import ReasoningStream
+from glm_batch.glm_actors.serving.openai.sampling import chat_sampling, constraint_of
+from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
+from glm_batch.glm_actors.serving.openai.serve_settings import Caps
+from glm_batch.glm_actors.serving.openai.tools import CallStream, find_calls, tools_of
+from glm_batch.glm_actors.serving.openai.work import Json, checked, envelope, request_of, usage_of
+from glm_batch.models.engine.api.request import Completion, Delta, Generate, Output, Request
+
+NEXT_CALL = "<|assistant|>"  # what a model of 0414 writes between two calls
+
+
+class ChatTask:
+    """POST /v1/chat/completions"""
+
+    first: Sequence[Request] = ()
+
+    def __init__(
+        self, body: ChatRequest, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool
+    ) -> None:
+        id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._envelope = envelope(id, "chat.completion.chunk" if body.stream else "chat.completion", body.model)
+        self._tokenizer, self._chat = prompter.tokenizer, prompter.chat
+        self._gives_ids, self._alternatives = bool(body.return_token_ids), body.top_logprobs or 0
+        self._tools = tools_of(body)
+        formatted = constraint_of(body.response_format, caps, schemas)
+        constraint = formatted or self._tools.constraint(caps, schemas)
+        self._thinking = _thinks(body, thinking, constrained=constraint is not None)
+        prompt = prompter.conversation(
+            body.messages,
+            thinking=self._thinking,
+            start_answer=formatted is not None,  # which a call is not: it follows the prompt at once
+            tools=self._tools.for_template(),
+        )
+        sampling = chat_sampling(body, caps)
+        if self._tools.one_call and NEXT_CALL in self._tokenizer.control_tokens:
+            sampling = replace(sampling, stop_token_ids=tuple(self._tokenizer.encode_control(NEXT_CALL)))
+        work = Generate(sampling=sampling, constraint=constraint)
+        self.requests = [request_of(id, prompt, work, stream=bool(body.stream))]
+        self._streams: dict[int, tuple[ReasoningStream, CallStream]] = {}
+
+    def answer(self, completions: Sequence[Completion]) -> Json:
+        (completion,) = checked(completions)
+        choices = [self._choice(index, output) for index, output in enumerate(completion.outputs)]
+        return self._envelope | {"choices": choices, "usage": usage_of(completions)}
+
+    def begin(self, completions: Sequence[Completion]) -> list[Json]:
+        return []
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        message: Json = {}
+        if delta.index not in self._streams:
+            streams = ReasoningStream(self._chat, thinking=self._thinking), CallStream(self._tools)
+            self._streams[delta.index] = streams
+            message = {"role": "assistant", "content": ""}
+        of_reasoning, of_calls = self._streams[delta.index]
+        last = delta.finish_reason is not None
+        reasoning, content = of_reasoning.add(delta.text, last=last)
+        content, calls = of_calls.add(content, last=last)
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        message |= {"content": content} if content else {}
+        if calls:
+            message["tool_calls"] = [{"index": number} | call.shown() for number, call in enumerate(calls)]
+        reason = "tool_calls" if calls else delta.finish_reason
+        choice: Json = {"index": delta.index, "delta": message, "finish_reason": reason, "logprobs": None}
+        if delta.logprobs:
+            choice["logprobs"] = chat_logprobs(delta, self._tokenizer, self._alternatives)
+        if self._gives_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        if not message and not delta.logprobs and not self._gives_ids and delta.finish_reason is None:
+            return []
+        return [self._envelope | {"choices": [choice]}]
+
+    def _choice(self, index: int, output: Output) -> Json:
+        reasoning, content = self._chat.split_reasoning(output.text, thinking=self._thinking)
+        content, calls = find_calls(content, self._tools.names, one_call=self._tools.one_call)
+        message: Json = {"role": "assistant", "content": None if calls and not content else content}
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        message |= {"tool_calls": [call.shown() for call in calls]} if calls else {}
+        reason = "tool_calls" if calls else output.finish_reason
+        choice: Json = {"index": index, "message": message, "finish_reason": reason, "logprobs": None}
+        if output.logprobs is not None:
+            choice["logprobs"] = chat_logprobs(output, self._tokenizer, self._alternatives)
+        if self._gives_ids:
+            choice["token_ids"] = list(output.token_ids)
+        return choice
+
+
+def _thinks(body: ChatRequest, default: bool, *, constrained: bool) -> bool:
+    """Whether the model reasons before it answers. A constrained answer begins at once."""
+    asked = None
+    if body.thinking is not None:
+        asked = body.thinking.type == "enabled"
+    if body.chat_template_kwargs is not None and body.chat_template_kwargs.enable_thinking is not None:
+        if asked not in (None, body.chat_template_kwargs.enable_thinking):
+            raise bad("thinking", "it contradicts chat_template_kwargs.enable_thinking")
+        asked = body.chat_template_kwargs.enable_thinking
+    if asked and constrained:
+        raise bad("thinking", "an answer that is held to a schema is written without reasoning; leave one of them out")
+    return (default if asked is None else asked) and not constrained

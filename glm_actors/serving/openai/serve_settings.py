@@ -1,0 +1,110 @@
+"""What is served and within which bounds: one frozen dataclass for each section of the serve configuration.
+
+Owns names, types and defaults. Reading YAML and judging values against files is the business of glm_batch.jobs.serving.serve_config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from glm_batch.models.engine.api.interface import EngineConfig
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeEngine:
+    """The `engine:` section of a model; all of it goes to glm_batch.models.engine.EngineConfig."""
+
+    kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    tensor_parallel_size: int = 1
+    max_step_tokens: int | Auto = "auto"
+    batch_step_tokens: int | Auto = "auto"
+    max_num_seqs: int | Auto = "auto"
+    max_model_len: int | Auto = "auto"
+    kv_cache_tokens: int | Auto = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One model by name. `replicas` is a number, or [least, most] to follow the queue's length.
+
+    `thinking` is what a request gets that does not say whether the model shall reason before it answers.
+    """
+
+    model: str
+    engine: ServeEngine = field(default_factory=ServeEngine)
+    replicas: int | list[int] = 1
+    thinking: bool = False
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        chosen = asdict(self.engine)
+        if self.engine.kind == "auto":
+            chosen["kind"] = "torch"  # the one that answers every kind of request
+        # A request for a vector must not make vLLM load the model once more.
+        return EngineConfig(model=self.model, task="generate" if self.engine.kind == "vllm" else None, **chosen)
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether it would take a GPU for each rank if there are enough."""
+        return self.engine.device != "cpu" and self.engine.kind != "echo"
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """(least, most) replicas."""
+        if isinstance(self.replicas, int):
+            return self.replicas, self.replicas
+        return self.replicas[0], self.replicas[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caps:
+    """The `limits:` section: what one request may ask for, and how many may be about.
+
+    `max_tokens` bounds what a request may write and is also the default of chat. `max_prompt_logprobs` counts those
+    of all prompt tokens and alternatives in an answer, `max_pixels` an image's pixels before decoding. URLs are
+    fetched from `media_hosts`, where they lead to public addresses, and from `media_private_hosts`, wherever they
+    lead; from nowhere else, and all of one request's together have no more than `max_body_bytes`. `fetch_s` is how
+    long one may take, `schema_s` is how long a JSON schema may take to compile. `max_queue` counts the requests
+    that wait or run in one replica; what comes beyond is told to come again. Times are seconds; `drain_s` is how
+    long requests may take to end once the server shall stop.
+    """
+
+    max_body_bytes: int = 32 << 20
+    max_prompt_chars: int = 1_000_000
+    max_tokens: int = 4096
+    max_n: int = 8
+    max_stop: int = 16
+    max_logprobs: int = 20
+    max_prompt_logprobs: int = 1_000_000
+    max_inputs: int = 256
+    max_labels: int = 256
+    max_schema_bytes: int = 64 << 10
+    max_media: int = 16
+    max_media_bytes: int = 24 << 20
+    max_pixels: int = 50_000_000
+    media_hosts: list[str] = field(default_factory=list)
+    media_private_hosts: list[str] = field(default_factory=list)
+    max_queue: int = 512
+    request_s: float = 600.0
+    body_s: float = 30.0
+    fetch_s: float = 10.0
+    decode_s: float = 30.0
+    schema_s: float = 2.0
+    drain_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """A whole serve configuration. The token comes from an environment variable or a file, never from the YAML."""
+
+    models: dict[str, ServedModel]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token_env: str | None = None
+    token_file: str | None = None
+    limits: Caps = field(default_factory=Caps)

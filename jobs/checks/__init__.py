@@ -1,0 +1,4 @@
+"""Whether a job makes sense: its keys together, its checkpoint, its input, its cluster.
+
+May import `files`. Read checks.py.
+"""

@@ -1,0 +1,480 @@
+"""Whether a job makes sense: its keys together, its checkpoint, its input.
+
+Owns every refusal that comes before Ray starts, as problems that name a key and the remedy. Knows nothing of YAML, and
+loads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from glm_batch.jobs.checks.cluster_plan import num_gpus
+from glm_batch.jobs.files.job_file import Place, Problem, job_keys
+from glm_batch.jobs.openai_batch.request_checks import check_requests, check_rows_alone
+from glm_batch.models.checkpoint.config_reader import load_config
+from glm_batch.models.checkpoint.model_config import ModelConfig
+from glm_batch.models.engine.api.request import SamplingParams
+from glm_batch.models.engine.vllm.vllm_limits import check_installed, checkpoint_problem, sampling_problems
+from glm_batch.models.errors import ConfigError
+from glm_batch.models.network.layers.parallel import check_parts
+from glm_batch.pipelines.input.listing import InputFile
+from glm_batch.pipelines.input.source import Source
+from glm_batch.pipelines.job import Job, MediaSection, TaskConfig
+from glm_batch.pipelines.planning.plan import check_formats
+from glm_batch.pipelines.tasks.prompts import PromptTemplate, input_columns, media_columns
+from glm_batch.pipelines.tasks.schema import output_schema
+from glm_batch.pipelines.tasks.tasks import TaskRunner, check_schema
+
+if TYPE_CHECKING:
+    from glm_batch.pipelines.openai_batch.requests import RequestRunner
+
+HEADS = {
+    "choose": "causal_lm",
+    "generate": "causal_lm",
+    "extract": "causal_lm",
+    "classify": "sequence_classification",
+    "tag": "token_classification",
+}
+# Keys that mean something for some task kinds only; elsewhere a value other than the default is a mistake.
+ONLY_WITH: dict[str, tuple[str, ...]] = {
+    "task.labels": ("choose",),
+    "task.end_of_label": ("choose",),
+    "task.label_logprobs": ("choose",),
+    "task.gold_logprobs": ("generate",),
+    "task.calibration": ("choose", "classify"),
+    "task.schema": ("extract",),
+    "task.thinking": ("generate",),
+    "task.pooling": ("embed",),
+    "task.normalize": ("embed",),
+    "task.gold": ("choose", "generate", "extract", "classify"),
+    "task.image": ("choose", "generate", "extract", "classify", "embed"),
+    "task.video": ("choose", "generate", "extract", "classify", "embed"),
+}
+# Keys that mean something for images and videos only.
+OF_MEDIA = (
+    "preprocess.min_pixels", "preprocess.max_pixels", "preprocess.fps",
+    *(f"media.{field.name}" for field in fields(MediaSection)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What the checks read on the way, for whoever goes on with it."""
+
+    runner: TaskRunner | RequestRunner
+    config: ModelConfig
+    source: Source
+    files: list[InputFile]
+    schema: pa.Schema
+
+
+def check_job(job: Job, place: Place, *, may_be_gone: bool = False) -> Checked:
+    """Checks keys, then checkpoint and input. Raises ConfigError with all problems of the first of these that has any.
+
+    With `may_be_gone`, patterns of the input may match nothing, see glm_batch.pipelines.input.listing. The tokenizer is loaded and the
+    labels are tokenized, so that what a worker would refuse is refused here.
+    """
+    place.refuse([*check_keys(job), *check_output(job)])
+    source = Source(storage=job.storage, columns=input_columns(job))
+    config, model_problems = check_checkpoint(job)
+    files, types, input_problems = check_input(job, source, may_be_gone=may_be_gone)
+    place.refuse([*model_problems, *input_problems])
+    assert config is not None
+    try:
+        runner = _runner(job)
+        schema = output_schema(job, config, {column: types.field(column).type for column in job.carry})
+    except ConfigError as error:
+        place.refuse([_problem_from(error, "model")])
+        raise AssertionError("refuse() must raise") from error
+    return Checked(runner=runner, config=config, source=source, files=files, schema=schema)
+
+
+def _runner(job: Job) -> TaskRunner | RequestRunner:
+    if not job.asks_by_row:
+        return TaskRunner(job, job.model)
+    from glm_batch.pipelines.openai_batch.requests import RequestRunner
+
+    return RequestRunner(job, os.path.abspath(job.model))
+
+
+def is_s3(path: str) -> bool:
+    return path.startswith("s3://")
+
+
+def value_of(job: Job, key: str) -> Any:
+    """The value at a dotted key."""
+    value: Any = job
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def check_keys(job: Job) -> Iterator[Problem]:
+    """The rules between keys and the ranges that a type cannot say; touches no file."""
+    task = job.task
+    if not any(is_s3(path) for path in (*job.input, job.output)):
+        for key in ("storage.endpoint_url", "storage.anon"):
+            if value_of(job, key) != job_keys()[key].default:
+                yield Problem(key=key, message="no input or output is an s3:// path, so it has no effect; remove it")
+    if job.asks_by_row:
+        yield from check_requests(job)
+    else:
+        yield from check_rows_alone(job)
+    if task.kind != "requests":
+        yield from _check_task(job)
+    yield from _check_engine(job)
+    yield from _check_ranges(job)
+
+
+def _check_task(job: Job) -> Iterator[Problem]:
+    task = job.task
+    for key, kinds in ONLY_WITH.items():
+        if task.kind not in kinds and value_of(job, key) != job_keys()[key].default:
+            yield Problem(key=key, message=f"only {_listing(kinds)} takes it; remove it from this {task.kind} task")
+    yield from _check_prompt(task)
+    yield from _check_media(job)
+    yield from _check_answer(task)
+    yield from _check_sampling(job)
+
+
+def _check_prompt(task: TaskConfig) -> Iterator[Problem]:
+    if task.prompt is None and task.messages is None:
+        yield Problem(key="task.prompt", message='missing; write a template over columns, for example "{text}"')
+    if task.prompt is not None and task.messages is not None:
+        yield Problem(key="task.messages", message="task.prompt is set too; keep one of them")
+    if task.kind == "tag" and (task.system is not None or task.messages is not None):
+        yield Problem(
+            key="task.messages" if task.messages is not None else "task.system",
+            message="tag labels the tokens of one text; remove it and use task.prompt",
+        )
+    if task.prompt is not None:
+        try:
+            columns = PromptTemplate.parse(task.prompt).columns
+        except ConfigError as error:
+            yield Problem(key="task.prompt", message=str(error).removeprefix("task.prompt: "))
+            return
+        if not columns and not media_columns(task):
+            yield Problem(
+                key="task.prompt", message="it names no column, so every row would ask the same; add a {column}"
+            )
+
+
+def _check_media(job: Job) -> Iterator[Problem]:
+    task, media = job.task, job.media
+    for key in ("task.image", "task.video"):
+        if value_of(job, key) is not None and task.messages is not None:
+            yield Problem(key=key, message="with task.messages, media stand in the messages themselves; remove it")
+    for column in sorted({column for column in media_columns(task) if media_columns(task).count(column) > 1}):
+        yield Problem(key="task.image", message=f"the column {column!r} is named twice; keep one")
+    if task.messages is None and not media_columns(task):
+        for key in OF_MEDIA:
+            if value_of(job, key) != job_keys()[key].default:
+                yield Problem(key=key, message="the task names no task.image or task.video, so it has no effect")
+    if job.preprocess.fps is not None and not 0 < job.preprocess.fps < float("inf"):
+        yield Problem(key="preprocess.fps", message=f"it is {job.preprocess.fps}, but it must be above 0")
+    if media.root is not None and not os.path.isdir(media.root):
+        yield Problem(key="media.root", message=f"{media.root}: no such directory; name the one that holds the media")
+    for name in ("max_bytes", "fetch_timeout_s", "decode_timeout_s", "decode_bytes"):
+        if not 0 < getattr(media, name) < float("inf"):
+            yield Problem(key=f"media.{name}", message=f"it is {getattr(media, name)}, but it must be above 0")
+    for key in ("media.hosts", "media.private_hosts"):
+        for host in value_of(job, key):
+            if not re.fullmatch(r"[^\s/:@]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", host):
+                message = f"{host!r} is no host name; write it like images.example.com, without https:// and path"
+                yield Problem(key=key, message=message)
+
+
+def _check_answer(task: TaskConfig) -> Iterator[Problem]:
+    if task.kind == "choose" and not task.labels:
+        yield Problem(key="task.labels", message="choose needs at least one label; write labels: [first, second]")
+    labels = task.labels or []
+    for label in sorted({label for label in labels if labels.count(label) > 1}):
+        yield Problem(
+            key="task.labels", message=f"the label {label!r} stands there {labels.count(label)} times; keep one"
+        )
+    if any(not label.strip() for label in labels):
+        yield Problem(key="task.labels", message="a label is empty; give each label some text")
+    if task.gold_logprobs and task.gold is None:
+        yield Problem(key="task.gold_logprobs", message="there is nothing to score; name the column in task.gold")
+    if task.kind == "extract" and task.schema is None:
+        yield Problem(key="task.schema", message="extract needs a JSON schema; write schema: {type: object, ...}")
+    if task.schema is not None:
+        try:
+            check_schema(task.schema)
+        except ConfigError as error:
+            yield Problem(key="task.schema", message=str(error).removeprefix("task.schema: "))
+
+
+def _check_sampling(job: Job) -> Iterator[Problem]:
+    kind, sampling, default = job.task.kind, job.sampling, SamplingParams()
+    if kind not in ("generate", "extract"):
+        for field in fields(SamplingParams):
+            if getattr(sampling, field.name) != getattr(default, field.name):
+                message = f"{kind} draws no tokens, so it has no effect; remove it"
+                yield Problem(key=f"sampling.{field.name}", message=message)
+    if kind == "extract":
+        for name in ("n", "logprobs"):
+            if getattr(sampling, name) != getattr(default, name):
+                yield Problem(key=f"sampling.{name}", message="extract gives one JSON text for a row; remove it")
+    if sampling.logprobs > 1:
+        yield Problem(
+            key="sampling.logprobs", message="the output holds the chosen tokens' log-probabilities only; use 1 or 0"
+        )
+
+
+def _check_engine(job: Job) -> Iterator[Problem]:
+    engine = job.engine
+    if engine.kind == "vllm" and not job.asks_by_row:
+        yield from _check_vllm(job)
+    if engine.tensor_parallel_size > 1 and re.fullmatch(r"cuda:\d+", engine.device):
+        yield Problem(key="engine.device", message=f"{engine.tensor_parallel_size} ranks have a GPU each; use cuda")
+    if engine.replica_range[0] > engine.replica_range[1]:
+        yield Problem(key="engine.replicas", message="the fewest come first: write [fewest, most]")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", engine.device):
+        yield Problem(key="engine.device", message=f'it is "{engine.device}", but it must be auto, cpu or cuda')
+    elif engine.device.startswith("cuda") and not (
+        has_cuda_device() or job.cluster.gpus not in ("auto", 0) or "RAY_ADDRESS" in os.environ
+    ):
+        yield Problem(key="engine.device", message="this machine has no NVIDIA device; use auto or cpu")
+
+
+def _check_vllm(job: Job) -> Iterator[Problem]:
+    """What vLLM cannot do with the job's keys alone; a cluster's workers may have it though this machine does not."""
+    if "RAY_ADDRESS" not in os.environ:
+        try:
+            check_installed()
+        except ConfigError as error:
+            yield _problem_from(error, "engine.kind")
+    for name, message in sampling_problems(job.sampling, constrained=job.task.kind == "extract"):
+        yield Problem(key=f"sampling.{name}", message=f"{message}; or use engine.kind torch")
+
+
+def has_cuda_device() -> bool:
+    """Whether this machine has a GPU."""
+    return num_gpus() > 0
+
+
+def _check_ranges(job: Job) -> Iterator[Problem]:
+    at_least_one = (
+        "engine.replicas", "engine.tensor_parallel_size", "engine.max_step_tokens", "engine.max_model_len",
+        "cluster.nodes", "cluster.cpus", "preprocess.workers", "commit.unit_rows", "cron.keep",
+    )  # fmt: skip
+    for key in at_least_one:
+        value = value_of(job, key)
+        least = min(value) if isinstance(value, tuple) else value
+        if least != "auto" and least < 1:
+            yield Problem(key=key, message=f"it is {least}, but it must be at least 1")
+    if job.cluster.gpus != "auto" and job.cluster.gpus < 0:
+        yield Problem(key="cluster.gpus", message=f"it is {job.cluster.gpus}, but it must be at least 0")
+    if not 0 < job.commit.every_seconds < float("inf"):
+        yield Problem(key="commit.every_seconds", message=f"it is {job.commit.every_seconds}, but it must be above 0")
+    if not 0 <= job.max_error_rate <= 1:
+        yield Problem(
+            key="max_error_rate", message=f"it is {job.max_error_rate}, but it is a fraction of the rows: 0 to 1"
+        )
+    if job.cron.webhook is not None and not re.match("https?://[^/]", job.cron.webhook):
+        yield Problem(key="cron.webhook", message="it is no URL; write https://host/path, or remove it")
+    if not job.input:
+        yield Problem(key="input", message="no file is named; write input: [data/*.parquet]")
+    for path in job.input:
+        if "://" in path and not is_s3(path):
+            yield Problem(key="input", message=f"{path}: files are read from disks and s3://; copy it to one of these")
+    for column in sorted({column for column in job.carry if job.carry.count(column) > 1}):
+        yield Problem(key="carry", message=f"the column {column!r} stands there twice; keep one")
+
+
+def check_output(job: Job) -> Iterator[Problem]:
+    """Output must be an s3:// prefix, or a directory that is there or can be made."""
+    if is_s3(job.output):
+        if not re.fullmatch(r"s3://[^/]+/.*[^/].*", job.output):
+            yield Problem(key="output", message=f"{job.output}: name a bucket and a prefix in it: s3://bucket/name")
+        return
+    if "://" in job.output:
+        yield Problem(key="output", message=f"{job.output}: outputs are directories or s3:// prefixes; name one")
+        return
+    if not job.output.strip():
+        yield Problem(key="output", message="it is empty; name a directory")
+        return
+    path = Path(job.output)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        yield Problem(key="output", message=f"{existing} is a file; name a directory")
+    elif not os.access(existing, os.W_OK):
+        yield Problem(key="output", message=f"{existing} cannot be written by this user; choose another directory")
+
+
+def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
+    """Directory, architecture, weights and tokenizer of `model`, without loading it."""
+    path = Path(job.model)
+    if "://" in job.model:
+        return None, [_of_model(f"{job.model}: only local directories are available in this version; copy it first")]
+    if not path.is_dir():
+        return None, [
+            _of_model(f"{path}: no such directory; name a checkpoint in the Hugging Face layout on this disk")
+        ]
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        return None, [_of_model(str(error))]
+    problems = [_of_model(text) for text in _head_problems(job, config)]
+    problems += _limit_problems(job, config)
+    kind = job.task.kind
+    if job.engine.kind == "vllm" and kind != "requests" and (refusal := checkpoint_problem(config, kind)):
+        problems.append(Problem(key="engine.kind", message=refusal))
+    if not (path / "tokenizer.json").is_file():
+        problems.append(_of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text"))
+    if job.engine.kind != "echo":
+        problems += [_of_model(text) for text in weight_problems(path)]
+    return config, problems
+
+
+def check_input(
+    job: Job, source: Source, *, may_be_gone: bool = False
+) -> tuple[list[InputFile], pa.Schema, list[Problem]]:
+    """The files, the types of the columns that the job reads, and what is wrong with either."""
+    try:
+        files = source.list_files(job.input, may_be_gone=may_be_gone)
+        check_formats(job, files)
+        schema = source.schema(files)
+        return files, schema, list(_media_type_problems(job, schema))
+    except ConfigError as error:
+        columns = list(_column_problems(job, source, may_be_gone))
+        return [], pa.schema([]), columns or [_problem_from(error, "input")]
+
+
+def _column_problems(job: Job, source: Source, may_be_gone: bool) -> Iterator[Problem]:
+    """Looks at each column by itself, so that a missing one is told at the key that names it."""
+    for key, column in column_uses(job):
+        alone = replace(source, columns=(column,))
+        try:
+            alone.schema(alone.list_files(job.input, may_be_gone=may_be_gone))
+        except ConfigError as error:
+            if "no column" in str(error):
+                yield Problem(key=key, message=str(error).removeprefix("input: "))
+
+
+def column_uses(job: Job) -> Iterator[tuple[str, str]]:
+    """(key of the job, input column that it names), for every column that the job reads."""
+    task = job.task
+    if task.prompt is not None:
+        yield from (("task.prompt", column) for column in PromptTemplate.parse(task.prompt).columns)
+    for key, column in (("task.messages", task.messages), ("key", job.key), ("task.gold", task.gold)):
+        if column is not None:
+            yield key, column
+    for key in ("task.image", "task.video"):
+        names = value_of(job, key)
+        yield from ((key, column) for column in ([names] if isinstance(names, str) else names or []))
+    yield from (("carry", column) for column in job.carry)
+
+
+def _media_type_problems(job: Job, schema: pa.Schema) -> Iterator[Problem]:
+    for key, column in column_uses(job):
+        if key in ("task.image", "task.video") and not _holds_media(schema.field(column).type):
+            yield Problem(
+                key=key,
+                message=f"column {column!r} has type {schema.field(column).type}; media are bytes, text (a path or "
+                "URL), a struct of bytes and path, or a list of these",
+            )
+
+
+def _holds_media(dtype: pa.DataType) -> bool:
+    types = pa.types
+    if types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype):
+        return _holds_media(dtype.value_type)
+    if types.is_dictionary(dtype):
+        return _holds_media(dtype.value_type)
+    if types.is_struct(dtype):
+        return bool({"bytes", "path"} & {field.name for field in dtype})
+    text = types.is_string(dtype) or types.is_large_string(dtype)
+    return bool(text or types.is_binary(dtype) or types.is_large_binary(dtype))
+
+
+def _limit_problems(job: Job, config: ModelConfig) -> Iterator[Problem]:
+    """Engine settings that this checkpoint does not take."""
+    limit, longest = job.engine.max_model_len, config.longest_context
+    if limit != "auto" and limit > longest:
+        message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
+        yield Problem(key="engine.max_model_len", message=message)
+    try:
+        check_parts(config, job.engine.tensor_parallel_size)
+    except ConfigError as error:
+        yield Problem(key="engine.tensor_parallel_size", message=str(error).partition(": ")[2])
+    if job.engine.dtype == "float16" and config.family != "glm":
+        message = "GLM-4 outgrows the numbers that float16 can hold; use bfloat16 or float32"
+        yield Problem(key="engine.dtype", message=message)
+
+
+def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:
+    """What the checkpoint's head cannot do."""
+    kind, file = job.task.kind, Path(job.model) / "config.json"
+    wanted = HEADS.get(kind, config.head)
+    if config.head != wanted:
+        kinds = [name for name, head in HEADS.items() if head == config.head]
+        yield f"{file} says {config.architecture}, which can {_listing((*kinds, 'embed'))}, but not {kind}"
+    elif kind == "classify" and config.inferred_problem_type == "regression" and config.num_labels > 1:
+        yield f"{file}: a regression with {config.num_labels} values is not supported, only with one"
+    elif media_columns(job.task) and config.vision is None:
+        yield f"{file} says {config.architecture}, which reads text only; images and videos need a GLM-4.1V"
+    elif kind == "classify" and config.inferred_problem_type == "regression" and job.task.gold is not None:
+        yield f"{file}: a regression has no right and wrong, so that accuracy cannot be told; remove task.gold"
+
+
+def weight_problems(path: Path) -> Iterator[str]:
+    """What is wrong with the weight files: absent, pickled, missing shards, cut short. Reads their headers only."""
+    index = path / "model.safetensors.index.json"
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            yield f"{index}: not a weight index ({error}); copy it again"
+            return
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if not names and pickled:
+        yield (
+            f"{path / pickled[0]}: pickled weights are refused, because loading them can run code; "
+            "convert the checkpoint to safetensors"
+        )
+    elif not names:
+        yield f"{path}: no *.safetensors file there; the checkpoint has no weights"
+    for name in names:
+        yield from _shard_problems(path / name)
+
+
+def _shard_problems(path: Path) -> Iterator[str]:
+    """A safetensors file: 8 bytes of header length, a JSON header with byte ranges, the data."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(length) if 0 < length <= size - 8 else b"")
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except FileNotFoundError:
+        yield f"{path} is named in the weight index but missing; copy it again"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield f"{path}: not a safetensors file, or cut short in its header; copy it again"
+    else:
+        if 8 + length + end != size:
+            yield f"{path} has {size} bytes where its header says {8 + length + end}: it is incomplete; copy it again"
+
+
+def _of_model(message: str) -> Problem:
+    return Problem(key="model", message=message)
+
+
+def _problem_from(error: ConfigError, default_key: str) -> Problem:
+    """Errors from below begin with the key that they are about, where they are about one."""
+    key, _, message = str(error).partition(": ")
+    return Problem(key=key, message=message) if key in job_keys() else Problem(key=default_key, message=str(error))
+
+
+def _listing(words: tuple[str, ...]) -> str:
+    return " or ".join(words)

@@ -1,0 +1,4 @@
+"""`glm-batch cron`. Can be taken away.
+
+May import `commands`. Read cron.py.
+"""

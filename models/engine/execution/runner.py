@@ -1,0 +1,218 @@
+"""Runner: one rank's forward pass. Arrays of a Batch in, the numbers that somebody wants out.
+
+Owns the model and the KV cache's tensors. Knows nothing of sequences, scheduling or sampling; a tensor-parallel runner
+has the same three members.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from glm_batch.models.checkpoint.model_config import ModelConfig
+from glm_batch.models.engine.api.request import PromptScores
+from glm_batch.models.engine.execution.batch import Batch, Group, Ints, Ranking
+from glm_batch.models.engine.execution.kv_cache import KVCache
+from glm_batch.models.engine.execution.media_encoder import MediaEncoder
+from glm_batch.models.network.glm import MediaRows
+from glm_batch.models.network.heads import CausalLMHead
+from glm_batch.models.network.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
+from glm_batch.models.network.registry import Model
+
+LOGIT_ROWS = 256  # vocabulary logits of this many rows at a time, so that they never fill the memory
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What a Batch asked for. sample_logits: float32 [rows, vocab_size] on the model's device, the rest numpy float32.
+
+    pair_logprobs [pairs]; class_logits [rows, num_labels]; logits [rows, vocab_size]; hidden [rows, hidden_size].
+    `scores` are those of the batch's `ranking`, where it has one.
+    """
+
+    sample_logits: torch.Tensor
+    pair_logprobs: Floats
+    class_logits: Floats
+    logits: Floats
+    hidden: Floats
+    scores: PromptScores | None = None
+
+
+class Runner(Protocol):
+    """Runs steps, on one rank or on several."""
+
+    config: ModelConfig
+
+    def run(self, batch: Batch) -> StepOutput:
+        """One forward pass. What it raises for want of memory leaves it able to run a smaller batch.
+
+        Raises EngineError when the device cannot go on.
+        """
+        ...
+
+    def free_memory(self) -> None:
+        """Lets go of what can be computed again."""
+        ...
+
+    def close(self) -> None:
+        """Ends what other processes do for it."""
+        ...
+
+
+class TorchRunner:
+    """The runner of one process, which has the whole model or is one rank of several: see glm_batch.models.engine.execution.ranks.
+
+    `encoder` is None where the model reads nothing but text.
+    """
+
+    def __init__(self, model: Model, *, num_slots: int, encoder: MediaEncoder | None = None) -> None:
+        self.config = model.config
+        self.encoder = encoder
+        self._model = model
+        self._cache = KVCache(model.config, model.num_kv_heads, num_slots, dtype=model.dtype, device=model.device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepOutput:
+        hidden = self._hidden(batch)
+        return StepOutput(
+            sample_logits=self._head(hidden, batch.sample_rows),
+            pair_logprobs=self._pair_logprobs(hidden, batch),
+            class_logits=self._class_logits(hidden, batch.class_rows),
+            logits=self._all_logits(hidden, batch.logit_rows),
+            hidden=self._hidden_rows(hidden, batch.hidden_rows),
+            scores=self._scores(hidden, batch.ranking) if batch.ranking else None,
+        )
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of the wanted rows [W, hidden_size]."""
+        hidden: torch.Tensor = self._model.backbone(
+            self._tensor(batch.input_ids),
+            self._tensor(batch.positions),
+            int(batch.positions.max()),
+            self._cache.pages,
+            self._attention(batch),
+            self._media(batch),
+        )
+        return hidden
+
+    def free_memory(self) -> None:
+        if self.encoder:
+            self.encoder.forget()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Nothing: it is alone."""
+
+    def _media(self, batch: Batch) -> MediaRows | None:
+        """Every item of the step encoded or found, and the features that its rows take."""
+        if not batch.media:
+            return None
+        assert self.encoder is not None, "media are refused where there is no vision tower"
+        features = self.encoder.features(span.item for span in batch.media)
+        taken = [features[span.item.key][span.first : span.first + span.end - span.start] for span in batch.media]
+        rows = np.concatenate([np.arange(span.start, span.end, dtype=np.int64) for span in batch.media])
+        return MediaRows(rows=self._tensor(rows), features=torch.cat(taken))
+
+    def _head(self, hidden: torch.Tensor, rows: Ints) -> torch.Tensor:
+        if not len(rows):
+            return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        return self._model.head(hidden[self._tensor(rows)])  # type: ignore[no-any-return]
+
+    def _pair_logprobs(self, hidden: torch.Tensor, batch: Batch) -> Floats:
+        """log P(token) at the scored rows: the whole vocabulary counts, a few numbers leave the device."""
+        found = np.empty(len(batch.pair_rows), dtype=np.float32)
+        for start in range(0, len(batch.score_rows), LOGIT_ROWS):
+            assert isinstance(self._model.head, CausalLMHead), "choices are refused where there is another head"
+            scored = hidden[self._tensor(batch.score_rows[start : start + LOGIT_ROWS])]
+            here = (batch.pair_rows >= start) & (batch.pair_rows < start + LOGIT_ROWS)
+            rows, tokens = self._tensor(batch.pair_rows[here] - start), self._tensor(batch.pair_tokens[here])
+            found[here] = self._model.head.pair_logprobs(scored, rows, tokens).cpu().numpy()
+        return found
+
+    def _scores(self, hidden: torch.Tensor, ranking: Ranking) -> PromptScores:
+        """Of whole prompts, slice by slice. Where ranks share a vocabulary, rank 0 alone has something to give."""
+        slices = [
+            self._scored(hidden, ranking, slice(start, start + LOGIT_ROWS))
+            for start in range(0, len(ranking.rows), LOGIT_ROWS)
+        ]
+        return PromptScores(
+            logprobs=np.concatenate([found.logprobs for found in slices]),
+            top_ids=np.concatenate([found.top_ids for found in slices]),
+            top_logprobs=np.concatenate([found.top_logprobs for found in slices]),
+        )
+
+    def _scored(self, hidden: torch.Tensor, ranking: Ranking, part: slice) -> PromptScores:
+        logits = self._head(hidden, ranking.rows[part])
+        top = min(ranking.top, ranking.num_ids) if logits.shape[1] else 0
+        values, ids = logits[:, : ranking.num_ids].topk(top)
+        if logits.shape[1]:
+            total = logits.logsumexp(-1, keepdim=True)  # over the padding too: the model gives it probability
+            own = logits.gather(1, self._tensor(ranking.tokens[part])[:, None]) - total
+            values = values - total  # as `own`: the likeliest token's two numbers are the same
+        else:
+            own = logits
+        return PromptScores(
+            logprobs=own.flatten().cpu().numpy(), top_ids=ids.cpu().numpy(), top_logprobs=values.cpu().numpy()
+        )
+
+    def _class_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
+        if not len(rows):
+            return np.empty((0, self.config.num_labels), dtype=np.float32)
+        return self._head(hidden, rows).cpu().numpy()
+
+    def _all_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
+        if not len(rows):
+            return np.empty((0, self.config.vocab_size), dtype=np.float32)
+        pieces = [self._head(hidden, rows[start : start + LOGIT_ROWS]) for start in range(0, len(rows), LOGIT_ROWS)]
+        return torch.cat([piece.cpu() for piece in pieces]).numpy()
+
+    def _hidden_rows(self, hidden: torch.Tensor, rows: Ints) -> Floats:
+        if not len(rows):
+            return np.empty((0, self.config.hidden_size), dtype=np.float32)
+        return hidden[self._tensor(rows)].float().cpu().numpy()
+
+    def _attention(self, batch: Batch) -> AttentionBatch:
+        groups = tuple(map(self._group, batch.groups))
+        same = batch.out_groups is batch.groups
+        return AttentionBatch(
+            slots=self._tensor(batch.slots),
+            groups=groups,
+            out_rows=self._tensor(batch.out_rows),
+            out_groups=groups if same else tuple(map(self._group, batch.out_groups)),
+        )
+
+    def _group(self, group: Group) -> AttentionGroup:
+        parts = tuple(
+            AttentionPart(
+                rows=self._tensor(part.rows),
+                keep=None if part.keep is None else self._tensor(part.keep),
+                own_slots=self._tensor(part.own_slots),
+                bias=self._bias(part.hidden),
+                span=_span(part.rows),
+            )
+            for part in group.parts
+        )
+        return AttentionGroup(prefix_slots=self._tensor(group.prefix_slots), parts=parts)
+
+    def _bias(self, hidden: NDArray[np.bool_]) -> torch.Tensor:
+        """hidden [R, n, L] -> [R, n * G, B]: only the last columns, from the first that somebody must not see."""
+        columns = np.flatnonzero(hidden.any(axis=(0, 1)))
+        first = int(columns[0]) if len(columns) else hidden.shape[2]
+        tail = self._tensor(hidden[:, :, first:])
+        bias = torch.zeros(tail.shape, device=tail.device).masked_fill_(tail, float("-inf"))
+        return bias.repeat_interleave(self._model.num_heads // self._model.num_kv_heads, dim=1)
+
+    def _tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._model.device)
+
+
+def _span(rows: Ints) -> slice | None:
+    """The rows of a single sequence as a slice, where they are neighbours."""
+    first, last = int(rows[0, 0]), int(rows[0, -1])
+    return slice(first, last + 1) if len(rows) == 1 and last - first == rows.shape[1] - 1 else None

@@ -1,0 +1,31 @@
+"""GLM-4-0414 and GLM-Z1: GLM whose sublayers' outputs are normed too before they join the residual stream.
+
+`post_attention_layernorm` is the norm before the MLP, as in GLM; `post_self_attn_layernorm` is the one after attention.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from glm_batch.models.network.glm import Backbone, DecoderLayer
+from glm_batch.models.network.layers.norm import RMSNorm
+
+
+class Glm4DecoderLayer(DecoderLayer):
+    """x += norm(attention(norm(x))); x += norm(mlp(norm(x)))."""
+
+    post_self_attn_layernorm: RMSNorm
+    post_mlp_layernorm: RMSNorm
+    norm_names = (*DecoderLayer.norm_names, "post_self_attn_layernorm", "post_mlp_layernorm")
+
+    def after_attention(self, x: torch.Tensor) -> torch.Tensor:
+        return self.post_self_attn_layernorm(x)  # type: ignore[no-any-return]
+
+    def after_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.post_mlp_layernorm(x)  # type: ignore[no-any-return]
+
+
+class Glm4Backbone(Backbone):
+    """The GLM backbone with sandwich norms."""
+
+    layer_class = Glm4DecoderLayer

@@ -1,0 +1,235 @@
+"""The stages of the pipeline, each a function from Dataset to Dataset over whole units.
+
+Owns what Ray must be told so that units stay whole and processes do not starve each other. Imports ray: load it
+inside functions only. Knows nothing of prompts, engines' insides or the commit protocol's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from glm_batch.glm_actors.faults.suspects import Ledger, Patience
+from glm_batch.glm_actors.faults.watchdog import HangLimits
+from glm_batch.glm_actors.shared.shared_model import SharedModel
+from glm_batch.glm_actors.units.model_actor import ModelActor
+from glm_batch.glm_actors.units.row_worker import RowWorker, Step
+from glm_batch.glm_actors.units.unit_journal import Journal
+from glm_batch.models.engine.api.interface import EngineConfig
+from glm_batch.pipelines.cluster.shares import Workers
+from glm_batch.pipelines.graph.dispatch import ByAffinity
+from glm_batch.pipelines.graph.steps import Order, parse_step, render_step
+from glm_batch.pipelines.metrics.exporter import RECOMPUTED, Exporter
+from glm_batch.pipelines.output.commit import CommitRecord
+from glm_batch.pipelines.planning.plan import Plan, Unit
+from glm_batch.pipelines.tasks.rows import UNIT, TaskSpec
+
+UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
+PATIENCE = Patience()
+HANG_LIMITS = HangLimits()
+
+Build = Callable[[], Sequence[Step]]
+
+
+class AnyOrder(Protocol):
+    """What is to be read, as a table of one row."""
+
+    def to_table(self) -> pa.Table: ...
+
+
+class Preprocessor(RowWorker):
+    what = "a preprocessing worker"
+
+
+class Parser(RowWorker):
+    what = "a parsing worker"
+
+
+class Committer(RowWorker):
+    what = "a committing worker"
+
+
+class UnitDatasource(Datasource):
+    """One read task for each order, so that a unit is one block from beginning to end."""
+
+    def __init__(self, orders: Sequence[AnyOrder]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._orders = orders
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_name(self) -> str:
+        return "Units"
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=1, size_bytes=None, input_files=None, exec_stats=None)
+        return [
+            ReadTask(partial(_order_tables, each), metadata, per_task_row_limit=per_task_row_limit)
+            for each in self._orders
+        ]
+
+
+def order(plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
+    """Units as blocks, each an order to read it: see glm_batch.pipelines.graph.steps.Order."""
+    earlier = plan.duplicates_by_unit()
+    orders = [
+        Order.of(unit, plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {})) for unit in units
+    ]
+    return order_all(orders, workers)
+
+
+def order_all(orders: Sequence[AnyOrder], workers: Workers) -> Dataset:
+    """Each order as a block of its own."""
+    dataset: Dataset = ray.data.read_datasource(
+        UnitDatasource(orders),
+        override_num_blocks=len(orders),
+        num_cpus=workers.cpus_each,
+    )
+    context = dataset.context
+    context.target_max_block_size = None  # Ray would split blocks over 128 MiB; a unit must stay whole
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # so that ours arrive as what they are
+    context.enable_rich_progress_bars = False
+    return dataset
+
+
+class CountingLedger(Ledger):
+    """A Ledger that exports how many rows the deaths of a job's workers have cost."""
+
+    def __init__(self, job: str, patience: Patience) -> None:
+        super().__init__(patience)
+        self._exporter = Exporter(job)
+
+    def lose(self, num_rows: int) -> None:
+        self._exporter.add(RECOMPUTED, num_rows)
+
+
+def start_ledger(plan: Plan) -> Any:
+    """The actor to which workers tell what they are at: see glm_batch.glm_actors.faults.suspects. It ends with its last handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(CountingLedger).options(**options).remote(plan.fingerprint, PATIENCE)
+
+
+def render(dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
+    """Orders -> requests, on CPU actors."""
+    return preprocess(dataset, partial(_build_renderer, read, spec), workers, ledger)
+
+
+def preprocess(dataset: Dataset, build: Build, workers: Workers, ledger: Any = None) -> Dataset:
+    """Units through the steps that `build` makes on each preprocessing worker."""
+    return _rows(dataset, Preprocessor, build, workers.preprocessors, workers, ledger)
+
+
+def infer(
+    dataset: Dataset,
+    engine: EngineConfig | SharedModel,
+    workers: Workers,
+    ledger: Any = None,
+    journal: Journal | None = None,
+) -> Dataset:
+    """Requests -> completions, on model actors that each keep several units in flight.
+
+    A model actor asks for what all its ranks need: see glm_batch.glm_actors.engines.worker_group.
+    """
+    can_grow = workers.replicas > workers.min_replicas
+    if workers.replicas > 1:
+        dataset.context.custom_execution_callback_classes = [ByAffinity]
+    # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by the plan.
+    map_units = dataset.map_batches_internal if workers.gpus_per_replica else dataset.map_batches
+    return map_units(
+        ModelActor,
+        fn_constructor_args=(engine, workers.threads_per_rank, ledger, UNIT, HANG_LIMITS, journal),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=workers.min_replicas,
+            max_size=workers.replicas,
+            initial_size=workers.min_replicas,
+            max_concurrent_calls_per_actor=UNITS_IN_ENGINE,
+            # Ray Data starts another replica once those it has are given 1.75 times what they work at.
+            max_tasks_in_flight_per_actor=UNITS_IN_ENGINE * 2 if can_grow else UNITS_IN_ENGINE + 2,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=None if workers.gpus_per_replica else workers.cpus_each,
+        num_gpus=workers.gpus_per_replica,
+    )
+
+
+def parse(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
+    """Completions -> output columns."""
+    return _rows(dataset, Parser, partial(_build_parser, spec), workers.committers, workers, ledger)
+
+
+def commit(dataset: Dataset, spec: TaskSpec, step: Step, workers: Workers, ledger: Any = None) -> Dataset:
+    """Completions -> one small row for each unit that `step` has committed: see glm_batch.pipelines.graph.steps.committed_table."""
+    return finish(dataset, partial(_build_parser, spec, step), workers, ledger)
+
+
+def finish(dataset: Dataset, build: Build, workers: Workers, ledger: Any = None) -> Dataset:
+    """Units through the steps that `build` makes on each committing worker."""
+    return _rows(dataset, Committer, build, workers.committers, workers, ledger)
+
+
+def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -> Dataset:
+    """Output columns alone, for those who go on with the rows instead of committing them."""
+    return dataset.map_batches(
+        partial(_select, list(schema.names)), batch_size=None, batch_format="pyarrow", num_cpus=workers.cpus_each
+    )
+
+
+def committed(dataset: Dataset) -> Iterable[CommitRecord]:
+    """Runs the graph; gives each commit record as it arrives. Rows stay away."""
+    batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for batch in batches:
+        for row in batch.to_pylist():
+            yield CommitRecord.from_json(row["record"])
+
+
+def _rows(
+    dataset: Dataset,
+    worker: type[RowWorker],
+    build: Build,
+    num_workers: int,
+    workers: Workers,
+    ledger: Any,
+) -> Dataset:
+    # Actors, because a task's process would start only when the first unit is ready.
+    return dataset.map_batches(
+        worker,
+        fn_constructor_args=(build, ledger, UNIT),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=num_workers),
+        num_cpus=workers.cpus_each,
+    )
+
+
+def _order_tables(order: AnyOrder) -> list[pa.Table]:
+    return [order.to_table()]
+
+
+def _build_renderer(read: Step, spec: TaskSpec) -> list[Step]:
+    step = render_step(spec)
+    step.start()  # the tokenizer is loaded, the decoder started, while the actor starts
+    return [read, step]
+
+
+def _build_parser(spec: TaskSpec, *then: Step) -> list[Step]:
+    step = parse_step(spec)
+    step.start()  # as above
+    return [step, *then]
+
+
+def _select(names: list[str], table: pa.Table) -> pa.Table:
+    return table.select(names)

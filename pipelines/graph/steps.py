@@ -1,0 +1,207 @@
+"""What is done to a unit on the workers, as steps over its rows: read, render, parse, commit.
+
+Each is a glm_batch.glm_actors.units.row_worker.Step, so that a row that raises or ends its process costs a row. Before `Read` a unit
+is an order: one row that says what to read. Owns how the steps fit together; the work on rows is glm_batch.pipelines.tasks.rows'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from glm_batch.glm_actors.faults.spent import spent
+from glm_batch.models.errors import EngineError, RowError
+from glm_batch.pipelines.input.listing import InputFile
+from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
+from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARING, READING
+from glm_batch.pipelines.openai_batch.request_rows import num_lines, parse_requests, render_requests, request_runner
+from glm_batch.pipelines.output.commit import CommitRecord
+from glm_batch.pipelines.output.journal import Journal
+from glm_batch.pipelines.planning.plan import Unit, UnitSizes
+from glm_batch.pipelines.tasks.rows import (
+    UNIT,
+    TaskSpec,
+    count_rows,
+    lost_table,
+    parse_unit,
+    render_unit,
+    task_runner,
+    unit_table,
+)
+
+ORDER = "#order"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What is to be read of a unit. `earlier`: see glm_batch.pipelines.tasks.rows.unit_table."""
+
+    unit: int
+    file: InputFile
+    rows: RowRange
+    earlier: Mapping[int, str]
+
+    @classmethod
+    def of(cls, unit: Unit, file: InputFile, earlier: Mapping[int, str]) -> Order:
+        return cls(unit=unit.index, file=file, rows=unit.rows, earlier=earlier)
+
+    def to_table(self) -> pa.Table:
+        return pa.table({UNIT: pa.array([self.unit], pa.int32()), ORDER: [json.dumps(asdict(self))]})
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Order:
+        content = json.loads(table[ORDER][0].as_py())
+        return cls(
+            unit=content["unit"],
+            file=InputFile(**content["file"]),
+            rows=RowRange(**content["rows"]),
+            earlier={int(row): first for row, first in content["earlier"].items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An order -> the unit's rows: see glm_batch.pipelines.tasks.rows.unit_table."""
+
+    source: Source
+    name: str = READING
+
+    def num_rows(self, table: pa.Table) -> int:
+        rows = Order.from_table(table).rows
+        return rows.stop - rows.start
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        order = Order.from_table(table)
+        if lost:
+            return lost_table(self._travelling(order, self.source.blank(order.file, stop - start), start), lost)
+        if order.file.format == "jsonl":
+            lines = self.source.read(order.file, order.rows)  # where each line begins is not known
+            return self._travelling(order, lines.slice(start, stop - start), start)
+        rows = RowRange(start=order.rows.start + start, stop=order.rows.start + stop)
+        try:
+            return self._travelling(order, self.source.read(order.file, rows), start)
+        except DamagedError as error:
+            return self._without_damage(order, rows, error)
+
+    def _without_damage(self, order: Order, rows: RowRange, error: DamagedError) -> pa.Table:
+        """What can be read of the rows, row group by row group, and errors for the rest."""
+        groups = self.source.by_row_group(order.file, rows)
+        if len(groups) > 1:
+            table, first = order.to_table(), order.rows.start
+            return pa.concat_tables([self(table, group.start - first, group.stop - first) for group in groups])
+        blank = self.source.blank(order.file, rows.stop - rows.start)
+        return lost_table(
+            self._travelling(order, blank, rows.start - order.rows.start), RowError("unreadable_input", str(error))
+        )
+
+    def _travelling(self, order: Order, table: pa.Table, start: int) -> pa.Table:
+        earlier = {row - start: first for row, first in order.earlier.items()}
+        return unit_table(table, order.unit, order.file, order.rows.start + start, earlier)
+
+
+@dataclass(frozen=True, slots=True)
+class Render:
+    """A unit's rows -> requests."""
+
+    spec: TaskSpec
+    name: str = PREPARING
+
+    def start(self) -> None:
+        task_runner(self.spec).start()
+
+    def num_rows(self, table: pa.Table) -> int:
+        return table.num_rows  # type: ignore[no-any-return]
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        return render_unit(self.spec, table.slice(start, stop - start), lost)
+
+
+@dataclass(frozen=True, slots=True)
+class Parse:
+    """Completions -> output columns."""
+
+    spec: TaskSpec
+    name: str = PARSING
+
+    def start(self) -> None:
+        task_runner(self.spec)
+
+    def num_rows(self, table: pa.Table) -> int:
+        return table.num_rows  # type: ignore[no-any-return]
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        return parse_unit(self.spec, table.slice(start, stop - start), lost)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderRequests:
+    """A unit's lines of an OpenAI batch file -> requests."""
+
+    spec: TaskSpec
+    name: str = PREPARING
+
+    def start(self) -> None:
+        request_runner(self.spec).start()
+
+    def num_rows(self, table: pa.Table) -> int:
+        return table.num_rows  # type: ignore[no-any-return]
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        return render_requests(self.spec, table.slice(start, stop - start), lost)
+
+
+@dataclass(frozen=True, slots=True)
+class ParseRequests:
+    """Their completions -> output columns. Its rows are the lines."""
+
+    spec: TaskSpec
+    name: str = PARSING
+
+    def start(self) -> None:
+        request_runner(self.spec)
+
+    def num_rows(self, table: pa.Table) -> int:
+        return num_lines(table)
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        return parse_requests(self.spec, table, start, stop, lost)
+
+
+def render_step(spec: TaskSpec) -> Render | RenderRequests:
+    return RenderRequests(spec) if spec.job.asks_by_row else Render(spec)
+
+
+def parse_step(spec: TaskSpec) -> Parse | ParseRequests:
+    return ParseRequests(spec) if spec.job.asks_by_row else Parse(spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Output columns -> `committed_table`, once the unit is committed."""
+
+    journal: Journal
+    unit_sizes: UnitSizes
+    spec: TaskSpec
+    name: str = COMMITTING
+
+    def num_rows(self, table: pa.Table) -> int:
+        return 1  # the unit is committed as a whole
+
+    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        units = table[UNIT].unique().to_pylist()
+        if lost:
+            raise EngineError(f"unit {units[0]} cannot be committed: {lost.message}")
+        if len(units) != 1 or table.num_rows != self.unit_sizes[units[0]]:
+            raise RuntimeError(f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged units")
+        rows = table.select(self.spec.schema.names)
+        record = self.journal.output.commit(units[0], rows, count_rows(table), spent=spent(table))
+        self.journal.forget(units[0])
+        return committed_table(record)
+
+
+def committed_table(record: CommitRecord) -> pa.Table:
+    """One row: a unit's commit record as JSON."""
+    return pa.table({"record": [record.to_json().decode()]})

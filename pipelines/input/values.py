@@ -1,0 +1,129 @@
+"""What was read, as Python rows: lines of JSONL and cells of Arrow columns, and the keys of rows.
+
+A row that is wrong by itself becomes a RowError here. Knows nothing of files' formats, stores or tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from glm_batch.models.errors import RowError
+from glm_batch.pipelines.input.listing import InputFile
+
+Row = dict[str, Any]
+
+# The columns of a unit's table that comes from JSONL: each row's own bytes, and where in the file they stand (from 1).
+LINE, NUMBER = "line", "line_number"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that Python cannot hold: a date after the year 9999, a list with text that is not UTF-8."""
+
+
+def split_lines(data: bytes) -> list[bytes]:
+    """The lines that are rows: empty lines are not."""
+    return [line for line in data.split(b"\n") if line and line != b"\r"]
+
+
+def numbered_lines(data: bytes, first: int) -> list[tuple[int, bytes]]:
+    """The lines that are rows with their numbers; `first` is the first line's."""
+    return [(number, line) for number, line in enumerate(data.split(b"\n"), first) if line and line != b"\r"]
+
+
+def parse_line(line: bytes) -> Row | RowError:
+    """One line of JSONL as a row."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError("not_utf8", f"the line is not UTF-8 at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return RowError("bad_json", f"the line is not JSON: {error}")
+    if not isinstance(row, dict):
+        return RowError("bad_json", f"the line is JSON but no object: it holds {type(row).__name__}")
+    return row
+
+
+def decode_rows(table: pa.Table) -> list[Row | RowError]:
+    """The rows of a unit's table, in order. Bytes that are no UTF-8 stay bytes in their column."""
+    if LINE in table.column_names and NUMBER in table.column_names:
+        return [parse_line(line) for line in table[LINE].to_pylist()]
+    columns = [column_values(table[name]) for name in table.column_names]
+    names = table.column_names
+    if not columns:
+        return [{} for _ in range(table.num_rows)]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Python values; a text that is not UTF-8 comes as its bytes, and what Python cannot hold as Unreadable."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except (ValueError, OverflowError):
+        if not is_text(column.type):
+            return [_scalar_value(value) for value in column]
+        raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+        return [_text_or_bytes(value) for value in raw.to_pylist()]
+
+
+def row_key(file: InputFile, row: int) -> str:
+    """The key of a row where the job names no key column, or the row has none: input file and row number from 0."""
+    return f"{file.name}:{row}"
+
+
+def key_text(row: Row, key: str) -> str:
+    """A row's key as text. Raises RowError when it is null or cannot be one."""
+    value = row.get(key)
+    if value is None:
+        raise RowError("null_key", f"the key column {key!r} is null")
+    if isinstance(value, bytes):
+        raise RowError("not_utf8", f"the key column {key!r} is not UTF-8")
+    text = usable_key(value)
+    if text is None:
+        raise RowError("wrong_type", f"the key column {key!r} holds {type(value).__name__}; keys are text or integers")
+    return text
+
+
+def usable_key(value: Any) -> str | None:
+    """A value as a key; None where it cannot be one."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    text = str(value)
+    return text if text.isascii() or _is_unicode(text) else None
+
+
+def line_key(line: bytes, key: str) -> str | None:
+    """The key of a line of JSONL; None where it has no usable one."""
+    row = parse_line(line)
+    return None if isinstance(row, RowError) else usable_key(row.get(key))
+
+
+def is_text(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _scalar_value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return Unreadable()

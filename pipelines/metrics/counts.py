@@ -1,0 +1,120 @@
+"""Counts of finished work: of one unit, of a run in progress, of a whole job. Pure data and arithmetic.
+
+Knows output columns by name; knows nothing of Ray, files, or how the numbers are shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Phase = Literal["planning", "starting", "running", "done"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What some committed rows add up to. `errors` counts rows by error code; tokens are sums over all rows."""
+
+    rows: int = 0
+    ok: int = 0
+    filtered: int = 0
+    errors: Mapping[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    media_tokens: int = 0
+    gold_rows: int = 0
+    gold_correct: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _INTEGERS}
+        return Counts(errors=dict(Counter(self.errors) + Counter(other.errors)), **sums)
+
+    def __sub__(self, other: Counts) -> Counts:
+        """What is left without rows that are part of these."""
+        sums = {name: getattr(self, name) - getattr(other, name) for name in _INTEGERS}
+        return Counts(errors=dict(Counter(self.errors) - Counter(other.errors)), **sums)
+
+    @property
+    def error_rows(self) -> int:
+        return sum(self.errors.values())
+
+    @property
+    def error_rate(self) -> float:
+        """Failed rows as a fraction of all rows counted; 0 when there are none."""
+        return self.error_rows / self.rows if self.rows else 0.0
+
+    @property
+    def cached_share(self) -> float:
+        """The fraction of prompt tokens that came from the prefix cache."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def accuracy(self) -> float | None:
+        """The fraction of rows with a gold answer that are right; rows that failed are wrong. None without gold."""
+        return self.gold_correct / self.gold_rows if self.gold_rows else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"errors": dict(self.errors)} | {name: getattr(self, name) for name in _INTEGERS}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Counts:
+        return cls(errors=dict(data["errors"]), **{name: data[name] for name in _INTEGERS})
+
+
+_INTEGERS = (
+    "rows",
+    "ok",
+    "filtered",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "media_tokens",
+    "gold_rows",
+    "gold_correct",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A moment of a run: `counts` of everything committed so far, of which `resumed` was there when it began.
+
+    `spent` says what this run's units have taken of its workers' seconds: see glm_batch.pipelines.metrics.bottleneck.
+    `elapsed_s` counts from the start of this run, `working_s` from the moment when the engine was up and got its first
+    unit; it is 0 until that unit is committed.
+    """
+
+    phase: Phase
+    units_total: int = 0
+    units_done: int = 0
+    rows_total: int = 0
+    counts: Counts = field(default_factory=Counts)
+    resumed: Counts = field(default_factory=Counts)
+    spent: Mapping[str, float] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+    working_s: float = 0.0
+
+    @property
+    def rows_per_s(self) -> float:
+        """Rows that this run committed, per second of working time."""
+        return (self.counts.rows - self.resumed.rows) / self.working_s if self.working_s > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last row at the present rate; None before the first row."""
+        return (self.rows_total - self.counts.rows) / self.rows_per_s if self.rows_per_s > 0 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a finished run has to say. `notes` are sentences for people that belong under the numbers."""
+
+    output: str
+    counts: Counts
+    resumed_rows: int
+    elapsed_s: float
+    working_s: float
+    spent: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,93 @@
+"""The input rows behind an output's rows: gold answers, prompts, media. They may be gone or changed by now.
+
+Owns the check that a file is still what the job read. Knows nothing of what a report says.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
+from glm_batch.pipelines.input.values import Row, column_values, decode_rows
+from glm_batch.pipelines.job import Job
+from glm_batch.pipelines.planning.plan import Plan, Unit
+from glm_batch.pipelines.storage.storage import StorageError
+
+Place = tuple[int, int]  # unit, row in it
+
+
+class InputRows:
+    """Reads rows of an output's input. `problems` says, once for each file, why one cannot be read."""
+
+    def __init__(self, job: Job, plan: Plan) -> None:
+        self._job, self._plan = job, plan
+        self.problems: dict[int, str] = {}
+        self._checked: set[int] = set()
+
+    def golds(self, unit: Unit, part: pa.Table) -> list[Any] | None:
+        """The gold answers of a unit's rows, None for a row without one; None where they cannot be had.
+
+        Where the input is gone, the carried column stands in for it if there is one.
+        """
+        gold = self._job.task.gold
+        if gold is None:
+            return None
+        rows = self.read(unit, (gold,))
+        if rows is not None:
+            return [None if isinstance(row, RowError) else row.get(gold) for row in rows]
+        return column_values(part[gold]) if gold in part.column_names else None
+
+    def read(self, unit: Unit, columns: Sequence[str]) -> list[Row | RowError] | None:
+        """All rows of a unit, with these columns of Parquet files; None where the file cannot be read any more."""
+        if not self._is_readable(unit.file):
+            return None
+        source = Source(storage=self._job.storage, columns=tuple(columns))
+        try:
+            return self._rows(source, unit.file, unit.rows)
+        except (ConfigError, StorageError, OSError) as error:
+            self.problems[unit.file] = str(error)
+            return None
+
+    def some(self, places: Iterable[Place], columns: Sequence[str]) -> dict[Place, Row | RowError]:
+        """The rows at these places, unit by unit; those that cannot be read are left out."""
+        wanted: dict[int, list[int]] = defaultdict(list)
+        for unit, row in places:
+            wanted[unit].append(row)
+        found: dict[Place, Row | RowError] = {}
+        for number in sorted(wanted):
+            rows = self.read(self._units[number], columns)
+            if rows is not None:
+                found |= {(number, row): rows[row] for row in wanted[number]}
+        return found
+
+    @cached_property
+    def _units(self) -> list[Unit]:
+        return list(self._plan.units())
+
+    def _rows(self, source: Source, file: int, rows: RowRange) -> list[Row | RowError]:
+        planned = self._plan.files[file].file
+        try:
+            return decode_rows(source.read(planned, rows))
+        except DamagedError as error:
+            groups = source.by_row_group(planned, rows)
+            if len(groups) == 1:
+                return [RowError("unreadable_input", str(error))] * (rows.stop - rows.start)
+            return [row for group in groups for row in self._rows(source, file, group)]
+
+    def _is_readable(self, number: int) -> bool:
+        if number not in self._checked:
+            self._checked.add(number)
+            planned = self._plan.files[number].file
+            try:
+                now = Source(storage=self._job.storage, columns=()).list_files([planned.path])
+                if [(each.size, each.stamp) for each in now] != [(planned.size, planned.stamp)]:
+                    self.problems[number] = f"{planned.name} has changed since the job read it"
+            except (ConfigError, OSError) as error:
+                self.problems[number] = str(error)
+        return number not in self.problems

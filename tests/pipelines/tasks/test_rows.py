@@ -1,0 +1,28 @@
+"""What a worker keeps between units: one job's runner, and nothing of the job before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from glm_batch.pipelines.job import Job, TaskConfig
+from glm_batch.pipelines.tasks import rows
+
+
+def test_a_worker_that_goes_on_to_another_job_ends_the_decoder_of_the_first(
+    echo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(model="m", input=["i"], output="o", task=TaskConfig(kind="generate", prompt="{text}"))
+    first, second = (
+        rows.TaskSpec(job=job, model_dir=str(echo_checkpoint), schema=pa.schema([]), run_id=name) for name in "ab"
+    )
+    monkeypatch.setattr(rows, "_runners", {})
+    closed: list[object] = []
+    monkeypatch.setattr(rows.TaskRunner, "close", lambda runner: closed.append(runner))
+    runner = rows.task_runner(first)
+    assert rows.task_runner(first) is runner
+    assert not closed
+    assert rows.task_runner(second) is not runner
+    assert closed == [runner]
