@@ -1,4 +1,6 @@
-"""Reproducible comparisons with peers. Nothing in the product imports this package; it is not installed with it."""
+"""Reproducible comparisons with peers. Nothing in the product imports this package; it is not
+installed with it.
+"""
 
 from pathlib import Path
 

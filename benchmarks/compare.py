@@ -1,7 +1,9 @@
-"""`python -m benchmarks.compare`: the same rows through several systems in one run, and what each of them needed.
+"""`python -m benchmarks.compare`: the same rows through several systems in one run, and what each
+of them needed.
 
-Owns which systems there are, how each is started (its interpreter, its environment), and the report. Knows nothing of
-how a system is called: that is in benchmarks/systems. See benchmarks/README.md for what is measured.
+Owns which systems there are, how each is started (its interpreter, its environment), and the
+report. Knows nothing of how a system is called: that is in benchmarks/systems. See
+benchmarks/README.md for what is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from rich.table import Table
 from benchmarks import BUILD, ROOT
 from benchmarks.machine import MemoryWatch, describe, end_tree
 from benchmarks.make_mid_model import make_mid_model
-from benchmarks.workload import DEFAULT_ROWS, OUTPUT_TOKENS, WorkKind, arithmetic, write_image_rows, write_rows
+from benchmarks.workload import (
+    DEFAULT_ROWS,
+    OUTPUT_TOKENS,
+    WorkKind,
+    arithmetic,
+    write_image_rows,
+    write_rows,
+)
 
 TINY_MODEL = ROOT / "examples" / "tiny_glm"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -37,11 +46,12 @@ VLLM_ENV = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemSpec:
-    """How one system is started. `python_env` names the variable that holds its interpreter; None means ours.
+    """How one system is started. `python_env` names the variable that holds its interpreter; None
+    means ours.
 
-    `max_passes` bounds the timed passes of a system that is slow; 0 is for one that loads its model for each run.
-    `comparable` is False where its answers are not of the form that the others give; `images` is whether it reads them.
-    `options` are its arguments, which `--options` adds to.
+    `max_passes` bounds the timed passes of a system that is slow; 0 is for one that loads its model
+    for each run. `comparable` is False where its answers are not of the form that the others give;
+    `images` is whether it reads them. `options` are its arguments, which `--options` adds to.
     """
 
     module: str
@@ -98,14 +108,25 @@ SYSTEMS = {
 
 
 def main(
-    works: Annotated[str, typer.Option("--work", help="comma-separated: choose, generate, images")] = "choose,generate",
-    systems: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(SYSTEMS)}")] = ",".join(SYSTEMS),
-    repeats: Annotated[int, typer.Option(min=1, help="timed passes of each system, other rows in each")] = 3,
-    rows: Annotated[int | None, typer.Option(min=2, help="rows instead of 512 (choose) and 64 (generate)")] = None,
-    options: Annotated[
-        list[str] | None, typer.Option("--options", help="SYSTEM=JSON, e.g. vllm='{\"enforce_eager\": true}'")
+    works: Annotated[
+        str, typer.Option("--work", help="comma-separated: choose, generate, images")
+    ] = "choose,generate",
+    systems: Annotated[str, typer.Option(help=f"comma-separated: {', '.join(SYSTEMS)}")] = ",".join(
+        SYSTEMS
+    ),
+    repeats: Annotated[
+        int, typer.Option(min=1, help="timed passes of each system, other rows in each")
+    ] = 3,
+    rows: Annotated[
+        int | None, typer.Option(min=2, help="rows instead of 512 (choose) and 64 (generate)")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="seconds one system may take for one work")] = 1800.0,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--options", help="SYSTEM=JSON, e.g. vllm='{\"enforce_eager\": true}'"),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="seconds one system may take for one work")
+    ] = 1800.0,
 ) -> None:
     """Measures the systems side by side and writes build/benchmarks/compare-TIME.json."""
     work_kinds = cast(list[WorkKind], _names(works, get_args(WorkKind), "--work"))
@@ -116,7 +137,8 @@ def main(
     report: dict[str, Any] = {"machine": describe(), "repeats": repeats, "works": {}}
     console.print(f"{report['machine']['cpu']}, {report['machine']['usable_cores']} cores")
     path = BUILD / f"compare-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a killed comparison ends its systems too
+    # so that a killed comparison ends its systems too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report["gemm_before"] = _measure_gemm()
     for work_kind in work_kinds:
         num_rows = rows or DEFAULT_ROWS[work_kind]
@@ -134,14 +156,20 @@ def main(
             results[name] = _run(name, plan, timeout)
             if SYSTEMS[name].max_passes == 0 and "end_to_end_s" in results[name]:
                 few = _row_files(model_dir, work_kind, num_rows // FEWER, 0)
-                results[name] |= _without_start(results[name], _run(name, plan | {"row_files": few}, timeout))
+                results[name] |= _without_start(
+                    results[name], _run(name, plan | {"row_files": few}, timeout)
+                )
             path.write_text(json.dumps(report, indent=1))
     report["gemm_after"] = _measure_gemm()
     summarise(report)
     path.write_text(json.dumps(report, indent=1))
     _show(console, report)
     console.print(f"written to {path}")
-    if any("failed" in result for each in report["works"].values() for result in each["systems"].values()):
+    if any(
+        "failed" in result
+        for each in report["works"].values()
+        for result in each["systems"].values()
+    ):
         raise typer.Exit(1)
 
 
@@ -178,7 +206,9 @@ def _num_passes(name: str, repeats: int) -> int:
 
 
 def _run(name: str, plan: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """One system's report; {"absent": why} where it is not installed, {"failed": why} where it broke."""
+    """One system's report; {"absent": why} where it is not installed, {"failed": why} where it
+    broke.
+    """
     spec = SYSTEMS[name]
     python = spec.interpreter()
     if plan["work"] == "images" and not spec.images:
@@ -188,7 +218,14 @@ def _run(name: str, plan: dict[str, Any], timeout: float) -> dict[str, Any]:
     stem = BUILD / f"{plan['work']}-{name}"
     plan_path, log_path = stem.with_suffix(".plan.json"), stem.with_suffix(".log")
     plan_path.write_text(json.dumps(plan))
-    command = [python, "-m", f"benchmarks.systems.{spec.module}", "--plan", str(plan_path), "--started"]
+    command = [
+        python,
+        "-m",
+        f"benchmarks.systems.{spec.module}",
+        "--plan",
+        str(plan_path),
+        "--started",
+    ]
     with log_path.open("w") as log:
         process = subprocess.Popen(
             [*command, repr(time.time())],
@@ -219,11 +256,16 @@ def _run(name: str, plan: dict[str, Any], timeout: float) -> dict[str, Any]:
 
 
 def _without_start(whole: dict[str, Any], few: dict[str, Any]) -> dict[str, Any]:
-    """The steady state of a system that starts anew for each run: what the rows that a smaller run lacks cost it."""
+    """The steady state of a system that starts anew for each run: what the rows that a smaller run
+    lacks cost it.
+    """
     if "end_to_end_s" not in few:
         return few
     more = whole["end_to_end_s"] - few["end_to_end_s"]
-    return {"fewer_rows_end_to_end_s": few["end_to_end_s"], "steady_s": [more * FEWER / (FEWER - 1)]}
+    return {
+        "fewer_rows_end_to_end_s": few["end_to_end_s"],
+        "steady_s": [more * FEWER / (FEWER - 1)],
+    }
 
 
 def _measure_gemm() -> dict[str, Any]:
@@ -234,7 +276,9 @@ def _measure_gemm() -> dict[str, Any]:
 
 
 def summarise(report: dict[str, Any]) -> None:
-    """Adds medians, ratios to vLLM, shares of the GEMM limit, and the agreement with transformers (or the first)."""
+    """Adds medians, ratios to vLLM, shares of the GEMM limit, and the agreement with transformers
+    (or the first).
+    """
     rates = {
         rows: max(report[when]["flops_by_rows"][rows] for when in ("gemm_before", "gemm_after"))
         for rows in report["gemm_before"]["flops_by_rows"]
@@ -242,9 +286,13 @@ def summarise(report: dict[str, Any]) -> None:
     for work_kind, each in report["works"].items():
         limit_s = None
         if work_kind != "images":
-            limit_s = arithmetic(work_kind, each["rows"]).limit_s(rates["1024"], rates[_nearest(rates, each["rows"])])
+            limit_s = arithmetic(work_kind, each["rows"]).limit_s(
+                rates["1024"], rates[_nearest(rates, each["rows"])]
+            )
         each["gemm_limit_s"] = limit_s
-        done = {name: result for name, result in each["systems"].items() if "end_to_end_s" in result}
+        done = {
+            name: result for name, result in each["systems"].items() if "end_to_end_s" in result
+        }
         for result in done.values():
             steady = statistics.median(result["steady_s"]) if result["steady_s"] else None
             result["steady_median_s"] = steady
@@ -258,7 +306,11 @@ def summarise(report: dict[str, Any]) -> None:
         comparable = {name: result for name, result in done.items() if SYSTEMS[name].comparable}
         reference = comparable.get("transformers") or next(iter(comparable.values()), None)
         for name, result in done.items():
-            result["agreement"] = _agreement(work_kind, reference, result) if reference and name in comparable else "-"
+            result["agreement"] = (
+                _agreement(work_kind, reference, result)
+                if reference and name in comparable
+                else "-"
+            )
 
 
 def _nearest(rates: dict[str, float], rows: int) -> str:
@@ -271,10 +323,14 @@ def _ratio(base: dict[str, Any] | None, result: dict[str, Any], key: str) -> flo
 
 
 def _agreement(work_kind: str, reference: dict[str, Any], result: dict[str, Any]) -> str:
-    """The largest difference of a label's log-probability, or the mean number of leading output tokens in common."""
+    """The largest difference of a label's log-probability, or the mean number of leading output
+    tokens in common.
+    """
     pairs = list(zip(reference["sample"], result["sample"], strict=True))
     if work_kind != "generate":
-        worst = max(abs(a - b) for x, y in pairs for a, b in zip(x["logprobs"], y["logprobs"], strict=True))
+        worst = max(
+            abs(a - b) for x, y in pairs for a, b in zip(x["logprobs"], y["logprobs"], strict=True)
+        )
         return f"dlogprob {worst:.3f}"
     equal = sum(_common_prefix(x["token_ids"], y["token_ids"]) for x, y in pairs)
     return f"{equal / len(pairs):.0f}/{OUTPUT_TOKENS} tokens"
@@ -286,13 +342,21 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
 
 def _show(console: Console, report: dict[str, Any]) -> None:
     for when in ("gemm_before", "gemm_after"):
-        rates = ", ".join(f"{rows} rows {rate / 1e9:.0f}" for rows, rate in report[when]["flops_by_rows"].items())
-        console.print(f"bf16 matrix products ({when.removeprefix('gemm_')} the run), GFLOP/s: {rates}")
+        rates = ", ".join(
+            f"{rows} rows {rate / 1e9:.0f}" for rows, rate in report[when]["flops_by_rows"].items()
+        )
+        console.print(
+            f"bf16 matrix products ({when.removeprefix('gemm_')} the run), GFLOP/s: {rates}"
+        )
     for work_kind, each in report["works"].items():
-        limit = _number(each["gemm_limit_s"], "; GEMM limit {:.1f} s") if each["gemm_limit_s"] else ""
+        limit = (
+            _number(each["gemm_limit_s"], "; GEMM limit {:.1f} s") if each["gemm_limit_s"] else ""
+        )
         table = Table(title=f"{work_kind}: {each['rows']} rows{limit}")
         table.add_column("", no_wrap=True)
-        done = {name: result for name, result in each["systems"].items() if "end_to_end_s" in result}
+        done = {
+            name: result for name, result in each["systems"].items() if "end_to_end_s" in result
+        }
         for name in done:
             table.add_column(name, justify="right")
         columns = [_cells(result) for result in done.values()]
@@ -301,7 +365,10 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         console.print(table)
         for name, result in each["systems"].items():
             if name not in done:
-                console.print(f"{name}: {result.get('absent') or 'FAILED: ' + result['failed']}", soft_wrap=True)
+                console.print(
+                    f"{name}: {result.get('absent') or 'FAILED: ' + result['failed']}",
+                    soft_wrap=True,
+                )
 
 
 def _cells(result: dict[str, Any]) -> list[str]:

@@ -1,8 +1,10 @@
-"""`python -m benchmarks.crash_cost`: how much work a SIGKILL costs, and how soon a restarted job goes on.
+"""`python -m benchmarks.crash_cost`: how much work a SIGKILL costs, and how soon a restarted job
+goes on.
 
-First: rows that an EchoEngine of RATE rows/s has to do again after a kill, against `commit.every_seconds` and
-`commit.unit_rows`. Second: a restart on a job that is 99 % finished, from process start to the first new commit. The
-machinery of the kills is tests.faults'; this module owns the questions and the report.
+First: rows that an EchoEngine of RATE rows/s has to do again after a kill, against
+`commit.every_seconds` and `commit.unit_rows`. Second: a restart on a job that is 99 % finished,
+from process start to the first new commit. The machinery of the kills is tests.faults'; this module
+owns the questions and the report.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ MISSING = 0.01
 
 def main(
     seed: Annotated[int, typer.Option(help="of the moments of the kills")] = 1,
-    jobs: Annotated[int, typer.Option(min=1, help=f"per line, each killed {KILLS_IN_A_JOB} times")] = 2,
+    jobs: Annotated[
+        int, typer.Option(min=1, help=f"per line, each killed {KILLS_IN_A_JOB} times")
+    ] = 2,
     restarts: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
     """Prints both tables, and writes them as JSON."""
@@ -52,7 +56,9 @@ def main(
             line
             for every_s in EVERY_SECONDS
             for unit_rows in UNIT_ROWS
-            for line in _kills(farm, folder / f"{every_s}-{unit_rows}", every_s, unit_rows, seed, jobs)
+            for line in _kills(
+                farm, folder / f"{every_s}-{unit_rows}", every_s, unit_rows, seed, jobs
+            )
         ]
     report["restarts"] = _restarts(folder / "restart", restarts)
     path = BUILD / f"crash-cost-{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -61,13 +67,25 @@ def main(
     console.print(f"written to {path}")
 
 
-def _kills(farm: Farm, folder: Path, every_s: float, unit_rows: int, seed: int, num_jobs: int) -> list[dict[str, Any]]:
-    job = echo_job(ROOT / "examples" / "tiny_glm", folder, NUM_ROWS, unit_rows=unit_rows, every_seconds=every_s)
+def _kills(
+    farm: Farm, folder: Path, every_s: float, unit_rows: int, seed: int, num_jobs: int
+) -> list[dict[str, Any]]:
+    job = echo_job(
+        ROOT / "examples" / "tiny_glm", folder, NUM_ROWS, unit_rows=unit_rows, every_seconds=every_s
+    )
     workload = undisturbed(job, PACE, farm, folder / "undisturbed")
     lines = []
     for target in TARGETS:
         tallies = [
-            run_campaign(target, farm, workload, [target], KILLS_IN_A_JOB, seed + number, folder / f"{target}-{number}")
+            run_campaign(
+                target,
+                farm,
+                workload,
+                [target],
+                KILLS_IN_A_JOB,
+                seed + number,
+                folder / f"{target}-{number}",
+            )
             for number in range(num_jobs)
         ]
         kills = sum(tally.kills.total() for tally in tallies)
@@ -88,8 +106,12 @@ def _kills(farm: Farm, folder: Path, every_s: float, unit_rows: int, seed: int, 
 
 
 def _restarts(folder: Path, times: int) -> dict[str, Any]:
-    """Seconds from process start to the first new commit, and to the exit, on a job of which few units are missing."""
-    job = echo_job(ROOT / "examples" / "tiny_glm", folder, RESUMED_ROWS, unit_rows=RESUMED_UNIT_ROWS)
+    """Seconds from process start to the first new commit, and to the exit, on a job of which few
+    units are missing.
+    """
+    job = echo_job(
+        ROOT / "examples" / "tiny_glm", folder, RESUMED_ROWS, unit_rows=RESUMED_UNIT_ROWS
+    )
     out = folder / "out"
     (folder / "job.yaml").write_text(yaml.safe_dump(job | {"output": str(out)}))
     _label(folder)
@@ -104,14 +126,23 @@ def _restarts(folder: Path, times: int) -> dict[str, Any]:
         _label(folder)
         whole_s.append(time.time() - begun)
         first_s.append(min(path.stat().st_mtime for path in missing) - begun)
-    return {"rows": RESUMED_ROWS, "missing_units": num_missing, "first_commit_s": first_s, "exit_s": whole_s}
+    return {
+        "rows": RESUMED_ROWS,
+        "missing_units": num_missing,
+        "first_commit_s": first_s,
+        "exit_s": whole_s,
+    }
 
 
 def _label(folder: Path) -> None:
     command = [sys.executable, "-m", "glm_batch.jobs", "label", str(folder / "job.yaml")]
-    done = subprocess.run(command, cwd=ROOT, env=Laptop().environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=Laptop().environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
-        raise SystemExit(f"glm-batch label ended with exit status {done.returncode}:\n{done.stderr}")
+        raise SystemExit(
+            f"glm-batch label ended with exit status {done.returncode}:\n{done.stderr}"
+        )
 
 
 def _show(console: Console, report: dict[str, Any]) -> None:
@@ -133,7 +164,10 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     restarts = report["restarts"]
-    first, whole = (" ".join(f"{seconds:.1f}" for seconds in restarts[name]) for name in ("first_commit_s", "exit_s"))
+    first, whole = (
+        " ".join(f"{seconds:.1f}" for seconds in restarts[name])
+        for name in ("first_commit_s", "exit_s")
+    )
     console.print(
         f"restart with {restarts['missing_units']} units missing of {restarts['rows']:,} rows: the first new commit "
         f"after {first} s, the end after {whole} s"

@@ -1,7 +1,9 @@
-"""`python -m benchmarks.engine_overhead`: what a step of TorchEngine costs beside the model, in ms by part.
+"""`python -m benchmarks.engine_overhead`: what a step of TorchEngine costs beside the model, in ms
+by part.
 
-Owns a runner that computes nothing: its numbers are the same whatever is asked. What remains is scheduling, building
-the batch, drawing tokens and handing them out, with the block and step sizes of a GPU. Medians over the steps.
+Owns a runner that computes nothing: its numbers are the same whatever is asked. What remains is
+scheduling, building the batch, drawing tokens and handing them out, with the block and step sizes
+of a GPU. Medians over the steps.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class IdleRunner:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self._logits = torch.randn(LIMITS.max_num_seqs, config.vocab_size, generator=torch.Generator().manual_seed(0))
+        self._logits = torch.randn(
+            LIMITS.max_num_seqs, config.vocab_size, generator=torch.Generator().manual_seed(0)
+        )
 
     def run(self, batch: Batch) -> StepOutput:
         return StepOutput(
@@ -72,7 +76,9 @@ def make_engine(*, paged: bool) -> TorchEngine:
     config = load_config(CHECKPOINT)
     tokenizer = Tokenizer.from_dir(str(CHECKPOINT))
     tokenizer.eos_token_ids = resolve_end_ids(tokenizer, config)
-    return TorchEngine(IdleRunner(config), tokenizer, replace(LIMITS, tile_queries=8 if paged else 0))
+    return TorchEngine(
+        IdleRunner(config), tokenizer, replace(LIMITS, tile_queries=8 if paged else 0)
+    )
 
 
 def requests(work: Work, count: int, *, shared: int, own: int) -> list[Request]:
@@ -80,7 +86,8 @@ def requests(work: Work, count: int, *, shared: int, own: int) -> list[Request]:
     rng = np.random.default_rng(0)
     beginning = rng.integers(0, 256, shared).tolist()
     return [
-        Request(id=str(i), input_ids=beginning + rng.integers(0, 256, own).tolist(), work=work) for i in range(count)
+        Request(id=str(i), input_ids=beginning + rng.integers(0, 256, own).tolist(), work=work)
+        for i in range(count)
     ]
 
 
@@ -112,33 +119,53 @@ def steps(batch: list[Request], *, skip_prefill: bool, paged: bool) -> tuple[dic
     engine = make_engine(paged=paged)
     engine.submit(batch)
     seconds: dict[str, list[float]] = defaultdict(list)
-    while skip_prefill and (engine.scheduler.waiting or any(s.is_prefilling for s in engine.scheduler.running)):
+    while skip_prefill and (
+        engine.scheduler.waiting or any(s.is_prefilling for s in engine.scheduler.running)
+    ):
         engine.step()
     with timed_parts(seconds):
         while engine.has_work():
             begin = time.perf_counter()
             engine.step()
             seconds["step"].append(time.perf_counter() - begin)
-    return {part: 1e3 * statistics.median(times) for part, times in seconds.items()}, len(seconds["step"])
+    return {part: 1e3 * statistics.median(times) for part, times in seconds.items()}, len(
+        seconds["step"]
+    )
 
 
 def main(
     batch_sizes: Annotated[str, typer.Option(help="of the decode steps")] = "1,64,256",
-    paged: Annotated[bool, typer.Option(help="batches as block tables, for the fused attention")] = False,
+    paged: Annotated[
+        bool, typer.Option(help="batches as block tables, for the fused attention")
+    ] = False,
 ) -> None:
     """Prints one line a case."""
     parts = ("step", "schedule", "build batch", "draw", "hand out")
     table = Table("", "steps", *(f"{part}, ms" for part in parts))
     greedy = Generate(sampling=SamplingParams(max_tokens=OUTPUT, ignore_eos=True))
-    warm = Generate(sampling=SamplingParams(max_tokens=OUTPUT, ignore_eos=True, temperature=0.8, top_p=0.9))
+    warm = Generate(
+        sampling=SamplingParams(max_tokens=OUTPUT, ignore_eos=True, temperature=0.8, top_p=0.9)
+    )
     cases = {
-        f"decode {count}, context {CONTEXT}, {name}": (requests(work, count, shared=0, own=CONTEXT), True)
+        f"decode {count}, context {CONTEXT}, {name}": (
+            requests(work, count, shared=0, own=CONTEXT),
+            True,
+        )
         for count in map(int, batch_sizes.split(","))
         for name, work in (("greedy", greedy), ("top-p", warm))
     }
-    cases["decode 256, half of the context shared"] = (requests(greedy, 256, shared=512, own=512), True)
-    cases[f"choose, {SHARED} shared + {OWN}"] = (requests(Choose(choices=LABELS), 1024, shared=SHARED, own=OWN), False)
-    cases[f"prefill {CONTEXT}"] = (requests(Choose(choices=((5,),)), 256, shared=0, own=CONTEXT), False)
+    cases["decode 256, half of the context shared"] = (
+        requests(greedy, 256, shared=512, own=512),
+        True,
+    )
+    cases[f"choose, {SHARED} shared + {OWN}"] = (
+        requests(Choose(choices=LABELS), 1024, shared=SHARED, own=OWN),
+        False,
+    )
+    cases[f"prefill {CONTEXT}"] = (
+        requests(Choose(choices=((5,),)), 256, shared=0, own=CONTEXT),
+        False,
+    )
     for name, (batch, skip_prefill) in cases.items():
         medians, count = steps(batch, skip_prefill=skip_prefill, paged=paged)
         table.add_row(name, str(count), *(f"{medians[part]:.2f}" for part in parts))

@@ -1,8 +1,10 @@
-"""`python -m benchmarks.evaluate_compare`: one multiple-choice evaluation by `glm-batch evaluate` and by `lm_eval`.
+"""`python -m benchmarks.evaluate_compare`: one multiple-choice evaluation by `glm-batch evaluate`
+and by `lm_eval`.
 
-Owns the rows (a few-shot header that all share, then a text of their own), the files both sides read, and the
-comparison of what they say: log-likelihoods of every label, accuracy, wall time of the whole process. Both compute in
-float32 on the CPU, each in a process of its own, with all cores. Needs `pip install lm_eval[hf]`.
+Owns the rows (a few-shot header that all share, then a text of their own), the files both sides
+read, and the comparison of what they say: log-likelihoods of every label, accuracy, wall time of
+the whole process. Both compute in float32 on the CPU, each in a process of its own, with all cores.
+Needs `pip install lm_eval[hf]`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ TARGET = 3.0  # times as fast as lm_eval
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a side said: [rows, labels] joint log-probabilities, accuracies, seconds of its whole process.
+    """What a side said: [rows, labels] joint log-probabilities, accuracies, seconds of its whole
+    process.
 
     `working_s` leaves out loading, where the side tells.
     """
@@ -53,7 +56,9 @@ class Outcome:
 
 def main(
     rows: Annotated[int, typer.Option(help="Rows, each scored for four labels.")] = 48,
-    model: Annotated[Path | None, typer.Option(help="A checkpoint; the 243 M one by default.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A checkpoint; the 243 M one by default.")
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where files of both go; emptied outputs.")] = Path(
         "build/evaluate_compare"
     ),
@@ -68,10 +73,17 @@ def main(
     theirs = run_lm_eval(folder, checkpoint, batch_size)
     Console(highlight=False).print(comparison(ours, theirs))
     furthest = max(
-        abs(a - b) for x, y in zip(ours.logprobs, theirs.logprobs, strict=True) for a, b in zip(x, y, strict=True)
+        abs(a - b)
+        for x, y in zip(ours.logprobs, theirs.logprobs, strict=True)
+        for a, b in zip(x, y, strict=True)
     )
-    equal = all(abs(getattr(ours, name) - getattr(theirs, name)) < 1e-4 for name in ("accuracy", "accuracy_norm"))
-    print(f"largest difference of a log-likelihood: {furthest:.2e} (of {len(ours.logprobs) * len(LABELS)})")
+    equal = all(
+        abs(getattr(ours, name) - getattr(theirs, name)) < 1e-4
+        for name in ("accuracy", "accuracy_norm")
+    )
+    print(
+        f"largest difference of a log-likelihood: {furthest:.2e} (of {len(ours.logprobs) * len(LABELS)})"
+    )
     print(
         f"accuracies {'equal' if equal else 'DIFFER'}; {theirs.wall_s / ours.wall_s:.1f} x as fast (wanted: {TARGET:g})"
     )
@@ -82,10 +94,16 @@ def write_rows(folder: Path, checkpoint: Path, num_rows: int, shots: int) -> Non
     """The same prompts for both: columns for our template, and the rendered context for lm_eval's."""
     rng, words = random.Random(5), make_words(4000)
     header = "".join(
-        f"Text: {' '.join(rng.choices(words, k=SHOT_WORDS))}\nTeam: {rng.choice(LABELS)}\n\n" for _ in range(shots)
+        f"Text: {' '.join(rng.choices(words, k=SHOT_WORDS))}\nTeam: {rng.choice(LABELS)}\n\n"
+        for _ in range(shots)
     )
     rows = [
-        {"id": str(n), "header": header, "text": " ".join(rng.choices(words, k=ROW_WORDS)), "gold": rng.choice(LABELS)}
+        {
+            "id": str(n),
+            "header": header,
+            "text": " ".join(rng.choices(words, k=ROW_WORDS)),
+            "gold": rng.choice(LABELS),
+        }
         for n in range(num_rows)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
@@ -98,13 +116,21 @@ def write_rows(folder: Path, checkpoint: Path, num_rows: int, shots: int) -> Non
 def run_ours(folder: Path, checkpoint: Path) -> Outcome:
     sweep: dict[str, Any] = {
         "output": str(folder / "ours"),
-        "models": {"mid": {"model": str(checkpoint), "engine": {"dtype": "float32", "device": "cpu"}}},
+        "models": {
+            "mid": {"model": str(checkpoint), "engine": {"dtype": "float32", "device": "cpu"}}
+        },
         "datasets": {"rows": {"input": [str(folder / "rows.parquet")], "key": "id"}},
-        "tasks": {"route": {"task": {"kind": "choose", "prompt": PROMPT, "labels": list(LABELS), "gold": "gold"}}},
+        "tasks": {
+            "route": {
+                "task": {"kind": "choose", "prompt": PROMPT, "labels": list(LABELS), "gold": "gold"}
+            }
+        },
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     shutil.rmtree(folder / "ours", ignore_errors=True)
-    wall_s, told = timed([sys.executable, "-m", "glm_batch.jobs", "evaluate", str(folder / "sweep.yaml")])
+    wall_s, told = timed(
+        [sys.executable, "-m", "glm_batch.jobs", "evaluate", str(folder / "sweep.yaml")]
+    )
     working = re.search(r"the engines had rows for ([\d.,]+) s", " ".join(told.split()))
     (cell,) = json.loads((folder / "ours" / "results.json").read_bytes())["cells"]
     output = Path(cell["output"])
@@ -121,7 +147,9 @@ def run_ours(folder: Path, checkpoint: Path) -> Outcome:
 
 
 def run_lm_eval(folder: Path, checkpoint: Path, batch_size: int) -> Outcome:
-    """The same label texts after the same contexts: the template's line feed is lm_eval's delimiter."""
+    """The same label texts after the same contexts: the template's line feed is lm_eval's
+    delimiter.
+    """
     task = {
         "task": TASK,
         "dataset_path": "json",
@@ -147,7 +175,10 @@ def run_lm_eval(folder: Path, checkpoint: Path, batch_size: int) -> Outcome:
     (samples,) = (folder / "theirs").rglob("samples_*.jsonl")
     (results,) = (folder / "theirs").rglob("results_*.json")
     content = json.loads(results.read_bytes())
-    found = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda each: each["doc_id"])
+    found = sorted(
+        (json.loads(line) for line in samples.read_text().splitlines()),
+        key=lambda each: each["doc_id"],
+    )
     metrics = content["results"][TASK]
     return Outcome(
         logprobs=[[float(response[0]) for response in each["filtered_resps"]] for each in found],
@@ -159,11 +190,20 @@ def run_lm_eval(folder: Path, checkpoint: Path, batch_size: int) -> Outcome:
 
 def timed(command: Sequence[str]) -> tuple[float, str]:
     """Seconds of the whole process and what it printed; its own words where it fails."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "200",
+    }
     begun = time.monotonic()
-    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | offline, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command[:4])} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command[:4])} ended with {done.returncode}:\n{done.stderr[-4000:]}"
+        )
     return time.monotonic() - begun, done.stdout
 
 
@@ -171,7 +211,9 @@ def comparison(ours: Outcome, theirs: Outcome) -> Table:
     table = Table("", "wall s", "working s", "acc", "acc_norm", box=None, padding=(0, 2, 0, 0))
     for name, each in (("glm-batch evaluate", ours), ("lm_eval", theirs)):
         working = "-" if each.working_s is None else f"{each.working_s:.1f}"
-        table.add_row(name, f"{each.wall_s:.1f}", working, f"{each.accuracy:.4f}", f"{each.accuracy_norm:.4f}")
+        table.add_row(
+            name, f"{each.wall_s:.1f}", working, f"{each.accuracy:.4f}", f"{each.accuracy_norm:.4f}"
+        )
     return table
 
 

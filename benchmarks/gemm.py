@@ -1,7 +1,7 @@
 """Measures what bf16 matrix products reach on this machine: the limit every system is held against.
 
-The products are those of one step of the mid model: its layers' matrices in order, each layer with weights of its own,
-so that weights come from memory as they do in the model.
+The products are those of one step of the mid model: its layers' matrices in order, each layer with
+weights of its own, so that weights come from memory as they do in the model.
 """
 
 from __future__ import annotations
@@ -29,14 +29,24 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def measure(seconds_each: float = 1.5) -> dict[str, Any]:
-    """FLOP/s by number of rows: the better of plain and prepacked weights, the median over repeated sweeps."""
+    """FLOP/s by number of rows: the better of plain and prepacked weights, the median over repeated
+    sweeps.
+    """
     weights = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(LAYERS) for shape in SHAPES]
     with torch.inference_mode():
         rates = {}
         for rows in ROWS:
-            inputs = {size: torch.randn(rows, size, dtype=torch.bfloat16) for size in {shape[1] for shape in SHAPES}}
-            variants = [[_plain(weight) for weight in weights], [_prepacked(weight, rows) for weight in weights]]
-            rates[rows] = max(_rate(products, weights, inputs, rows, seconds_each) for products in variants)
+            inputs = {
+                size: torch.randn(rows, size, dtype=torch.bfloat16)
+                for size in {shape[1] for shape in SHAPES}
+            }
+            variants = [
+                [_plain(weight) for weight in weights],
+                [_prepacked(weight, rows) for weight in weights],
+            ]
+            rates[rows] = max(
+                _rate(products, weights, inputs, rows, seconds_each) for products in variants
+            )
     return {
         "flops_by_rows": rates,
         "torch": torch.__version__,
@@ -57,7 +67,11 @@ def _prepacked(weight: torch.Tensor, rows: int) -> Product:
 
 
 def _rate(
-    products: list[Product], weights: list[torch.Tensor], inputs: dict[int, torch.Tensor], rows: int, seconds: float
+    products: list[Product],
+    weights: list[torch.Tensor],
+    inputs: dict[int, torch.Tensor],
+    rows: int,
+    seconds: float,
 ) -> float:
     flops = sum(2.0 * rows * weight.numel() for weight in weights)
     times: list[float] = []

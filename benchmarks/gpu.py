@@ -1,8 +1,9 @@
-"""`python -m benchmarks.gpu`: TorchEngine on one GPU with a random 9B-shaped glm4, held against the GPU's own limits.
+"""`python -m benchmarks.gpu`: TorchEngine on one GPU with a random 9B-shaped glm4, held against the
+GPU's own limits.
 
-Owns the cases (prefill, decode by batch size, choices after a shared instruction, a step too large for the memory) and
-the limits, measured in the same run: a large matrix product and a large copy. `--layers 2 --hidden 256` tries the
-script itself on any machine.
+Owns the cases (prefill, decode by batch size, choices after a shared instruction, a step too large
+for the memory) and the limits, measured in the same run: a large matrix product and a large copy.
+`--layers 2 --hidden 256` tries the script itself on any machine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.make_large_model import Shape, make_large_model
-from glm_batch.models.engine import Choose, Completion, EngineConfig, Generate, Request, SamplingParams, Work
+from glm_batch.models.engine import (
+    Choose,
+    Completion,
+    EngineConfig,
+    Generate,
+    Request,
+    SamplingParams,
+    Work,
+)
 from glm_batch.models.engine.torch_engine import TorchEngine
 
 IDS = 1900  # prompts are drawn from so many ids
@@ -43,7 +52,10 @@ class Bench:
     def requests(self, work: Work, count: int, own: int, shared: int = 0) -> list[Request]:
         beginning = self._ids(shared)
         self._count += count
-        return [Request(id=f"{self._count}-{i}", input_ids=beginning + self._ids(own), work=work) for i in range(count)]
+        return [
+            Request(id=f"{self._count}-{i}", input_ids=beginning + self._ids(own), work=work)
+            for i in range(count)
+        ]
 
     def timed(self, requests: list[Request]) -> tuple[float, list[Completion]]:
         """(seconds, completions) until the last one is back."""
@@ -60,12 +72,16 @@ class Bench:
         return time.perf_counter() - begin, done
 
     def decode_step_s(self, batch_size: int) -> float:
-        """Median seconds of a step while `batch_size` sequences decode at a context of CONTEXT and a little more."""
+        """Median seconds of a step while `batch_size` sequences decode at a context of CONTEXT and
+        a little more.
+        """
         greedy = Generate(sampling=SamplingParams(max_tokens=DECODE_STEPS, ignore_eos=True))
         self.engine.submit(self.requests(greedy, batch_size, CONTEXT))
         scheduler, times = self.engine.scheduler, []
         while self.engine.has_work():
-            all_decode = not scheduler.waiting and all(len(s.tokens) > s.num_prompt for s in scheduler.running)
+            all_decode = not scheduler.waiting and all(
+                len(s.tokens) > s.num_prompt for s in scheduler.running
+            )
             self._sync()
             begin = time.perf_counter()
             self.engine.step()
@@ -83,7 +99,9 @@ def synchronize(device: str) -> Callable[[], None]:
 
 
 def gpu_limits(device: str) -> tuple[float, float]:
-    """(FLOP/s of a bf16 product, bytes/s of a copy, read and written), the best of several; small ones off a GPU."""
+    """(FLOP/s of a bf16 product, bytes/s of a copy, read and written), the best of several; small
+    ones off a GPU.
+    """
     size, elements = (8192, 1 << 31) if device.startswith("cuda") else (512, 1 << 24)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(0, 255, (elements,), dtype=torch.uint8, device=device)
@@ -104,7 +122,9 @@ def gpu_limits(device: str) -> tuple[float, float]:
 
 
 def measure(bench: Bench, limits: tuple[float, float], tries: int) -> dict[str, float]:
-    """Tokens or rows a second of each case, and the share of its limit; the first try of each is the warm-up."""
+    """Tokens or rows a second of each case, and the share of its limit; the first try of each is
+    the warm-up.
+    """
     flops, bandwidth = limits
     config = bench.engine.config
     weights = config.num_parameters - 2 * config.vocab_size * config.hidden_size  # of the layers
@@ -117,12 +137,19 @@ def measure(bench: Bench, limits: tuple[float, float], tries: int) -> dict[str, 
 
     one_label = Choose(choices=((5,),))
     seconds = best(lambda: bench.timed(bench.requests(one_label, PREFILL_ROWS, CONTEXT))[0])
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * CONTEXT
+    attention = (
+        2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * CONTEXT
+    )
     found["prefill tokens/s"] = PREFILL_ROWS * CONTEXT / seconds
-    found["prefill share of the product limit"] = found["prefill tokens/s"] * (2 * weights + attention) / flops
+    found["prefill share of the product limit"] = (
+        found["prefill tokens/s"] * (2 * weights + attention) / flops
+    )
     for size in DECODE_SIZES:
         seconds = best(lambda size=size: bench.decode_step_s(size))  # type: ignore[misc]
-        floor = max((2 * (weights + head) + size * CONTEXT * kv_bytes) / bandwidth, 2 * size * (weights + head) / flops)
+        floor = max(
+            (2 * (weights + head) + size * CONTEXT * kv_bytes) / bandwidth,
+            2 * size * (weights + head) / flops,
+        )
         found[f"decode tokens/s at {size}"] = size / seconds
         found[f"decode share of the memory limit at {size}"] = floor / seconds
     choose = Choose(choices=LABELS)
@@ -133,7 +160,9 @@ def measure(bench: Bench, limits: tuple[float, float], tries: int) -> dict[str, 
 
 
 def overfill(model: str, options: dict[str, Any]) -> dict[str, float]:
-    """Steps of 65,536 tokens with next to no memory left: how many failed, and whether every row came back."""
+    """Steps of 65,536 tokens with next to no memory left: how many failed, and whether every row
+    came back.
+    """
     engine = TorchEngine.from_checkpoint(
         EngineConfig(model=model, max_step_tokens=65536, kv_cache_tokens=150_000, **options)
     )
@@ -145,23 +174,38 @@ def overfill(model: str, options: dict[str, Any]) -> dict[str, float]:
     del hog
     failures, tokens = engine._step_size.num_failures, engine._step_size.tokens
     engine.close()
-    return {"rows back": len(done), "steps out of memory": failures, "tokens of a step in the end": tokens}
+    return {
+        "rows back": len(done),
+        "steps out of memory": failures,
+        "tokens of a step in the end": tokens,
+    }
 
 
 def main(
     layers: Annotated[int, typer.Option(min=1)] = 40,
     hidden: Annotated[int, typer.Option(help="smaller than 4096 to try the script")] = 4096,
     device: str = "cuda",
-    kernels: Annotated[bool, typer.Option(help="fused kernels and recorded steps, or plain torch")] = True,
+    kernels: Annotated[
+        bool, typer.Option(help="fused kernels and recorded steps, or plain torch")
+    ] = True,
     tries: Annotated[int, typer.Option(min=1)] = MAX_TRIES,
     out_of_memory: Annotated[bool, typer.Option(help="try a step that does not fit, too")] = False,
-    directory: Annotated[Path, typer.Option(help="of the checkpoint")] = Path("build/benchmarks/large"),
+    directory: Annotated[Path, typer.Option(help="of the checkpoint")] = Path(
+        "build/benchmarks/large"
+    ),
     report: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
-    """Makes the checkpoint, measures the GPU's limits, loads, runs the cases and prints one line each."""
+    """Makes the checkpoint, measures the GPU's limits, loads, runs the cases and prints one line
+    each.
+    """
     shape = Shape(num_hidden_layers=layers)
     if hidden != shape.hidden_size:
-        shape = Shape(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=3 * hidden, vocab_size=4096)
+        shape = Shape(
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            vocab_size=4096,
+        )
     model = str(make_large_model(directory, shape, device))
     limits = gpu_limits(device)
     options: dict[str, Any] = {"dtype": "bfloat16", "device": device, "cuda_kernels": kernels}
@@ -173,12 +217,16 @@ def main(
     engine.close()
     if out_of_memory:
         found |= overfill(model, options)
-    table = Table("", "", title=f"{layers} layers of {hidden}, kernels {'on' if kernels else 'off'}, {device}")
+    table = Table(
+        "", "", title=f"{layers} layers of {hidden}, kernels {'on' if kernels else 'off'}, {device}"
+    )
     for name, value in found.items():
         table.add_row(name, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")
     Console(width=100).print(table)
     if report:
-        report.write_text(json.dumps({"kernels": kernels, "layers": layers, "torch": torch.__version__} | found))
+        report.write_text(
+            json.dumps({"kernels": kernels, "layers": layers, "torch": torch.__version__} | found)
+        )
 
 
 if __name__ == "__main__":

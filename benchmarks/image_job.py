@@ -1,7 +1,8 @@
 """`python -m benchmarks.image_job`: many photos through a whole job with the shipped tiny GLM-4.1V.
 
-Shows images per second, how many cores the job keeps busy and with what, the bytes that an image takes between two
-stages, and whether memory stays flat. Owns the photos' shards, the job file and the report.
+Shows images per second, how many cores the job keeps busy and with what, the bytes that an image
+takes between two stages, and whether memory stays flat. Owns the photos' shards, the job file and
+the report.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def main(
     rows: Annotated[int, typer.Option(min=32)] = 2000,
     width: Annotated[int, typer.Option(min=28)] = 640,
     height: Annotated[int, typer.Option(min=28)] = 480,
-    model: Annotated[str, typer.Option(help="a GLM-4.1V checkpoint")] = str(ROOT / "examples" / "tiny_glm"),
+    model: Annotated[str, typer.Option(help="a GLM-4.1V checkpoint")] = str(
+        ROOT / "examples" / "tiny_glm"
+    ),
     workers: Annotated[int, typer.Option(help="preprocess.workers; 0 is auto")] = 0,
     timeout: Annotated[float, typer.Option(help="seconds the job may take")] = 3000.0,
 ) -> None:
@@ -87,8 +90,12 @@ def _write_shards(folder: Path, rows: int, width: int, height: int) -> None:
     stream = photos(rows, width, height)
     for start in range(0, rows, ROWS_PER_FILE):
         images = list(islice(stream, min(ROWS_PER_FILE, rows - start)))
-        table = pa.table({"id": list(range(start, start + len(images))), "image": pa.array(images, pa.binary())})
-        pq.write_table(table, partial / f"{start:07d}.parquet", row_group_size=100, compression="none")
+        table = pa.table(
+            {"id": list(range(start, start + len(images))), "image": pa.array(images, pa.binary())}
+        )
+        pq.write_table(
+            table, partial / f"{start:07d}.parquet", row_group_size=100, compression="none"
+        )
     partial.rename(folder)
 
 
@@ -98,7 +105,9 @@ def _bytes_between_stages(job_path: Path, folder: Path) -> dict[str, float]:
     shard = pq.read_table(next(iter(sorted(folder.glob("*/*.parquet"))))).slice(0, 32)
     runner = TaskRunner(job, job.model)
     requests: list[Request] = []
-    for number, prompt in enumerate(runner.prompts([{"image": image} for image in shard["image"].to_pylist()])):
+    for number, prompt in enumerate(
+        runner.prompts([{"image": image} for image in shard["image"].to_pylist()])
+    ):
         if isinstance(prompt, Exception):
             raise prompt
         requests.append(runner.request(str(number), prompt))
@@ -112,7 +121,9 @@ def _bytes_between_stages(job_path: Path, folder: Path) -> dict[str, float]:
 
 
 def _report(job: WatchedJob, sizes: dict[str, float], photo: str) -> dict[str, Any]:
-    """CPU seconds once over everything and once from the first committed unit to the last (`steady`)."""
+    """CPU seconds once over everything and once from the first committed unit to the last
+    (`steady`).
+    """
     first, last = job.working[0], job.working[-1]
     steady = {kind: last.cpu_s[kind] - first.cpu_s.get(kind, 0.0) for kind in last.cpu_s}
     seconds = last.at_s - first.at_s
@@ -132,8 +143,14 @@ def _report(job: WatchedJob, sizes: dict[str, float], photo: str) -> dict[str, A
         "cpu_s": whole,
         "other_share": _other_share(whole),
         "bytes": sizes,
-        "memory": {f"{mark:.0%}": {"at_s": job.at(mark).at_s, **job.at(mark).memory} for mark in MARKS},
-        "peak": {"driver": job.peak(["driver"]), "workers": job.peak(WORKERS), "decoders": job.peak(["decoders"])},
+        "memory": {
+            f"{mark:.0%}": {"at_s": job.at(mark).at_s, **job.at(mark).memory} for mark in MARKS
+        },
+        "peak": {
+            "driver": job.peak(["driver"]),
+            "workers": job.peak(WORKERS),
+            "decoders": job.peak(["decoders"]),
+        },
     }
 
 
@@ -162,7 +179,9 @@ def _show(console: Console, report: dict[str, Any]) -> None:
     for heading in ("committed", "seconds", *kinds):
         memory.add_column(heading, justify="right")
     for mark, sample in report["memory"].items():
-        memory.add_row(mark, f"{sample['at_s']:.1f}", *[f"{sample.get(kind, 0) / MIB:.0f}" for kind in kinds])
+        memory.add_row(
+            mark, f"{sample['at_s']:.1f}", *[f"{sample.get(kind, 0) / MIB:.0f}" for kind in kinds]
+        )
     console.print(memory)
 
 

@@ -1,4 +1,6 @@
-"""Describes the machine a measurement was made on; watches the memory of a process and its children, and ends them."""
+"""Describes the machine a measurement was made on; watches the memory of a process and its
+children, and ends them.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ class MemoryWatch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop.set()
         self._thread.join()
@@ -74,7 +79,9 @@ class MemoryWatch:
 
 
 def _title(process: psutil.Process) -> str:
-    """What a process is: the title that Ray and vLLM give themselves, or the program and what it runs."""
+    """What a process is: the title that Ray and vLLM give themselves, or the program and what it
+    runs.
+    """
     words = process.cmdline()
     if not words or "python" not in os.path.basename(words[0]):
         return os.path.basename(words[0]) if words else process.name()
@@ -82,7 +89,9 @@ def _title(process: psutil.Process) -> str:
 
 
 def tree_rss(pid: int) -> dict[int, int]:
-    """Resident bytes of a process and all its descendants, by process id; those that end meanwhile are left out."""
+    """Resident bytes of a process and all its descendants, by process id; those that end meanwhile
+    are left out.
+    """
     sizes: dict[int, int] = {}
     try:
         root = psutil.Process(pid)
@@ -98,7 +107,8 @@ def tree_rss(pid: int) -> dict[int, int]:
 
 
 def end_tree(process: subprocess.Popen[str]) -> None:
-    """Kills a process and all its descendants: engines keep processes of their own, which outlive a killed parent.
+    """Kills a process and all its descendants: engines keep processes of their own, which outlive a
+    killed parent.
 
     Does nothing to one that has ended by itself: its number may be another process's by now.
     """

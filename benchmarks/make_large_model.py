@@ -1,7 +1,8 @@
-"""Makes a glm4 checkpoint of the 9B shape with random bf16 weights, drawn on the GPU, in one file for each layer.
+"""Makes a glm4 checkpoint of the 9B shape with random bf16 weights, drawn on the GPU, in one file
+for each layer.
 
-Owns the shape and the files. The tokenizer is the shipped tiny one: prompts are ids, and most of the vocabulary is
-never written. Does not know what the benchmarks ask of it.
+Owns the shape and the files. The tokenizer is the shipped tiny one: prompts are ids, and most of
+the vocabulary is never written. Does not know what the benchmarks ask of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny_glm"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 Weights = dict[str, torch.Tensor]
 
 
@@ -35,7 +41,9 @@ class Shape:
 
 
 def make_large_model(directory: Path, shape: Shape, device: str) -> Path:
-    """Writes the checkpoint into `directory`, or leaves one of the same shape that is there and whole."""
+    """Writes the checkpoint into `directory`, or leaves one of the same shape that is there and
+    whole.
+    """
     stamp = directory / "made_by.json"
     if stamp.exists() and json.loads(stamp.read_text()) == asdict(shape):
         return directory
@@ -46,9 +54,15 @@ def make_large_model(directory: Path, shape: Shape, device: str) -> Path:
     weight_map: dict[str, str] = {}
     for i, weights in enumerate(_pieces(shape, device)):
         file = f"model-{i:05d}.safetensors"
-        save_file({name: tensor.cpu() for name, tensor in weights.items()}, directory / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.cpu() for name, tensor in weights.items()},
+            directory / file,
+            metadata={"format": "pt"},
+        )
         weight_map |= dict.fromkeys(weights, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     stamp.write_text(json.dumps(asdict(shape)))
     return directory
 
@@ -63,7 +77,11 @@ def _settings(shape: Shape) -> dict[str, object]:
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
         "tie_word_embeddings": False,
         "pad_token_id": end_ids[0] if isinstance(end_ids, list) else end_ids,
         "eos_token_id": end_ids,
@@ -71,7 +89,9 @@ def _settings(shape: Shape) -> dict[str, object]:
 
 
 def _pieces(shape: Shape, device: str) -> Iterator[Weights]:
-    """Weights N(0, 1/fan_in), norm weights 1 + 0.1 N: activations keep their size through the layers."""
+    """Weights N(0, 1/fan_in), norm weights 1 + 0.1 N: activations keep their size through the
+    layers.
+    """
     generator = torch.Generator(device).manual_seed(0)
     hidden, heads = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     kv, inner = shape.num_key_value_heads * shape.head_dim, shape.intermediate_size

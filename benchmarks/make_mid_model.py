@@ -1,7 +1,8 @@
-"""Makes the "mid" glm4 checkpoint of the comparisons: 243 M parameters, random bf16 weights, its own tokenizer.
+"""Makes the "mid" glm4 checkpoint of the comparisons: 243 M parameters, random bf16 weights, its
+own tokenizer.
 
-Owns the model's shape, the synthetic text its tokenizer is trained on, and the files of the checkpoint directory.
-Does not know what the benchmarks ask of it.
+Owns the model's shape, the synthetic text its tokenizer is trained on, and the files of the
+checkpoint directory. Does not know what the benchmarks ask of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ SPECIALS = (
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-# Letters, numbers of up to three digits, punctuation runs and white space are separate pieces, as in GLM-4.
+# Letters, numbers of up to three digits, punctuation runs and white space are separate pieces, as
+# in GLM-4.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +52,9 @@ def make_words(count: int, seed: int = 0) -> list[str]:
     while len(words) < count:
         syllables = rng.randint(1, 4)
         word = "".join(
-            rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(("", "", "n", "r", "s", "l"))
+            rng.choice("bcdfghjklmnprstvwz")
+            + rng.choice("aeiou")
+            + rng.choice(("", "", "n", "r", "s", "l"))
             for _ in range(syllables)
         )
         words[word] = None
@@ -58,7 +62,9 @@ def make_words(count: int, seed: int = 0) -> list[str]:
 
 
 def make_mid_model(directory: Path) -> Path:
-    """Writes the checkpoint into `directory`, or leaves one that this very script has already written there."""
+    """Writes the checkpoint into `directory`, or leaves one that this very script has already
+    written there.
+    """
     stamp = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     stamp_path = directory / STAMP
     if stamp_path.exists() and json.loads(stamp_path.read_text()) == stamp:
@@ -89,7 +95,9 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_training_lines(), trainer)
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIALS])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in SPECIALS]
+    )
     assert tokenizer.get_vocab_size() <= VOCAB
     return tokenizer
 
@@ -123,7 +131,11 @@ def _write_settings(directory: Path, tokenizer: Tokenizer) -> None:
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
         "tie_word_embeddings": False,
         "pad_token_id": ids["<|endoftext|>"],
         "eos_token_id": stop_ids,
@@ -137,7 +149,11 @@ def _write_settings(directory: Path, tokenizer: Tokenizer) -> None:
         "clean_up_tokenization_spaces": False,
         "additional_special_tokens": list(SPECIALS),
     }
-    generation_config = {"eos_token_id": stop_ids, "pad_token_id": ids["<|endoftext|>"], "do_sample": False}
+    generation_config = {
+        "eos_token_id": stop_ids,
+        "pad_token_id": ids["<|endoftext|>"],
+        "do_sample": False,
+    }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
     (directory / "generation_config.json").write_text(json.dumps(generation_config, indent=2))
@@ -145,7 +161,9 @@ def _write_settings(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights N(0, 1/fan_in), norm weights 1 + 0.1 N, biases 0.1 N: activations keep their size through the layers."""
+    """Weights N(0, 1/fan_in), norm weights 1 + 0.1 N, biases 0.1 N: activations keep their size
+    through the layers.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -166,11 +184,18 @@ def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{layer}."
         for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             weights[f"{prefix}self_attn.{name}_proj.weight"] = matrix(heads * HEAD_DIM, HIDDEN)
-            weights[f"{prefix}self_attn.{name}_proj.bias"] = (0.1 * normal(heads * HEAD_DIM)).to(torch.bfloat16)
+            weights[f"{prefix}self_attn.{name}_proj.bias"] = (0.1 * normal(heads * HEAD_DIM)).to(
+                torch.bfloat16
+            )
         weights[f"{prefix}self_attn.o_proj.weight"] = matrix(HIDDEN, HEADS * HEAD_DIM)
         weights[f"{prefix}mlp.gate_up_proj.weight"] = matrix(2 * INTERMEDIATE, HIDDEN)
         weights[f"{prefix}mlp.down_proj.weight"] = matrix(HIDDEN, INTERMEDIATE)
-        for name in ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"):
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "post_self_attn_layernorm",
+            "post_mlp_layernorm",
+        ):
             weights[f"{prefix}{name}.weight"] = norm()
     return weights
 

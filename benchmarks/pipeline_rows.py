@@ -1,7 +1,8 @@
-"""`python -m benchmarks.pipeline_rows`: many short rows through the whole pipeline with EchoEngine, no model.
+"""`python -m benchmarks.pipeline_rows`: many short rows through the whole pipeline with EchoEngine,
+no model.
 
-Shows what the pipeline itself costs: rows per second, and whether the memory of the driver and of Ray's processes stays
-flat. Owns the rows, the job file and the report.
+Shows what the pipeline itself costs: rows per second, and whether the memory of the driver and of
+Ray's processes stays flat. Owns the rows, the job file and the report.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def write_job(folder: Path, model_dir: Path, num_rows: int, num_files: int) -> P
     for number in range(num_files):
         keys = list(range(number, num_rows, num_files))
         texts = [" ".join(rng.choices(words, k=12)) for _ in keys]
-        pq.write_table(pa.table({"id": keys, "text": texts}), folder / "in" / f"{number:03d}.parquet")
+        pq.write_table(
+            pa.table({"id": keys, "text": texts}), folder / "in" / f"{number:03d}.parquet"
+        )
     job = {
         "model": str(model_dir),
         "input": [str(folder / "in" / "*.parquet")],
@@ -70,7 +73,9 @@ def write_job(folder: Path, model_dir: Path, num_rows: int, num_files: int) -> P
 
 
 def _report(job: WatchedJob) -> dict[str, Any]:
-    """`rows_per_s` is over everything; `steady_rows_per_s` from the first committed unit seen to the last."""
+    """`rows_per_s` is over everything; `steady_rows_per_s` from the first committed unit seen to
+    the last.
+    """
     return {
         "machine": describe(),
         "rows": job.num_rows,
@@ -80,7 +85,11 @@ def _report(job: WatchedJob) -> dict[str, Any]:
         "rows_per_s": job.num_rows / job.total_s,
         "steady_rows_per_s": job.steady_rows_per_s,
         "memory": {f"{mark:.0%}": _memory(job.at(mark)) for mark in MARKS},
-        "peak": {"driver": job.peak(["driver"]), "workers": job.peak(WORKERS), "daemons": job.peak(["daemons"])},
+        "peak": {
+            "driver": job.peak(["driver"]),
+            "workers": job.peak(WORKERS),
+            "daemons": job.peak(["daemons"]),
+        },
     }
 
 
@@ -105,7 +114,9 @@ def _show(console: Console, report: dict[str, Any]) -> None:
     for mark, sample in memory.items():
         sizes = [f"{sample[name] / MIB:.0f}" for name in ("driver", "workers", "daemons")]
         table.add_row(mark, f"{sample['at_s']:.1f}", *sizes)
-    table.add_row("peak", "", *[f"{peak[name] / MIB:.0f}" for name in ("driver", "workers", "daemons")])
+    table.add_row(
+        "peak", "", *[f"{peak[name] / MIB:.0f}" for name in ("driver", "workers", "daemons")]
+    )
     console.print(table)
 
 

@@ -1,7 +1,9 @@
-"""`python -m benchmarks.preprocessing`: photos to patches, ours against the published processors, on one thread.
+"""`python -m benchmarks.preprocessing`: photos to patches, ours against the published processors,
+on one thread.
 
-Peers: transformers' Pillow-backed class of GLM-4.1V, and the arithmetic of its torch-backed class (which needs
-torchvision) written out with torch alone; that the results are equal is checked on the way. Owns the timing.
+Peers: transformers' Pillow-backed class of GLM-4.1V, and the arithmetic of its torch-backed class
+(which needs torchvision) written out with torch alone; that the results are equal is checked on the
+way. Owns the timing.
 """
 
 from __future__ import annotations
@@ -41,10 +43,17 @@ def main(
 ) -> None:
     """Prints images per second of one core and ratios, medians of `repeats` interleaved passes."""
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": describe(), "count": count, "repeats": repeats, "sizes": {}}
+    report: dict[str, Any] = {
+        "machine": describe(),
+        "count": count,
+        "repeats": repeats,
+        "sizes": {},
+    }
     for width, height in SIZES:
         encoded = list(photos(count, width, height))
-        frames = [decode_image(data, max_source_pixels=PUBLISHED.max_source_pixels) for data in encoded]
+        frames = [
+            decode_image(data, max_source_pixels=PUBLISHED.max_source_pixels) for data in encoded
+        ]
         _check(frames[0])
         seconds = _measure(_contenders(encoded, frames), repeats)
         report["sizes"][f"{width}x{height}"] = {name: 1 / value for name, value in seconds.items()}
@@ -60,9 +69,16 @@ def torch_path(frame: np.ndarray[Any, Any], config: ImageProcessorConfig) -> tor
     patch, merge, frames = config.patch_size, config.merge_size, config.temporal_patch_size
     image = torch.from_numpy(frame).permute(2, 0, 1)[None]
     image = torch.nn.functional.interpolate(
-        image, size=(rows * patch, columns * patch), mode="bicubic", antialias=True, align_corners=False
+        image,
+        size=(rows * patch, columns * patch),
+        mode="bicubic",
+        antialias=True,
+        align_corners=False,
     )
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in (config.image_mean, config.image_std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1) * 255
+        for values in (config.image_mean, config.image_std)
+    )
     values = ((image.to(torch.float32) - mean) / std)[:, None].repeat(1, frames, 1, 1, 1)
     grid = (1, 1, frames, 3, rows // merge, merge, patch, columns // merge, merge, patch)
     return values.view(grid).permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(rows * columns, -1)
@@ -80,7 +96,10 @@ def _contenders(
     loader = MediaLoader(MediaRules(), PUBLISHED, VideoProcessorConfig())
     salt = iter(range(1 << 30))  # so that no pass finds what an earlier one decoded
     return {
-        "decode alone": (lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), encoded),
+        "decode alone": (
+            lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
+            encoded,
+        ),
         "ours": (ours.from_array, frames),
         "torch path": (lambda frame: torch_path(frame, PUBLISHED), frames),
         "transformers PIL": (lambda frame: published(images=[frame], return_tensors="np"), frames),
@@ -90,7 +109,9 @@ def _contenders(
             encoded,
         ),
         "transformers PIL, decode included": (
-            lambda data: published(images=[Image.open(io.BytesIO(data)).convert("RGB")], return_tensors="np"),
+            lambda data: published(
+                images=[Image.open(io.BytesIO(data)).convert("RGB")], return_tensors="np"
+            ),
             encoded,
         ),
     }
@@ -98,7 +119,9 @@ def _contenders(
 
 def _check(frame: Any) -> None:
     """Ours, unfolded, equals the torch path to rounding."""
-    ours = pixel_values(torch.from_numpy(ImageProcessor(PUBLISHED).from_array(frame).patches), PUBLISHED)
+    ours = pixel_values(
+        torch.from_numpy(ImageProcessor(PUBLISHED).from_array(frame).patches), PUBLISHED
+    )
     difference = (ours - torch_path(frame, PUBLISHED)).abs().max().item()
     if difference > 1e-6:
         raise SystemExit(f"ours and the torch path differ by {difference}")
@@ -132,7 +155,9 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         ("ours", "transformers PIL"),
         ("ours, decode included", "transformers PIL, decode included"),
     ):
-        table.add_row(f"{ours} / {peer}", *[f"{rates[ours] / rates[peer]:.2f} x" for rates in sizes.values()])
+        table.add_row(
+            f"{ours} / {peer}", *[f"{rates[ours] / rates[peer]:.2f} x" for rates in sizes.values()]
+        )
     console.print(table)
 
 

@@ -1,7 +1,9 @@
-"""`python -m benchmarks.protocol_cost`: what committing unit by unit costs, against committing once at the end.
+"""`python -m benchmarks.protocol_cost`: what committing unit by unit costs, against committing once
+at the end.
 
-The same rows through the same graph with EchoEngine, in turns: with the protocol, and with a last step that keeps all
-rows in memory and writes one part when the last unit has come. Owns that step, the turns and the report.
+The same rows through the same graph with EchoEngine, in turns: with the protocol, and with a last
+step that keeps all rows in memory and writes one part when the last unit has come. Owns that step,
+the turns and the report.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from glm_batch.pipelines.tasks.rows import UNIT, TaskSpec, count_rows
 
 @dataclass(slots=True)
 class CommitOnce:
-    """Keeps what comes, and commits all of it as one unit with the last one. Nothing is safe until then."""
+    """Keeps what comes, and commits all of it as one unit with the last one. Nothing is safe until
+    then.
+    """
 
     output: Output
     num_units: int
@@ -49,10 +53,14 @@ class CommitOnce:
     def num_rows(self, table: pa.Table) -> int:
         return 1
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         self.tables.append(table)
         counts = count_rows(table)
-        record = CommitRecord(unit=table[UNIT][0].as_py(), part="", rows=0, num_bytes=0, checksum="", counts=counts)
+        record = CommitRecord(
+            unit=table[UNIT][0].as_py(), part="", rows=0, num_bytes=0, checksum="", counts=counts
+        )
         if len(self.tables) == self.num_units:
             rows = pa.concat_tables(self.tables).select(self.spec.schema.names)
             record = self.output.commit(0, rows, counts)
@@ -75,7 +83,13 @@ def main(
                 rates[way].append(_rate(job_path, folder / f"out-{turn}-{way}", once=way == "once"))
     medians = {way: round(statistics.median(found)) for way, found in rates.items()}
     ratio = round(medians["protocol"] / medians["once"], 3)
-    report = {"machine": describe(), "rows": rows, "rates": rates, "medians": medians, "ratio": ratio}
+    report = {
+        "machine": describe(),
+        "rows": rows,
+        "rates": rates,
+        "medians": medians,
+        "ratio": ratio,
+    }
     path = BUILD / f"protocol-cost-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(report, indent=1))
     Console().print_json(data=report)
@@ -90,10 +104,16 @@ def _rate(job_path: Path, out: Path, *, once: bool) -> float:
     prepared = prepare(job, output)
     plan, spec, workers = prepared.plan, prepared.spec, job_workers(job)
     journal = Journal(output=output, every_seconds=job.commit.every_seconds)
-    step: Step = CommitOnce(output, plan.num_units, spec) if once else Commit(journal, plan.unit_sizes, spec)
-    dataset = committed(plan, list(plan.units()), Read(job_source(job)), spec, workers, journal, step)
+    step: Step = (
+        CommitOnce(output, plan.num_units, spec) if once else Commit(journal, plan.unit_sizes, spec)
+    )
+    dataset = committed(
+        plan, list(plan.units()), Read(job_source(job)), spec, workers, journal, step
+    )
     with own(output.store):
-        marks: list[tuple[float, Any]] = [(time.monotonic(), record) for record, _ in stages.committed(dataset)]
+        marks: list[tuple[float, Any]] = [
+            (time.monotonic(), record) for record, _ in stages.committed(dataset)
+        ]
     return sum(record.counts.rows for _, record in marks[1:]) / (marks[-1][0] - marks[0][0])
 
 

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.scale`: plans and resumes a job of a billion rows in 50,000 files, without running a row.
+"""`python -m benchmarks.scale`: plans and resumes a job of a billion rows in 50,000 files, without
+running a row.
 
-The files are real, small Parquet files under many names; the commit records of the units that are done are written as
-a job would have written them. Owns the input, the state and the report.
+The files are real, small Parquet files under many names; the commit records of the units that are
+done are written as a job would have written them. Owns the input, the state and the report.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ def main(
     planned = _in_process("plan")
     done = _write_state()
     resumed = _in_process("resume")
-    report = {"machine": describe(), "files": files, "rows": files * rows, "done": done, "plan": planned} | {
+    report = {
+        "machine": describe(),
+        "files": files,
+        "rows": files * rows,
+        "done": done,
+        "plan": planned,
+    } | {
         "resume": resumed,
         "plan_bytes": (folder / "out" / "plan.json").stat().st_size,
         "record_bytes": sum(path.stat().st_size for path in (folder / "out" / "commits").iterdir()),
@@ -136,13 +143,20 @@ def _records(plan: Plan) -> Iterator[CommitRecord]:
         counts = Counts(rows=unit.num_rows, ok=unit.num_rows, prompt_tokens=40 * unit.num_rows)
         part = f"parts/{unit.id}-g1-00000000.parquet"
         yield CommitRecord(
-            unit=unit.index, part=part, rows=unit.num_rows, num_bytes=1, checksum="0" * 64, counts=counts
+            unit=unit.index,
+            part=part,
+            rows=unit.num_rows,
+            num_bytes=1,
+            checksum="0" * 64,
+            counts=counts,
         )
 
 
 def _in_process(step: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.scale", "--step", step]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

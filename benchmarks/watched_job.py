@@ -1,4 +1,5 @@
-"""A `glm-batch label` job in processes of its own, watched from outside: memory and CPU seconds by kind of process.
+"""A `glm-batch label` job in processes of its own, watched from outside: memory and CPU seconds by
+kind of process.
 
 Owns the sampling and what counts as which kind. Knows nothing of what the job does.
 """
@@ -24,7 +25,8 @@ from benchmarks.machine import end_tree
 
 SAMPLE_EVERY_S = 0.25
 MIB = 2**20
-# Ray names a worker's process after what it runs; the decoder is a Python process of ours; the rest are Ray's daemons.
+# Ray names a worker's process after what it runs; the decoder is a Python process of ours; the rest
+# are Ray's daemons.
 KINDS = {
     "(ModelActor": "engine",
     "(Preprocessor": "preprocessors",
@@ -37,9 +39,11 @@ WORKERS = ("engine", "preprocessors", "committers", "decoders", "other workers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One look at the job: seconds since its start, committed units, and by kind of process bytes and CPU seconds.
+    """One look at the job: seconds since its start, committed units, and by kind of process bytes
+    and CPU seconds.
 
-    A process's bytes are its resident ones without those it shares with others (the object store, libraries).
+    A process's bytes are its resident ones without those it shares with others (the object store,
+    libraries).
     """
 
     at_s: float
@@ -75,11 +79,17 @@ class WatchedJob:
         """Rows per second from the first committed unit seen to the last."""
         first, last = self.working[0], self.working[-1]
         seconds = last.at_s - first.at_s
-        return self.num_rows * (last.units - first.units) / self.num_units / seconds if seconds > 0 else None
+        return (
+            self.num_rows * (last.units - first.units) / self.num_units / seconds
+            if seconds > 0
+            else None
+        )
 
     def at(self, share: float) -> Sample:
         """The first sample with this share of the units committed."""
-        return next((s for s in self.working if s.units >= share * self.num_units), self.working[-1])
+        return next(
+            (s for s in self.working if s.units >= share * self.num_units), self.working[-1]
+        )
 
     def peak(self, kinds: Sequence[str]) -> int:
         """The most bytes that processes of these kinds had together."""
@@ -87,7 +97,9 @@ class WatchedJob:
 
 
 def run_watched(job_path: Path, output: Path, timeout: float) -> WatchedJob:
-    """Runs the job to its end. Raises SystemExit where it fails or takes too long; its words are in label.log."""
+    """Runs the job to its end. Raises SystemExit where it fails or takes too long; its words are in
+    label.log.
+    """
     log_path = job_path.parent / "label.log"
     samples: list[Sample] = []
     cpu_of_process: dict[int, tuple[str, float]] = {}
@@ -111,9 +123,13 @@ def run_watched(job_path: Path, output: Path, timeout: float) -> WatchedJob:
         finally:
             end_tree(process)
     if process.returncode not in (0, 3):
-        raise SystemExit(f"glm-batch label ended with exit status {process.returncode}, see {log_path}")
+        raise SystemExit(
+            f"glm-batch label ended with exit status {process.returncode}, see {log_path}"
+        )
     plan = json.loads((output / "plan.json").read_text())
-    return WatchedJob(samples=samples, total_s=total_s, num_units=plan["units"], num_rows=committed_rows(output))
+    return WatchedJob(
+        samples=samples, total_s=total_s, num_units=plan["units"], num_rows=committed_rows(output)
+    )
 
 
 def committed_rows(output: Path) -> int:
@@ -122,7 +138,9 @@ def committed_rows(output: Path) -> int:
     return sum(int(pq.read_metadata(output / part["part"]).num_rows) for part in manifest["parts"])
 
 
-def _sample(pid: int, at_s: float, commits: Path, cpu_of_process: dict[int, tuple[str, float]]) -> Sample:
+def _sample(
+    pid: int, at_s: float, commits: Path, cpu_of_process: dict[int, tuple[str, float]]
+) -> Sample:
     """`cpu_of_process` remembers what each process had used when it was last seen alive."""
     memory: Counter[str] = Counter()
     try:
@@ -132,8 +150,13 @@ def _sample(pid: int, at_s: float, commits: Path, cpu_of_process: dict[int, tupl
     for process in [psutil.Process(pid), *family]:
         try:
             own, cpu = process.memory_info(), process.cpu_times()
-            known = cpu_of_process.get(process.pid)  # a process that is ending has no command line any more
-            kind = "driver" if process.pid == pid else _kind(process.cmdline(), known[0] if known else "daemons")
+            # a process that is ending has no command line any more
+            known = cpu_of_process.get(process.pid)
+            kind = (
+                "driver"
+                if process.pid == pid
+                else _kind(process.cmdline(), known[0] if known else "daemons")
+            )
         except psutil.NoSuchProcess:
             continue
         memory[kind] += own.rss - own.shared

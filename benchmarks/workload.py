@@ -1,7 +1,9 @@
-"""The rows of the comparisons: built once as text and token ids, written to a file that every system reads.
+"""The rows of the comparisons: built once as text and token ids, written to a file that every
+system reads.
 
-Owns the kinds of work (choose, generate, images), the lengths of their prompts and how much arithmetic they need.
-Standard library only at module level, so that every peer's interpreter can read the rows.
+Owns the kinds of work (choose, generate, images), the lengths of their prompts and how much
+arithmetic they need. Standard library only at module level, so that every peer's interpreter can
+read the rows.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSet:
-    """Rows with one shared instruction. `label_ids` are the labels' single tokens, of images their first ones."""
+    """Rows with one shared instruction. `label_ids` are the labels' single tokens, of images their
+    first ones.
+    """
 
     work: WorkKind
     instruction: str
@@ -53,8 +57,12 @@ def read_rows(path: Path) -> RowSet:
     return RowSet(**{**data, "rows": [Row(**row) for row in data["rows"]]})
 
 
-def write_rows(model_dir: Path, work: TextKind, num_rows: int, set_index: int, directory: Path) -> Path:
-    """Builds set `set_index` of a work (another index: another instruction and other rows) and returns its file."""
+def write_rows(
+    model_dir: Path, work: TextKind, num_rows: int, set_index: int, directory: Path
+) -> Path:
+    """Builds set `set_index` of a work (another index: another instruction and other rows) and
+    returns its file.
+    """
     path = directory / f"{work}-{num_rows}x-{set_index}.json"
     path.write_text(json.dumps(asdict(build_rows(model_dir, work, num_rows, set_index))))
     return path
@@ -76,21 +84,31 @@ def write_image_rows(model_dir: Path, num_rows: int, directory: Path) -> Path:
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     labels = ["circle", "square", "triangle"]
     label_ids = [tokenizer.encode(label, add_special_tokens=False).ids[0] for label in labels]
-    row_set = RowSet(work="images", instruction="Which shape is it?", labels=labels, label_ids=label_ids, rows=rows)
+    row_set = RowSet(
+        work="images",
+        instruction="Which shape is it?",
+        labels=labels,
+        label_ids=label_ids,
+        rows=rows,
+    )
     path = directory / f"images-{num_rows}x.json"
     path.write_text(json.dumps(asdict(row_set)))
     return path
 
 
 def build_rows(model_dir: Path, work: TextKind, num_rows: int, set_index: int) -> RowSet:
-    """Rows of exactly SHARED_TOKENS + OWN_TOKENS ids each; raises ValueError where the tokenizer cannot give that."""
+    """Rows of exactly SHARED_TOKENS + OWN_TOKENS ids each; raises ValueError where the tokenizer
+    cannot give that.
+    """
     import jinja2
     from tokenizers import Tokenizer
 
     from benchmarks.make_mid_model import LABELS, make_words
 
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    template = jinja2.Template((model_dir / "chat_template.jinja").read_text(), trim_blocks=True, lstrip_blocks=True)
+    template = jinja2.Template(
+        (model_dir / "chat_template.jinja").read_text(), trim_blocks=True, lstrip_blocks=True
+    )
 
     def encode(message: str) -> list[int]:
         messages = [{"role": "user", "content": message}]
@@ -102,7 +120,8 @@ def build_rows(model_dir: Path, work: TextKind, num_rows: int, set_index: int) -
     candidates = make_words(6000)
     words = [w for w in candidates if len(tokenizer.encode(" " + w).ids) == 1]
     starters = [w for w in candidates if len(tokenizer.encode(w).ids) == 1]
-    header = len(encode("")) - 1  # the chat's opening tokens; the last one, <|assistant|>, belongs to the row's own
+    # the chat's opening tokens; the last one, <|assistant|>, belongs to the row's own
+    header = len(encode("")) - 1
     shared = SHARED_TOKENS[work] - header
     own = OWN_TOKENS[work] - 1
     instruction = rng.choice(starters) + "".join(" " + rng.choice(words) for _ in range(shared - 1))
@@ -114,7 +133,9 @@ def build_rows(model_dir: Path, work: TextKind, num_rows: int, set_index: int) -
     wanted = SHARED_TOKENS[work] + OWN_TOKENS[work]
     lengths = {len(row.input_ids) for row in rows}
     if lengths != {wanted}:
-        raise ValueError(f"{model_dir}: prompts have {sorted(lengths)} tokens, {wanted} were wanted")
+        raise ValueError(
+            f"{model_dir}: prompts have {sorted(lengths)} tokens, {wanted} were wanted"
+        )
     label_ids = [tokenizer.encode(label).ids for label in LABELS]
     if any(len(ids) != 1 for ids in label_ids):
         raise ValueError(f"{model_dir}: the labels {LABELS} are not one token each: {label_ids}")
@@ -129,7 +150,9 @@ def build_rows(model_dir: Path, work: TextKind, num_rows: int, set_index: int) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """Matrix-product FLOPs a work cannot avoid, the shared instruction counted once; attention is not in it."""
+    """Matrix-product FLOPs a work cannot avoid, the shared instruction counted once; attention is
+    not in it.
+    """
 
     prefill: float
     decode: float
@@ -140,8 +163,18 @@ class Arithmetic:
 
 
 def arithmetic(work: TextKind, num_rows: int) -> Arithmetic:
-    """Two FLOPs for each weight and token: every layer for every token, the vocabulary head for sampled positions."""
-    from benchmarks.make_mid_model import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, VOCAB
+    """Two FLOPs for each weight and token: every layer for every token, the vocabulary head for
+    sampled positions.
+    """
+    from benchmarks.make_mid_model import (
+        HEAD_DIM,
+        HEADS,
+        HIDDEN,
+        INTERMEDIATE,
+        KV_HEADS,
+        LAYERS,
+        VOCAB,
+    )
 
     attention = 2 * HIDDEN * (HEADS + KV_HEADS) * HEAD_DIM
     token = 2.0 * LAYERS * (attention + 3 * HIDDEN * INTERMEDIATE)

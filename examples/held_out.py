@@ -1,7 +1,7 @@
 """How well a model answers what it was not trained on: accuracy by task.
 
-Owns the measures: the most probable label where the job chooses among labels, the exact greedy text elsewhere. Knows
-nothing of how tickets and shapes are made.
+Owns the measures: the most probable label where the job chooses among labels, the exact greedy text
+elsewhere. Knows nothing of how tickets and shapes are made.
 """
 
 from __future__ import annotations
@@ -28,12 +28,20 @@ def label_log_probs(
     columns = []
     for label in LABELS:
         relabelled = [replace(ticket, label=label) for ticket in sample]
-        batch = stack([ticket_sample(encoder, task, ticket) for ticket in relabelled]).to(str(model.device))
+        batch = stack([ticket_sample(encoder, task, ticket) for ticket in relabelled]).to(
+            str(model.device)
+        )
         last = (batch.targets != IGNORED).long().cumsum(dim=1).argmax(dim=1)
         batch.targets[torch.arange(len(sample)), last] = IGNORED  # the end token does not count
         wanted = batch.targets != IGNORED
-        losses = nn.functional.cross_entropy(forward(model, batch)[0], batch.targets[wanted], reduction="none")
-        columns.append(-torch.zeros(wanted.shape, device=model.device).masked_scatter(wanted, losses).sum(dim=1))
+        losses = nn.functional.cross_entropy(
+            forward(model, batch)[0], batch.targets[wanted], reduction="none"
+        )
+        columns.append(
+            -torch.zeros(wanted.shape, device=model.device)
+            .masked_scatter(wanted, losses)
+            .sum(dim=1)
+        )
     return torch.stack(columns, dim=1)
 
 
@@ -41,8 +49,8 @@ def label_log_probs(
 def greedy_hits(model: Glm4vForConditionalGeneration, batch: Batch) -> list[bool]:
     """Whether greedy decoding writes exactly the gold answer and stops, for each sample.
 
-    Greedy decoding writes the answer exactly if every token of the answer is the most likely one after the tokens
-    before it, so one forward pass tells.
+    Greedy decoding writes the answer exactly if every token of the answer is the most likely one
+    after the tokens before it, so one forward pass tells.
     """
     batch = batch.to(str(model.device))
     wanted = batch.targets != IGNORED
@@ -62,13 +70,19 @@ def ticket_accuracy(
             part = sample[start : start + 100]
             if task.name == "route":
                 best = label_log_probs(model, encoder, task, part).argmax(dim=1).tolist()
-                hits[task.name] += [LABELS[index] == ticket.label for index, ticket in zip(best, part, strict=True)]
+                hits[task.name] += [
+                    LABELS[index] == ticket.label for index, ticket in zip(best, part, strict=True)
+                ]
             else:
-                hits[task.name] += greedy_hits(model, stack([ticket_sample(encoder, task, ticket) for ticket in part]))
+                hits[task.name] += greedy_hits(
+                    model, stack([ticket_sample(encoder, task, ticket) for ticket in part])
+                )
     return {name: sum(of_task) / len(of_task) for name, of_task in hits.items()}
 
 
-def media_accuracy(model: Glm4vForConditionalGeneration, encoder: ChatEncoder, shown: list[Shown]) -> dict[str, float]:
+def media_accuracy(
+    model: Glm4vForConditionalGeneration, encoder: ChatEncoder, shown: list[Shown]
+) -> dict[str, float]:
     """Accuracy of the greedy answers about pictures and clips."""
     model.eval()
     prompts = load_prompts()

@@ -1,9 +1,10 @@
-"""Write the shipped evaluation shards, examples/{support,shapes,clips}/*: `python examples/make_shards.py`.
+"""Write the shipped evaluation shards, examples/{support,shapes,clips}/*: `python
+examples/make_shards.py`.
 
-Owns the columns, the file names and which rows are bad. Tickets come from the sentences that no model was trained on,
-pictures and clips from random streams of their own. Gold is null where a row must end as an error.
-support: id, text, gold_label, gold_order (a JSON string), gold_reply. shapes: id, image, gold_shape, gold_colour,
-gold_count. clips: id, video, gold_motion.
+Owns the columns, the file names and which rows are bad. Tickets come from the sentences that no
+model was trained on, pictures and clips from random streams of their own. Gold is null where a row
+must end as an error. support: id, text, gold_label, gold_order (a JSON string), gold_reply. shapes:
+id, image, gold_shape, gold_colour, gold_count. clips: id, video, gold_motion.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from media_files import BROKEN_CLIPS, BROKEN_IMAGES, broken_clip, broken_image, encode_clip, encode_image
+from media_files import (
+    BROKEN_CLIPS,
+    BROKEN_IMAGES,
+    broken_clip,
+    broken_image,
+    encode_clip,
+    encode_image,
+)
 from PIL import Image
 from sentences import EVAL
 from shapes import Clip, Scene, clips, draw, scenes
@@ -79,14 +87,21 @@ def make_clip_rows(num_rows: int, seed: int) -> Iterator[MediaRow]:
     kinds = _scattered(num_rows, NUM_BROKEN_CLIPS * BROKEN_CLIPS, rng)
     for number, (kind, clip) in enumerate(zip(kinds, clips("eval", seed), strict=False), start=1):
         video = _encoded(clip, rng) if kind is None else broken_clip(kind, _frames(clip), clip.fps)
-        yield {"id": f"C{number:05d}", "video": video, "gold_motion": clip.motion if kind is None else None}
+        yield {
+            "id": f"C{number:05d}",
+            "video": video,
+            "gold_motion": clip.motion if kind is None else None,
+        }
 
 
 def write_shards(folder: Path, seed: int = SEED) -> list[Path]:
     """Write every shard of tickets and return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"tickets-{number}.parquet" for number in range(1, len(PARQUET_ROWS) + 1)]
-    names += [f"tickets-{number}.jsonl" for number in range(len(names) + 1, len(names) + len(JSONL_ROWS) + 1)]
+    names += [
+        f"tickets-{number}.jsonl"
+        for number in range(len(names) + 1, len(names) + len(JSONL_ROWS) + 1)
+    ]
     sizes = PARQUET_ROWS + JSONL_ROWS
     rows = iter(make_rows(sum(sizes), seed))
     paths = [folder / name for name in names]
@@ -96,7 +111,10 @@ def write_shards(folder: Path, seed: int = SEED) -> list[Path]:
             table = pa.Table.from_pylist(part, schema=SCHEMA)
             pq.write_table(table, path, compression="zstd", row_group_size=200)
         else:
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
+            path.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part),
+                encoding="utf-8",
+            )
     return paths
 
 
@@ -114,7 +132,8 @@ def _write_parquet(
     paths = [folder / f"{name}-{number}.parquet" for number in range(1, len(sizes) + 1)]
     for path, size in zip(paths, sizes, strict=True):
         table = pa.Table.from_pylist(list(itertools.islice(rows, size)), schema=schema)
-        pq.write_table(table, path, compression="none", row_group_size=40)  # the files are compressed already
+        # the files are compressed already
+        pq.write_table(table, path, compression="none", row_group_size=40)
     return paths
 
 

@@ -1,6 +1,7 @@
 """Pictures and clips as files in memory: JPEG, PNG, WEBP and MP4, whole or broken.
 
-Owns the encoders' settings and the kinds of damage. Knows nothing of shapes, gold answers or tables.
+Owns the encoders' settings and the kinds of damage. Knows nothing of shapes, gold answers or
+tables.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ BROKEN_IMAGES = ("truncated JPEG", "text", "zero bytes", "null", "bomb")
 BROKEN_CLIPS = ("truncated MP4", "index cut off", "audio only", "text", "zero bytes", "null")
 
 _EXIF_ORIENTATION = 0x0112
-_TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+_TURNS = {
+    3: Image.Transpose.ROTATE_180,
+    6: Image.Transpose.ROTATE_90,
+    8: Image.Transpose.ROTATE_270,
+}
 _PNG_PIXELS = 200 * 200  # larger ones would fill the shards
 _BOMB_SIDE = 30_000
 
 
 def encode_image(picture: Image.Image, rng: random.Random) -> bytes:
-    """A JPEG, PNG or WEBP file of the picture; every fourth JPEG is stored turned, with the EXIF tag that says so."""
-    kind = rng.choice(("JPEG", "JPEG", "WEBP", "PNG" if math.prod(picture.size) <= _PNG_PIXELS else "WEBP"))
+    """A JPEG, PNG or WEBP file of the picture; every fourth JPEG is stored turned, with the EXIF
+    tag that says so.
+    """
+    kind = rng.choice(
+        ("JPEG", "JPEG", "WEBP", "PNG" if math.prod(picture.size) <= _PNG_PIXELS else "WEBP")
+    )
     quality = rng.randrange(60, 96)
     if kind == "PNG":
         return _save(picture.convert("RGBA") if rng.random() < 0.3 else picture, kind)
@@ -45,10 +54,15 @@ def encode_image(picture: Image.Image, rng: random.Random) -> bytes:
 
 def encode_clip(frames: Sequence[Image.Image], fps: int, *, index_first: bool = False) -> bytes:
     """An H.264 file of frames with even sides; `index_first` puts the index of packets before them."""
-    with tempfile.TemporaryDirectory() as folder:  # a file in memory cannot be opened again to move its index
+    # a file in memory cannot be opened again to move its index
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        with av.open(path, "w", options={"movflags": "faststart"} if index_first else {}) as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "27", "preset": "fast", "threads": "1"})
+        with av.open(
+            path, "w", options={"movflags": "faststart"} if index_first else {}
+        ) as container:
+            stream = container.add_stream(
+                "libx264", rate=fps, options={"crf": "27", "preset": "fast", "threads": "1"}
+            )
             stream.pix_fmt = "yuv420p"
             stream.width, stream.height = frames[0].size
             for frame in frames:
@@ -78,7 +92,8 @@ def png_bomb() -> bytes:
     header = struct.pack(">IIBBBBB", _BOMB_SIDE, _BOMB_SIDE, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
     )
 
 
@@ -91,7 +106,9 @@ def _audio_only() -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=16_000)
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        silence = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), np.float32), format="fltp", layout="mono"
+        )
         silence.sample_rate = 16_000
         container.mux(stream.encode(silence))
         container.mux(stream.encode(None))

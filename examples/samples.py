@@ -1,7 +1,8 @@
-"""Training samples: conversations as ids, with their pictures and clips, and padded batches of them.
+"""Training samples: conversations as ids, with their pictures and clips, and padded batches of
+them.
 
-Owns where the loss is taken, how media stand in a prompt and how samples become tensors. Knows nothing of tickets,
-shapes or the model.
+Owns where the loss is taken, how media stand in a prompt and how samples become tensors. Knows
+nothing of tickets, shapes or the model.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ MERGE = IMAGES.merge_size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One conversation; `targets` holds IGNORED wherever no loss is wanted, `positions` are [3, tokens].
+    """One conversation; `targets` holds IGNORED wherever no loss is wanted, `positions` are [3,
+    tokens].
 
     `media` says which of a batch's media the prompt shows, None for text alone.
     """
@@ -48,9 +50,9 @@ class Sample:
 class Batch:
     """Samples padded to the right, where causal attention never looks.
 
-    `ids` and `targets` are [samples, tokens], `positions` [3, samples, tokens]. `pixels` are [patches, values] of all
-    media and `grids` [frames, 3]; `features` names for each media token of `ids`, in order, its row among the merged
-    patches. Without media the last three are empty.
+    `ids` and `targets` are [samples, tokens], `positions` [3, samples, tokens]. `pixels` are
+    [patches, values] of all media and `grids` [frames, 3]; `features` names for each media token of
+    `ids`, in order, its row among the merged patches. Without media the last three are empty.
     """
 
     ids: torch.Tensor
@@ -64,8 +66,12 @@ class Batch:
         return Batch(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
 
 
-def ask(encoder: ChatEncoder, system: str | None, user: str, item: MediaPatches | None = None) -> list[int]:
-    """The ids of a question up to and including `<|assistant|>`; `item` stands before the user's text."""
+def ask(
+    encoder: ChatEncoder, system: str | None, user: str, item: MediaPatches | None = None
+) -> list[int]:
+    """The ids of a question up to and including `<|assistant|>`; `item` stands before the user's
+    text.
+    """
     if item is None:
         return encoder.prompt(system, user)
     images, videos = _by_kind(item)
@@ -79,7 +85,9 @@ def ask(encoder: ChatEncoder, system: str | None, user: str, item: MediaPatches 
     )
 
 
-def positions_of(encoder: ChatEncoder, ids: list[int], item: MediaPatches | None = None) -> npt.NDArray[np.int64]:
+def positions_of(
+    encoder: ChatEncoder, ids: list[int], item: MediaPatches | None = None
+) -> npt.NDArray[np.int64]:
     """[3, tokens] of a conversation that shows `item`."""
     if item is None:
         return np.tile(np.arange(len(ids)), (3, 1))
@@ -89,11 +97,15 @@ def positions_of(encoder: ChatEncoder, ids: list[int], item: MediaPatches | None
 
 
 def make_sample(
-    encoder: ChatEncoder, question: tuple[str | None, str], answer: str, shown: tuple[int, MediaPatches] | None = None
+    encoder: ChatEncoder,
+    question: tuple[str | None, str],
+    answer: str,
+    shown: tuple[int, MediaPatches] | None = None,
 ) -> Sample:
     """A conversation that ends with `<|user|>`, the loss on the answer only.
 
-    `question` is the system's and the user's text, `shown` what stands before the user's, with its number.
+    `question` is the system's and the user's text, `shown` what stands before the user's, with its
+    number.
     """
     media, item = shown or (None, None)
     prompt = ask(encoder, *question, item)
@@ -119,7 +131,9 @@ def stack(samples: Sequence[Sample], media: Sequence[MediaPatches] = ()) -> Batc
         positions[:, row, : len(sample.input_ids)] = torch.from_numpy(sample.positions)
     counts = [len(item.patches) // MERGE**2 for item in media]
     starts = np.cumsum([0, *counts])
-    shown = [torch.arange(starts[s.media], starts[s.media + 1]) for s in samples if s.media is not None]
+    shown = [
+        torch.arange(starts[s.media], starts[s.media + 1]) for s in samples if s.media is not None
+    ]
     frames = [(1, *item.grid[1:]) for item in media for _ in range(item.grid[0])]
     empty = torch.empty(0, dtype=torch.long)
     return Batch(

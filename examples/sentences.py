@@ -1,7 +1,8 @@
 """The sentences of the support-desk world, in two splits that share no template.
 
-Owns the wording only; world.py knows how a ticket is put together. `(a|b)` holds alternatives, `{slot}` is filled by
-world.py, and `{ref}` becomes "order A12-3456" or a phrase without a number such as "my order".
+Owns the wording only; world.py knows how a ticket is put together. `(a|b)` holds alternatives,
+`{slot}` is filled by world.py, and `{ref}` becomes "order A12-3456" or a phrase without a number
+such as "my order".
 """
 
 from __future__ import annotations
@@ -22,11 +23,19 @@ class Split:
 
     def sentences(self) -> set[str]:
         """Every sentence template of the split, whatever its role."""
-        pools = (self.openings, self.orders, self.no_orders, self.fillers, self.closings, *self.problems.values())
+        pools = (
+            self.openings,
+            self.orders,
+            self.no_orders,
+            self.fillers,
+            self.closings,
+            *self.problems.values(),
+        )
         return {sentence for pool in pools for sentence in pool}
 
 
-# Cue phrases of each label, for the short training tickets below. EVAL uses the same words in other sentences.
+# Cue phrases of each label, for the short training tickets below. EVAL uses the same words in other
+# sentences.
 _CUES = {
     "billing": "an invoice|a bill|a refund|the payment|a wrong charge|my credit card|a fee|the VAT|a receipt|a voucher"
     "|the price|a debit|my bank|the amount|a bank transfer|a payment reminder|money that you charged|what I paid"

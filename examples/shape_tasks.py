@@ -1,7 +1,8 @@
 """The questions about pictures and clips, and the training batches that answer them.
 
-Owns which questions a picture is asked and what each of its patches shows. Prompts come from the shipped job files.
-Pictures go through the files and the processors that the jobs use; of a clip only the sampled frames are drawn.
+Owns which questions a picture is asked and what each of its patches shows. Prompts come from the
+shipped job files. Pictures go through the files and the processors that the jobs use; of a clip
+only the sampled frames are drawn.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ from glm_batch.models.processing.video import VideoProcessor
 
 IMAGE_TASKS = ("shape", "colour", "count")
 CLIP_TASK = "motion"
-HINTS = (SHAPES, tuple(COLOURS), tuple(MOTIONS))  # what is told of a patch, beside whether a figure's centre is in it
+# what is told of a patch, beside whether a figure's centre is in it
+HINTS = (SHAPES, tuple(COLOURS), tuple(MOTIONS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
     """A picture or a clip as patches, its right answers by task, and its `hints`.
 
-    Hints are [merged patches, 1 + len(HINTS)]: whether a figure's centre lies there (0 or 1), then the numbers of the
-    shape, colour and motion of the figure that covers the patch's middle, IGNORED where there is none.
+    Hints are [merged patches, 1 + len(HINTS)]: whether a figure's centre lies there (0 or 1), then
+    the numbers of the shape, colour and motion of the figure that covers the patch's middle,
+    IGNORED where there is none.
     """
 
     patches: MediaPatches
@@ -67,27 +70,31 @@ def show_scene(scene: Scene, rng: random.Random) -> Shown:
 
 
 def show_clip(clip: Clip, rng: random.Random) -> Shown:
-    """The clip as the jobs would sample it, each frame with the losses of a JPEG in place of those of a video."""
-    indices = sample_frames(clip.num_frames, clip.fps, VIDEOS, duration_s=clip.num_frames / clip.fps)
+    """The clip as the jobs would sample it, each frame with the losses of a JPEG in place of those
+    of a video.
+    """
+    indices = sample_frames(
+        clip.num_frames, clip.fps, VIDEOS, duration_s=clip.num_frames / clip.fps
+    )
     quality = rng.randrange(40, 95)
     frames = [_with_losses(frame, quality) for frame in clip.draw(indices)]
-    patches = VideoProcessor(VIDEOS).from_frames(frames, VIDEOS.fps, duration_s=len(frames) / VIDEOS.fps)
+    patches = VideoProcessor(VIDEOS).from_frames(
+        frames, VIDEOS.fps, duration_s=len(frames) / VIDEOS.fps
+    )
     hints = [
         _frame_hints(clip.scene, (clip.figure(index),), patches.grid, clip.motion)
         for index in indices[:: VIDEOS.temporal_patch_size]
     ]
-    return Shown(
-        patches=patches,
-        answers={CLIP_TASK: clip.motion},
-        hints=np.concatenate(hints),
-    )
+    return Shown(patches=patches, answers={CLIP_TASK: clip.motion}, hints=np.concatenate(hints))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaStream:
-    """Pictures and clips in numbered lots, so that several processes can draw them: the same number, the same lot.
+    """Pictures and clips in numbered lots, so that several processes can draw them: the same
+    number, the same lot.
 
-    Each picture is asked one of `questions`, in which a harder one may stand more than once; all if there are none.
+    Each picture is asked one of `questions`, in which a harder one may stand more than once; all if
+    there are none.
     """
 
     split: Split
@@ -100,13 +107,21 @@ class MediaStream:
         """First the pictures, then the clips."""
         rng = random.Random(f"lot {self.split} {self.seed} {number}")
         seed = 1_000_000 * self.seed + number
-        shown = [show_scene(scene, rng) for scene in itertools.islice(scenes(self.split, seed), self.num_images)]
+        shown = [
+            show_scene(scene, rng)
+            for scene in itertools.islice(scenes(self.split, seed), self.num_images)
+        ]
         if self.questions:
             shown = [_with_one_question(item, rng.choice(self.questions)) for item in shown]
-        return shown + [show_clip(clip, rng) for clip in itertools.islice(clips(self.split, seed), self.num_clips)]
+        return shown + [
+            show_clip(clip, rng)
+            for clip in itertools.islice(clips(self.split, seed), self.num_clips)
+        ]
 
 
-def make_batch(encoder: ChatEncoder, prompts: dict[str, str], shown: list[Shown]) -> tuple[Batch, torch.Tensor]:
+def make_batch(
+    encoder: ChatEncoder, prompts: dict[str, str], shown: list[Shown]
+) -> tuple[Batch, torch.Tensor]:
     """A batch in which every picture and clip is asked its questions, and the hints of all of them."""
     samples = [
         make_sample(encoder, (None, prompts[task]), answer, (index, item.patches))

@@ -1,7 +1,9 @@
-"""The shapes world: pictures of one to five equal shapes in one colour, and clips of one shape that moves.
+"""The shapes world: pictures of one to five equal shapes in one colour, and clips of one shape that
+moves.
 
-Owns what a scene and a clip hold and how they are drawn. Seeded: the same split, seed and number give the same scene,
-and the two splits share no random stream. Knows nothing of files, models or tasks.
+Owns what a scene and a clip hold and how they are drawn. Seeded: the same split, seed and number
+give the same scene, and the two splits share no random stream. Knows nothing of files, models or
+tasks.
 """
 
 from __future__ import annotations
@@ -23,18 +25,22 @@ Colour = tuple[int, int, int]  # red, green and blue from 0 to 255
 Split = Literal["train", "eval"]
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLOURS = {"red": 357, "orange": 28, "yellow": 55, "green": 125, "blue": 222, "purple": 288}  # their hues in degrees
+# their hues in degrees
+COLOURS = {"red": 357, "orange": 28, "yellow": 55, "green": 125, "blue": 222, "purple": 288}
 COUNTS = (1, 2, 3, 4, 5)
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 HUE_JITTER = 7  # degrees to either side
 SUPERSAMPLING = 4
-MIN_CONTRAST = 120  # distance between a shape's and the background's colour; black and white are 442 apart
+# distance between a shape's and the background's colour; black and white are 442 apart
+MIN_CONTRAST = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One shape in its place; lengths in pixels, `angle` in radians, `radius` that of the circle around it."""
+    """One shape in its place; lengths in pixels, `angle` in radians, `radius` that of the circle
+    around it.
+    """
 
     shape: str
     x: float
@@ -46,7 +52,9 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Background:
-    """Two colours that blend along `angle`, with clouds of `amplitude` grey levels and a fine grain on them."""
+    """Two colours that blend along `angle`, with clouds of `amplitude` grey levels and a fine grain
+    on them.
+    """
 
     colours: tuple[Colour, Colour]
     angle: float
@@ -57,7 +65,9 @@ class Background:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """A picture and its gold answers: `count` figures of one `shape` and `colour` that do not touch."""
+    """A picture and its gold answers: `count` figures of one `shape` and `colour` that do not
+    touch.
+    """
 
     width: int
     height: int
@@ -75,8 +85,8 @@ class Scene:
 class Clip:
     """One figure that moves `distance` pixels in a direction; the gold answer is `motion`.
 
-    It starts where `scene` shows it, sways sideways by `sway` pixels and turns by `spin` radians. `pace` below 1 slows
-    down, above 1 speeds up.
+    It starts where `scene` shows it, sways sideways by `sway` pixels and turns by `spin` radians.
+    `pace` below 1 slows down, above 1 speeds up.
     """
 
     scene: Scene
@@ -108,7 +118,9 @@ class Clip:
 
 
 def scenes(split: Split, seed: int) -> Iterator[Scene]:
-    """An endless stream of scenes; shapes, colours and counts come in equal shares and independently."""
+    """An endless stream of scenes; shapes, colours and counts come in equal shares and
+    independently.
+    """
     for number in itertools.count():
         yield make_scene(random.Random(f"scene {split} {seed} {number}"))
 
@@ -121,7 +133,10 @@ def clips(split: Split, seed: int) -> Iterator[Clip]:
 
 def make_scene(rng: random.Random) -> Scene:
     """Between 72 and 590 pixels a side, at most twice as wide as high or the reverse."""
-    size, stretch = math.exp(rng.uniform(math.log(96), math.log(420))), math.exp(rng.uniform(-0.34, 0.34))
+    size, stretch = (
+        math.exp(rng.uniform(math.log(96), math.log(420))),
+        math.exp(rng.uniform(-0.34, 0.34)),
+    )
     width, height = (max(72, round(size * factor)) for factor in (stretch, 1 / stretch))
     shape, colour, count = rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.choice(COUNTS)
     fills = _fills(colour, count, rng)
@@ -130,11 +145,20 @@ def make_scene(rng: random.Random) -> Scene:
         Figure(shape=shape, x=x, y=y, radius=radius, angle=rng.uniform(-0.35, 0.35), fill=fill)
         for (x, y, radius), fill in zip(_places(width, height, count, rng), fills, strict=True)
     ]
-    return Scene(width=width, height=height, background=background, figures=tuple(figures), shape=shape, colour=colour)
+    return Scene(
+        width=width,
+        height=height,
+        background=background,
+        figures=tuple(figures),
+        shape=shape,
+        colour=colour,
+    )
 
 
 def make_clip(rng: random.Random) -> Clip:
-    """Between 96 and 240 pixels a side, both even as video encoders want them; moves by 30 to 55 % of a side."""
+    """Between 96 and 240 pixels a side, both even as video encoders want them; moves by 30 to 55 %
+    of a side.
+    """
     width, height = (2 * rng.randrange(48, 121) for _ in range(2))
     motion, colour = rng.choice(list(MOTIONS)), rng.choice(list(COLOURS))
     dx, dy = MOTIONS[motion]
@@ -154,7 +178,12 @@ def make_clip(rng: random.Random) -> Clip:
     fps = rng.choice((8, 10, 12, 15, 24, 25, 30))
     return Clip(
         scene=Scene(
-            width=width, height=height, background=background, figures=(figure,), shape=figure.shape, colour=colour
+            width=width,
+            height=height,
+            background=background,
+            figures=(figure,),
+            shape=figure.shape,
+            colour=colour,
         ),
         motion=motion,
         num_frames=round(rng.uniform(2, 4) * fps),
@@ -175,7 +204,8 @@ def draw_background(scene: Scene) -> Image.Image:
     """The picture without its figures, in RGB."""
     background = scene.background
     y, x = (np.linspace(-0.5, 0.5, side, dtype=np.float32) for side in (scene.height, scene.width))
-    blend = math.sin(background.angle) * y[:, None] + math.cos(background.angle) * x[None, :]  # from -0.71 to 0.71
+    # from -0.71 to 0.71
+    blend = math.sin(background.angle) * y[:, None] + math.cos(background.angle) * x[None, :]
     first, second = (np.array(colour, np.float32) for colour in background.colours)
     pixels: Array = (first + second) / 2 + blend[:, :, None] * (second - first)
     rng = np.random.default_rng(background.seed)
@@ -204,7 +234,10 @@ def outline(figure: Figure) -> list[tuple[float, float]]:
     turn = figure.angle - math.pi / (4 if figure.shape == "square" else 2)  # upright at angle 0
     radii = (figure.radius * (inner if i % 2 else 1.0) for i in range(corners))
     angles = (turn + math.tau * i / corners for i in range(corners))
-    return [(figure.x + r * math.cos(a), figure.y + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+    return [
+        (figure.x + r * math.cos(a), figure.y + r * math.sin(a))
+        for r, a in zip(radii, angles, strict=True)
+    ]
 
 
 def _with_figures(background: Image.Image, figures: tuple[Figure, ...]) -> Image.Image:
@@ -243,8 +276,12 @@ def _contrasting(fills: list[Colour], rng: random.Random) -> Colour:
             return colour
 
 
-def _places(width: int, height: int, count: int, rng: random.Random) -> list[tuple[float, float, float]]:
-    """(x, y, radius) of circles inside the picture that keep apart; tried anew until all have found room."""
+def _places(
+    width: int, height: int, count: int, rng: random.Random
+) -> list[tuple[float, float, float]]:
+    """(x, y, radius) of circles inside the picture that keep apart; tried anew until all have found
+    room.
+    """
     side = min(width, height)
     while True:
         radius = side * rng.uniform(0.13, 0.25 if count < 3 else 0.18)
@@ -252,14 +289,18 @@ def _places(width: int, height: int, count: int, rng: random.Random) -> list[tup
         for _ in range(20 * count):
             r = radius * rng.uniform(0.85, 1.15)
             x, y = rng.uniform(r + 1, width - r - 1), rng.uniform(r + 1, height - r - 1)
-            if all(math.hypot(x - x2, y - y2) > 1.1 * (r + r2) + 0.02 * side for x2, y2, r2 in places):
+            if all(
+                math.hypot(x - x2, y - y2) > 1.1 * (r + r2) + 0.02 * side for x2, y2, r2 in places
+            ):
                 places.append((x, y, r))
             if len(places) == count:
                 return places
 
 
 def _start(side: int, margin: float, distance: float, rng: random.Random) -> float:
-    """Where to begin so that both ends of a way of `distance` (negative: backwards) lie `margin` inside the side."""
+    """Where to begin so that both ends of a way of `distance` (negative: backwards) lie `margin`
+    inside the side.
+    """
     return rng.uniform(margin - min(distance, 0), side - margin - max(distance, 0))
 
 

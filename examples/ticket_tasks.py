@@ -1,7 +1,7 @@
 """The three questions about tickets and their training samples.
 
-Owns how training texts are made untidy. Prompts come from the shipped job files and tickets from world.py, so the
-checkpoint fits both. Knows nothing of tensors or the model.
+Owns how training texts are made untidy. Prompts come from the shipped job files and tickets from
+world.py, so the checkpoint fits both. Knows nothing of tensors or the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Task:
         return self.prompt.replace("{text}", ticket.text)
 
     def answer(self, ticket: Ticket) -> str:
-        return {"route": ticket.label, "extract": ticket.order_json, "reply": ticket.reply}[self.name]
+        return {"route": ticket.label, "extract": ticket.order_json, "reply": ticket.reply}[
+            self.name
+        ]
 
 
 def load_tasks() -> list[Task]:
@@ -44,11 +46,15 @@ def load_tasks() -> list[Task]:
         name: yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())["task"]
         for name in ("route", "extract", "reply")
     }
-    return [Task(name=name, system=task["system"], prompt=task["prompt"]) for name, task in jobs.items()]
+    return [
+        Task(name=name, system=task["system"], prompt=task["prompt"]) for name, task in jobs.items()
+    ]
 
 
 def tokenizer_texts(tasks: list[Task], seed: int) -> Iterator[str]:
-    """What the tokenizer learns from. No two digits meet, so that every digit of a number stays a token of its own."""
+    """What the tokenizer learns from. No two digits meet, so that every digit of a number stays a
+    token of its own.
+    """
     for ticket in itertools.islice(tickets(TRAIN, seed), 20_000):
         texts = [ticket.text, ticket.order_json, ticket.reply]
         texts += [ticket.label] if ticket.label in ONE_TOKEN_LABELS else []
@@ -66,7 +72,8 @@ def noisy_tickets(seed: int) -> Iterator[Ticket]:
 
 
 class Scrambler:
-    """Makes training texts untidy, so that the model reads words and order ids instead of learning sentences by heart.
+    """Makes training texts untidy, so that the model reads words and order ids instead of learning
+    sentences by heart.
 
     Gold answers stay right: the order id is never touched, and no other one can come in.
     """
@@ -96,7 +103,10 @@ class Scrambler:
         words = self._rng.sample(self._words, self._rng.randrange(2, 40))
         if ticket.order_id is not None:
             mark = self._rng.choice(("", "", "", "#", "("))
-            words.insert(self._rng.randrange(len(words) + 1), mark + ticket.order_id + self._rng.choice(("", ".", ",")))
+            words.insert(
+                self._rng.randrange(len(words) + 1),
+                mark + ticket.order_id + self._rng.choice(("", ".", ",")),
+            )
         return Ticket(text=" ".join(words), label=ticket.label, order_id=ticket.order_id)
 
     def draw(self, task: Task, ticket: Ticket) -> Ticket:
@@ -112,14 +122,18 @@ def ticket_sample(encoder: ChatEncoder, task: Task, ticket: Ticket) -> Sample:
     return make_sample(encoder, (task.system, task.user(ticket)), task.answer(ticket))
 
 
-def training_batches(encoder: ChatEncoder, tasks: list[Task], size: int, seed: int) -> Iterator[list[Sample]]:
+def training_batches(
+    encoder: ChatEncoder, tasks: list[Task], size: int, seed: int
+) -> Iterator[list[Sample]]:
     """Batches of samples of like length, which keeps padding low."""
     rng = random.Random(seed)
     scrambler = Scrambler(seed)
     stream = noisy_tickets(seed)
     while True:
         pairs = [(rng.choice(tasks), ticket) for ticket in itertools.islice(stream, 16 * size)]
-        pool = [ticket_sample(encoder, task, scrambler.draw(task, ticket)) for task, ticket in pairs]
+        pool = [
+            ticket_sample(encoder, task, scrambler.draw(task, ticket)) for task, ticket in pairs
+        ]
         pool.sort(key=lambda sample: len(sample.input_ids))
         batches = [pool[start : start + size] for start in range(0, len(pool), size)]
         rng.shuffle(batches)

@@ -1,4 +1,5 @@
-"""The tiny checkpoint's model: its size, its forward pass over batches with text, pictures and clips, and its files.
+"""The tiny checkpoint's model: its size, its forward pass over batches with text, pictures and
+clips, and its files.
 
 Knows nothing of tickets, shapes or training.
 """
@@ -33,9 +34,9 @@ class Size:
 
 
 def build_model(encoder: ChatEncoder, size: Size) -> Glm4vForConditionalGeneration:
-    """A glm4v of about two million parameters. Sandwich norms give each sublayer of the text model an output of size
-    1, so the embeddings start near that size too, and the head starts as their small copy, which makes copying easy
-    to learn."""
+    """A glm4v of about two million parameters. Sandwich norms give each sublayer of the text model
+    an output of size 1, so the embeddings start near that size too, and the head starts as their
+    small copy, which makes copying easy to learn."""
     num_tokens = encoder.tokenizer.get_vocab_size()
     stops = [encoder.control_ids[token] for token in STOP_TOKENS]
     config = Glm4vConfig(
@@ -64,7 +65,10 @@ def build_model(encoder: ChatEncoder, size: Size) -> Glm4vForConditionalGenerati
             "out_hidden_size": size.width,
             "intermediate_size": 3 * size.width,
         },
-        **{f"{name}_token_id": getattr(media_tokens(encoder), name) for name in media_tokens(encoder).__slots__},
+        **{
+            f"{name}_token_id": getattr(media_tokens(encoder), name)
+            for name in media_tokens(encoder).__slots__
+        },
     )
     model = Glm4vForConditionalGeneration(config)
     with torch.no_grad():
@@ -79,18 +83,25 @@ def build_model(encoder: ChatEncoder, size: Size) -> Glm4vForConditionalGenerati
 
 
 def _look_around(tower: nn.Module) -> None:
-    """Let each head of the vision tower begin by looking at one of the patches around, as a convolution does.
+    """Let each head of the vision tower begin by looking at one of the patches around, as a
+    convolution does.
 
-    All position embeddings share a vector, from which queries and keys get parts that the rotary embedding turns into
-    a peak at the wanted offset. Without it the tower takes thousands of steps to find out what lies beside what.
+    All position embeddings share a vector, from which queries and keys get parts that the rotary
+    embedding turns into a peak at the wanted offset. Without it the tower takes thousands of steps
+    to find out what lies beside what.
     """
     positions = tower.embeddings.position_embedding.weight
     shared = torch.randn(positions.shape[1])
     positions.copy_(shared + 0.1 * torch.randn(positions.shape))
     for number, block in enumerate(tower.blocks):
         reach, diagonal = 1 + number // 2, number % 2
-        ring = ((0, 1), (1, 0), (0, -1), (-1, 0)) if not diagonal else ((1, 1), (1, -1), (-1, 1), (-1, -1))
-        share = (2 + 2 * number) ** 0.5 * shared / shared.square().sum()  # the residual stream grows block by block
+        ring = (
+            ((0, 1), (1, 0), (0, -1), (-1, 0))
+            if not diagonal
+            else ((1, 1), (1, -1), (-1, 1), (-1, -1))
+        )
+        # the residual stream grows block by block
+        share = (2 + 2 * number) ** 0.5 * shared / shared.square().sum()
         queries, keys, _ = block.attn.qkv.weight.view(3, block.attn.num_heads, HEAD_DIM, -1)
         for head in range(block.attn.num_heads):
             y, x = (reach * step for step in ring[head % len(ring)])
@@ -100,28 +111,38 @@ def _look_around(tower: nn.Module) -> None:
 
 
 def _rotary_peak(y: int, x: int, height: float = 4.7) -> tuple[torch.Tensor, torch.Tensor]:
-    """A query and a key, [HEAD_DIM], whose product after the rotary embedding peaks where the key's patch lies y rows
-    and x columns further. They use the two fastest frequencies of each axis."""
+    """A query and a key, [HEAD_DIM], whose product after the rotary embedding peaks where the key's
+    patch lies y rows and x columns further. They use the two fastest frequencies of each axis."""
     quarter = HEAD_DIM // 4
     angles = torch.zeros(2 * quarter)
     for start, distance in ((0, y), (quarter, x)):
         angles[start : start + 2] = distance * 10_000.0 ** -(torch.arange(2) / quarter)
     used = (torch.arange(2 * quarter) % quarter < 2) * height
-    return torch.cat([used * angles.cos(), used * angles.sin()]), torch.cat([used, torch.zeros(2 * quarter)])
+    return torch.cat([used * angles.cos(), used * angles.sin()]), torch.cat(
+        [used, torch.zeros(2 * quarter)]
+    )
 
 
-def forward(model: Glm4vForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits at the positions that have a target, [targets, vocabulary], in row order; and the media's features."""
+def forward(
+    model: Glm4vForConditionalGeneration, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits at the positions that have a target, [targets, vocabulary], in row order; and the
+    media's features.
+    """
     text = model.model.language_model
     embeddings, features = text.embed_tokens(batch.ids), None
     if len(batch.grids):
         features = model.model.visual(batch.pixels, grid_thw=batch.grids).pooler_output
         embeddings[batch.ids == model.config.image_token_id] = features[batch.features]
-    hidden = text(inputs_embeds=embeddings, position_ids=batch.positions, use_cache=False).last_hidden_state
+    hidden = text(
+        inputs_embeds=embeddings, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
     return model.lm_head(hidden[batch.targets != IGNORED]).float(), features
 
 
-def save_checkpoint(model: Glm4vForConditionalGeneration, encoder: ChatEncoder, folder: Path) -> None:
+def save_checkpoint(
+    model: Glm4vForConditionalGeneration, encoder: ChatEncoder, folder: Path
+) -> None:
     """Write the whole Hugging Face folder, weights in bf16."""
     folder.mkdir(parents=True, exist_ok=True)
     stops = [encoder.control_ids[token] for token in STOP_TOKENS]
@@ -131,8 +152,13 @@ def save_checkpoint(model: Glm4vForConditionalGeneration, encoder: ChatEncoder, 
     model.to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(encoder.tokenizer, folder, MAX_POSITIONS)
     for file, kind, config in (("", "image", IMAGES), ("video_", "video", VIDEOS)):
-        settings = {f"{kind}_processor_type": f"Glm4v{kind.capitalize()}Processor", **_settings(config)}
-        (folder / f"{file}preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        settings = {
+            f"{kind}_processor_type": f"Glm4v{kind.capitalize()}Processor",
+            **_settings(config),
+        }
+        (folder / f"{file}preprocessor_config.json").write_text(
+            json.dumps(settings, indent=2) + "\n"
+        )
 
 
 def _settings(config: ImageProcessorConfig) -> dict[str, object]:

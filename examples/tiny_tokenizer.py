@@ -1,6 +1,8 @@
-"""The tokenizer of the tiny checkpoint: byte-level BPE with the GLM control tokens and a GLM-4 chat template.
+"""The tokenizer of the tiny checkpoint: byte-level BPE with the GLM control tokens and a GLM-4 chat
+template.
 
-Owns training it, its files and how a conversation becomes ids. Knows nothing of the model or of tickets.
+Owns training it, its files and how a conversation becomes ids. Knows nothing of the model or of
+tickets.
 """
 
 from __future__ import annotations
@@ -11,7 +13,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2.sandbox
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 CONTROL_TOKENS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
@@ -26,8 +37,9 @@ _SPLIT = (
 )
 _CONTROL = re.compile("(" + "|".join(re.escape(token) for token in CONTROL_TOKENS) + ")")
 
-# The conversation format of GLM-4-0414: tools and system messages first, no line break after the generation prompt. The
-# parts of a user's message follow each other with nothing between, images and videos as in GLM-4.1V.
+# The conversation format of GLM-4-0414: tools and system messages first, no line break after the
+# generation prompt. The parts of a user's message follow each other with nothing between, images
+# and videos as in GLM-4.1V.
 CHAT_TEMPLATE = """\
 {%- macro written(content) %}
 {%- if content is string %}
@@ -70,7 +82,9 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], num_base_tokens: int) -> Tokenizer:
-    """A BPE of at most `num_base_tokens` tokens, 256 of them bytes, with the control tokens after them."""
+    """A BPE of at most `num_base_tokens` tokens, 256 of them bytes, with the control tokens after
+    them.
+    """
     tokenizer = _bare(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=num_base_tokens,
@@ -78,7 +92,9 @@ def train_tokenizer(texts: Iterable[str], num_base_tokens: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
+    )
     return tokenizer
 
 
@@ -99,13 +115,17 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
 
 
 class ChatEncoder:
-    """Conversations to ids, where only the template writes control tokens: a user who types one writes plain text."""
+    """Conversations to ids, where only the template writes control tokens: a user who types one
+    writes plain text.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.control_ids = {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
         self._plain = _bare(models.BPE(**_vocab_and_merges(tokenizer)))
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True
+        )
         environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "sort_keys": False}
         self._template = environment.from_string(CHAT_TEMPLATE)
 
@@ -114,8 +134,11 @@ class ChatEncoder:
         return self._plain.encode(text).ids
 
     def prompt(self, system: str | None, user: str, media: Sequence[str] = ()) -> list[int]:
-        """The ids of one question up to and including `<|assistant|>`; `media` ("image", "video") go before `user`."""
-        contents = {"\ue000": system, "\ue001": user}  # the template sees two private characters, never the texts
+        """The ids of one question up to and including `<|assistant|>`; `media` ("image", "video")
+        go before `user`.
+        """
+        # the template sees two private characters, never the texts
+        contents = {"\ue000": system, "\ue001": user}
         parts = [*({"type": kind} for kind in media), {"type": "text", "text": "\ue001"}]
         messages: list[dict[str, object]] = [{"role": "user", "content": parts}]
         if system is not None:

@@ -1,8 +1,10 @@
-"""Train the shipped tiny checkpoint, examples/tiny_glm, from nothing: `python examples/train_tiny_glm.py`.
+"""Train the shipped tiny checkpoint, examples/tiny_glm, from nothing: `python
+examples/train_tiny_glm.py`.
 
-Owns the losses and the recipe. The model of tiny_model.py learns tickets, pictures and clips together; ticket_tasks.py
-and shape_tasks.py know what is asked about them. Seeded, a second of one core per step: under an hour on two. The
-shipped weights come from these settings with `--device cuda`, whose rounding differs.
+Owns the losses and the recipe. The model of tiny_model.py learns tickets, pictures and clips
+together; ticket_tasks.py and shape_tasks.py know what is asked about them. Seeded, a second of one
+core per step: under an hour on two. The shipped weights come from these settings with `--device
+cuda`, whose rounding differs.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from transformers import Glm4vForConditionalGeneration
 from world import LABELS, tickets
 
 HERE = Path(__file__).parent
-QUESTIONS = ("shape", "shape", "colour", "count", "count", "count")  # counting takes longest to learn
+# counting takes longest to learn
+QUESTIONS = ("shape", "shape", "colour", "count", "count", "count")
 HINT_WEIGHT = 0.5
 CENTRE_WEIGHT = 4.0  # few patches hold the centre of a figure
 
@@ -45,10 +48,14 @@ def answer_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def hint_loss(guesses: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
-    """How well the features of each patch tell what lies there: a centre, and its shape, colour and motion."""
+    """How well the features of each patch tell what lies there: a centre, and its shape, colour and
+    motion.
+    """
     centre, *named = guesses.split([1, *(len(names) for names in HINTS)], dim=1)
     loss = nn.functional.binary_cross_entropy_with_logits(
-        centre[:, 0], hints[:, 0].float(), pos_weight=torch.tensor(CENTRE_WEIGHT, device=centre.device)
+        centre[:, 0],
+        hints[:, 0].float(),
+        pos_weight=torch.tensor(CENTRE_WEIGHT, device=centre.device),
     )
     for guess, hint in zip(named, hints[:, 1:].unbind(dim=1), strict=True):
         if (hint != IGNORED).any():
@@ -56,8 +63,12 @@ def hint_loss(guesses: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def ahead(pool: multiprocessing.pool.Pool, draw: Callable[[int], list[Shown]], depth: int = 8) -> Iterator[list[Shown]]:
-    """What `draw` gives for 0, 1, 2 and so on, in order, a few of them drawn beforehand by other processes."""
+def ahead(
+    pool: multiprocessing.pool.Pool, draw: Callable[[int], list[Shown]], depth: int = 8
+) -> Iterator[list[Shown]]:
+    """What `draw` gives for 0, 1, 2 and so on, in order, a few of them drawn beforehand by other
+    processes.
+    """
     waiting: deque[AsyncResult[list[Shown]]] = deque()
     for number in itertools.count():
         waiting.append(pool.apply_async(draw, (number,)))
@@ -68,12 +79,16 @@ def ahead(pool: multiprocessing.pool.Pool, draw: Callable[[int], list[Shown]], d
 def make_optimizers(
     model: Glm4vForConditionalGeneration, hinter: nn.Linear, rates: tuple[float, float]
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, heads, convolutions, norms and biases."""
+    """Muon for the matrices inside the layers, AdamW for embeddings, heads, convolutions, norms and
+    biases.
+    """
     outer = {model.lm_head.weight, model.model.language_model.embed_tokens.weight}
     outer |= {model.model.visual.embeddings.position_embedding.weight}
     inner = [weight for weight in model.parameters() if weight.dim() == 2 and weight not in outer]
     rest = [weight for weight in model.parameters() if weight.dim() != 2 or weight in outer]
-    adamw = torch.optim.AdamW([*rest, *hinter.parameters()], rates[1], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    adamw = torch.optim.AdamW(
+        [*rest, *hinter.parameters()], rates[1], betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     return [torch.optim.Muon(inner, rates[0], weight_decay=0.01), adamw]
 
 
@@ -84,7 +99,8 @@ def train(
     num_steps: int,
     rates: tuple[float, float],
 ) -> None:
-    """Warm-up and cosine decay from `rates`, as make_optimizers has them; each step sees tickets and media.
+    """Warm-up and cosine decay from `rates`, as make_optimizers has them; each step sees tickets
+    and media.
 
     A linear head that is not kept makes the vision tower tell early what each patch shows.
     """
@@ -94,7 +110,9 @@ def train(
     optimizers = make_optimizers(model, hinter, rates)
     start = time.perf_counter()
     model.train()
-    for step, (text, (shown, hints)) in enumerate(itertools.islice(zip(texts, media, strict=False), num_steps)):
+    for step, (text, (shown, hints)) in enumerate(
+        itertools.islice(zip(texts, media, strict=False), num_steps)
+    ):
         warmth = min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / num_steps))
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.zero_grad()
@@ -115,13 +133,17 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=HERE / "tiny_glm")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--tickets", type=int, default=32, help="tickets a step")
     parser.add_argument("--images", type=int, default=32, help="pictures a step")
     parser.add_argument("--clips", type=int, default=12, help="clips a step")
-    parser.add_argument("--rates", type=float, nargs=2, default=(0.01, 1.5e-3), help="peak rates of Muon and AdamW")
+    parser.add_argument(
+        "--rates", type=float, nargs=2, default=(0.01, 1.5e-3), help="peak rates of Muon and AdamW"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
@@ -135,11 +157,15 @@ def main() -> None:
         num_clips=args.clips,
         questions=QUESTIONS,
     )
-    with multiprocessing.get_context("fork").Pool(args.workers, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("fork").Pool(
+        args.workers, torch.set_num_threads, (1,)
+    ) as pool:
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
         tasks, prompts = load_tasks(), load_prompts()
-        texts = itertools.chain(tokenizer_texts(tasks, args.seed), *(100 * [prompt] for prompt in prompts.values()))
+        texts = itertools.chain(
+            tokenizer_texts(tasks, args.seed), *(100 * [prompt] for prompt in prompts.values())
+        )
         encoder = ChatEncoder(train_tokenizer(texts, num_base_tokens=2000))
         print({label: encoder.tokenizer.encode(label).tokens for label in LABELS})
         model = build_model(encoder, Size()).to(args.device)

@@ -1,7 +1,9 @@
-"""The support-desk world: tickets with a gold label, order id and reply, made from templates and slots.
+"""The support-desk world: tickets with a gold label, order id and reply, made from templates and
+slots.
 
-Owns how a ticket is put together and the rule from (label, order id) to the gold reply. Pure Python and seeded: the
-same seed gives the same tickets on every machine. Knows nothing of tokens, models or files; sentences.py has the words.
+Owns how a ticket is put together and the rule from (label, order id) to the gold reply. Pure Python
+and seeded: the same seed gives the same tickets on every machine. Knows nothing of tokens, models
+or files; sentences.py has the words.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ def make_ticket(split: Split, label: str, rng: random.Random) -> Ticket:
     if rng.random() < 0.25:
         parts.insert(rng.randrange(2), rng.choice(split.fillers))
     if order_id is not None and not inline:
-        parts.insert(rng.randrange(len(parts) + 1), rng.choice(split.orders).replace("{order}", order_id))
+        parts.insert(
+            rng.randrange(len(parts) + 1), rng.choice(split.orders).replace("{order}", order_id)
+        )
     if order_id is None and rng.random() < 0.2:
         parts.append(rng.choice(split.no_orders))
     if rng.random() < 0.6:
@@ -93,7 +97,9 @@ def make_ticket(split: Split, label: str, rng: random.Random) -> Ticket:
 
 
 def with_control_strings(ticket: Ticket, rng: random.Random) -> Ticket:
-    """The same ticket with one or two control-token strings typed into its text; the gold answers stay."""
+    """The same ticket with one or two control-token strings typed into its text; the gold answers
+    stay.
+    """
     words = ticket.text.split(" ")
     for _ in range(rng.choice((1, 1, 2))):
         words.insert(rng.randrange(len(words) + 1), rng.choice(CONTROL_STRINGS))
@@ -106,7 +112,9 @@ def _order_id(rng: random.Random) -> str:
 
 def _inline_reference(order_id: str | None, rng: random.Random) -> str:
     if order_id is None:
-        return rng.choice(("my order", "my last order", "the order I placed on {day}", "my order from {month}"))
+        return rng.choice(
+            ("my order", "my last order", "the order I placed on {day}", "my order from {month}")
+        )
     before = rng.choice(("order ", "my order ", "order #", "order no. ", "my order from {day}, "))
     return before + order_id
 

@@ -1,7 +1,7 @@
 """The command line `glm-batch`: one function for each command, its options, and the exit code.
 
-Owns nothing but the words of the command line. Each command lives in a file of its own, imported when it is called,
-so that `--help` and refusals come at once.
+Owns nothing but the words of the command line. Each command lives in a file of its own, imported
+when it is called, so that `--help` and refusals come at once.
 """
 
 from __future__ import annotations
@@ -32,17 +32,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job file (YAML).", show_default=False)]
+JobArgument = Annotated[
+    str, typer.Argument(metavar="JOB", help="The job file (YAML).", show_default=False)
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the job file; repeatable.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the job file; repeatable.",
+        show_default=False,
+    ),
 ]
 OutputArgument = Annotated[
-    str, typer.Argument(metavar="OUTPUT", help="A job's output: a directory or s3:// prefix.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="OUTPUT", help="A job's output: a directory or s3:// prefix.", show_default=False
+    ),
 ]
 EndpointOption = Annotated[
     str | None,
-    typer.Option("--endpoint-url", metavar="URL", help="The s3:// store, if it is not AWS.", show_default=False),
+    typer.Option(
+        "--endpoint-url",
+        metavar="URL",
+        help="The s3:// store, if it is not AWS.",
+        show_default=False,
+    ),
 ]
 AppOption = Annotated[
     str | None,
@@ -58,7 +73,9 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 @app.command()
 def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = False) -> None:
-    """Show what a job or sweep would do: files, units, three prompts, tokens, an estimate. Loads no model."""
+    """Show what a job or sweep would do: files, units, three prompts, tokens, an estimate. Loads no
+    model.
+    """
     with errors_for_people(debug):
         from glm_batch.jobs.sweep.sweep_config import is_sweep
 
@@ -76,7 +93,9 @@ def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = Fal
 def label(
     job: JobArgument,
     overrides: SetOption = None,
-    extend: Annotated[bool, typer.Option("--extend", help="Take up input files that were added.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Take up input files that were added.")
+    ] = False,
     app_name: AppOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -90,17 +109,24 @@ def label(
 
 @app.command()
 def evaluate(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).", show_default=False)],
+    sweep: Annotated[
+        str, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).", show_default=False)
+    ],
     overrides: SetOption = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(
-            "--compare", metavar="CELL CELL", help="Compare two cells of a finished sweep.", show_default=False
+            "--compare",
+            metavar="CELL CELL",
+            help="Compare two cells of a finished sweep.",
+            show_default=False,
         ),
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Run a grid of jobs over rows with gold answers and score them. A rerun goes on where the last one stopped."""
+    """Run a grid of jobs over rows with gold answers and score them. A rerun goes on where the last
+    one stopped.
+    """
     with errors_for_people(debug):
         from glm_batch.jobs.sweep.evaluate import evaluate as run_evaluate
 
@@ -115,12 +141,19 @@ def cron(
     max_units: Annotated[
         int | None,
         typer.Option(
-            "--max-units", min=1, help="Process at most so many units; the next run goes on.", show_default=False
+            "--max-units",
+            min=1,
+            help="Process at most so many units; the next run goes on.",
+            show_default=False,
         ),
     ] = None,
     until: Annotated[
         str | None,
-        typer.Option("--until", metavar="TIME", help="Stop at HH:MM, or after 90m or 1h30m; the next run goes on."),
+        typer.Option(
+            "--until",
+            metavar="TIME",
+            help="Stop at HH:MM, or after 90m or 1h30m; the next run goes on.",
+        ),
     ] = None,
     drop_deleted: Annotated[
         bool, typer.Option("--drop-deleted", help="Give up the rows of input files that are gone.")
@@ -130,12 +163,19 @@ def cron(
     ] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Process what is new or changed since the last run, as a new version of the output. For schedulers."""
+    """Process what is new or changed since the last run, as a new version of the output. For
+    schedulers.
+    """
     with errors_for_people(debug):
         from glm_batch.jobs.cron.cron import cron as run_cron
 
         code = run_cron(
-            job, overrides or [], max_units=max_units, until=until, drop_deleted=drop_deleted, changed_job=changed_job
+            job,
+            overrides or [],
+            max_units=max_units,
+            until=until,
+            drop_deleted=drop_deleted,
+            changed_job=changed_job,
         )
     raise typer.Exit(code)
 
@@ -143,7 +183,9 @@ def cron(
 @app.command()
 def status(
     output: OutputArgument,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every part and compare checksums.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every part and compare checksums.")
+    ] = False,
     endpoint_url: EndpointOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -160,33 +202,50 @@ def status(
 def report(
     output: Annotated[
         str,
-        typer.Argument(metavar="OUTPUT|SWEEP", help="An output, a sweep's, or its YAML file.", show_default=False),
+        typer.Argument(
+            metavar="OUTPUT|SWEEP",
+            help="An output, a sweep's, or its YAML file.",
+            show_default=False,
+        ),
     ],
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="DIR", help="Write there instead of into OUTPUT.", show_default=False),
+        typer.Option(
+            "--to", metavar="DIR", help="Write there instead of into OUTPUT.", show_default=False
+        ),
     ] = None,
     review: Annotated[
         int | None,
         typer.Option(
-            "--review", metavar="K", min=1, help="Also write the K rows most worth a look.", show_default=False
+            "--review",
+            metavar="K",
+            min=1,
+            help="Also write the K rows most worth a look.",
+            show_default=False,
         ),
     ] = None,
     pred_probs: Annotated[
         str | None,
         typer.Option(
-            "--pred-probs", metavar="FILE.npy", help="Also write all label probabilities.", show_default=False
+            "--pred-probs",
+            metavar="FILE.npy",
+            help="Also write all label probabilities.",
+            show_default=False,
         ),
     ] = None,
     endpoint_url: EndpointOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Write a page (report.html) about an output or a sweep: quality, errors, time, tokens, rows. Loads no model."""
+    """Write a page (report.html) about an output or a sweep: quality, errors, time, tokens, rows.
+    Loads no model.
+    """
     with errors_for_people(debug):
         from glm_batch.jobs.report.report import Wanted
         from glm_batch.jobs.report.report import report as run_report
 
-        run_report(output, Wanted(to=to, review=review, pred_probs=pred_probs), endpoint_url=endpoint_url)
+        run_report(
+            output, Wanted(to=to, review=review, pred_probs=pred_probs), endpoint_url=endpoint_url
+        )
 
 
 @app.command()
@@ -195,12 +254,19 @@ def calibrate(
     bias: Annotated[bool, typer.Option("--bias", help="Fit a bias for each label too.")] = False,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="FILE.json", help="Write there, not beside the model.", show_default=False),
+        typer.Option(
+            "--to",
+            metavar="FILE.json",
+            help="Write there, not beside the model.",
+            show_default=False,
+        ),
     ] = None,
     endpoint_url: EndpointOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Fit probabilities to a job's gold answers; other jobs apply the file as task.calibration. Loads no model."""
+    """Fit probabilities to a job's gold answers; other jobs apply the file as task.calibration.
+    Loads no model.
+    """
     with errors_for_people(debug):
         from glm_batch.jobs.calibration.calibrate import calibrate as run_calibrate
 
@@ -212,7 +278,9 @@ def retry(
     output: OutputArgument,
     codes: Annotated[
         list[str] | None,
-        typer.Option("--code", help="Only rows with this error code; repeatable.", show_default=False),
+        typer.Option(
+            "--code", help="Only rows with this error code; repeatable.", show_default=False
+        ),
     ] = None,
     overrides: SetOption = None,
     app_name: AppOption = None,
@@ -223,12 +291,16 @@ def retry(
     with errors_for_people(debug):
         from glm_batch.jobs.commands.retry import retry as run_retry
 
-        code = run_retry(output, codes or [], overrides or [], endpoint_url=endpoint_url, app=app_name)
+        code = run_retry(
+            output, codes or [], overrides or [], endpoint_url=endpoint_url, app=app_name
+        )
     raise typer.Exit(code)
 
 
 @app.command()
-def gc(output: OutputArgument, endpoint_url: EndpointOption = None, debug: DebugOption = False) -> None:
+def gc(
+    output: OutputArgument, endpoint_url: EndpointOption = None, debug: DebugOption = False
+) -> None:
     """Remove what crashes and retries left in an output."""
     with errors_for_people(debug):
         from glm_batch.jobs.commands.gc import gc as run_gc
@@ -238,8 +310,12 @@ def gc(output: OutputArgument, endpoint_url: EndpointOption = None, debug: Debug
 
 @app.command()
 def serve(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="What to serve (YAML).", show_default=False)],
-    insecure: Annotated[bool, typer.Option("--insecure", help="Let everybody in, without a token.")] = False,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="What to serve (YAML).", show_default=False)
+    ],
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let everybody in, without a token.")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Answer requests over HTTP with an OpenAI-compatible interface, until Ctrl-C or SIGTERM."""
@@ -251,7 +327,9 @@ def serve(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint directory.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint directory.", show_default=False)
+    ],
     debug: DebugOption = False,
 ) -> None:
     """Show what a checkpoint resolves to, and from which file each value comes."""
@@ -282,7 +360,10 @@ def errors_for_people(debug: bool) -> Iterator[None]:
     except GlmBatchError as error:
         _fail("the job failed", error, EXIT_FAILED, debug)
     except KeyboardInterrupt:
-        print("interrupted: what is committed stays; the same command goes on from there", file=sys.stderr)
+        print(
+            "interrupted: what is committed stays; the same command goes on from there",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
     except Exception as error:
         _fail(f"the job failed: {type(error).__name__}", error, EXIT_FAILED, debug)
@@ -299,17 +380,23 @@ def _fail(what: str, error: Exception, code: int, debug: bool) -> None:
 
 
 def _shortened(lines: list[str]) -> list[str]:
-    """A worker's error may carry its whole traceback: its first line says where, its last ones what."""
+    """A worker's error may carry its whole traceback: its first line says where, its last ones
+    what.
+    """
     if len(lines) <= SHOWN_LINES:
         return lines
-    return [lines[0], f"... {len(lines) - SHOWN_LINES + 1} lines more ...", *lines[2 - SHOWN_LINES :]]
+    return [
+        lines[0],
+        f"... {len(lines) - SHOWN_LINES + 1} lines more ...",
+        *lines[2 - SHOWN_LINES :],
+    ]
 
 
 def main() -> NoReturn:
     """The command line as a process of its own.
 
-    It ends without the interpreter's tidying: by then all is committed and Ray is shut down, and a native thread of
-    Ray's that is still about could only abort it, with another exit code.
+    It ends without the interpreter's tidying: by then all is committed and Ray is shut down, and a
+    native thread of Ray's that is still about could only abort it, with another exit code.
     """
     code = EXIT_OK
     try:

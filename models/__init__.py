@@ -1,7 +1,8 @@
 """GLM in PyTorch and the engine that runs it: no Ray, no files of rows, no jobs.
 
-Rooms, each of which may import those before it: `errors.py`, `checkpoint`, `network.layers`, `network`,
-`processing`, `engine` (with rooms of its own). Read network/glm.py, then engine/torch_engine.py.
+Rooms, each of which may import those before it: `errors.py`, `checkpoint`, `network.layers`,
+`network`, `processing`, `engine` (with rooms of its own). Read network/glm.py, then
+engine/torch_engine.py.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ __all__ = ["load"]
 
 
 def load(model_dir: str, **engine: Any) -> LLM:
-    """Loads a checkpoint for one-off use; `engine` holds fields of EngineConfig, such as dtype or device.
+    """Loads a checkpoint for one-off use; `engine` holds fields of EngineConfig, such as dtype or
+    device.
 
-    torch is imported here and not with the package, so that a driver which only plans work stays light.
+    torch is imported here and not with the package, so that a driver which only plans work stays
+    light.
     """
     from glm_batch.models.engine.api.interface import EngineConfig
     from glm_batch.models.engine.llm import LLM

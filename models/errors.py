@@ -14,7 +14,9 @@ class GlmBatchError(Exception):
 
 
 class ConfigError(GlmBatchError):
-    """A configuration that can be refused before anything starts; the text names the place and the remedy."""
+    """A configuration that can be refused before anything starts; the text names the place and the
+    remedy.
+    """
 
 
 class RowError(GlmBatchError):

@@ -1,7 +1,8 @@
-"""The job as data: one frozen dataclass for each section of a job file, with every default written once.
+"""The job as data: one frozen dataclass for each section of a job file, with every default written
+once.
 
-Owns names, types and defaults of the public job contract. Parsing YAML and judging values against files is the
-business of glm_batch.jobs.files.job_file; running them, of glm_batch.pipelines.runs.pipeline.
+Owns names, types and defaults of the public job contract. Parsing YAML and judging values against
+files is the business of jobs.files.job_file; running them, of pipelines.runs.pipeline.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed", 
 class TaskConfig:
     """What is asked of the model for each row; kind "requests" says that each row says so itself.
 
-    `prompt` is a template over columns ("{text}"); `messages` names a column that holds chat messages instead.
-    `gold` names a column with the right answer: the summary then prints the accuracy. `calibration` is a file that
-    `glm-batch calibrate` has written.
+    `prompt` is a template over columns ("{text}"); `messages` names a column that holds chat
+    messages instead. `gold` names a column with the right answer: the summary then prints the
+    accuracy. `calibration` is a file that `glm-batch calibrate` has written.
     """
 
     kind: TaskKind
@@ -47,9 +48,10 @@ class TaskConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSection:
-    """The `engine:` section; all but `replicas` goes to glm_batch.models.engine.EngineConfig.
+    """The `engine:` section; all but `replicas` goes to models.engine.EngineConfig.
 
-    Two `replicas` are the fewest and the most: the pool grows while units wait, as far as the cluster has room.
+    Two `replicas` are the fewest and the most: the pool grows while units wait, as far as the
+    cluster has room.
     """
 
     kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
@@ -68,7 +70,8 @@ class EngineSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSection:
-    """The `cluster:` section: machines to plan for, each with so many cores and GPUs; "auto" is this machine.
+    """The `cluster:` section: machines to plan for, each with so many cores and GPUs; "auto" is
+    this machine.
 
     It tells `glm-batch plan` alone: a run takes the cluster that it finds.
     """
@@ -80,10 +83,12 @@ class ClusterSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessSection:
-    """The `preprocess:` section: CPU workers, and pixel and frame budgets for media; None is the checkpoint's own.
+    """The `preprocess:` section: CPU workers, and pixel and frame budgets for media; None is the
+    checkpoint's own.
 
-    `min_pixels` and `max_pixels` bound height x width of an image after resizing, and frames x height x width of a
-    video, all its frames together. `fps` is the number of frames taken of each second.
+    `min_pixels` and `max_pixels` bound height x width of an image after resizing, and frames x
+    height x width of a video, all its frames together. `fps` is the number of frames taken of each
+    second.
     """
 
     workers: int | Auto = "auto"
@@ -96,8 +101,9 @@ class PreprocessSection:
 class MediaSection:
     """The `media:` section: where images and videos may come from, beside the bytes in the rows.
 
-    Paths must lie below `root`; URLs must name one of `hosts`, whose addresses must be public, or of `private_hosts`.
-    `max_bytes` bounds an encoded file, `decode_bytes` the memory that decoding one may take.
+    Paths must lie below `root`; URLs must name one of `hosts`, whose addresses must be public, or
+    of `private_hosts`. `max_bytes` bounds an encoded file, `decode_bytes` the memory that decoding
+    one may take.
     """
 
     root: str | None = None
@@ -119,7 +125,9 @@ class CommitSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CronSection:
-    """The `cron:` section: how many versions of the output are kept, and who is told of each run (an http(s) URL)."""
+    """The `cron:` section: how many versions of the output are kept, and who is told of each run
+    (an http(s) URL).
+    """
 
     keep: int = 7
     webhook: str | None = None
@@ -135,10 +143,12 @@ class StorageSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestsSection:
-    """The `requests:` section: how the requests of an OpenAI batch file are taken, as a server would take them.
+    """The `requests:` section: how the requests of an OpenAI batch file are taken, as a server
+    would take them.
 
-    `models` are names that they may give the model, beside that of its directory; `thinking` is what a request gets
-    that does not say whether the model shall reason before it answers; `limits` are those of a server.
+    `models` are names that they may give the model, beside that of its directory; `thinking` is
+    what a request gets that does not say whether the model shall reason before it answers; `limits`
+    are those of a server.
     """
 
     models: list[str] = field(default_factory=list)
@@ -181,10 +191,13 @@ class Job:
 
 
 def job_file(job: Job) -> bytes:
-    """The job as JSON, to be found beside its output: fit for another current directory, and without secrets."""
+    """The job as JSON, to be found beside its output: fit for another current directory, and
+    without secrets.
+    """
     root = None if job.media.root is None else os.path.abspath(job.media.root)
     calibration = None if job.task.calibration is None else os.path.abspath(job.task.calibration)
     task, media = replace(job.task, calibration=calibration), replace(job.media, root=root)
     found = replace(job, model=os.path.abspath(job.model), task=task, media=media)
-    found = replace(found, cron=replace(job.cron, webhook=None))  # such URLs let everybody write who has them
+    # such URLs let everybody write who has them
+    found = replace(found, cron=replace(job.cron, webhook=None))
     return json.dumps(asdict(found), indent=1).encode()

@@ -25,7 +25,10 @@ def _turned() -> bytes:
 
 def _animated() -> bytes:
     return encoded(
-        Image.new("RGB", (40, 30), "red"), "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")]
+        Image.new("RGB", (40, 30), "red"),
+        "GIF",
+        save_all=True,
+        append_images=[Image.new("RGB", (40, 30), "blue")],
     )
 
 
@@ -49,7 +52,11 @@ IMAGES: list[tuple[str, Callable[[], object], str]] = [
     ("truncated webp", lambda: _half("WEBP"), "bad_image"),
     ("png bomb", lambda: encoded(Image.new("1", (10000, 9000)), "PNG"), "media_too_large"),
     ("bmp bomb", lambda: _claiming(30000, 30000), "media_too_large"),
-    ("tiff bomb", lambda: encoded(Image.new("1", (20000, 20000)), "TIFF", compression="group4"), "bad_image"),
+    (
+        "tiff bomb",
+        lambda: encoded(Image.new("1", (20000, 20000)), "TIFF", compression="group4"),
+        "bad_image",
+    ),
     ("jpeg 2000", lambda: encoded(picture(60, 80), "JPEG2000"), "bad_image"),
     ("svg", lambda: SVG, "bad_image"),
     ("text", lambda: b"just text\n" * 9, "bad_image"),

@@ -1,4 +1,6 @@
-"""What several test folders share: one small Ray cluster for the whole session, and a checkpoint without weights."""
+"""What several test folders share: one small Ray cluster for the whole session, and a checkpoint
+without weights.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,14 @@ from typing import Any
 import pytest
 
 # Before Ray starts, so that its workers have them: no test may reach a real store, or wait for one.
-os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+os.environ |= {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Test processes beside each other: with a team of threads each, all would wait for cores again and again.
+    # Test processes beside each other: with a team of threads each, all would wait for cores again
+    # and again.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).parent
 LONG_FOLDERS = ("glm_actors/serving", "faults", "jobs", "pipelines")
@@ -74,13 +81,17 @@ def s3_server() -> Iterator[str]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives whole files to the test processes, and all of tests/glm_actors/serving to one of them: it starts the server once."""
+    """Gives whole files to the test processes, and all of tests/glm_actors/serving to one of them:
+    it starts the server once.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Folders(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "tests/glm_actors/serving" if file.startswith("tests/glm_actors/serving/") else file
+            return (
+                "tests/glm_actors/serving" if file.startswith("tests/glm_actors/serving/") else file
+            )
 
     return Folders(config, log)
 
@@ -90,11 +101,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Leaves out what needs a GPU where there is none; Triton's interpreter stands in for one.
     """
-    items.sort(key=lambda item: [item.path.is_relative_to(TESTS / folder) for folder in LONG_FOLDERS], reverse=True)
-    if os.environ.get("TRITON_INTERPRET") == "1" or not any(item.get_closest_marker("gpu") for item in items):
+    items.sort(
+        key=lambda item: [item.path.is_relative_to(TESTS / folder) for folder in LONG_FOLDERS],
+        reverse=True,
+    )
+    if os.environ.get("TRITON_INTERPRET") == "1" or not any(
+        item.get_closest_marker("gpu") for item in items
+    ):
         return
     import torch
 
     if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        config.hook.pytest_deselected(
+            items=[item for item in items if item.get_closest_marker("gpu")]
+        )
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]

@@ -7,11 +7,17 @@ import psutil
 
 def ray_processes(title: str) -> list[psutil.Process]:
     """Those that live, such as "ray::Rank"."""
-    return [process for process in psutil.Process().children(recursive=True) if _title(process).startswith(title)]
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if _title(process).startswith(title)
+    ]
 
 
 class NewProcesses:
-    """Those that live and were not there when this object was made: the session's server has ranks, too."""
+    """Those that live and were not there when this object was made: the session's server has ranks,
+    too.
+    """
 
     def __init__(self, title: str) -> None:
         self._title, self._known = title, set(ray_processes(title))

@@ -1,7 +1,9 @@
-"""A proxy before an S3 store that fails one request in ten, as stores and networks do; and buckets to try it on.
+"""A proxy before an S3 store that fails one request in ten, as stores and networks do; and buckets
+to try it on.
 
-The faults: an internal error, a request to slow down, a connection reset before the request arrives or after it was
-carried out (its reply is lost), a body cut short, a stall. Which request gets which is drawn from a seed.
+The faults: an internal error, a request to slow down, a connection reset before the request arrives
+or after it was carried out (its reply is lost), a body cut short, a stall. Which request gets which
+is drawn from a seed.
 """
 
 from __future__ import annotations
@@ -34,11 +36,20 @@ def new_bucket(endpoint: str) -> str:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to the store, but for one in `one_in`. `faults` counts what it did instead."""
+    """Passes requests on to the store, but for one in `one_in`. `faults` counts what it did
+    instead.
+    """
 
     daemon_threads = True
 
-    def __init__(self, store: str, seed: int, one_in: int = 10, stall_s: float = 2.0, conditional: bool = True) -> None:
+    def __init__(
+        self,
+        store: str,
+        seed: int,
+        one_in: int = 10,
+        stall_s: float = 2.0,
+        conditional: bool = True,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.store = urllib.parse.urlsplit(store).netloc
         self.one_in, self.stall_s, self.conditional = one_in, stall_s, conditional
@@ -97,7 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         connection = http.client.HTTPConnection(self.server.store, timeout=60)
         headers = dict(self.headers.items())
         if not self.server.conditional:
-            headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
+            headers = {
+                name: value for name, value in headers.items() if name.lower() != "if-none-match"
+            }
         connection.request(self.command, self.path, body or None, headers)
         reply = connection.getresponse()
         data = reply.read()
@@ -107,7 +120,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.send_response(reply.status)
         for name, value in reply.getheaders():
-            if name.lower() not in ("transfer-encoding", "connection", "content-length", "server", "date"):
+            if name.lower() not in (
+                "transfer-encoding",
+                "connection",
+                "content-length",
+                "server",
+                "date",
+            ):
                 self.send_header(name, value)
         length = reply.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
         self.send_header("Content-Length", length or "0")

@@ -1,4 +1,6 @@
-"""A clock that is set back or forth changes no decision: nothing but labels for people comes from the time of day."""
+"""A clock that is set back or forth changes no decision: nothing but labels for people comes from
+the time of day.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ TIME_OF_DAY = {  # but for gmtime, which makes the labels
 ALLOWED = {
     "models/processing/chat.py",  # templates may write today's date into a prompt
     "glm_actors/serving/openai/work.py",  # OpenAI's answers say when they were made
-    "pipelines/cron/versions.py",  # a version is called after the moment in which it began, but always later than the last
+    # a version is called after the moment in which it began, but always later than the last
+    "pipelines/cron/versions.py",
     "jobs/cron/cron.py",  # --until is a time of day
 }
 
@@ -37,4 +40,6 @@ def test_nothing_decides_by_the_time_of_day() -> None:
 
 
 def test_the_search_would_find_one() -> None:
-    assert [node.lineno for node in readings(ast.parse("import time\nleft = end - time.time()"))] == [2]
+    assert [
+        node.lineno for node in readings(ast.parse("import time\nleft = end - time.time()"))
+    ] == [2]

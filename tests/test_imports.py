@@ -14,59 +14,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAME = "glm_batch"
 PACKAGES = ["models", "glm_actors", "pipelines", "jobs"]
-# Every room, in the order in which they may be imported: each may import itself and those above it. A
-# package's own name stands for the modules right in its folder.
-ORDER = [
-    "models",
-    "models/checkpoint",
-    "models/network/layers",
-    "models/network",
-    "models/processing",
-    "models/engine/api",
-    "models/engine/scheduling",
-    "models/engine/decoding",
-    "models/engine/execution",
-    "models/engine/cuda",
-    "models/engine",
-    "models/engine/vllm",
-    "glm_actors/faults",
-    "glm_actors/engines",
-    "glm_actors/media",
-    "glm_actors/shared",
-    "glm_actors/units",
-    "glm_actors/serving/openai",
-    "glm_actors/serving/http",
-    "glm_actors/serving/replicas",
-    "pipelines",
-    "pipelines/storage",
-    "pipelines/input",
-    "pipelines/evaluation",
-    "pipelines/calibration",
-    "pipelines/metrics",
-    "pipelines/tasks",
-    "pipelines/planning",
-    "pipelines/output",
-    "pipelines/cluster",
-    "pipelines/openai_batch",
-    "pipelines/shared",
-    "pipelines/graph",
-    "pipelines/runs",
-    "pipelines/cron",
-    "pipelines/sweep",
-    "pipelines/report",
-    "jobs/files",
-    "jobs/openai_batch",
-    "jobs/checks",
-    "jobs/display",
-    "jobs/plans",
-    "jobs/commands",
-    "jobs/report",
-    "jobs/calibration",
-    "jobs/cron",
-    "jobs/sweep",
-    "jobs/serving",
-    "jobs",
-]
+# Every room, in the order in which they may be imported: each may import itself and those above it.
+# A package's own name stands for the modules right in its folder.
+ORDER = """
+    models models/checkpoint models/network/layers models/network models/processing
+    models/engine/api models/engine/scheduling models/engine/decoding
+    models/engine/execution models/engine/cuda models/engine models/engine/vllm
+    glm_actors/faults glm_actors/engines glm_actors/media glm_actors/shared glm_actors/units
+    glm_actors/serving/openai glm_actors/serving/http glm_actors/serving/replicas pipelines
+    pipelines/storage pipelines/input pipelines/evaluation pipelines/calibration
+    pipelines/metrics pipelines/tasks pipelines/planning pipelines/output pipelines/cluster
+    pipelines/openai_batch pipelines/shared pipelines/graph pipelines/runs pipelines/cron
+    pipelines/sweep pipelines/report jobs/files jobs/openai_batch jobs/checks jobs/display
+    jobs/plans jobs/commands jobs/report jobs/calibration jobs/cron jobs/sweep jobs/serving
+    jobs
+""".split()  # noqa: SIM905
 # Folders that hold rooms and no modules of their own.
 HALLS = {"glm_actors", "glm_actors/serving"}
 # Arrows against the order that are still to be turned.
@@ -125,9 +87,15 @@ TORCH_FREE = [
     "glm_batch.glm_actors.units.batches",
 ]
 MOST_MODULES = 15
-FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-MODULES = {".".join((NAME, *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in FILES}
-DRIVER = sorted(name for name, path in MODULES.items() if path.parts[0] == "jobs" and path.name != "__init__.py")
+FILES = sorted(
+    path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+)
+MODULES = {
+    ".".join((NAME, *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in FILES
+}
+DRIVER = sorted(
+    name for name, path in MODULES.items() if path.parts[0] == "jobs" and path.name != "__init__.py"
+)
 
 
 def room(path: Path) -> str:
@@ -169,12 +137,16 @@ def test_every_module_lies_in_a_room_that_says_what_belongs_there() -> None:
     counts = Counter(room(path) for path in FILES if path.name != "__init__.py")
     for place in rooms:
         docstring = ast.get_docstring(ast.parse((ROOT / place / "__init__.py").read_text())) or ""
-        assert place in HALLS or "Read " in docstring, f"{place}: say what belongs here, and in which order to read it"
+        assert place in HALLS or "Read " in docstring, (
+            f"{place}: say what belongs here, and in which order to read it"
+        )
         assert counts[place] <= MOST_MODULES, f"{place} has {counts[place]} modules"
 
 
 def test_a_file_name_tells_one_file() -> None:
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     files = [Path(line) for line in tracked.stdout.splitlines() if not line.startswith("tests/")]
     names = Counter(path.name for path in files if not path.name.startswith("__"))
     assert [name for name, count in names.items() if count > 1] == []
@@ -182,10 +154,11 @@ def test_a_file_name_tells_one_file() -> None:
 
 def loaded_by(modules: list[str]) -> set[str]:
     """The top-level modules that are loaded after importing `modules` in a fresh process."""
-    code = (
-        f"import sys\nfor name in {modules!r}: __import__(name)\nprint(*{{m.partition('.')[0] for m in sys.modules}})"
+    code = f"import sys\nfor name in {modules!r}: __import__(name)\n"
+    code += "print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     return set(done.stdout.split())
 
 
@@ -194,6 +167,11 @@ def test_the_driver_stays_light() -> None:
     loaded = loaded_by([*DRIVER, "glm_batch.pipelines"])
     assert not loaded & {"torch", "ray", "vllm", "transformers", "sklearn", "scipy"}
     assert {"pydantic", "pyarrow"} <= loaded  # the process did import what it was told to
+
+
+def test_importing_the_pipelines_loads_no_heavy_library() -> None:
+    loaded = loaded_by(["glm_batch.pipelines"])
+    assert not loaded & {"ray", "torch", "vllm", "pydantic"}
 
 
 def test_planning_and_processing_need_no_torch() -> None:

@@ -1,6 +1,7 @@
 """The course every system runs: load, cold pass, timed passes, one JSON line on standard output.
 
-Owns the clock and the form of the report. Knows no system. Standard library only: it runs in the peers' interpreters.
+Owns the clock and the form of the report. Knows no system. Standard library only: it runs in the
+peers' interpreters.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from typing import Any, Literal, Protocol
 
 from benchmarks.workload import Row, RowSet, read_rows
 
-# How the time of the first result is found: the first row of the cold pass is asked alone, or answers stream.
+# How the time of the first result is found: the first row of the cold pass is asked alone, or
+# answers stream.
 FirstResult = Literal["ask_alone", "streamed", "unknown"]
-SAMPLE_ROWS = 16  # rows of the cold pass whose answers are reported, so that systems can be checked against each other
+# rows of the cold pass whose answers are reported, so that systems can be checked against each
+# other
+SAMPLE_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the parent asks of a system. `row_files`: the cold pass first, then one file for each timed pass."""
+    """What the parent asks of a system. `row_files`: the cold pass first, then one file for each
+    timed pass.
+    """
 
     work: str
     model_dir: str
@@ -55,10 +61,14 @@ class System(Protocol):
 
 
 def run_system(load: Callable[[Plan, RowSet], System]) -> None:
-    """Entry point of a runner: `--plan FILE --started UNIX_TIME`. Whatever libraries print goes to standard error."""
+    """Entry point of a runner: `--plan FILE --started UNIX_TIME`. Whatever libraries print goes to
+    standard error.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--plan", type=Path, required=True)
-    parser.add_argument("--started", type=float, required=True, help="when the parent started this process")
+    parser.add_argument(
+        "--started", type=float, required=True, help="when the parent started this process"
+    )
     arguments = parser.parse_args()
     report_fd = os.dup(1)
     os.dup2(2, 1)
@@ -70,7 +80,9 @@ def run_system(load: Callable[[Plan, RowSet], System]) -> None:
 
 
 def measure(load: Callable[[Plan, RowSet], System], plan: Plan, started: float) -> dict[str, Any]:
-    """Loads a system and puts it through its passes; times are in seconds, the first three since `started`."""
+    """Loads a system and puts it through its passes; times are in seconds, the first three since
+    `started`.
+    """
     cold_rows, *timed_rows = [read_rows(Path(path)) for path in plan.row_files]
     system = load(plan, cold_rows)
     ready_s = time.time() - started
@@ -88,7 +100,9 @@ def measure(load: Callable[[Plan, RowSet], System], plan: Plan, started: float) 
         "first_result_s": first_result_s,
         "end_to_end_s": end_to_end_s,
         "steady_s": passes,
-        "cached_tokens": sum(answer.cached_tokens for answer in (timed_answers if timed_rows else answers)),
+        "cached_tokens": sum(
+            answer.cached_tokens for answer in (timed_answers if timed_rows else answers)
+        ),
         "sample": [asdict(answer) for answer in answers[:SAMPLE_ROWS]],
     }
     system.close()
@@ -96,10 +110,14 @@ def measure(load: Callable[[Plan, RowSet], System], plan: Plan, started: float) 
 
 
 def _cold_pass(system: System, rows: RowSet, started: float) -> tuple[list[Answer], float | None]:
-    """All rows once, untouched caches: the answers in the rows' order and the time of the first one."""
+    """All rows once, untouched caches: the answers in the rows' order and the time of the first
+    one.
+    """
     answers: list[Answer] = []
     first_result_s = None
-    for part in (rows.rows[:1], rows.rows[1:]) if system.first_result == "ask_alone" else (rows.rows,):
+    for part in (
+        (rows.rows[:1], rows.rows[1:]) if system.first_result == "ask_alone" else (rows.rows,)
+    ):
         for answer in system.run(_with_rows(rows, part)):
             if first_result_s is None and system.first_result != "unknown":
                 first_result_s = time.time() - started
@@ -111,7 +129,13 @@ def _cold_pass(system: System, rows: RowSet, started: float) -> tuple[list[Answe
 
 
 def _with_rows(rows: RowSet, part: list[Row]) -> RowSet:
-    return RowSet(work=rows.work, instruction=rows.instruction, labels=rows.labels, label_ids=rows.label_ids, rows=part)
+    return RowSet(
+        work=rows.work,
+        instruction=rows.instruction,
+        labels=rows.labels,
+        label_ids=rows.label_ids,
+        rows=part,
+    )
 
 
 def _check(rows: RowSet, answers: list[Answer]) -> None:
@@ -119,7 +143,9 @@ def _check(rows: RowSet, answers: list[Answer]) -> None:
     from benchmarks.workload import OUTPUT_TOKENS
 
     if sorted(answer.id for answer in answers) != sorted(row.id for row in rows.rows):
-        raise RuntimeError(f"{len(rows.rows)} rows were asked, the {len(answers)} answers are not one for each of them")
+        raise RuntimeError(
+            f"{len(rows.rows)} rows were asked, the {len(answers)} answers are not one for each of them"
+        )
     for answer in answers:
         complete = (
             len(answer.logprobs) == len(rows.label_ids)

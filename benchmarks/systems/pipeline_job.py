@@ -1,7 +1,9 @@
-"""Runs a whole glm-batch job: Parquet rows in, rendered and tokenized by the pipeline, committed Parquet out.
+"""Runs a whole glm-batch job: Parquet rows in, rendered and tokenized by the pipeline, committed
+Parquet out.
 
-The counterpart of ray.data.llm: only the whole is measured. A label is scored as the template writes it (a line break
-and the label), so its probabilities are not those of the systems that score the label right after the prompt.
+The counterpart of ray.data.llm: only the whole is measured. A label is scored as the template
+writes it (a line break and the label), so its probabilities are not those of the systems that score
+the label right after the prompt.
 """
 
 from __future__ import annotations
@@ -35,13 +37,19 @@ class PipelineSystem:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
         names = [row.id for row in rows.rows]
-        texts = [Path(row.text).read_bytes() if rows.work == "images" else row.text for row in rows.rows]
+        texts = [
+            Path(row.text).read_bytes() if rows.work == "images" else row.text for row in rows.rows
+        ]
         pq.write_table(pa.table({"id": names, "text": texts}), self._folder / "rows.parquet")
         wanted = len(rows.rows[0].input_ids)
         for part in run(self._job(rows)).iter_tables():
             for row in part.to_pylist():
-                if row["status"] != "ok" or row["prompt_tokens"] != (wanted or row["prompt_tokens"]):
-                    raise RuntimeError(f"not the row that was asked for ({wanted} prompt tokens): {row}")
+                if row["status"] != "ok" or row["prompt_tokens"] != (
+                    wanted or row["prompt_tokens"]
+                ):
+                    raise RuntimeError(
+                        f"not the row that was asked for ({wanted} prompt tokens): {row}"
+                    )
                 yield _answer(rows, row)
 
     def _job(self, rows: RowSet) -> Job:
@@ -77,7 +85,9 @@ def _answer(rows: RowSet, row: dict[str, Any]) -> Answer:
     if rows.work != "generate":
         logprobs = [math.log(max(probability, 1e-300)) for probability in row["label_probs"]]
         return Answer(id=row["id"], logprobs=logprobs, cached_tokens=row["cached_tokens"])
-    return Answer(id=row["id"], token_ids=[-1] * row["output_tokens"], cached_tokens=row["cached_tokens"])
+    return Answer(
+        id=row["id"], token_ids=[-1] * row["output_tokens"], cached_tokens=row["cached_tokens"]
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Runs ray.data.llm: chat messages in, vLLM inside, with Ray's own template, tokenizer and detokenizer stages.
+"""Runs ray.data.llm: chat messages in, vLLM inside, with Ray's own template, tokenizer and
+detokenizer stages.
 
-A processor starts its engine with every dataset it is given, so only the whole (process start to last answer) is
-measured, never a steady state.
+A processor starts its engine with every dataset it is given, so only the whole (process start to
+last answer) is measured, never a steady state.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ class RayDataLlmSystem:
     first_result: FirstResult = "streamed"
 
     def __init__(self, plan: Plan, rows: RowSet) -> None:
-        ray.init(num_cpus=LOGICAL_CPUS, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=True)
+        ray.init(
+            num_cpus=LOGICAL_CPUS,
+            include_dashboard=False,
+            object_store_memory=300_000_000,
+            log_to_driver=True,
+        )
         self._batch_size = int(plan.options.get("batch_size", 64))
         self._rows = rows
         config = vLLMEngineProcessorConfig(
@@ -42,10 +48,13 @@ class RayDataLlmSystem:
             concurrency=1,
             batch_size=self._batch_size,
             max_concurrent_batches=8,
-            log_engine_metrics=False,  # vLLM 0.32 does not find Ray's metrics classes and would not start
+            # vLLM 0.32 does not find Ray's metrics classes and would not start
+            log_engine_metrics=False,
             prepare_multimodal_stage=rows.work == "images",
         )
-        self._processor = build_processor(config, preprocess=self._preprocess(), postprocess=_postprocess)
+        self._processor = build_processor(
+            config, preprocess=self._preprocess(), postprocess=_postprocess
+        )
 
     def _preprocess(self) -> Any:
         sampling = _sampling_args(self._rows)
@@ -67,9 +76,13 @@ class RayDataLlmSystem:
                     f"{row['id']}: Ray's stages made {row['num_input_tokens']} prompt tokens, not {wanted}"
                 )
             if rows.work == "generate":
-                yield Answer(id=row["id"], token_ids=[int(token_id) for token_id in row["generated_tokens"]])
+                yield Answer(
+                    id=row["id"], token_ids=[int(token_id) for token_id in row["generated_tokens"]]
+                )
             else:
-                yield Answer(id=row["id"], logprobs=_label_logprobs(row["logprobs"], rows.label_ids))
+                yield Answer(
+                    id=row["id"], logprobs=_label_logprobs(row["logprobs"], rows.label_ids)
+                )
 
     def settings(self) -> dict[str, Any]:
         import vllm
@@ -94,7 +107,9 @@ def _sampling_args(rows: RowSet) -> dict[str, Any]:
 
 
 def _engine_args(rows: RowSet) -> dict[str, Any]:
-    return ENGINE_ARGS | ({"limit_mm_per_prompt": {"image": 1, "video": 0}} if rows.work == "images" else {})
+    return ENGINE_ARGS | (
+        {"limit_mm_per_prompt": {"image": 1, "video": 0}} if rows.work == "images" else {}
+    )
 
 
 def _with_image(path: str, question: str) -> list[dict[str, Any]]:
@@ -104,12 +119,20 @@ def _with_image(path: str, question: str) -> list[dict[str, Any]]:
 
 
 def _postprocess(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row.get(name) for name in ("id", "num_input_tokens", "generated_tokens", "logprobs")}
+    return {
+        name: row.get(name) for name in ("id", "num_input_tokens", "generated_tokens", "logprobs")
+    }
 
 
 def _label_logprobs(positions: Any, label_ids: list[int]) -> list[float]:
-    """Ray writes one mapping from token id to its values for each output position; Arrow makes the keys strings."""
-    by_token = {int(token_id): values for token_id, values in dict(positions[0]).items() if values is not None}
+    """Ray writes one mapping from token id to its values for each output position; Arrow makes the
+    keys strings.
+    """
+    by_token = {
+        int(token_id): values
+        for token_id, values in dict(positions[0]).items()
+        if values is not None
+    }
     return [float(by_token[label_id]["logprob"]) for label_id in label_ids]
 
 

@@ -22,12 +22,16 @@ class TorchSystem:
     first_result: FirstResult = "ask_alone"
 
     def __init__(self, plan: Plan) -> None:
-        self._config = EngineConfig(**{"model": plan.model_dir, "kind": "torch", "dtype": "bfloat16", **plan.options})
+        self._config = EngineConfig(
+            **{"model": plan.model_dir, "kind": "torch", "dtype": "bfloat16", **plan.options}
+        )
         self._engine = build_engine(self._config)
 
     def run(self, rows: RowSet) -> list[Answer]:
         work = _work(rows)
-        self._engine.submit([Request(id=row.id, input_ids=row.input_ids, work=work) for row in rows.rows])
+        self._engine.submit(
+            [Request(id=row.id, input_ids=row.input_ids, work=work) for row in rows.rows]
+        )
         answers = []
         while self._engine.has_work():
             answers += [_answer(completion) for completion in self._engine.step()]

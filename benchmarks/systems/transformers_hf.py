@@ -1,4 +1,6 @@
-"""Runs transformers: one padded-free batch after another (all prompts have one length), no prefix cache."""
+"""Runs transformers: one padded-free batch after another (all prompts have one length), no prefix
+cache.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class TransformersSystem:
 
     def __init__(self, plan: Plan) -> None:
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
-        self._model: Any = load(plan.model_dir, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        self._model: Any = load(
+            plan.model_dir, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
         self._batch_size = int(plan.options.get("batch_size", BATCH_SIZES[plan.work]))
 
     @torch.inference_mode()
@@ -28,14 +32,19 @@ class TransformersSystem:
         for batch in _batches(rows.rows, self._batch_size):
             input_ids = torch.tensor([row.input_ids for row in batch])  # [batch, prompt tokens]
             answers += (
-                self._choose(batch, input_ids, rows) if rows.work == "choose" else self._generate(batch, input_ids)
+                self._choose(batch, input_ids, rows)
+                if rows.work == "choose"
+                else self._generate(batch, input_ids)
             )
         return answers
 
     def _choose(self, batch: list[Row], input_ids: torch.Tensor, rows: RowSet) -> list[Answer]:
         logits = self._model(input_ids=input_ids, logits_to_keep=1, use_cache=False).logits[:, -1]
         logprobs = torch.log_softmax(logits.float(), dim=-1)[:, rows.label_ids]  # [batch, labels]
-        return [Answer(id=row.id, logprobs=scores) for row, scores in zip(batch, logprobs.tolist(), strict=True)]
+        return [
+            Answer(id=row.id, logprobs=scores)
+            for row, scores in zip(batch, logprobs.tolist(), strict=True)
+        ]
 
     def _generate(self, batch: list[Row], input_ids: torch.Tensor) -> list[Answer]:
         output_ids = self._model.generate(
@@ -46,7 +55,10 @@ class TransformersSystem:
             max_new_tokens=OUTPUT_TOKENS,
             eos_token_id=None,
         )[:, input_ids.shape[1] :]
-        return [Answer(id=row.id, token_ids=ids) for row, ids in zip(batch, output_ids.tolist(), strict=True)]
+        return [
+            Answer(id=row.id, token_ids=ids)
+            for row, ids in zip(batch, output_ids.tolist(), strict=True)
+        ]
 
     def settings(self) -> dict[str, Any]:
         return {

@@ -20,9 +20,16 @@ ENGINE_ARGS: dict[str, Any] = {
 
 
 def sampling_args(rows: RowSet) -> dict[str, Any]:
-    """SamplingParams' arguments: one token and its labels' log-probabilities, or a fixed number of tokens."""
+    """SamplingParams' arguments: one token and its labels' log-probabilities, or a fixed number of
+    tokens.
+    """
     if rows.work == "choose":
-        return {"temperature": 0.0, "max_tokens": 1, "logprob_token_ids": rows.label_ids, "detokenize": False}
+        return {
+            "temperature": 0.0,
+            "max_tokens": 1,
+            "logprob_token_ids": rows.label_ids,
+            "detokenize": False,
+        }
     return {"temperature": 0.0, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
 
 
@@ -37,7 +44,9 @@ class VllmSystem:
         params = vllm.SamplingParams(**sampling_args(rows))
         prompts = [vllm.TokensPrompt(prompt_token_ids=row.input_ids) for row in rows.rows]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [_answer(row.id, output, rows) for row, output in zip(rows.rows, outputs, strict=True)]
+        return [
+            _answer(row.id, output, rows) for row, output in zip(rows.rows, outputs, strict=True)
+        ]
 
     def settings(self) -> dict[str, Any]:
         import torch

@@ -1,6 +1,8 @@
-"""EngineLoop: one thread that steps one Engine, so that many callers can wait for their own requests.
+"""EngineLoop: one thread that steps one Engine, so that many callers can wait for their own
+requests.
 
-Owns the hand-over of requests and completions between threads. Knows nothing of Ray, Arrow or what the requests mean.
+Owns the hand-over of requests and completions between threads. Knows nothing of Ray, Arrow or what
+the requests mean.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ OnDeltas = Callable[[list[Delta]], None]
 
 
 class Submission(Future[list[Completion]]):
-    """Requests that were submitted together: a future of one completion for each of them, in their order.
+    """Requests that were submitted together: a future of one completion for each of them, in their
+    order.
 
-    It cannot be cancelled: EngineLoop.abort ends its requests, which still complete. `on_deltas` gets what streaming
-    requests among them write; it is called on the loop's thread, must return at once and never raises. Submissions
-    with the same one (by ==) share a call for each step of the engine.
+    It cannot be cancelled: EngineLoop.abort ends its requests, which still complete. `on_deltas`
+    gets what streaming requests among them write; it is called on the loop's thread, must return at
+    once and never raises. Submissions with the same one (by ==) share a call for each step of the
+    engine.
     """
 
     def __init__(self, requests: Sequence[Request], on_deltas: OnDeltas | None = None) -> None:
@@ -73,11 +77,12 @@ class Usage:
 class EngineLoop:
     """Builds an engine in a thread of its own and steps it there while it has work.
 
-    One thread does both because an OpenMP library keeps a team of workers for each thread that computes: with a second
-    team about, there are more of them than cores, and all go to sleep between two operators instead of spinning.
-    The constructor returns once the engine is built, and raises what building it raised. The first exception out of
-    the engine ends the loop: every waiting future fails with EngineError, and so does every later `submit`. A watchdog
-    is told what the thread is at.
+    One thread does both because an OpenMP library keeps a team of workers for each thread that
+    computes: with a second team about, there are more of them than cores, and all go to sleep
+    between two operators instead of spinning. The constructor returns once the engine is built, and
+    raises what building it raised. The first exception out of the engine ends the loop: every
+    waiting future fails with EngineError, and so does every later `submit`. A watchdog is told what
+    the thread is at.
     """
 
     def __init__(self, build: Callable[[], Engine], watchdog: Watchdog | None = None) -> None:
@@ -92,8 +97,11 @@ class EngineLoop:
         self._failure: EngineError | None = None
         self._closing = False
         self._usage = Usage()
-        self._marked: float | None = None  # until when time is accounted for, from the first requests on
-        self._thread = threading.Thread(target=self._run, args=(build, built), name="engine-loop", daemon=True)
+        # until when time is accounted for, from the first requests on
+        self._marked: float | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(build, built), name="engine-loop", daemon=True
+        )
         self._thread.start()
         self._engine = built.result()
 
@@ -103,9 +111,11 @@ class EngineLoop:
         return self._failure
 
     def submit(self, requests: Sequence[Request], on_deltas: OnDeltas | None = None) -> Submission:
-        """`on_deltas`: see Submission; it gets all of a request's deltas before its completion counts.
+        """`on_deltas`: see Submission; it gets all of a request's deltas before its completion
+        counts.
 
-        Raises EngineError when the loop is dead, and ValueError for an id that is in flight already.
+        Raises EngineError when the loop is dead, and ValueError for an id that is in flight
+        already.
         """
         submission = Submission(requests, on_deltas)
         with self._condition:
@@ -127,7 +137,9 @@ class EngineLoop:
             self._condition.notify()
 
     def look(self, at: Callable[[Engine], Any]) -> Future[Any]:
-        """What `at` finds in the engine between two steps. The future fails with what it raises, or EngineError."""
+        """What `at` finds in the engine between two steps. The future fails with what it raises, or
+        EngineError.
+        """
         look = _Look(at)
         with self._condition:
             if self._failure is not None:
@@ -144,7 +156,9 @@ class EngineLoop:
         return usage
 
     def close(self) -> None:
-        """Ends the thread after its present step and closes the engine; requests still in flight fail."""
+        """Ends the thread after its present step and closes the engine; requests still in flight
+        fail.
+        """
         with self._condition:
             self._closing = True
             self._condition.notify()
@@ -173,8 +187,14 @@ class EngineLoop:
                 self._deliver(completions)
             self._fail(EngineError("the engine was closed"))
             self._engine.close()
-        except Exception as error:  # a thread's border: whatever it was, those who wait must hear of it
-            failure = error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}")
+        except (
+            Exception
+        ) as error:  # a thread's border: whatever it was, those who wait must hear of it
+            failure = (
+                error
+                if isinstance(error, EngineError)
+                else EngineError(f"{type(error).__name__}: {error}")
+            )
             if failure is not error:
                 failure.__cause__ = error
             self._fail(failure)
@@ -183,11 +203,19 @@ class EngineLoop:
         return self._watchdog.watch(what) if self._watchdog else nullcontext()
 
     def _take_arrivals(self) -> bool:
-        """Hands new requests to the engine; sleeps when there is nothing to do. False when the loop should end."""
+        """Hands new requests to the engine; sleeps when there is nothing to do. False when the loop
+        should end.
+        """
         with self._condition:
             self._account(busy=True)
             self._condition.wait_for(
-                lambda: self._closing or self._arrived or self._unwanted or self._looks or self._engine.has_work()
+                lambda: (
+                    self._closing
+                    or self._arrived
+                    or self._unwanted
+                    or self._looks
+                    or self._engine.has_work()
+                )
             )
             arrived, self._arrived = self._arrived, []
             unwanted, self._unwanted = self._unwanted, []
@@ -213,7 +241,11 @@ class EngineLoop:
         now = time.monotonic()
         took, self._marked = now - self._marked, now
         usage = self._usage
-        self._usage = replace(usage, busy_s=usage.busy_s + took) if busy else replace(usage, idle_s=usage.idle_s + took)
+        self._usage = (
+            replace(usage, busy_s=usage.busy_s + took)
+            if busy
+            else replace(usage, idle_s=usage.idle_s + took)
+        )
 
     def _hand_out(self, deltas: list[Delta]) -> None:
         gained: dict[OnDeltas, list[Delta]] = {}
@@ -229,10 +261,14 @@ class EngineLoop:
             for completion in completions:
                 submission = self._waiting.pop(completion.id, None)
                 if submission is None:
-                    raise EngineError(f"the engine completed {completion.id!r}, which is not in flight")
+                    raise EngineError(
+                        f"the engine completed {completion.id!r}, which is not in flight"
+                    )
                 submission.add(completion)
             if self._waiting and not self._arrived and not self._engine.has_work():
-                raise EngineError(f"the engine lost {len(self._waiting)} requests, {next(iter(self._waiting))!r} first")
+                raise EngineError(
+                    f"the engine lost {len(self._waiting)} requests, {next(iter(self._waiting))!r} first"
+                )
 
     def _fail(self, failure: EngineError) -> None:
         with self._condition:

@@ -1,9 +1,11 @@
-"""The ranks of one replica: this process is rank 0, the others are Ray actors on its node, and all end together.
+"""The ranks of one replica: this process is rank 0, the others are Ray actors on its node, and all
+end together.
 
-The model's actor asks Ray for what all its ranks need, in one piece: so a group is packed strictly, Ray Data counts it
-as what it takes, and its share is free the moment it ends. The other ranks ask for nothing and use that share. A rank
-that dies, fails or does not answer is told to `on_loss`, which ends this process; each other rank sees that and ends
-too. Whoever starts this process again forms the group anew. Knows nothing of steps or requests.
+The model's actor asks Ray for what all its ranks need, in one piece: so a group is packed strictly,
+Ray Data counts it as what it takes, and its share is free the moment it ends. The other ranks ask
+for nothing and use that share. A rank that dies, fails or does not answer is told to `on_loss`,
+which ends this process; each other rank sees that and ends too. Whoever starts this process again
+forms the group anew. Knows nothing of steps or requests.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ INHERITED = (
     "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 ORPHAN_EXIT_CODE = 71
-# Ranks that a loss leaves behind fail by themselves within moments: told together, what happened first is among them.
+# Ranks that a loss leaves behind fail by themselves within moments: told together, what happened
+# first is among them.
 SETTLE_S = 0.3
 
 
@@ -34,9 +37,9 @@ SETTLE_S = 0.3
 class GroupLimits:
     """Seconds. A loaded rank that has not answered for `silence_s` is taken for dead.
 
-    Answers come from a thread of their own: a rank that computes answers, one that the system has stopped does not.
-    That a step hangs is noticed by the watchdog. `reason_s` is how long a start that fails on one rank may take to fail
-    on the others.
+    Answers come from a thread of their own: a rank that computes answers, one that the system has
+    stopped does not. That a step hangs is noticed by the watchdog. `reason_s` is how long a start
+    that fails on one rank may take to fail on the others.
     """
 
     poll_s: float = 1.0
@@ -50,7 +53,9 @@ def needs_ranks(config: EngineConfig) -> bool:
 
 
 class Rank:
-    """The actor of another rank than 0. `environment` is set, or where it is None unset, before torch is loaded."""
+    """The actor of another rank than 0. `environment` is set, or where it is None unset, before
+    torch is loaded.
+    """
 
     def __init__(self, environment: Mapping[str, str | None]) -> None:
         for name, value in environment.items():
@@ -61,19 +66,36 @@ class Rank:
     def ping(self) -> None:
         """Answers."""
 
-    def serve(self, config: EngineConfig, host: str, port: int, rank: int, backend: Backend, leader_pid: int) -> None:
-        """Joins the group and follows until rank 0 closes it. Raises what ends this rank before that."""
+    def serve(
+        self,
+        config: EngineConfig,
+        host: str,
+        port: int,
+        rank: int,
+        backend: Backend,
+        leader_pid: int,
+    ) -> None:
+        """Joins the group and follows until rank 0 closes it. Raises what ends this rank before
+        that.
+        """
         _end_with(leader_pid)
         from glm_batch.models.engine.execution import ranks
         from glm_batch.models.network.layers.parallel import join
 
-        ranks.serve(config, join(host, port, rank=rank, size=config.tensor_parallel_size, backend=backend))
+        ranks.serve(
+            config, join(host, port, rank=rank, size=config.tensor_parallel_size, backend=backend)
+        )
 
 
 class WorkerGroup:
     """Ranks 1 to n - 1 of a replica, from their start to the end of this process."""
 
-    def __init__(self, config: EngineConfig, on_loss: Callable[[str], None], limits: GroupLimits | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_loss: Callable[[str], None],
+        limits: GroupLimits | None = None,
+    ) -> None:
         self._config, self._on_loss = config, on_loss
         self._limits = limits or GroupLimits()
         self._actors: dict[int, Any] = {}
@@ -84,7 +106,8 @@ class WorkerGroup:
     def build_engine(self) -> Engine:
         """Starts the ranks and loads the model on all of them.
 
-        Raises ConfigError for what cannot run, RuntimeError where it cannot be loaded, with each rank's reason.
+        Raises ConfigError for what cannot run, RuntimeError where it cannot be loaded, with each
+        rank's reason.
         """
         from glm_batch.models.checkpoint.config_reader import load_config
         from glm_batch.models.engine import build_engine
@@ -94,7 +117,9 @@ class WorkerGroup:
         backend, meeting = _backend(self._config), Rendezvous()
         try:
             self._start(meeting.host, meeting.port, backend)
-            engine = build_engine(self._config, meeting.join(self._config.tensor_parallel_size, backend))
+            engine = build_engine(
+                self._config, meeting.join(self._config.tensor_parallel_size, backend)
+            )
             self._running = True
             return engine
         except RuntimeError as error:
@@ -109,12 +134,16 @@ class WorkerGroup:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor_class = ray.remote(Rank).options(num_cpus=0, max_restarts=0, max_concurrency=2, scheduling_strategy=here)
+        actor_class = ray.remote(Rank).options(
+            num_cpus=0, max_restarts=0, max_concurrency=2, scheduling_strategy=here
+        )
         environment = {name: os.environ.get(name) for name in INHERITED}
         for rank in range(1, self._config.tensor_parallel_size):
             actor: Any = actor_class.remote(environment)
             self._actors[rank] = actor
-            self._serving[rank] = actor.serve.remote(self._config, host, port, rank, backend, os.getpid())
+            self._serving[rank] = actor.serve.remote(
+                self._config, host, port, rank, backend, os.getpid()
+            )
         # The thread keeps this object, and so the actors.
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
@@ -132,16 +161,21 @@ class WorkerGroup:
         silence = _Silence(self._actors)
         open_ranks = list(self._serving.values())
         while open_ranks:
-            ended, open_ranks = ray.wait(open_ranks, num_returns=len(open_ranks), timeout=self._limits.poll_s)
+            ended, open_ranks = ray.wait(
+                open_ranks, num_returns=len(open_ranks), timeout=self._limits.poll_s
+            )
             failures = [failure for served in ended if (failure := _failure(served))]
             if failures:
                 died = any(isinstance(failure, RayActorError) for failure in failures)
-                # What one rank raises at the start, others raise too: rank 0 tells it better, if it comes to that.
+                # What one rank raises at the start, others raise too: rank 0 tells it better, if it
+                # comes to that.
                 if died or not self._ended.wait(self._limits.reason_s) or self._running:
                     self._on_loss(self._reasons())
                 return
             if self._running and (silent := silence.after(self._limits.silence_s)):
-                self._on_loss(f"rank {silent} has not answered for {self._limits.silence_s:.0f} s: it is stopped")
+                self._on_loss(
+                    f"rank {silent} has not answered for {self._limits.silence_s:.0f} s: it is stopped"
+                )
                 return
 
     def _reasons(self, *, wait: bool = False) -> str:
@@ -152,7 +186,9 @@ class WorkerGroup:
             ray.wait(list(self._serving.values()), timeout=self._limits.reason_s)
         time.sleep(SETTLE_S)
         ended, _ = ray.wait(list(self._serving.values()), num_returns=len(self._serving), timeout=0)
-        failures = {rank: _failure(served) for rank, served in self._serving.items() if served in ended}
+        failures = {
+            rank: _failure(served) for rank, served in self._serving.items() if served in ended
+        }
         told = [f"rank {rank} {_words(failure)}" for rank, failure in failures.items() if failure]
         return "; ".join(told) or "the other ranks are well"
 
@@ -205,10 +241,11 @@ def _backend(config: EngineConfig) -> Backend:
 
 
 def _end_with(pid: int) -> None:
-    """Ends this process when that one, of the same machine, ends: also if it waits for it in native code.
+    """Ends this process when that one, of the same machine, ends: also if it waits for it in native
+    code.
 
-    Ray ends the actors of an actor that died too, but later. Where the system has no handles for processes, Ray alone
-    does.
+    Ray ends the actors of an actor that died too, but later. Where the system has no handles for
+    processes, Ray alone does.
     """
     if sys.platform != "linux":
         return

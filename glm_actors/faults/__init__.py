@@ -1,4 +1,5 @@
 """What is done about rows that end their process, engines that hang, and where a unit's time went.
 
-May import `models`. Read suspects.py (which row it was), guard.py (how a worker tells), watchdog.py.
+May import `models`. Read suspects.py (which row it was), guard.py (how a worker tells),
+watchdog.py.
 """

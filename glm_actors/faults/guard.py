@@ -1,7 +1,8 @@
-"""Guard: what a worker process tells the ledger before and after its work, and how it runs units that are suspect.
+"""Guard: what a worker process tells the ledger before and after its work, and how it runs units
+that are suspect.
 
-Owns the turns of the process's threads: units that nobody suspects run side by side, a suspect one runs with nothing
-beside it. Knows nothing of tables, engines or how a ledger decides.
+Owns the turns of the process's threads: units that nobody suspects run side by side, a suspect one
+runs with nothing beside it. Knows nothing of tables, engines or how a ledger decides.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ R = TypeVar("R")
 
 
 class Book(Protocol):
-    """A glm_batch.glm_actors.faults.suspects.Ledger, here or elsewhere, for one worker."""
+    """A glm_actors.faults.suspects.Ledger, here or elsewhere, for one worker."""
 
     @property
     def is_restart(self) -> bool: ...
@@ -41,7 +42,9 @@ class Book(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[T]):
-    """What became of rows [start, stop): the work's result, or the error of a single row that must not be run."""
+    """What became of rows [start, stop): the work's result, or the error of a single row that must
+    not be run.
+    """
 
     start: int
     stop: int
@@ -51,11 +54,15 @@ class Answer(Generic[T]):
 class Run(Protocol):
     """Runs work over rows under guard: see Guard.run."""
 
-    def __call__(self, unit: str, num_rows: int, work: Callable[[int, int], T]) -> list[Answer[T]]: ...
+    def __call__(
+        self, unit: str, num_rows: int, work: Callable[[int, int], T]
+    ) -> list[Answer[T]]: ...
 
 
 class Guard:
-    """Arrives at the ledger when it is built: that may wait. `refusal` is why this process should not start at all."""
+    """Arrives at the ledger when it is built: that may wait. `refusal` is why this process should
+    not start at all.
+    """
 
     def __init__(self, book: Book | None, what: str) -> None:
         """`what` names the worker for people; without a book work is just done."""
@@ -68,20 +75,28 @@ class Guard:
             time.sleep(arrival.wait_s)
 
     def run(self, unit: str, num_rows: int, work: Callable[[int, int], T]) -> list[Answer[T]]:
-        """Runs `work(start, stop)` over all rows of a unit, at once or in pieces; answers in the rows' order."""
+        """Runs `work(start, stop)` over all rows of a unit, at once or in pieces; answers in the
+        rows' order.
+        """
         if not num_rows:
             return [Answer(0, 0, work(0, 0))]
 
         def at_once() -> list[Answer[T]]:
             return [Answer(0, num_rows, work(0, num_rows))]
 
-        return self._guarded(unit, num_rows, at_once, lambda pieces: self._in_pieces(unit, pieces, work))
+        return self._guarded(
+            unit, num_rows, at_once, lambda pieces: self._in_pieces(unit, pieces, work)
+        )
 
     def run_steps(self, unit: str, whole: Callable[[], R], careful: Callable[[Run], R]) -> R:
-        """Runs `whole()`; but `careful` if the unit is suspect, which runs each step by what it is given, as `run`."""
+        """Runs `whole()`; but `careful` if the unit is suspect, which runs each step by what it is
+        given, as `run`.
+        """
         return self._guarded(unit, 1, whole, lambda _: careful(self._run_alone))
 
-    def _guarded(self, unit: str, num_rows: int, whole: Callable[[], R], suspect: Callable[[list[Piece]], R]) -> R:
+    def _guarded(
+        self, unit: str, num_rows: int, whole: Callable[[], R], suspect: Callable[[list[Piece]], R]
+    ) -> R:
         book = self._book
         if book is None:
             return whole()
@@ -96,7 +111,9 @@ class Guard:
             book.finish(unit)
             return result
 
-    def _run_alone(self, unit: str, num_rows: int, work: Callable[[int, int], T]) -> list[Answer[T]]:
+    def _run_alone(
+        self, unit: str, num_rows: int, work: Callable[[int, int], T]
+    ) -> list[Answer[T]]:
         """A step of a suspect unit, which may not be suspect itself."""
         assert self._book is not None
         pieces = self._book.begin(unit, num_rows)
@@ -108,17 +125,28 @@ class Guard:
         self._book.finish(unit)
         return answers
 
-    def _in_pieces(self, unit: str, pieces: list[Piece], work: Callable[[int, int], T]) -> list[Answer[T]]:
+    def _in_pieces(
+        self, unit: str, pieces: list[Piece], work: Callable[[int, int], T]
+    ) -> list[Answer[T]]:
         answers = [self._run_piece(unit, piece, work) for piece in pieces]
         return sorted(answers, key=lambda answer: answer.start)
 
     def die(self, error: BaseException | str) -> NoReturn:
         """Ends this process so that it is started again, and its units are retried there.
 
-        An exception would send the retry to the same process, and ray.actor.exit_actor is not retried at all.
+        An exception would send the retry to the same process, and ray.actor.exit_actor is not
+        retried at all.
         """
-        reason = str(error) if isinstance(error, str | EngineError) else f"{type(error).__name__}: {error}"
-        print(f"{self._what}: its process ends and will be started again: {reason}", file=sys.stderr, flush=True)
+        reason = (
+            str(error)
+            if isinstance(error, str | EngineError)
+            else f"{type(error).__name__}: {error}"
+        )
+        print(
+            f"{self._what}: its process ends and will be started again: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
         if self._book:
             # On a thread of its own: whatever state this process is in, it must end.
             speaking = threading.Thread(target=self._book.say, args=(reason,), daemon=True)
@@ -172,7 +200,9 @@ class RayBook:
 
 
 class _CrashFile:
-    """Where Python writes what a fatal signal was, beside the worker's log, for the process that comes after."""
+    """Where Python writes what a fatal signal was, beside the worker's log, for the process that
+    comes after.
+    """
 
     def __init__(self, name: str) -> None:
         self.former: str | None = None
@@ -192,7 +222,9 @@ class _CrashFile:
 
 
 class _Turns:
-    """Many beside each other, or one alone. Whoever waits to be alone goes before those that come later."""
+    """Many beside each other, or one alone. Whoever waits to be alone goes before those that come
+    later.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

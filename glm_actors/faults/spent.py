@@ -1,6 +1,7 @@
 """What a unit's time went into: seconds by what was done, in a column that travels with its rows.
 
-A worker's seconds, not the clock's: several workers and units run side by side. Knows nothing of steps or engines.
+A worker's seconds, not the clock's: several workers and units run side by side. Knows nothing of
+steps or engines.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from contextvars import ContextVar
 import pyarrow as pa
 
 SPENT = "#spent"  # column: a JSON object, the same in every row
-# What is timed, beside the names of the steps. Seconds in the engine, from a unit's submission to its last completion,
-# are shared with other units; those that the engine was busy or idle are all units' since the last one was finished.
+# What is timed, beside the names of the steps. Seconds in the engine, from a unit's submission to
+# its last completion, are shared with other units; those that the engine was busy or idle are all
+# units' since the last one was finished.
 IN_ENGINE, ENGINE_BUSY, ENGINE_IDLE = "in engine", "engine busy", "engine idle"
 MEDIA = "media"
 
@@ -32,7 +34,9 @@ class Stopwatch:
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
-        """Times what happens in the context; `timed` is part of it as long as it is on the same thread."""
+        """Times what happens in the context; `timed` is part of it as long as it is on the same
+        thread.
+        """
         token = _running.set(self)
         outer, self._inner = self._inner, 0.0
         begun = time.monotonic()
@@ -68,6 +72,8 @@ def with_spent(table: pa.Table, seconds: Mapping[str, float]) -> pa.Table:
     """The table with these seconds in place of those that it has."""
     text = json.dumps({what: round(value, 4) for what, value in seconds.items()})
     # One value for all rows: a dictionary costs an index each.
-    column = pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int8()), table.num_rows), pa.array([text]))
+    column = pa.DictionaryArray.from_arrays(
+        pa.repeat(pa.scalar(0, pa.int8()), table.num_rows), pa.array([text])
+    )
     without = table.drop_columns([SPENT]) if SPENT in table.column_names else table
     return without.append_column(SPENT, column)

@@ -1,10 +1,10 @@
 """Ledger: which rows each worker process was at when it died, and what follows from that.
 
-Lives in a process of its own, which outlasts the workers. A death makes all that its process had in flight suspect.
-A suspect unit is run with nothing beside it; when its process dies then, the piece that was in flight is cut into
-smaller ones, down to single rows. A row that was in flight alone at two deaths is the culprit: it gets an error and is
-never run again. Every death cuts a piece or counts against a row, so the search ends. Knows nothing of Ray, of tables
-and of what the work is.
+Lives in a process of its own, which outlasts the workers. A death makes all that its process had in
+flight suspect. A suspect unit is run with nothing beside it; when its process dies then, the piece
+that was in flight is cut into smaller ones, down to single rows. A row that was in flight alone at
+two deaths is the culprit: it gets an error and is never run again. Every death cuts a piece or
+counts against a row, so the search ends. Knows nothing of Ray, of tables and of what the work is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ NO_WORDS = (
 class Patience:
     """How often what is tried again.
 
-    `row_deaths` of a row alone make it the culprit. `barren_deaths` of a worker in a row, nothing finished between
-    them, mean that the worker is broken. `pieces` is into how many a suspect piece is cut. From the second barren death
-    on a worker waits before it starts, `backoff_s` at first and twice as long each time.
+    `row_deaths` of a row alone make it the culprit. `barren_deaths` of a worker in a row, nothing
+    finished between them, mean that the worker is broken. `pieces` is into how many a suspect piece
+    is cut. From the second barren death on a worker waits before it starts, `backoff_s` at first
+    and twice as long each time.
     """
 
     row_deaths: int = 2
@@ -41,7 +42,9 @@ class Patience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """What a starting worker is told: how long to wait first, and why not to start at all, if it should not."""
+    """What a starting worker is told: how long to wait first, and why not to start at all, if it
+    should not.
+    """
 
     wait_s: float = 0.0
     refusal: str | None = None
@@ -49,7 +52,9 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Rows [start, stop) of a suspect unit: to be run by themselves, or a single row with its error."""
+    """Rows [start, stop) of a suspect unit: to be run by themselves, or a single row with its
+    error.
+    """
 
     start: int
     stop: int
@@ -58,7 +63,9 @@ class Piece:
 
 @dataclass(slots=True)
 class _Rows:
-    """One piece in the ledger: how often a worker died over it, and whether it has been finished since."""
+    """One piece in the ledger: how often a worker died over it, and whether it has been finished
+    since.
+    """
 
     deaths: int = 0
     cleared: bool = False
@@ -93,7 +100,10 @@ class Ledger:
         worker.last_words = None
         in_flight, worker.in_flight = sorted(worker.in_flight), set()
         arrival = self._arrival(worker, reason)
-        where = ", ".join(f"{unit} rows {start} to {stop - 1}" for unit, start, stop in in_flight) or "nothing"
+        where = (
+            ", ".join(f"{unit} rows {start} to {stop - 1}" for unit, start, stop in in_flight)
+            or "nothing"
+        )
         log.warning(
             "worker %s has died, %d times by now, %d since it last finished anything: %s. In flight: %s. Starts again "
             "in %.1f s", name, worker.deaths, worker.barren, reason, where, arrival.wait_s,
@@ -104,10 +114,12 @@ class Ledger:
         return arrival
 
     def begin(self, name: str, unit: str, num_rows: int) -> list[Piece] | None:
-        """A worker takes up a unit. None: all of it is in flight from now on; else it is suspect: see `enter`.
+        """A worker takes up a unit. None: all of it is in flight from now on; else it is suspect:
+        see `enter`.
 
-        A suspect unit comes in the pieces to run it in, those first that have not been finished, in any order: where a
-        few of many are bad, the worker soon shows with another that it can work at all.
+        A suspect unit comes in the pieces to run it in, those first that have not been finished, in
+        any order: where a few of many are bad, the worker soon shows with another that it can work
+        at all.
         """
         if unit not in self._suspects:
             self._worker(name).in_flight.add((unit, 0, num_rows))
@@ -131,7 +143,9 @@ class Ledger:
             rows.cleared = True
 
     def finish(self, unit: str) -> None:
-        """A suspect unit is answered. Its culprits stay known, in case its answers are lost and asked for again."""
+        """A suspect unit is answered. Its culprits stay known, in case its answers are lost and
+        asked for again.
+        """
         if not any(rows.error for rows in self._suspects.get(unit, {}).values()):
             self._suspects.pop(unit, None)
 
@@ -163,7 +177,9 @@ class Ledger:
         if stop - start > 1:
             del pieces[start, stop]
             size = -(-(stop - start) // self._patience.pieces)
-            pieces |= {(first, min(first + size, stop)): _Rows() for first in range(start, stop, size)}
+            pieces |= {
+                (first, min(first + size, stop)): _Rows() for first in range(start, stop, size)
+            }
             return
         rows = pieces[start, stop]
         rows.deaths += 1

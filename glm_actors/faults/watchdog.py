@@ -1,7 +1,9 @@
-"""Watchdog: notices when loading a model or one step of it takes far longer than it should, and says so once.
+"""Watchdog: notices when loading a model or one step of it takes far longer than it should, and
+says so once.
 
-Owns how long is too long: `HangLimits`. Knows nothing of Ray and of what is to be done about it: whoever builds it says
-that with `on_hang`, which is called on a thread of its own while the work still hangs.
+Owns how long is too long: `HangLimits`. Knows nothing of Ray and of what is to be done about it:
+whoever builds it says that with `on_hang`, which is called on a thread of its own while the work
+still hangs.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ MAX_POLL_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HangLimits:
-    """Seconds. A step hangs after `step_s`, or after `times` the slowest step so far where that is longer.
+    """Seconds. A step hangs after `step_s`, or after `times` the slowest step so far where that is
+    longer.
 
-    The first step warms up libraries and has no other to be compared with. To end a process that works costs its rows
-    a repetition, so all of these are far from what is usual.
+    The first step warms up libraries and has no other to be compared with. To end a process that
+    works costs its rows a repetition, so all of these are far from what is usual.
     """
 
     loading_s: float = 7200.0
@@ -43,12 +46,15 @@ class _Watched:
 class Watchdog:
     """Watches one piece of work at a time, from a thread that `close` ends.
 
-    Where the work holds Python's interpreter lock, no thread can run: then a timer outside Python writes the stack to
-    stderr and ends the process with exit code 1, within about twice the limit.
+    Where the work holds Python's interpreter lock, no thread can run: then a timer outside Python
+    writes the stack to stderr and ends the process with exit code 1, within about twice the limit.
     """
 
     def __init__(
-        self, limits: HangLimits, on_hang: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        limits: HangLimits,
+        on_hang: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self._on_hang, self._clock = limits, on_hang, clock
         self._slowest: float | None = None
@@ -86,10 +92,15 @@ class Watchdog:
         closed = False
         while not closed:
             watched = self._watched
-            limit = watched.limit if watched else self._limit("step")  # of what may begin any moment
+            # of what may begin any moment
+            limit = watched.limit if watched else self._limit("step")
             faulthandler.dump_traceback_later(limit + POLLS * poll, exit=True, file=STDERR)
             closed = self._closed.wait(poll)
-            if watched is self._watched and watched and self._clock() - watched.begun > watched.limit:
+            if (
+                watched is self._watched
+                and watched
+                and self._clock() - watched.begun > watched.limit
+            ):
                 faulthandler.cancel_dump_traceback_later()
                 self._on_hang(self._reason(watched))
                 return
@@ -98,5 +109,9 @@ class Watchdog:
     def _reason(self, watched: _Watched) -> str:
         if watched.what == "loading":
             return f"loading the model has taken more than {watched.limit:.0f} s"
-        known = "it is the first" if self._slowest is None else f"the slowest before took {self._slowest:.1f} s"
+        known = (
+            "it is the first"
+            if self._slowest is None
+            else f"the slowest before took {self._slowest:.1f} s"
+        )
         return f"a step of the engine hangs: it has taken more than {watched.limit:.1f} s ({known})"

@@ -1,7 +1,8 @@
-"""Decoder: media decoded in a process of their own, so that a crash, a hang or a bomb costs one item.
+"""Decoder: media decoded in a process of their own, so that a crash, a hang or a bomb costs one
+item.
 
-Owns that process: its start, deadline, death and successor. Knows nothing of rows, paths, URLs or caches; imports
-no decoder itself.
+Owns that process: its start, deadline, death and successor. Knows nothing of rows, paths, URLs or
+caches; imports no decoder itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from glm_batch.models.checkpoint.normalization import MediaKind
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.models.processing.patches import Encoded, MediaPatches
 
-# Longer media travel as a file that both processes see: a copy in memory would count against the decoder's limit.
+# Longer media travel as a file that both processes see: a copy in memory would count against the
+# decoder's limit.
 INLINE_BYTES = 1 << 20
 START_TIMEOUT_S = 120.0
 DYING_S = 5.0  # how long a process may take to end once its socket is closed
@@ -43,7 +45,9 @@ class _Exhausted(RowError):
 class Decoder:
     """Decodes one item at a time; several threads may call it. `module` is what the process runs."""
 
-    def __init__(self, setup: Setup, *, module: str = "glm_batch.glm_actors.media.decoder_child") -> None:
+    def __init__(
+        self, setup: Setup, *, module: str = "glm_batch.glm_actors.media.decoder_child"
+    ) -> None:
         self._setup = setup
         self._module = module
         self._lock = threading.Lock()
@@ -82,7 +86,9 @@ class Decoder:
             self._stop()
 
     def _ask(self, kind: MediaKind, data: Encoded, digest: str) -> MediaPatches | RowError:
-        """What the process answers; where it gives no answer, RowError is raised and the next process starts."""
+        """What the process answers; where it gives no answer, RowError is raised and the next
+        process starts.
+        """
         channel = self._start()
         self._wait_until_ready(channel)
         self._num_asked += 1
@@ -98,9 +104,12 @@ class Decoder:
         except (EOFError, ConnectionError, ValueError) as error:  # ValueError: no message of ours
             how = self._stop(DYING_S)
             self._start()
-            raise RowError("decoder_crashed", f"the decoder {how} at this {kind}; it was started anew") from error
+            raise RowError(
+                "decoder_crashed", f"the decoder {how} at this {kind}; it was started anew"
+            ) from error
         except BaseException:
-            self._restart()  # its answer may still come, and would be taken for that to the next item
+            # its answer may still come, and would be taken for that to the next item
+            self._restart()
             raise
 
     def _restart(self) -> None:
@@ -124,7 +133,9 @@ class Decoder:
         command = [sys.executable, "-P", "-W", "ignore", "-m", self._module, str(fd)]
         nothing = subprocess.DEVNULL
         try:
-            return subprocess.Popen(command, stdin=nothing, stdout=nothing, env=_environment(), pass_fds=[fd])
+            return subprocess.Popen(
+                command, stdin=nothing, stdout=nothing, env=_environment(), pass_fds=[fd]
+            )
         except OSError as error:
             raise EngineError(f"no decoding process can be started: {error}") from error
 
@@ -139,16 +150,24 @@ class Decoder:
             ) from error
         self._ready = True
 
-    def _send(self, channel: Channel, kind: MediaKind, data: Encoded, digest: str, deadline: float) -> None:
+    def _send(
+        self, channel: Channel, kind: MediaKind, data: Encoded, digest: str, deadline: float
+    ) -> None:
         header: dict[str, Any] = {"kind": kind, "digest": digest}
         if isinstance(data, bytes | memoryview) and len(data) <= INLINE_BYTES:
             return channel.send({**header, "num_bytes": len(data)}, data, deadline=deadline)
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(_file_of(data)) if isinstance(data, bytes | memoryview) else data
+            file = (
+                stack.enter_context(_file_of(data))
+                if isinstance(data, bytes | memoryview)
+                else data
+            )
             file.seek(0)  # the position goes along with the descriptor
             channel.send(header, fd=file.fileno(), deadline=deadline)
 
-    def _receive(self, channel: Channel, kind: MediaKind, digest: str, deadline: float) -> MediaPatches | RowError:
+    def _receive(
+        self, channel: Channel, kind: MediaKind, digest: str, deadline: float
+    ) -> MediaPatches | RowError:
         reply, _ = channel.receive(deadline)
         if "exhausted" in reply:
             return _Exhausted("media_too_large", reply["exhausted"])
@@ -177,7 +196,11 @@ class Decoder:
         except subprocess.TimeoutExpired:
             process.kill()
         status = process.wait()
-        return f"exited with status {status}" if status >= 0 else f"died of {signal.Signals(-status).name}"
+        return (
+            f"exited with status {status}"
+            if status >= 0
+            else f"died of {signal.Signals(-status).name}"
+        )
 
 
 def _environment() -> dict[str, str]:

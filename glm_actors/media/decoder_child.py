@@ -1,7 +1,9 @@
-"""The decoding process: encoded media in, patches out, one item after the other, within its own limits.
+"""The decoding process: encoded media in, patches out, one item after the other, within its own
+limits.
 
-Owns the messages between it and its parent and the limits that the kernel keeps for it: memory, and time, so that it
-ends even when its parent is gone. Started as `python -m glm_batch.glm_actors.media.decoder_child FD`. Knows nothing of rows or paths.
+Owns the messages between it and its parent and the limits that the kernel keeps for it: memory, and
+time, so that it ends even when its parent is gone. Started as `python -m
+glm_actors.media.decoder_child FD`. Knows nothing of rows or paths.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Decode = Callable[[MediaKind, Encoded, str], MediaPatches]  # kind, media, diges
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a decoding process is told once. `num_bytes` is what decoding may take beyond what importing took."""
+    """What a decoding process is told once. `num_bytes` is what decoding may take beyond what
+    importing took.
+    """
 
     image: ImageProcessorConfig
     video: VideoProcessorConfig
@@ -45,9 +49,11 @@ class Setup:
 
 
 class Channel:
-    """One end of a stream socket. A message is a header in JSON and, where the header says so, bytes after it.
+    """One end of a stream socket. A message is a header in JSON and, where the header says so,
+    bytes after it.
 
-    JSON and raw bytes, never pickles: a decoder that was taken over by its input must not take over its parent.
+    JSON and raw bytes, never pickles: a decoder that was taken over by its input must not take over
+    its parent.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -56,7 +62,12 @@ class Channel:
             connection.setsockopt(socket.SOL_SOCKET, option, 1 << 22)
 
     def send(
-        self, header: dict[str, Any], body: Any = b"", *, fd: int | None = None, deadline: float | None = None
+        self,
+        header: dict[str, Any],
+        body: Any = b"",
+        *,
+        fd: int | None = None,
+        deadline: float | None = None,
     ) -> None:
         """Raises ConnectionError where nobody listens, and TimeoutError past the deadline."""
         text = json.dumps(header).encode()
@@ -71,12 +82,16 @@ class Channel:
             self._socket.sendall(body)
 
     def receive(self, deadline: float | None = None) -> tuple[dict[str, Any], int | None]:
-        """A header and the file descriptor that came with it. Raises EOFError, and TimeoutError past the deadline."""
+        """A header and the file descriptor that came with it. Raises EOFError, and TimeoutError
+        past the deadline.
+        """
         self._wait_at_most(deadline)
         prefix, fds, _, _ = socket.recv_fds(self._socket, _PREFIX.size, 1)
         if not prefix:
             raise EOFError
-        (num_bytes,) = _PREFIX.unpack(prefix + self._receive_bytes(_PREFIX.size - len(prefix), deadline))
+        (num_bytes,) = _PREFIX.unpack(
+            prefix + self._receive_bytes(_PREFIX.size - len(prefix), deadline)
+        )
         if num_bytes > MAX_HEADER_BYTES:
             raise EOFError(f"a header of {num_bytes:,} bytes is none of ours")
         header: dict[str, Any] = json.loads(self._receive_bytes(num_bytes, deadline))
@@ -127,7 +142,9 @@ def serve(connection: socket.socket, make_decode: Callable[[Setup], Decode]) -> 
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(channel: Channel, decode: Decode, request: dict[str, Any], fd: int | None) -> tuple[dict[str, Any], Any]:
+def _answer(
+    channel: Channel, decode: Decode, request: dict[str, Any], fd: int | None
+) -> tuple[dict[str, Any], Any]:
     """The reply to one request: the patches, or why there are none."""
     try:
         if fd is None:
@@ -141,20 +158,33 @@ def _answer(channel: Channel, decode: Decode, request: dict[str, Any], fd: int |
         return {"error": [error.code, error.message]}, b""
     except MemoryError:
         return _out_of_memory(), b""
-    except Exception as error:  # the border of the process: what nobody foresaw costs this item alone
+    except (
+        Exception
+    ) as error:  # the border of the process: what nobody foresaw costs this item alone
         if "can't allocate memory" in str(error):  # torch has no exception of its own for it
             return _out_of_memory(), b""
-        return {"error": ["decoder_crashed", f"the decoder failed with {type(error).__name__}: {error}"]}, b""
-    header = {"shape": media.patches.shape, "grid": media.grid, "source": media.source, "timestamps": media.timestamps}
+        return {
+            "error": ["decoder_crashed", f"the decoder failed with {type(error).__name__}: {error}"]
+        }, b""
+    header = {
+        "shape": media.patches.shape,
+        "grid": media.grid,
+        "source": media.source,
+        "timestamps": media.timestamps,
+    }
     return header, media.patches.data
 
 
 def _out_of_memory(found: str = "out of memory") -> dict[str, Any]:
-    return {"exhausted": f"decoding takes more memory than decode_bytes allows; shrink it or raise that ({found})"}
+    return {
+        "exhausted": f"decoding takes more memory than decode_bytes allows; shrink it or raise that ({found})"
+    }
 
 
 class MemoryLimit:
-    """Bounds what this process may allocate from now on. Only Linux counts all of it and tells what is taken."""
+    """Bounds what this process may allocate from now on. Only Linux counts all of it and tells what
+    is taken.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
@@ -162,7 +192,9 @@ class MemoryLimit:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limit = _status("VmData") + num_bytes
         if _STATUS.exists():
-            resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+            resource.setrlimit(
+                resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard)
+            )
 
     def begin(self) -> None:
         """Forgets the peak of the item before."""
@@ -170,7 +202,9 @@ class MemoryLimit:
             _PEAK_RESET.write_text("5")
 
     def was_near(self) -> bool:
-        """Whether this item took most of it: libraries often call an allocation that failed damaged data."""
+        """Whether this item took most of it: libraries often call an allocation that failed damaged
+        data.
+        """
         return _status("VmHWM") - self._at_start > self._num_bytes // 2
 
 
@@ -211,12 +245,15 @@ def _read_setup(channel: Channel) -> Setup:
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has lists only."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
 
 
 def main(make_decode: Callable[[Setup], Decode] = make_decode) -> None:
     """Serves the socket whose number stands on the command line."""
-    gone = contextlib.suppress(EOFError, ConnectionError)  # the parent closed its end: there is no more to do
+    # the parent closed its end: there is no more to do
+    gone = contextlib.suppress(EOFError, ConnectionError)
     with gone, socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection, make_decode)
 

@@ -1,7 +1,8 @@
-"""Fetcher: the only way to the network for media. Allowed hosts, checked addresses, bounded bytes and time.
+"""Fetcher: the only way to the network for media. Allowed hosts, checked addresses, bounded bytes
+and time.
 
-Owns which address may be connected to, redirects and repeated tries. Sends neither cookies nor credentials, and no
-proxy of the environment is used. Knows nothing of formats, rows or caches.
+Owns which address may be connected to, redirects and repeated tries. Sends neither cookies nor
+credentials, and no proxy of the environment is used. Knows nothing of formats, rows or caches.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import httpcore
 
-from glm_batch.glm_actors.media.media_rules import DEFAULT_PORTS, Endpoint, MediaRules, ascii_host, endpoints
+from glm_batch.glm_actors.media.media_rules import (
+    DEFAULT_PORTS,
+    Endpoint,
+    MediaRules,
+    ascii_host,
+    endpoints,
+)
 from glm_batch.models.errors import RowError
 
 NUM_THREADS = 16
@@ -61,7 +68,9 @@ class _Target:
 
 
 class Fetcher:
-    """Fetches URLs under a job's rules; several threads may call it. Connections are kept and used again."""
+    """Fetches URLs under a job's rules; several threads may call it. Connections are kept and used
+    again.
+    """
 
     def __init__(self, rules: MediaRules, *, ssl_context: ssl.SSLContext | None = None) -> None:
         self._rules = rules
@@ -84,13 +93,17 @@ class Fetcher:
         self._network.close()
 
     def fetch(self, url: str) -> memoryview:
-        """The body at a URL. Raises RowError: media_forbidden, media_not_found, media_too_large, media_fetch_failed."""
+        """The body at a URL. Raises RowError: media_forbidden, media_not_found, media_too_large,
+        media_fetch_failed.
+        """
         self._clock.start(self._rules.fetch_timeout_s)
         try:
             return self._try_often(url)
         except _OutOfTime as error:
             limit = f"{self._rules.fetch_timeout_s:g} s"
-            raise RowError("media_fetch_failed", f"{shown(url)}: not here after {limit}; {error}") from error
+            raise RowError(
+                "media_fetch_failed", f"{shown(url)}: not here after {limit}; {error}"
+            ) from error
 
     def _try_often(self, url: str) -> memoryview:
         reason = ""
@@ -109,19 +122,37 @@ class Fetcher:
             if isinstance(found, memoryview):
                 return found
             url = urljoin(url, found)
-        raise RowError("media_fetch_failed", f"more than {MAX_REDIRECTS} redirects, the last one to {shown(url)}")
+        raise RowError(
+            "media_fetch_failed",
+            f"more than {MAX_REDIRECTS} redirects, the last one to {shown(url)}",
+        )
 
     def _target(self, url: str) -> _Target:
         """Where a URL points to. Raises RowError unless the job allows it."""
         try:
             parts = urlsplit(url)
-            host, port = ascii_host(parts.hostname or ""), parts.port or DEFAULT_PORTS.get(parts.scheme, 0)
+            host, port = (
+                ascii_host(parts.hostname or ""),
+                parts.port or DEFAULT_PORTS.get(parts.scheme, 0),
+            )
         except ValueError as error:
-            raise RowError("media_fetch_failed", f"{shown(url)} is no valid URL: {error}") from error
-        if parts.scheme not in DEFAULT_PORTS or parts.username is not None or parts.password is not None:
-            raise RowError("media_forbidden", f"{shown(url)}: only http and https URLs without a user are fetched")
+            raise RowError(
+                "media_fetch_failed", f"{shown(url)} is no valid URL: {error}"
+            ) from error
+        if (
+            parts.scheme not in DEFAULT_PORTS
+            or parts.username is not None
+            or parts.password is not None
+        ):
+            raise RowError(
+                "media_forbidden",
+                f"{shown(url)}: only http and https URLs without a user are fetched",
+            )
         if (host, port) not in self._allowed:
-            raise RowError("media_forbidden", f"{shown(url)}: {host}:{port} is not allowed; name it in media.hosts")
+            raise RowError(
+                "media_forbidden",
+                f"{shown(url)}: {host}:{port} is not allowed; name it in media.hosts",
+            )
         return _Target(parts.scheme, host, port, _path_and_query(parts))
 
     def _get(self, target: _Target, url: str) -> memoryview | str:
@@ -131,11 +162,17 @@ class Fetcher:
                 "GET", target.url, headers=_headers(target), extensions=self._clock.limits()
             ) as reply:
                 return self._read(reply, url)
-        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.RemoteProtocolError) as error:
+        except (
+            httpcore.TimeoutException,
+            httpcore.NetworkError,
+            httpcore.RemoteProtocolError,
+        ) as error:
             self._clock.left(f"the last try failed with {_name(error)}")
             raise _Retry(f"the connection failed with {_name(error)}") from error
         except (httpcore.LocalProtocolError, httpcore.UnsupportedProtocol) as error:
-            raise RowError("media_fetch_failed", f"{shown(url)} cannot be asked for: {error}") from error
+            raise RowError(
+                "media_fetch_failed", f"{shown(url)} cannot be asked for: {error}"
+            ) from error
 
     def _read(self, reply: httpcore.Response, url: str) -> memoryview | str:
         headers = {name.lower(): value.decode("latin-1") for name, value in reply.headers}
@@ -146,9 +183,14 @@ class Fetcher:
         if reply.status in (404, 410):
             raise RowError("media_not_found", f"{shown(url)}: the server answered {reply.status}")
         if reply.status != 200:
-            raise RowError("media_fetch_failed", f"{shown(url)}: the server answered {reply.status}")
+            raise RowError(
+                "media_fetch_failed", f"{shown(url)}: the server answered {reply.status}"
+            )
         if headers.get(b"content-encoding", "identity").lower() != "identity":
-            raise RowError("media_fetch_failed", f"{shown(url)}: the server sent compressed bytes without being asked")
+            raise RowError(
+                "media_fetch_failed",
+                f"{shown(url)}: the server sent compressed bytes without being asked",
+            )
         length = headers.get(b"content-length", "0")
         self._check_size(int(length) if length.isdecimal() else 0, url)
         body = bytearray()
@@ -160,11 +202,16 @@ class Fetcher:
     def _check_size(self, num_bytes: int, url: str) -> None:
         if num_bytes > self._rules.max_bytes:
             limit = f"{self._rules.max_bytes:,}"
-            raise RowError("media_too_large", f"{shown(url)} has more than {limit} bytes; raise media.max_bytes")
+            raise RowError(
+                "media_too_large",
+                f"{shown(url)} has more than {limit} bytes; raise media.max_bytes",
+            )
 
 
 class FetchAhead:
-    """Fetches URLs in order, `ahead` of them before they are asked for: no more bodies than that wait in memory."""
+    """Fetches URLs in order, `ahead` of them before they are asked for: no more bodies than that
+    wait in memory.
+    """
 
     def __init__(self, fetcher: Fetcher, urls: Iterable[str], *, ahead: int = NUM_THREADS) -> None:
         self._fetcher = fetcher
@@ -176,12 +223,19 @@ class FetchAhead:
         self._begin(self._ahead)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         for future in self._begun.values():
             future.cancel()
 
     def take(self, url: str) -> memoryview:
-        """The body at a URL; asking in the order given keeps others coming. Raises RowError as Fetcher.fetch does."""
+        """The body at a URL; asking in the order given keeps others coming. Raises RowError as
+        Fetcher.fetch does.
+        """
         begun = self._begun.pop(url, None)
         if begun is None:
             return self._fetcher.fetch(url)
@@ -232,7 +286,8 @@ class _GuardedNetwork(httpcore.NetworkBackend):
         self._private = private
         self._clock = clock
         self._network = httpcore.SyncBackend()
-        self._resolvers = ThreadPoolExecutor(NUM_THREADS, "media-resolve")  # a resolver cannot be told a deadline
+        # a resolver cannot be told a deadline
+        self._resolvers = ThreadPoolExecutor(NUM_THREADS, "media-resolve")
 
     def close(self) -> None:
         """Waits for no look-up that is under way."""
@@ -273,7 +328,9 @@ class _GuardedNetwork(httpcore.NetworkBackend):
         for number, address in enumerate(addresses):
             share = self._clock.left("connecting") / (len(addresses) - number)
             try:
-                return _GuardedStream(self._network.connect_tcp(address, port, timeout=share), self._clock)
+                return _GuardedStream(
+                    self._network.connect_tcp(address, port, timeout=share), self._clock
+                )
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure
@@ -296,9 +353,14 @@ class _GuardedStream(httpcore.NetworkStream):
         self._stream.close()
 
     def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        secured = self._stream.start_tls(ssl_context, server_hostname, self._clock.left("the TLS handshake"))
+        secured = self._stream.start_tls(
+            ssl_context, server_hostname, self._clock.left("the TLS handshake")
+        )
         return _GuardedStream(secured, self._clock)
 
     def get_extra_info(self, info: str) -> Any:

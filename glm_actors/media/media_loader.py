@@ -1,7 +1,9 @@
-"""MediaLoader: the cells of media columns to uint8 patches, or to the error that a row's record will hold.
+"""MediaLoader: the cells of media columns to uint8 patches, or to the error that a row's record
+will hold.
 
-Owns the order of things: read or fetch, look up equal content, decode. Knows nothing of rows, prompts or Ray; decoders
-run in a process of their own, and neither they nor a network client are imported here.
+Owns the order of things: read or fetch, look up equal content, decode. Knows nothing of rows,
+prompts or Ray; decoders run in a process of their own, and neither they nor a network client are
+imported here.
 """
 
 from __future__ import annotations
@@ -28,26 +30,38 @@ __all__ = ["CACHE_BYTES", "MediaLoader", "MediaRules"]
 CACHE_BYTES = 64 << 20
 ERROR_BYTES = 1 << 10  # what an error counts in the cache
 FETCHED_AHEAD: dict[MediaKind, int] = {"image": 16, "video": 2}  # bodies that may wait in memory
-# The next item of equal content may fare better: the machine may have been out of memory, or very slow.
+# The next item of equal content may fare better: the machine may have been out of memory, or very
+# slow.
 NOT_REMEMBERED = ("decoder_crashed", "media_timeout")
 
 Result = MediaPatches | RowError
 
 
 class MediaLoader:
-    """Loads media under one set of rules and one configuration for each kind; what was loaded before is kept."""
+    """Loads media under one set of rules and one configuration for each kind; what was loaded
+    before is kept.
+    """
 
-    def __init__(self, rules: MediaRules, image: ImageProcessorConfig, video: VideoProcessorConfig) -> None:
+    def __init__(
+        self, rules: MediaRules, image: ImageProcessorConfig, video: VideoProcessorConfig
+    ) -> None:
         self._rules = rules
         self._configs: dict[MediaKind, ImageProcessorConfig] = {"image": image, "video": video}
         self._decoder = Decoder(
-            Setup(image=image, video=video, num_bytes=rules.decode_bytes, timeout_s=rules.decode_timeout_s)
+            Setup(
+                image=image,
+                video=video,
+                num_bytes=rules.decode_bytes,
+                timeout_s=rules.decode_timeout_s,
+            )
         )
         self._fetcher: Fetcher | None = None
         self._results: ByteCache[Result] = ByteCache(CACHE_BYTES)
 
     def start(self) -> None:
-        """Begins to start the decoding process, which takes a second; otherwise the first item does."""
+        """Begins to start the decoding process, which takes a second; otherwise the first item
+        does.
+        """
         self._decoder.start()
 
     def close(self) -> None:
@@ -58,32 +72,42 @@ class MediaLoader:
             self._fetcher = None
 
     def load(self, parts: Sequence[tuple[MediaKind, object]]) -> list[Result]:
-        """One result for each (kind, cell), in order; equal content gives the same object while it is remembered.
+        """One result for each (kind, cell), in order; equal content gives the same object while it
+        is remembered.
 
-        URLs are fetched while others are decoded, each once a call. Raises EngineError when no decoding process starts.
+        URLs are fetched while others are decoded, each once a call. Raises EngineError when no
+        decoding process starts.
         """
         urls = [url_of(value) for _, value in parts]
         results: dict[tuple[MediaKind, str], Result] = {}
-        with self._fetch_ahead([(kind, url) for (kind, _), url in zip(parts, urls, strict=True) if url]) as bodies:
+        with self._fetch_ahead(
+            [(kind, url) for (kind, _), url in zip(parts, urls, strict=True) if url]
+        ) as bodies:
             return [
-                self._load(kind, value, bodies) if url is None else self._load_once(kind, url, bodies, results)
+                self._load(kind, value, bodies)
+                if url is None
+                else self._load_once(kind, url, bodies, results)
                 for (kind, value), url in zip(parts, urls, strict=True)
             ]
 
-    def _fetch_ahead(self, urls: list[tuple[MediaKind, str]]) -> AbstractContextManager[FetchAhead | None]:
+    def _fetch_ahead(
+        self, urls: list[tuple[MediaKind, str]]
+    ) -> AbstractContextManager[FetchAhead | None]:
         if not urls or not self._rules.allows_urls:
             return nullcontext()
-        from glm_batch.glm_actors.media.fetcher import (  # a network client, which most jobs do not need
-            FetchAhead,
-            Fetcher,
-        )
+        # a network client, which most jobs do not need
+        from glm_batch.glm_actors.media.fetcher import FetchAhead, Fetcher
 
         self._fetcher = self._fetcher or Fetcher(self._rules)
         ahead = min(FETCHED_AHEAD[kind] for kind, _ in urls)
         return FetchAhead(self._fetcher, [url for _, url in urls], ahead=ahead)
 
     def _load_once(
-        self, kind: MediaKind, url: str, bodies: FetchAhead | None, results: dict[tuple[MediaKind, str], Result]
+        self,
+        kind: MediaKind,
+        url: str,
+        bodies: FetchAhead | None,
+        results: dict[tuple[MediaKind, str], Result],
     ) -> Result:
         if (kind, url) not in results:
             results[kind, url] = self._load(kind, url, bodies)
@@ -93,7 +117,8 @@ class MediaLoader:
         try:
             source = read_source(value, self._rules)
             if isinstance(source, Url):
-                assert bodies is not None  # read_source lets no URL through that the rules do not allow
+                # read_source lets no URL through that the rules do not allow
+                assert bodies is not None
                 source = bodies.take(source.text)
             if isinstance(source, bytes | memoryview):
                 return self._decoded(kind, source)
@@ -106,7 +131,9 @@ class MediaLoader:
         try:
             digest = encoded_digest(kind, data, self._configs[kind])
         except OSError as error:
-            raise RowError("media_not_found", f"the file cannot be read: {error.strerror}") from error
+            raise RowError(
+                "media_not_found", f"the file cannot be read: {error.strerror}"
+            ) from error
         result = self._results.get(digest)
         if result is None:
             result = self._decode(kind, data, digest)

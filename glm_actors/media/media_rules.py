@@ -18,12 +18,12 @@ Endpoint = tuple[str, int]  # a host's name as DNS has it, in lower case, and a 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRules:
-    """Paths lie below `root`. URLs are read from `hosts`, at globally routable addresses alone, and from
-    `private_hosts` at any address.
+    """Paths lie below `root`. URLs are read from `hosts`, at globally routable addresses alone, and
+    from `private_hosts` at any address.
 
-    A host is a name exactly as URLs have it, without wildcards; it allows the ports 80 and 443, and "name:port" that
-    port alone. `max_bytes` is the size of one encoded image or clip, `decode_bytes` the memory that decoding one may
-    take. Raises ConfigError.
+    A host is a name exactly as URLs have it, without wildcards; it allows the ports 80 and 443, and
+    "name:port" that port alone. `max_bytes` is the size of one encoded image or clip,
+    `decode_bytes` the memory that decoding one may take. Raises ConfigError.
     """
 
     root: str | None = None

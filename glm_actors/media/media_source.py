@@ -1,7 +1,7 @@
 """A cell of a media column to bytes, an open file, or a URL to fetch.
 
-Owns what a cell may hold and which files may be read: regular ones below the declared root. Opens files, no
-connections. Knows nothing of formats.
+Owns what a cell may hold and which files may be read: regular ones below the declared root. Opens
+files, no connections. Knows nothing of formats.
 """
 
 from __future__ import annotations
@@ -40,12 +40,19 @@ def read_source(value: object, rules: MediaRules) -> Source:
     if value is None:
         raise RowError("null_media", "the cell is null; it must hold bytes, a path or a URL")
     if isinstance(value, bytes | bytearray | memoryview):
-        return _within(value if isinstance(value, bytes) else memoryview(value).cast("B"), rules.max_bytes)
+        return _within(
+            value if isinstance(value, bytes) else memoryview(value).cast("B"), rules.max_bytes
+        )
     if isinstance(value, str):
         return _of_text(value, rules)
-    found = f"a struct of {sorted(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
+    found = (
+        f"a struct of {sorted(map(str, value))}"
+        if isinstance(value, Mapping)
+        else type(value).__name__
+    )
     raise RowError(
-        "wrong_type", f"the cell holds {found}; it must be bytes, a path, a URL or a struct of bytes and path"
+        "wrong_type",
+        f"the cell holds {found}; it must be bytes, a path, a URL or a struct of bytes and path",
     )
 
 
@@ -56,7 +63,9 @@ def url_of(value: object) -> str | None:
 
 
 def _unwrapped(value: object) -> object:
-    """The layout of data sets, {"bytes": ..., "path": ...}, where bytes win; other values as they are."""
+    """The layout of data sets, {"bytes": ..., "path": ...}, where bytes win; other values as they
+    are.
+    """
     if not isinstance(value, Mapping) or not {"bytes", "path"} & value.keys():
         return value
     return value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -74,27 +83,38 @@ def _within(data: bytes | memoryview, max_bytes: int) -> bytes | memoryview:
 def _check_size(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
         raise RowError(
-            "media_too_large", f"{num_bytes:,} bytes, more than {max_bytes:,}; shrink it or raise media.max_bytes"
+            "media_too_large",
+            f"{num_bytes:,} bytes, more than {max_bytes:,}; shrink it or raise media.max_bytes",
         )
 
 
 def _of_text(text: str, rules: MediaRules) -> Source:
     if not text:
-        raise RowError("null_media", "the cell is an empty text; it must hold bytes, a path or a URL")
+        raise RowError(
+            "null_media", "the cell is an empty text; it must hold bytes, a path or a URL"
+        )
     if "\0" in text:
-        raise RowError("media_not_found", f"{_shown(text)} holds a NUL character; no path or URL does")
+        raise RowError(
+            "media_not_found", f"{_shown(text)} holds a NUL character; no path or URL does"
+        )
     scheme = _scheme(text)
     if scheme == "data":
         return _of_data_url(text, rules.max_bytes)
     if scheme in DEFAULT_PORTS:
         if not rules.allows_urls:
             shown = _shown(text.partition("?")[0])  # a query may hold a secret
-            raise RowError("media_forbidden", f"{shown} is a URL, and no host is allowed; name it in media.hosts")
+            raise RowError(
+                "media_forbidden",
+                f"{shown} is a URL, and no host is allowed; name it in media.hosts",
+            )
         return Url(text)
     if scheme == "file":
         return _open_below(_path_of(text), rules)
     if "://" in text[:SHOWN]:
-        raise RowError("media_forbidden", f"{_shown(text)}: {scheme}:// is not read; use a path, https:// or bytes")
+        raise RowError(
+            "media_forbidden",
+            f"{_shown(text)}: {scheme}:// is not read; use a path, https:// or bytes",
+        )
     return _open_below(text, rules)
 
 
@@ -110,7 +130,9 @@ def _of_data_url(text: str, max_bytes: int) -> bytes:
     try:
         return base64.b64decode(unquote(body) if "%" in body else body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RowError("wrong_type", f"{_shown(text)}: the data: URL is no valid base64: {error}") from error
+        raise RowError(
+            "wrong_type", f"{_shown(text)}: the data: URL is no valid base64: {error}"
+        ) from error
 
 
 def _path_of(text: str) -> str:
@@ -119,7 +141,10 @@ def _path_of(text: str) -> str:
     except ValueError as error:
         raise RowError("media_not_found", f"{_shown(text)} is no valid URL: {error}") from error
     if parts.netloc.lower() not in ("", "localhost"):
-        raise RowError("media_forbidden", f"{_shown(text)} names the host {parts.netloc!r}; only local files are read")
+        raise RowError(
+            "media_forbidden",
+            f"{_shown(text)} names the host {parts.netloc!r}; only local files are read",
+        )
     path = unquote(parts.path, errors="surrogateescape")
     if "\0" in path:
         raise RowError("media_not_found", f"{_shown(text)} holds a NUL character; no path does")
@@ -129,7 +154,9 @@ def _path_of(text: str) -> str:
 def _open_below(path: str, rules: MediaRules) -> bytes | BinaryIO:
     """The regular file at a path, read if it is small. Raises RowError."""
     if rules.root is None:
-        raise RowError("media_forbidden", f"{_shown(path)} is a path, and no root is declared; set media.root")
+        raise RowError(
+            "media_forbidden", f"{_shown(path)} is a path, and no root is declared; set media.root"
+        )
     try:
         real = _below(rules.root, path)
         _check_file(os.lstat(real), path, rules)  # opening a device may already do something
@@ -153,7 +180,9 @@ def _read(file: BinaryIO, path: str) -> bytes:
     try:
         return file.read(READ_AT_ONCE)
     except OSError as error:
-        raise RowError("media_not_found", f"{_shown(path)} cannot be read: {error.strerror}") from error
+        raise RowError(
+            "media_not_found", f"{_shown(path)} cannot be read: {error.strerror}"
+        ) from error
 
 
 def _below(root: str, path: str) -> str:

@@ -1,7 +1,8 @@
 """SharedEngine: an Engine whose work is done by the replicas of a live application.
 
-Owns how requests are cut into messages, and how long a replica is waited for. What a replica took with it is the
-business of glm_batch.glm_actors.shared.shared_suspects. Knows nothing of Ray: `Line` is all that it knows of the application.
+Owns how requests are cut into messages, and how long a replica is waited for. What a replica took
+with it is the business of glm_actors.shared.shared_suspects. Knows nothing of Ray: `Line` is all
+that it knows of the application.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Line(Protocol):
 class Patience:
     """How long what is tried again.
 
-    `messages` may be under way at once. An application is waited for `absence_s`; between two tries pass `pause_s`,
-    twice as long each time up to `max_pause_s`.
+    `messages` may be under way at once. An application is waited for `absence_s`; between two tries
+    pass `pause_s`, twice as long each time up to `max_pause_s`.
     """
 
     messages: int = 32
@@ -66,9 +67,11 @@ class _Message:
 
 
 class SharedEngine:
-    """Raises ConfigError from the constructor where the application serves something else, EngineError without it.
+    """Raises ConfigError from the constructor where the application serves something else,
+    EngineError without it.
 
-    A row that replicas do not survive ends in an error of its own: see glm_batch.glm_actors.shared.shared_suspects.
+    A row that replicas do not survive ends in an error of its own: see
+    glm_actors.shared.shared_suspects.
     """
 
     def __init__(self, model: SharedModel, line: Line, patience: Patience | None = None) -> None:
@@ -80,7 +83,9 @@ class SharedEngine:
         self._answered: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._search = Search(self._ask, self._present, self._patience.messages, self._where)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="shared-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="shared-engine", daemon=True
+        )
         self._thread.start()
         try:
             asyncio.run_coroutine_threadsafe(self._present(), self._loop).result()
@@ -89,10 +94,14 @@ class SharedEngine:
             raise
 
     def submit(self, requests: list[Request]) -> None:
-        """Sends requests; raises ValueError for an id that is in flight already, and for a request that streams."""
+        """Sends requests; raises ValueError for an id that is in flight already, and for a request
+        that streams.
+        """
         if any(request.stream for request in requests):
             raise ValueError("a batch job's requests come back whole: they cannot stream")
-        refuse_known_ids(requests, chain(self._pending, (completion.id for completion in self._ready)))
+        refuse_known_ids(
+            requests, chain(self._pending, (completion.id for completion in self._ready))
+        )
         for part in _cut(requests):
             message = _Message(part)
             self._pending |= {request.id: message for request in part}
@@ -100,7 +109,9 @@ class SharedEngine:
             message.answer.add_done_callback(partial(self._arrive, message))
 
     def step(self) -> list[Completion]:
-        """Waits for an answer, a moment at most. Raises EngineError when a message cannot be answered."""
+        """Waits for an answer, a moment at most. Raises EngineError when a message cannot be
+        answered.
+        """
         if self._pending and not self._ready:
             try:
                 self._take(self._answered.get(timeout=STEP_S))
@@ -121,7 +132,9 @@ class SharedEngine:
             if message is not None:
                 request = next(each for each in message.requests if each.id == request_id)
                 tokens = len(request.input_ids)
-                self._ready.append(Completion(id=request_id, finish_reason="abort", prompt_tokens=tokens))
+                self._ready.append(
+                    Completion(id=request_id, finish_reason="abort", prompt_tokens=tokens)
+                )
                 if all(self._pending.get(each.id) is not message for each in message.requests):
                     message.answer.cancel()
 
@@ -153,12 +166,16 @@ class SharedEngine:
     async def _ask(self, requests: Sequence[Request]) -> list[Completion]:
         """Under other names: what a process that has died has left in a replica may still be there."""
         prefix = uuid.uuid4().hex
-        renamed = [replace(each, id=f"{prefix}-{i}", priority=BATCH) for i, each in enumerate(requests)]
+        renamed = [
+            replace(each, id=f"{prefix}-{i}", priority=BATCH) for i, each in enumerate(requests)
+        ]
         work = BatchWork(caller=self._name, identity=self._model.identity, requests=renamed)
         answer = await self._persist(lambda: self._line.ask(work), NoReplicaError)
         if isinstance(answer, ModelIdentity):
             raise EngineError(self._refusal(answer))
-        return [replace(each, id=request.id) for each, request in zip(answer, requests, strict=True)]
+        return [
+            replace(each, id=request.id) for each, request in zip(answer, requests, strict=True)
+        ]
 
     async def _present(self) -> None:
         """Waits for a replica. Raises ConfigError where it is another model's."""
@@ -167,7 +184,9 @@ class SharedEngine:
             raise ConfigError(self._refusal(identity))
 
     async def _persist(self, ask: Callable[[], Awaitable[T]], *absent: type[Exception]) -> T:
-        """Asks until there is an answer. Errors of the types `absent` mean that nobody is there yet."""
+        """Asks until there is an answer. Errors of the types `absent` mean that nobody is there
+        yet.
+        """
         patience = self._patience
         pause = patience.pause_s
         absent_since: float | None = None
@@ -178,7 +197,9 @@ class SharedEngine:
                 absent_since = absent_since or time.monotonic()
                 if time.monotonic() - absent_since > patience.absence_s:
                     waited = f"{patience.absence_s:.0f} s"
-                    raise AppFailedError(f"{self._where} has not been there for {waited}: {error}") from error
+                    raise AppFailedError(
+                        f"{self._where} has not been there for {waited}: {error}"
+                    ) from error
             await asyncio.sleep(pause)
             pause = min(2 * pause, patience.max_pause_s)
 
@@ -195,7 +216,9 @@ class SharedEngine:
 
 
 def _cut(requests: Sequence[Request]) -> Iterator[list[Request]]:
-    """Messages of up to MESSAGE_ROWS requests, or as many as have MESSAGE_BYTES of media, at least one."""
+    """Messages of up to MESSAGE_ROWS requests, or as many as have MESSAGE_BYTES of media, at least
+    one.
+    """
     part: list[Request] = []
     size = 0
     for request in requests:

@@ -1,7 +1,7 @@
 """The way to a live application's model through Ray Serve, at both of its ends.
 
-Owns what Ray's errors mean to who asks, and how a replica sees that the process that asked is gone. Imports Ray inside
-functions only.
+Owns what Ray's errors mean to who asks, and how a replica sees that the process that asked is gone.
+Imports Ray inside functions only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class RayLine:
 
         self._model = model
         self._handle: Any = None
-        self._lifeline: Any = ray.remote(Lifeline).options(num_cpus=0, max_concurrency=MANY).remote()
+        self._lifeline: Any = (
+            ray.remote(Lifeline).options(num_cpus=0, max_concurrency=MANY).remote()
+        )
         self._kill = ray.kill
 
     async def identity(self) -> ModelIdentity:
@@ -66,7 +68,8 @@ class RayLine:
                     response.cancel()
                     raise
             except Exception:
-                self._handle = None  # that of an application that was deleted stays bad when it comes back
+                # that of an application that was deleted stays bad when it comes back
+                self._handle = None
                 raise
 
 
@@ -77,7 +80,9 @@ class Callers:
         self._held: dict[str, asyncio.Task[None]] = {}
 
     def gone(self, caller: str, lifeline: Any) -> asyncio.Future[None]:
-        """Done once the lifeline's process has ended. One call is held for all of a caller's messages."""
+        """Done once the lifeline's process has ended. One call is held for all of a caller's
+        messages.
+        """
         if caller not in self._held:
             self._held[caller] = asyncio.ensure_future(_hold(lifeline))
             self._held[caller].add_done_callback(lambda _: self._held.pop(caller))
@@ -85,7 +90,9 @@ class Callers:
 
 
 def connect(model: SharedModel) -> Engine:
-    """The engine of a batch worker. Raises ConfigError where the application serves another model by now."""
+    """The engine of a batch worker. Raises ConfigError where the application serves another model
+    by now.
+    """
     return SharedEngine(model, RayLine(model))
 
 
@@ -104,7 +111,9 @@ def _handle(model: SharedModel) -> Any:
 
 @contextlib.contextmanager
 def _ray_failures() -> Iterator[None]:
-    """Whether a message came to a replica at all. Serve itself sends it to another one where it knows it did not."""
+    """Whether a message came to a replica at all. Serve itself sends it to another one where it
+    knows it did not.
+    """
     from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
 

@@ -1,7 +1,7 @@
 """What a batch job and a live application tell each other about a model that they share.
 
-Owns what makes two of them the same model for a job's results, the message that carries a job's requests, and what can
-become of it. Knows nothing of Ray or of how requests are made.
+Owns what makes two of them the same model for a job's results, the message that carries a job's
+requests, and what can become of it. Knows nothing of Ray or of how requests are made.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class AppFailedError(EngineError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """What decides the answers, as far as two sides can tell: the checkpoint's files, these settings, our version."""
+    """What decides the answers, as far as two sides can tell: the checkpoint's files, these
+    settings, our version.
+    """
 
     checkpoint: str
     kind: str
@@ -54,11 +56,17 @@ class ModelIdentity:
     def differences(self, other: ModelIdentity) -> list[str]:
         """In which of a job's keys `other`, which is served, is another: for people."""
         if self.version != other.version:
-            return [f"it runs glm-batch {other.version}, the job {self.version}: use the same version on both sides"]
+            return [
+                f"it runs glm-batch {other.version}, the job {self.version}: use the same version on both sides"
+            ]
         if self.checkpoint != other.checkpoint:
             return ["model: its files are others"]
         both = [(name, value, asdict(other)[name]) for name, value in asdict(self).items()]
-        return [f"engine.{name}: {mine} in the job, {its} there" for name, mine, its in both if mine != its]
+        return [
+            f"engine.{name}: {mine} in the job, {its} there"
+            for name, mine, its in both
+            if mine != its
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +82,8 @@ class SharedModel:
 class BatchWork:
     """Requests for a replica, to be answered all at once by their completions, in their order.
 
-    A replica with another identity answers with that one instead. `caller` names the process that asks.
+    A replica with another identity answers with that one instead. `caller` names the process that
+    asks.
     """
 
     caller: str

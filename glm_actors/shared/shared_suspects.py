@@ -1,9 +1,10 @@
-"""Search: which row of a batch job a live application's replicas do not survive, in as few of their deaths as can be.
+"""Search: which row of a batch job a live application's replicas do not survive, in as few of their
+deaths as can be.
 
-A replica's death makes all messages suspect that were under way. A suspect one is sent with nothing beside it; when it
-is lost then, too, its rows are sent one by one. A row that was lost alone twice is the culprit: it gets an error. That
-is at most four deaths for a culprit, and two for each further one in its message. Knows nothing of Ray or of how a
-message is sent.
+A replica's death makes all messages suspect that were under way. A suspect one is sent with nothing
+beside it; when it is lost then, too, its rows are sent one by one. A row that was lost alone twice
+is the culprit: it gets an error. That is at most four deaths for a culprit, and two for each
+further one in its message. Knows nothing of Ray or of how a message is sent.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from glm_batch.models.errors import RowError
 
 Ask = Callable[[Sequence[Request]], Awaitable[list[Completion]]]
 ROW_DEATHS = 2  # of a row alone make it the culprit
-BARREN_DEATHS = 6  # in a row, of what was alone, and nothing answered between them: it is not the rows
+# in a row, of what was alone, and nothing answered between them: it is not the rows
+BARREN_DEATHS = 6
 
 
 class Search:
     """Sends messages and finds culprits. Belongs to one event loop.
 
-    `ask` sends a message and raises ReplicaLostError where the replica did not live to answer it; `present` returns
-    once there is a replica: one that has only just died may still be asked.
+    `ask` sends a message and raises ReplicaLostError where the replica did not live to answer it;
+    `present` returns once there is a replica: one that has only just died may still be asked.
     """
 
-    def __init__(self, ask: Ask, present: Callable[[], Awaitable[None]], messages: int, what: str) -> None:
+    def __init__(
+        self, ask: Ask, present: Callable[[], Awaitable[None]], messages: int, what: str
+    ) -> None:
         """Up to `messages` are under way at once; `what` names the application for people."""
         self._ask, self._present, self._what = ask, present, what
         self._turns = _Turns(messages)
@@ -39,7 +43,9 @@ class Search:
         self._random = random.Random(0)
 
     async def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request, in their order. Raises AppFailedError, and what `ask` raises else."""
+        """One completion for each request, in their order. Raises AppFailedError, and what `ask`
+        raises else.
+        """
         async with self._turns.beside_others():
             try:
                 return await self._answered(requests)
@@ -59,7 +65,8 @@ class Search:
                 except ReplicaLostError as error:
                     lost = error
                     self._count(error)
-            # Whatever else is suspect comes before the next try, and shows whether anything can be answered at all.
+            # Whatever else is suspect comes before the next try, and shows whether anything can be
+            # answered at all.
             if len(requests) > 1:
                 return await self._one_by_one(requests)
             if deaths == ROW_DEATHS:
@@ -70,7 +77,10 @@ class Search:
         """In any order: where a few rows are bad, they may stand side by side."""
         order = self._random.sample(range(len(requests)), len(requests))
         found = await asyncio.gather(*(self._suspect([requests[index]]) for index in order))
-        return [completion for _, (completion,) in sorted(zip(order, found, strict=True), key=lambda each: each[0])]
+        return [
+            completion
+            for _, (completion,) in sorted(zip(order, found, strict=True), key=lambda each: each[0])
+        ]
 
     async def _answered(self, requests: Sequence[Request]) -> list[Completion]:
         if self._failure is not None:
@@ -133,4 +143,6 @@ def _culprit(request: Request, lost: ReplicaLostError) -> Completion:
         f"the replica that worked on this row died {ROW_DEATHS} times while it had nothing else of this job to do; the "
         f"last time: {lost}. The other rows went on without it: make it smaller or leave it out",
     )
-    return Completion(id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=error)
+    return Completion(
+        id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=error
+    )

@@ -1,10 +1,11 @@
 """The actors' batch contract: Arrow tables to Requests and Completions and back, and nowhere else.
 
-A unit's table has one row for each input row, in the input's order, from beginning to end: rows that failed carry
-`error_code` and `error_message` and are passed over. Columns not named here travel along untouched. An image or video
-that several prompts of a table show travels in it once. Where a row has a `continuation` (token ids), the engine is
-asked about it too: its joint log-probability after the row's prompt comes back as the row's `choice_logprobs`. Knows
-nothing of prompts, tasks, files or Ray.
+A unit's table has one row for each input row, in the input's order, from beginning to end: rows
+that failed carry `error_code` and `error_message` and are passed over. Columns not named here
+travel along untouched. An image or video that several prompts of a table show travels in it once.
+Where a row has a `continuation` (token ids), the engine is asked about it too: its joint
+log-probability after the row's prompt comes back as the row's `choice_logprobs`. Knows nothing of
+prompts, tasks, files or Ray.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ COMPLETION_SCHEMA = pa.schema(
                     "stop_reason": pa.string(),  # as JSON: a stop string or a token id
                     "logprobs": pa.list_(pa.float64()),
                     "top_logprobs": pa.list_(
-                        pa.list_(pa.struct({"token_id": pa.int32(), "logprob": pa.float64()})),
+                        pa.list_(pa.struct({"token_id": pa.int32(), "logprob": pa.float64()}))
                     ),
                 }
             )
@@ -86,15 +87,19 @@ _WORKS: dict[str, Callable[..., Work]] = {
 def request_table(row_keys: Sequence[str], requests: Sequence[Request | RowError]) -> pa.Table:
     """One row for each request or row error: row_key, error_code, error_message, input_ids, work.
 
-    Where a request has media, also media and positions: see glm_batch.glm_actors.units.media_columns.
+    Where a request has media, also media and positions: see glm_actors.units.media_columns.
     """
     errors = [request if isinstance(request, RowError) else None for request in requests]
     good = [request if isinstance(request, Request) else None for request in requests]
     columns = {
         "row_key": pa.array(row_keys, pa.string()),
         "error_code": pa.array([error and error.code for error in errors], pa.string()),
-        "error_message": pa.array([error and _valid_text(error.message) for error in errors], pa.string()),
-        "input_ids": _int_lists([None if request is None else request.input_ids for request in good]),
+        "error_message": pa.array(
+            [error and _valid_text(error.message) for error in errors], pa.string()
+        ),
+        "input_ids": _int_lists(
+            [None if request is None else request.input_ids for request in good]
+        ),
         "work": _work_column(good),
     }
     media = [None if request is None else request.media for request in good]
@@ -102,9 +107,11 @@ def request_table(row_keys: Sequence[str], requests: Sequence[Request | RowError
 
 
 def to_requests(table: pa.Table) -> list[Request]:
-    """The requests of the rows that have not failed, in the order of the rows; a request's id is its row key.
+    """The requests of the rows that have not failed, in the order of the rows; a request's id is
+    its row key.
 
-    A row with a continuation has a second one behind it, with a prompt that the prefix cache knows by then.
+    A row with a continuation has a second one behind it, with a prompt that the prefix cache knows
+    by then.
 
     Patches are views into the table's memory, read-only, which they keep alive.
     """
@@ -134,7 +141,8 @@ def num_requests(table: pa.Table) -> list[int]:
 
 
 def with_completions(table: pa.Table, completions: Iterable[Completion]) -> pa.Table:
-    """The table with the request columns replaced by the completions' of the rows that had a request, in order.
+    """The table with the request columns replaced by the completions' of the rows that had a
+    request, in order.
 
     A completion's error becomes its row's error.
     """
@@ -170,22 +178,35 @@ def completion_table(completions: Sequence[Completion]) -> pa.Table:
     columns = {
         "row_key": pa.array([completion.id for completion in completions], pa.string()),
         "error_code": pa.array([error and error.code for error in errors], pa.string()),
-        "error_message": pa.array([error and _valid_text(error.message) for error in errors], pa.string()),
+        "error_message": pa.array(
+            [error and _valid_text(error.message) for error in errors], pa.string()
+        ),
     }
     return pa.table(columns | _completion_columns(completions))
 
 
 def to_completions(table: pa.Table) -> list[Completion | RowError]:
     """For each row its completion, or the error with which it failed before the engine saw it."""
-    columns = {name: table[name].to_pylist() for name in COMPLETION_SCHEMA.names if not name.startswith("array")}
-    columns |= {name: table[name].to_pylist() for name in ("row_key", "error_code", "error_message")}
+    columns = {
+        name: table[name].to_pylist()
+        for name in COMPLETION_SCHEMA.names
+        if not name.startswith("array")
+    }
+    columns |= {
+        name: table[name].to_pylist() for name in ("row_key", "error_code", "error_message")
+    }
     columns["array"] = _array_values(table)
     names = list(columns)
-    return [_completion(dict(zip(names, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+    return [
+        _completion(dict(zip(names, values, strict=True)))
+        for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def _completion(row: dict[str, Any]) -> Completion | RowError:
-    error = RowError(row["error_code"], row["error_message"]) if row["error_code"] is not None else None
+    error = (
+        RowError(row["error_code"], row["error_message"]) if row["error_code"] is not None else None
+    )
     if row["finish_reason"] is None:
         assert error is not None, "a row without an error has a completion"
         return error
@@ -216,13 +237,18 @@ def _merged_errors(table: pa.Table, rows: list[Completion | None]) -> tuple[pa.A
 
 
 def _valid_text(message: str) -> str:
-    """An error's text, which may quote what is wrong with a row: a lone surrogate, for which UTF-8 has no bytes."""
+    """An error's text, which may quote what is wrong with a row: a lone surrogate, for which UTF-8
+    has no bytes.
+    """
     return message.encode(errors="backslashreplace").decode()
 
 
 def _completion_columns(rows: Sequence[Completion | None]) -> dict[str, pa.Array]:
     def column(name: str, value: Callable[[Completion], object]) -> pa.Array:
-        return pa.array([None if row is None else value(row) for row in rows], COMPLETION_SCHEMA.field(name).type)
+        return pa.array(
+            [None if row is None else value(row) for row in rows],
+            COMPLETION_SCHEMA.field(name).type,
+        )
 
     return {
         "finish_reason": column("finish_reason", lambda row: row.finish_reason),
@@ -231,11 +257,17 @@ def _completion_columns(rows: Sequence[Completion | None]) -> dict[str, pa.Array
         "output_tokens": column("output_tokens", lambda row: row.output_tokens),
         "media_tokens": column("media_tokens", lambda row: row.media_tokens),
         "num_preemptions": column("num_preemptions", lambda row: row.num_preemptions),
-        "outputs": column("outputs", lambda row: [_output_struct(output) for output in row.outputs] or None),
+        "outputs": column(
+            "outputs", lambda row: [_output_struct(output) for output in row.outputs] or None
+        ),
         "choice_logprobs": column("choice_logprobs", lambda row: row.choice_logprobs),
         "array": column("array", lambda row: None if row.array is None else row.array.ravel()),
-        "array_shape": column("array_shape", lambda row: None if row.array is None else row.array.shape),
-        "scores": column("scores", lambda row: None if row.scores is None else _scores_struct(row.scores)),
+        "array_shape": column(
+            "array_shape", lambda row: None if row.array is None else row.array.shape
+        ),
+        "scores": column(
+            "scores", lambda row: None if row.scores is None else _scores_struct(row.scores)
+        ),
     }
 
 
@@ -247,7 +279,9 @@ def _output_struct(output: Output) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "stop_reason": None if output.stop_reason is None else json.dumps(output.stop_reason),
         "logprobs": output.logprobs,
-        "top_logprobs": None if top is None else [[dataclasses.asdict(entry) for entry in place] for place in top],
+        "top_logprobs": None
+        if top is None
+        else [[dataclasses.asdict(entry) for entry in place] for place in top],
     }
 
 
@@ -259,7 +293,9 @@ def _output(struct: Mapping[str, Any]) -> Output:
         finish_reason=struct["finish_reason"],
         stop_reason=None if stop is None else json.loads(stop),
         logprobs=None if logprobs is None else tuple(logprobs),
-        top_logprobs=None if top is None else tuple(tuple(TopLogprob(**entry) for entry in place) for place in top),
+        top_logprobs=None
+        if top is None
+        else tuple(tuple(TopLogprob(**entry) for entry in place) for place in top),
     )
 
 
@@ -295,18 +331,26 @@ def _array_values(table: pa.Table) -> list[np.ndarray[Any, Any] | None]:
 
 
 def _int_lists(rows: Sequence[Sequence[int] | None]) -> pa.Array:
-    """list<int32> built from one flat buffer: three times faster than Arrow's own walk over the lists."""
+    """list<int32> built from one flat buffer: three times faster than Arrow's own walk over the
+    lists.
+    """
     lengths = np.fromiter((0 if row is None else len(row) for row in rows), np.int64, len(rows))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"a unit of {offsets[-1]} prompt tokens is too large: lower commit.unit_rows")
-    flat = np.fromiter(chain.from_iterable(row for row in rows if row is not None), np.int32, int(offsets[-1]))
+        raise ValueError(
+            f"a unit of {offsets[-1]} prompt tokens is too large: lower commit.unit_rows"
+        )
+    flat = np.fromiter(
+        chain.from_iterable(row for row in rows if row is not None), np.int32, int(offsets[-1])
+    )
     nulls = pa.array([row is None for row in rows], pa.bool_())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat), mask=nulls)
 
 
 def _work_column(requests: Sequence[Request | None]) -> pa.DictionaryArray:
-    """The requests' works as JSON texts, each written once: most jobs have a single one for all rows."""
+    """The requests' works as JSON texts, each written once: most jobs have a single one for all
+    rows.
+    """
     numbers: dict[Work, int] = {}
     indices: list[int | None] = []
     previous: Work | None = None
@@ -333,7 +377,9 @@ def _work_from_json(text: str) -> Work:
     fields = {name: _tuples(value) for name, value in json.loads(text).items()}
     kind = fields.pop("kind")
     if fields.get("sampling"):
-        fields["sampling"] = SamplingParams(**{name: _tuples(value) for name, value in fields["sampling"].items()})
+        fields["sampling"] = SamplingParams(
+            **{name: _tuples(value) for name, value in fields["sampling"].items()}
+        )
     if fields.get("constraint"):
         fields["constraint"] = Constraint(**fields["constraint"])
     return _WORKS[kind](**fields)

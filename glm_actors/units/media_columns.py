@@ -1,7 +1,8 @@
-"""What prompts show, as Arrow columns: patches copied once on the way in, not at all on the way out.
+"""What prompts show, as Arrow columns: patches copied once on the way in, not at all on the way
+out.
 
-Owns the two columns `media` and `positions`. An item that several prompts of a table show, or one prompt several times,
-is in it once. Knows nothing of rows, works, files or Ray.
+Owns the two columns `media` and `positions`. An item that several prompts of a table show, or one
+prompt several times, is in it once. Knows nothing of rows, works, files or Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from glm_batch.models.engine.api.request import Media, MediaItem
 # `patches` is null for an item that the table has before: one of the same kind, grid and digest.
 MEDIA_TYPE = pa.list_(
     pa.struct(
-        {"kind": pa.string(), "grid": pa.list_(pa.int32(), 3), "digest": pa.binary(), "patches": pa.large_binary()}
+        {
+            "kind": pa.string(),
+            "grid": pa.list_(pa.int32(), 3),
+            "digest": pa.binary(),
+            "patches": pa.large_binary(),
+        }
     )
 )
 
@@ -29,7 +35,9 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def media_columns(rows: Sequence[Media | None]) -> dict[str, pa.Array]:
-    """`media`, of MEDIA_TYPE, and `positions`, list<int32>: [3, tokens] axis after axis. Null without media."""
+    """`media`, of MEDIA_TYPE, and `positions`, list<int32>: [3, tokens] axis after axis. Null
+    without media.
+    """
     items = [item for media in rows if media is not None for item in media.items]
     fields = MEDIA_TYPE.value_type
     structs = pa.StructArray.from_arrays(
@@ -41,16 +49,21 @@ def media_columns(rows: Sequence[Media | None]) -> dict[str, pa.Array]:
         ],
         fields=list(fields),
     )
-    positions = [np.empty(0, np.int64) if media is None else media.positions.ravel() for media in rows]
+    positions = [
+        np.empty(0, np.int64) if media is None else media.positions.ravel() for media in rows
+    ]
     flat = pa.array(np.concatenate(positions).astype(np.int32))
     return {
-        "media": _lists(rows, [0 if media is None else len(media.items) for media in rows], structs),
+        "media": _lists(
+            rows, [0 if media is None else len(media.items) for media in rows], structs
+        ),
         "positions": _lists(rows, [len(each) for each in positions], flat),
     }
 
 
 def read_media(table: pa.Table) -> list[Media | None]:
-    """What each row's prompt shows. Patches are read-only views into the table's memory, which they keep alive.
+    """What each row's prompt shows. Patches are read-only views into the table's memory, which they
+    keep alive.
 
     Raises ValueError for a row whose patches stood in a row that the table has lost.
     """
@@ -83,13 +96,19 @@ def _patches_column(items: Sequence[MediaItem]) -> pa.Array:
 def _lists(rows: Sequence[Media | None], lengths: Sequence[int], values: pa.Array) -> pa.ListArray:
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"a unit of {offsets[-1]:,} media positions is too large: lower commit.unit_rows")
+        raise ValueError(
+            f"a unit of {offsets[-1]:,} media positions is too large: lower commit.unit_rows"
+        )
     nulls = pa.array([media is None for media in rows], pa.bool_())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=nulls)
 
 
-def _read_items(column: pa.ListArray, known: dict[Key, MediaItem]) -> Iterator[tuple[MediaItem, ...] | None]:
-    """The rows' items; those that come with patches are added to `known`, in which the others are looked up."""
+def _read_items(
+    column: pa.ListArray, known: dict[Key, MediaItem]
+) -> Iterator[tuple[MediaItem, ...] | None]:
+    """The rows' items; those that come with patches are added to `known`, in which the others are
+    looked up.
+    """
     bounds, values = _bounds(column)
     kinds, digests = values.field("kind").to_pylist(), values.field("digest").to_pylist()
     grids = [tuple(grid) for grid in values.field("grid").to_pylist()]
@@ -108,7 +127,9 @@ def _item(key: Key, data: Bytes | None, known: dict[Key, MediaItem]) -> MediaIte
         patches = data.reshape(math.prod(grid), -1)
         known[key] = MediaItem(kind=kind, patches=patches, grid_thw=grid, digest=digest)  # type: ignore[arg-type]
     elif key not in known:
-        raise ValueError(f"the patches of a row's {key[0]} of grid {key[1]} stood in an earlier row, which is gone")
+        raise ValueError(
+            f"the patches of a row's {key[0]} of grid {key[1]} stood in an earlier row, which is gone"
+        )
     return known[key]
 
 
@@ -120,7 +141,9 @@ def _read_positions(column: pa.ListArray) -> Iterator[npt.NDArray[np.int64] | No
 
 
 def _bounds(column: pa.ListArray) -> tuple[list[tuple[int, int] | None], Any]:
-    """Where each row's list lies in the values, None for a null; and the values, without those of rows sliced off."""
+    """Where each row's list lies in the values, None for a null; and the values, without those of
+    rows sliced off.
+    """
     offsets = column.offsets.to_numpy()
     values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
     edges = (offsets - offsets[0]).tolist()
@@ -134,7 +157,9 @@ def _views(column: pa.LargeBinaryArray) -> list[Bytes | None]:
     valid = column.is_valid().to_pylist()
     if not any(valid):
         return [None] * len(column)
-    edges = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
+    edges = np.frombuffer(offsets, np.int64)[
+        column.offset : column.offset + len(column) + 1
+    ].tolist()
     flat = np.frombuffer(data, np.uint8)
     flat.flags.writeable = False  # the process that made the table could write
     return [flat[edges[i] : edges[i + 1]] if valid[i] else None for i in range(len(column))]

@@ -1,9 +1,9 @@
 """ModelActor: owns one engine; tables of requests in, tables of completions out.
 
-Built on a worker from a frozen EngineConfig, or around a model that a live application shares. Runs as the callable
-class of a Ray Data stage whose calls arrive on several threads: that is how many units are in flight at once. A dead
-engine is this process's end: Ray starts another, and the guard finds out which rows it must not be given. Knows nothing
-of prompts, tasks or files.
+Built on a worker from a frozen EngineConfig, or around a model that a live application shares. Runs
+as the callable class of a Ray Data stage whose calls arrive on several threads: that is how many
+units are in flight at once. A dead engine is this process's end: Ray starts another, and the guard
+finds out which rows it must not be given. Knows nothing of prompts, tasks or files.
 """
 
 from __future__ import annotations
@@ -34,21 +34,25 @@ from glm_batch.models.errors import EngineError, GlmBatchError, RowError
 
 # Read by torch's CPU libraries when they are loaded; a user's own values stay.
 CPU_SETTINGS = {
-    # Both libraries keep 1,024 prepared matrix products, one for each shape, a quarter of a megabyte each.
+    # Both libraries keep 1,024 prepared matrix products, one for each shape, a quarter of a
+    # megabyte each.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "128",
 }
-# Threads that wait for each other spin for microseconds, not milliseconds: preprocessors want these cores too. Online
-# there are none, and threads that go to sleep between two operators cost a decode step a tenth of its time.
+# Threads that wait for each other spin for microseconds, not milliseconds: preprocessors want these
+# cores too. Online there are none, and threads that go to sleep between two operators cost a decode
+# step a tenth of its time.
 BATCH_SETTINGS = CPU_SETTINGS | {"GOMP_SPINCOUNT": "1000"}
 
 
 class ModelActor:
-    """One engine, fed by an EngineLoop. `num_threads` is the share of the machine's cores for its matrix products.
+    """One engine, fed by an EngineLoop. `num_threads` is the share of the machine's cores for its
+    matrix products.
 
-    `ledger` is the Ray actor of a glm_batch.glm_actors.faults.suspects.Ledger, to which a unit is named by the table's `unit_column`.
-    Without one a row that kills the process is given to the next one again and again. With a `journal`, units that stay
-    in the engine for long can be taken up where a dead process left them.
+    `ledger` is the Ray actor of a glm_actors.faults.suspects.Ledger, to which a unit is named by
+    the table's `unit_column`. Without one a row that kills the process is given to the next one
+    again and again. With a `journal`, units that stay in the engine for long can be taken up where
+    a dead process left them.
     """
 
     def __init__(
@@ -60,7 +64,8 @@ class ModelActor:
         hang_limits: HangLimits | None = None,
         journal: Journal | None = None,
     ) -> None:
-        # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
+        # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch
+        # is imported.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         for name, value in BATCH_SETTINGS.items():
             os.environ.setdefault(name, value)
@@ -73,7 +78,9 @@ class ModelActor:
             self._load(engine, Watchdog(hang_limits or HangLimits(), self._end_hanging))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Completes a unit's requests: see glm_batch.glm_actors.units.batches for both tables, to which this adds what was spent."""
+        """Completes a unit's requests: see glm_actors.units.batches for both tables, to which this
+        adds what was spent.
+        """
         if self._refusal:
             raise self._refusal
         begun = time.monotonic()
@@ -107,9 +114,12 @@ class ModelActor:
             self._refusal = error
         except Exception as error:  # a process's border: the job's user must see what it was
             if self._guard.is_restart:
-                self._guard.die(error)  # it has been loaded here before: what is missing may come back
+                # it has been loaded here before: what is missing may come back
+                self._guard.die(error)
             traceback.print_exception(error)
-            self._refusal = EngineError(f"the model cannot be loaded: {type(error).__name__}: {error}")
+            self._refusal = EngineError(
+                f"the model cannot be loaded: {type(error).__name__}: {error}"
+            )
 
     def _builder(self, engine: EngineConfig | SharedModel) -> Callable[[], Engine]:
         if isinstance(engine, SharedModel):
@@ -136,11 +146,15 @@ class ModelActor:
         self._guard.die(f"its group of ranks is broken: {reason}")
 
 
-def _completions(answer: Answer[list[Completion]], requests: Sequence[Request]) -> Iterator[Completion]:
+def _completions(
+    answer: Answer[list[Completion]], requests: Sequence[Request]
+) -> Iterator[Completion]:
     """The answer's completions; `requests` are those of its rows."""
     if not isinstance(answer.result, RowError):
         yield from answer.result
         return
     for request in requests:
         tokens = len(request.input_ids)
-        yield Completion(id=request.id, finish_reason="error", prompt_tokens=tokens, error=answer.result)
+        yield Completion(
+            id=request.id, finish_reason="error", prompt_tokens=tokens, error=answer.result
+        )

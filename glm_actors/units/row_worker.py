@@ -1,8 +1,8 @@
 """RowWorker: a unit's table in, its table after some steps out, on CPU workers.
 
-Runs as the callable class of a Ray Data stage. The steps come as a function that builds them on the worker, so that
-only a description travels. A row that raises, or ends the process, costs that row. Knows nothing of tasks, prompts,
-files or what a step does.
+Runs as the callable class of a Ray Data stage. The steps come as a function that builds them on the
+worker, so that only a description travels. A row that raises, or ends the process, costs that row.
+Knows nothing of tasks, prompts, files or what a step does.
 """
 
 from __future__ import annotations
@@ -30,37 +30,53 @@ class Step(Protocol):
         """How many rows there are to pass over."""
         ...
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
-        """What becomes of rows [start, stop). With `lost` it is the error of each of them, and none is looked at."""
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
+        """What becomes of rows [start, stop). With `lost` it is the error of each of them, and none
+        is looked at.
+        """
         ...
 
 
 class RowWorker:
     """Builds its steps once, when the worker starts, and takes each unit through them.
 
-    `ledger` and `unit_column`: see glm_batch.glm_actors.units.model_actor.ModelActor.
+    `ledger` and `unit_column`: see glm_actors.units.model_actor.ModelActor.
     """
 
     what = "a worker"  # for people; Ray names processes after the class
 
-    def __init__(self, build: Callable[[], Sequence[Step]], ledger: Any = None, unit_column: str | None = None) -> None:
+    def __init__(
+        self,
+        build: Callable[[], Sequence[Step]],
+        ledger: Any = None,
+        unit_column: str | None = None,
+    ) -> None:
         self._unit_column = unit_column
         self._guard = Guard(RayBook(ledger) if ledger is not None else None, self.what)
         with loading():
             self._steps = build() if not self._guard.refusal else ()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if self._guard.refusal:  # raised here, because Ray would wrap it in the constructor into an actor's death
+        # raised here, because Ray would wrap it in the constructor into an actor's death
+        if self._guard.refusal:
             raise self._guard.refusal
         unit = table[self._unit_column][0].as_py() if self._unit_column and table.num_rows else ""
-        return self._guard.run_steps(f"unit {unit}", partial(self._whole, table), partial(self._careful, unit, table))
+        return self._guard.run_steps(
+            f"unit {unit}", partial(self._whole, table), partial(self._careful, unit, table)
+        )
 
     def _whole(self, table: pa.Table) -> pa.Table:
-        return self._timed(table, lambda step, table: _isolated(step, table, 0, step.num_rows(table)))
+        return self._timed(
+            table, lambda step, table: _isolated(step, table, 0, step.num_rows(table))
+        )
 
     def _careful(self, unit: object, table: pa.Table, run: Run) -> pa.Table:
         def over(step: Step, table: pa.Table) -> pa.Table:
-            answers = run(f"{step.name} of unit {unit}", step.num_rows(table), partial(_isolated, step, table))
+            answers = run(
+                f"{step.name} of unit {unit}", step.num_rows(table), partial(_isolated, step, table)
+            )
             return _joined(
                 [
                     step(table, answer.start, answer.stop, answer.result)

@@ -1,6 +1,7 @@
 """Puts aside what an engine has finished of a unit while the rest of the unit is still at work.
 
-Owns which completions are kept and found again; where they are kept is the Journal's business. Knows nothing of Ray.
+Owns which completions are kept and found again; where they are kept is the Journal's business.
+Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class UnitJournal:
         self._written_at = time.monotonic()
 
     def complete(self, loop: EngineLoop, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request: those that an earlier attempt has left, and the loop's for the rest."""
+        """One completion for each request: those that an earlier attempt has left, and the loop's
+        for the rest.
+        """
         submission = loop.submit([request for request in requests if request.id not in self._known])
         taken = 0
         while not self._wait(submission):

@@ -1,7 +1,8 @@
-"""`glm-batch calibrate`: fits a calibration on a finished job's gold answers and writes it as a file. Starts no Ray.
+"""`glm-batch calibrate`: fits a calibration on a finished job's gold answers and writes it as a
+file. Starts no Ray.
 
-Owns which rows are taken and where the file goes. The fit is glm_batch.pipelines.calibration.scaling's, the file's form
-glm_batch.pipelines.calibration.calibration's.
+Owns which rows are taken and where the file goes. The fit is pipelines.calibration.scaling's, the
+file's form pipelines.calibration.calibration's.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ LOGPROBS = "label_logprobs"
 IMPOSSIBLE = "gold_label_has_probability_0"
 
 
-def calibrate(path: str, *, to: str | None = None, bias: bool = False, endpoint_url: str | None = None) -> None:
+def calibrate(
+    path: str, *, to: str | None = None, bias: bool = False, endpoint_url: str | None = None
+) -> None:
     """Writes the file and prints what it holds. Raises ConfigError where nothing can be fitted.
 
-    `path` is a job's output, also that of a sweep's cell. The file goes to `to`, or else beside the model's directory.
+    `path` is a job's output, also that of a sweep's cell. The file goes to `to`, or else beside the
+    model's directory.
     """
     output = Output.at(path, StorageSection(endpoint_url=endpoint_url))
     job = kept_job(output)
@@ -37,10 +41,14 @@ def calibrate(path: str, *, to: str | None = None, bias: bool = False, endpoint_
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f".{file.name}.{os.getpid()}")
-        part.write_text(json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(
+            json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         part.replace(file)
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written ({error.strerror}); name another place with --to") from error
+        raise ConfigError(
+            f"{file} cannot be written ({error.strerror}); name another place with --to"
+        ) from error
     print(found.sentence())
     if found.left_out:
         print(f"{sum(found.left_out.values()):,} rows left out: {json.dumps(found.left_out)}")
@@ -53,7 +61,9 @@ def fit_output(output: Output, job: Job, *, bias: bool) -> Calibration:
     from glm_batch.pipelines.report.exports import PROBABILITIES, probability_labels, usable_rows
 
     if job.task.gold is None:
-        raise ConfigError(f"{output.place}: its job names no task.gold, so there is nothing to fit to")
+        raise ConfigError(
+            f"{output.place}: its job names no task.gold, so there is nothing to fit to"
+        )
     labels, plan, left_out = probability_labels(output, job), output.standing_plan(), Counter[str]()
     has_logprobs = job.task.label_logprobs
     if job.task.calibration is not None and not has_logprobs:
@@ -86,7 +96,9 @@ def fit_output(output: Output, job: Job, *, bias: bool) -> Calibration:
     )
 
 
-def _matrix(column: pa.ChunkedArray, width: int, *, is_log: bool) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _matrix(
+    column: pa.ChunkedArray, width: int, *, is_log: bool
+) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[rows, width] logarithms."""
     values = np.array(column.to_pylist(), np.float64).reshape(-1, width)
     with np.errstate(divide="ignore"):
@@ -94,12 +106,16 @@ def _matrix(column: pa.ChunkedArray, width: int, *, is_log: bool) -> np.ndarray[
 
 
 def _file(job: Job, output: Output, to: str | None) -> Path:
-    """Beside the model's directory, never in it: what lies there is part of what the model is known by."""
+    """Beside the model's directory, never in it: what lies there is part of what the model is known
+    by.
+    """
     model = Path(job.model)
     if to is None:
         name = output.place.rstrip("/").rpartition("/")[2]
         return model.with_name(f"{model.name}.{name}.calibration.json")
     file = Path(to)
     if model.resolve() in file.resolve().parents:
-        raise ConfigError(f"--to: {to} lies in the model's directory, which would be another model then; put it beside")
+        raise ConfigError(
+            f"--to: {to} lies in the model's directory, which would be another model then; put it beside"
+        )
     return file

@@ -1,7 +1,7 @@
 """Whether a job makes sense: its keys together, its checkpoint, its input.
 
-Owns every refusal that comes before Ray starts, as problems that name a key and the remedy. Knows nothing of YAML, and
-loads no weights.
+Owns every refusal that comes before Ray starts, as problems that name a key and the remedy. Knows
+nothing of YAML, and loads no weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from glm_batch.jobs.openai_batch.request_checks import check_requests, check_row
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.request import SamplingParams
-from glm_batch.models.engine.vllm.vllm_limits import check_installed, checkpoint_problem, sampling_problems
+from glm_batch.models.engine.vllm.vllm_limits import (
+    check_installed,
+    checkpoint_problem,
+    sampling_problems,
+)
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.layers.parallel import check_parts
 from glm_batch.pipelines.input.listing import InputFile
@@ -43,7 +47,8 @@ HEADS = {
     "classify": "sequence_classification",
     "tag": "token_classification",
 }
-# Keys that mean something for some task kinds only; elsewhere a value other than the default is a mistake.
+# Keys that mean something for some task kinds only; elsewhere a value other than the default is a
+# mistake.
 ONLY_WITH: dict[str, tuple[str, ...]] = {
     "task.labels": ("choose",),
     "task.end_of_label": ("choose",),
@@ -77,10 +82,12 @@ class Checked:
 
 
 def check_job(job: Job, place: Place, *, may_be_gone: bool = False) -> Checked:
-    """Checks keys, then checkpoint and input. Raises ConfigError with all problems of the first of these that has any.
+    """Checks keys, then checkpoint and input. Raises ConfigError with all problems of the first of
+    these that has any.
 
-    With `may_be_gone`, patterns of the input may match nothing, see glm_batch.pipelines.input.listing. The tokenizer is loaded and the
-    labels are tokenized, so that what a worker would refuse is refused here.
+    With `may_be_gone`, patterns of the input may match nothing, see pipelines.input.listing. The
+    tokenizer is loaded and the labels are tokenized, so that what a worker would refuse is refused
+    here.
     """
     place.refuse([*check_keys(job), *check_output(job)])
     source = Source(storage=job.storage, columns=input_columns(job))
@@ -90,7 +97,9 @@ def check_job(job: Job, place: Place, *, may_be_gone: bool = False) -> Checked:
     assert config is not None
     try:
         runner = _runner(job)
-        schema = output_schema(job, config, {column: types.field(column).type for column in job.carry})
+        schema = output_schema(
+            job, config, {column: types.field(column).type for column in job.carry}
+        )
     except ConfigError as error:
         place.refuse([_problem_from(error, "model")])
         raise AssertionError("refuse() must raise") from error
@@ -123,7 +132,10 @@ def check_keys(job: Job) -> Iterator[Problem]:
     if not any(is_s3(path) for path in (*job.input, job.output)):
         for key in ("storage.endpoint_url", "storage.anon"):
             if value_of(job, key) != job_keys()[key].default:
-                yield Problem(key=key, message="no input or output is an s3:// path, so it has no effect; remove it")
+                yield Problem(
+                    key=key,
+                    message="no input or output is an s3:// path, so it has no effect; remove it",
+                )
     if job.asks_by_row:
         yield from check_requests(job)
     else:
@@ -138,7 +150,10 @@ def _check_task(job: Job) -> Iterator[Problem]:
     task = job.task
     for key, kinds in ONLY_WITH.items():
         if task.kind not in kinds and value_of(job, key) != job_keys()[key].default:
-            yield Problem(key=key, message=f"only {_listing(kinds)} takes it; remove it from this {task.kind} task")
+            yield Problem(
+                key=key,
+                message=f"only {_listing(kinds)} takes it; remove it from this {task.kind} task",
+            )
     yield from _check_prompt(task)
     yield from _check_media(job)
     yield from _check_answer(task)
@@ -147,7 +162,10 @@ def _check_task(job: Job) -> Iterator[Problem]:
 
 def _check_prompt(task: TaskConfig) -> Iterator[Problem]:
     if task.prompt is None and task.messages is None:
-        yield Problem(key="task.prompt", message='missing; write a template over columns, for example "{text}"')
+        yield Problem(
+            key="task.prompt",
+            message='missing; write a template over columns, for example "{text}"',
+        )
     if task.prompt is not None and task.messages is not None:
         yield Problem(key="task.messages", message="task.prompt is set too; keep one of them")
     if task.kind == "tag" and (task.system is not None or task.messages is not None):
@@ -163,7 +181,8 @@ def _check_prompt(task: TaskConfig) -> Iterator[Problem]:
             return
         if not columns and not media_columns(task):
             yield Problem(
-                key="task.prompt", message="it names no column, so every row would ask the same; add a {column}"
+                key="task.prompt",
+                message="it names no column, so every row would ask the same; add a {column}",
             )
 
 
@@ -171,20 +190,35 @@ def _check_media(job: Job) -> Iterator[Problem]:
     task, media = job.task, job.media
     for key in ("task.image", "task.video"):
         if value_of(job, key) is not None and task.messages is not None:
-            yield Problem(key=key, message="with task.messages, media stand in the messages themselves; remove it")
-    for column in sorted({column for column in media_columns(task) if media_columns(task).count(column) > 1}):
+            yield Problem(
+                key=key,
+                message="with task.messages, media stand in the messages themselves; remove it",
+            )
+    for column in sorted(
+        {column for column in media_columns(task) if media_columns(task).count(column) > 1}
+    ):
         yield Problem(key="task.image", message=f"the column {column!r} is named twice; keep one")
     if task.messages is None and not media_columns(task):
         for key in OF_MEDIA:
             if value_of(job, key) != job_keys()[key].default:
-                yield Problem(key=key, message="the task names no task.image or task.video, so it has no effect")
+                yield Problem(
+                    key=key,
+                    message="the task names no task.image or task.video, so it has no effect",
+                )
     if job.preprocess.fps is not None and not 0 < job.preprocess.fps < float("inf"):
-        yield Problem(key="preprocess.fps", message=f"it is {job.preprocess.fps}, but it must be above 0")
+        yield Problem(
+            key="preprocess.fps", message=f"it is {job.preprocess.fps}, but it must be above 0"
+        )
     if media.root is not None and not os.path.isdir(media.root):
-        yield Problem(key="media.root", message=f"{media.root}: no such directory; name the one that holds the media")
+        yield Problem(
+            key="media.root",
+            message=f"{media.root}: no such directory; name the one that holds the media",
+        )
     for name in ("max_bytes", "fetch_timeout_s", "decode_timeout_s", "decode_bytes"):
         if not 0 < getattr(media, name) < float("inf"):
-            yield Problem(key=f"media.{name}", message=f"it is {getattr(media, name)}, but it must be above 0")
+            yield Problem(
+                key=f"media.{name}", message=f"it is {getattr(media, name)}, but it must be above 0"
+            )
     for key in ("media.hosts", "media.private_hosts"):
         for host in value_of(job, key):
             if not re.fullmatch(r"[^\s/:@]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", host):
@@ -194,18 +228,28 @@ def _check_media(job: Job) -> Iterator[Problem]:
 
 def _check_answer(task: TaskConfig) -> Iterator[Problem]:
     if task.kind == "choose" and not task.labels:
-        yield Problem(key="task.labels", message="choose needs at least one label; write labels: [first, second]")
+        yield Problem(
+            key="task.labels",
+            message="choose needs at least one label; write labels: [first, second]",
+        )
     labels = task.labels or []
     for label in sorted({label for label in labels if labels.count(label) > 1}):
         yield Problem(
-            key="task.labels", message=f"the label {label!r} stands there {labels.count(label)} times; keep one"
+            key="task.labels",
+            message=f"the label {label!r} stands there {labels.count(label)} times; keep one",
         )
     if any(not label.strip() for label in labels):
         yield Problem(key="task.labels", message="a label is empty; give each label some text")
     if task.gold_logprobs and task.gold is None:
-        yield Problem(key="task.gold_logprobs", message="there is nothing to score; name the column in task.gold")
+        yield Problem(
+            key="task.gold_logprobs",
+            message="there is nothing to score; name the column in task.gold",
+        )
     if task.kind == "extract" and task.schema is None:
-        yield Problem(key="task.schema", message="extract needs a JSON schema; write schema: {type: object, ...}")
+        yield Problem(
+            key="task.schema",
+            message="extract needs a JSON schema; write schema: {type: object, ...}",
+        )
     if task.schema is not None:
         try:
             check_schema(task.schema)
@@ -223,10 +267,14 @@ def _check_sampling(job: Job) -> Iterator[Problem]:
     if kind == "extract":
         for name in ("n", "logprobs"):
             if getattr(sampling, name) != getattr(default, name):
-                yield Problem(key=f"sampling.{name}", message="extract gives one JSON text for a row; remove it")
+                yield Problem(
+                    key=f"sampling.{name}",
+                    message="extract gives one JSON text for a row; remove it",
+                )
     if sampling.logprobs > 1:
         yield Problem(
-            key="sampling.logprobs", message="the output holds the chosen tokens' log-probabilities only; use 1 or 0"
+            key="sampling.logprobs",
+            message="the output holds the chosen tokens' log-probabilities only; use 1 or 0",
         )
 
 
@@ -235,19 +283,29 @@ def _check_engine(job: Job) -> Iterator[Problem]:
     if engine.kind == "vllm" and not job.asks_by_row:
         yield from _check_vllm(job)
     if engine.tensor_parallel_size > 1 and re.fullmatch(r"cuda:\d+", engine.device):
-        yield Problem(key="engine.device", message=f"{engine.tensor_parallel_size} ranks have a GPU each; use cuda")
+        yield Problem(
+            key="engine.device",
+            message=f"{engine.tensor_parallel_size} ranks have a GPU each; use cuda",
+        )
     if engine.replica_range[0] > engine.replica_range[1]:
         yield Problem(key="engine.replicas", message="the fewest come first: write [fewest, most]")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", engine.device):
-        yield Problem(key="engine.device", message=f'it is "{engine.device}", but it must be auto, cpu or cuda')
+        yield Problem(
+            key="engine.device",
+            message=f'it is "{engine.device}", but it must be auto, cpu or cuda',
+        )
     elif engine.device.startswith("cuda") and not (
         has_cuda_device() or job.cluster.gpus not in ("auto", 0) or "RAY_ADDRESS" in os.environ
     ):
-        yield Problem(key="engine.device", message="this machine has no NVIDIA device; use auto or cpu")
+        yield Problem(
+            key="engine.device", message="this machine has no NVIDIA device; use auto or cpu"
+        )
 
 
 def _check_vllm(job: Job) -> Iterator[Problem]:
-    """What vLLM cannot do with the job's keys alone; a cluster's workers may have it though this machine does not."""
+    """What vLLM cannot do with the job's keys alone; a cluster's workers may have it though this
+    machine does not.
+    """
     if "RAY_ADDRESS" not in os.environ:
         try:
             check_installed()
@@ -273,20 +331,31 @@ def _check_ranges(job: Job) -> Iterator[Problem]:
         if least != "auto" and least < 1:
             yield Problem(key=key, message=f"it is {least}, but it must be at least 1")
     if job.cluster.gpus != "auto" and job.cluster.gpus < 0:
-        yield Problem(key="cluster.gpus", message=f"it is {job.cluster.gpus}, but it must be at least 0")
+        yield Problem(
+            key="cluster.gpus", message=f"it is {job.cluster.gpus}, but it must be at least 0"
+        )
     if not 0 < job.commit.every_seconds < float("inf"):
-        yield Problem(key="commit.every_seconds", message=f"it is {job.commit.every_seconds}, but it must be above 0")
+        yield Problem(
+            key="commit.every_seconds",
+            message=f"it is {job.commit.every_seconds}, but it must be above 0",
+        )
     if not 0 <= job.max_error_rate <= 1:
         yield Problem(
-            key="max_error_rate", message=f"it is {job.max_error_rate}, but it is a fraction of the rows: 0 to 1"
+            key="max_error_rate",
+            message=f"it is {job.max_error_rate}, but it is a fraction of the rows: 0 to 1",
         )
     if job.cron.webhook is not None and not re.match("https?://[^/]", job.cron.webhook):
-        yield Problem(key="cron.webhook", message="it is no URL; write https://host/path, or remove it")
+        yield Problem(
+            key="cron.webhook", message="it is no URL; write https://host/path, or remove it"
+        )
     if not job.input:
         yield Problem(key="input", message="no file is named; write input: [data/*.parquet]")
     for path in job.input:
         if "://" in path and not is_s3(path):
-            yield Problem(key="input", message=f"{path}: files are read from disks and s3://; copy it to one of these")
+            yield Problem(
+                key="input",
+                message=f"{path}: files are read from disks and s3://; copy it to one of these",
+            )
     for column in sorted({column for column in job.carry if job.carry.count(column) > 1}):
         yield Problem(key="carry", message=f"the column {column!r} stands there twice; keep one")
 
@@ -295,10 +364,16 @@ def check_output(job: Job) -> Iterator[Problem]:
     """Output must be an s3:// prefix, or a directory that is there or can be made."""
     if is_s3(job.output):
         if not re.fullmatch(r"s3://[^/]+/.*[^/].*", job.output):
-            yield Problem(key="output", message=f"{job.output}: name a bucket and a prefix in it: s3://bucket/name")
+            yield Problem(
+                key="output",
+                message=f"{job.output}: name a bucket and a prefix in it: s3://bucket/name",
+            )
         return
     if "://" in job.output:
-        yield Problem(key="output", message=f"{job.output}: outputs are directories or s3:// prefixes; name one")
+        yield Problem(
+            key="output",
+            message=f"{job.output}: outputs are directories or s3:// prefixes; name one",
+        )
         return
     if not job.output.strip():
         yield Problem(key="output", message="it is empty; name a directory")
@@ -308,17 +383,26 @@ def check_output(job: Job) -> Iterator[Problem]:
     if not existing.is_dir():
         yield Problem(key="output", message=f"{existing} is a file; name a directory")
     elif not os.access(existing, os.W_OK):
-        yield Problem(key="output", message=f"{existing} cannot be written by this user; choose another directory")
+        yield Problem(
+            key="output",
+            message=f"{existing} cannot be written by this user; choose another directory",
+        )
 
 
 def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
     """Directory, architecture, weights and tokenizer of `model`, without loading it."""
     path = Path(job.model)
     if "://" in job.model:
-        return None, [_of_model(f"{job.model}: only local directories are available in this version; copy it first")]
+        return None, [
+            _of_model(
+                f"{job.model}: only local directories are available in this version; copy it first"
+            )
+        ]
     if not path.is_dir():
         return None, [
-            _of_model(f"{path}: no such directory; name a checkpoint in the Hugging Face layout on this disk")
+            _of_model(
+                f"{path}: no such directory; name a checkpoint in the Hugging Face layout on this disk"
+            )
         ]
     try:
         config = load_config(path)
@@ -327,10 +411,16 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
     problems = [_of_model(text) for text in _head_problems(job, config)]
     problems += _limit_problems(job, config)
     kind = job.task.kind
-    if job.engine.kind == "vllm" and kind != "requests" and (refusal := checkpoint_problem(config, kind)):
+    if (
+        job.engine.kind == "vllm"
+        and kind != "requests"
+        and (refusal := checkpoint_problem(config, kind))
+    ):
         problems.append(Problem(key="engine.kind", message=refusal))
     if not (path / "tokenizer.json").is_file():
-        problems.append(_of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text"))
+        problems.append(
+            _of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text")
+        )
     if job.engine.kind != "echo":
         problems += [_of_model(text) for text in weight_problems(path)]
     return config, problems
@@ -366,12 +456,18 @@ def column_uses(job: Job) -> Iterator[tuple[str, str]]:
     task = job.task
     if task.prompt is not None:
         yield from (("task.prompt", column) for column in PromptTemplate.parse(task.prompt).columns)
-    for key, column in (("task.messages", task.messages), ("key", job.key), ("task.gold", task.gold)):
+    for key, column in (
+        ("task.messages", task.messages),
+        ("key", job.key),
+        ("task.gold", task.gold),
+    ):
         if column is not None:
             yield key, column
     for key in ("task.image", "task.video"):
         names = value_of(job, key)
-        yield from ((key, column) for column in ([names] if isinstance(names, str) else names or []))
+        yield from (
+            (key, column) for column in ([names] if isinstance(names, str) else names or [])
+        )
     yield from (("carry", column) for column in job.carry)
 
 
@@ -419,25 +515,39 @@ def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:
     if config.head != wanted:
         kinds = [name for name, head in HEADS.items() if head == config.head]
         yield f"{file} says {config.architecture}, which can {_listing((*kinds, 'embed'))}, but not {kind}"
-    elif kind == "classify" and config.inferred_problem_type == "regression" and config.num_labels > 1:
+    elif (
+        kind == "classify"
+        and config.inferred_problem_type == "regression"
+        and config.num_labels > 1
+    ):
         yield f"{file}: a regression with {config.num_labels} values is not supported, only with one"
     elif media_columns(job.task) and config.vision is None:
         yield f"{file} says {config.architecture}, which reads text only; images and videos need a GLM-4.1V"
-    elif kind == "classify" and config.inferred_problem_type == "regression" and job.task.gold is not None:
+    elif (
+        kind == "classify"
+        and config.inferred_problem_type == "regression"
+        and job.task.gold is not None
+    ):
         yield f"{file}: a regression has no right and wrong, so that accuracy cannot be told; remove task.gold"
 
 
 def weight_problems(path: Path) -> Iterator[str]:
-    """What is wrong with the weight files: absent, pickled, missing shards, cut short. Reads their headers only."""
+    """What is wrong with the weight files: absent, pickled, missing shards, cut short. Reads their
+    headers only.
+    """
     index = path / "model.safetensors.index.json"
     names = sorted(file.name for file in path.glob("*.safetensors"))
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError) as error:
             yield f"{index}: not a weight index ({error}); copy it again"
             return
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    pickled = sorted(
+        file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)
+    )
     if not names and pickled:
         yield (
             f"{path / pickled[0]}: pickled weights are refused, because loading them can run code; "
@@ -456,7 +566,9 @@ def _shard_problems(path: Path) -> Iterator[str]:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
             header = json.loads(file.read(length) if 0 < length <= size - 8 else b"")
-            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            end = max(
+                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+            )
     except FileNotFoundError:
         yield f"{path} is named in the weight index but missing; copy it again"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -473,7 +585,11 @@ def _of_model(message: str) -> Problem:
 def _problem_from(error: ConfigError, default_key: str) -> Problem:
     """Errors from below begin with the key that they are about, where they are about one."""
     key, _, message = str(error).partition(": ")
-    return Problem(key=key, message=message) if key in job_keys() else Problem(key=default_key, message=str(error))
+    return (
+        Problem(key=key, message=message)
+        if key in job_keys()
+        else Problem(key=default_key, message=str(error))
+    )
 
 
 def _listing(words: tuple[str, ...]) -> str:

@@ -1,4 +1,5 @@
-"""What `glm-batch plan` says of the cluster: where replicas, their ranks and preprocessing workers would lie.
+"""What `glm-batch plan` says of the cluster: where replicas, their ranks and preprocessing workers
+would lie.
 
 For the machines of the `cluster:` section, which need not be there, or for this one.
 """
@@ -19,7 +20,9 @@ def described_nodes(job: Job) -> tuple[Node, ...]:
     section = job.cluster
     cores = (os.cpu_count() or 1) if section.cpus == "auto" else section.cpus
     gpus = num_gpus() if section.gpus == "auto" else section.gpus
-    return (Node(cores=cores, cpus=float(cores), gpus=gpus),) * (1 if section.nodes == "auto" else section.nodes)
+    return (Node(cores=cores, cpus=float(cores), gpus=gpus),) * (
+        1 if section.nodes == "auto" else section.nodes
+    )
 
 
 def num_gpus() -> int:
@@ -44,7 +47,11 @@ def cluster_lines(job: Job) -> Iterator[tuple[str, str]]:
     if len(nodes) > 1:
         for load, group in groupby(loads, key=lambda numbered: numbered[1]):
             numbers = [number for number, _ in group]
-            name = f"node {numbers[0]}" if len(numbers) == 1 else f"nodes {numbers[0]} to {numbers[-1]}"
+            name = (
+                f"node {numbers[0]}"
+                if len(numbers) == 1
+                else f"nodes {numbers[0]} to {numbers[-1]}"
+            )
             yield f"  {name}", _load_text(load, workers, node)
 
 
@@ -68,7 +75,11 @@ def _processes(workers: Workers) -> str:
 
 
 def _load_text(load: Load, workers: Workers, node: Node) -> str:
-    gpus = f" on {load.replicas * workers.gpus_per_replica} of {node.gpus} GPUs" if workers.gpus_per_replica else ""
+    gpus = (
+        f" on {load.replicas * workers.gpus_per_replica} of {node.gpus} GPUs"
+        if workers.gpus_per_replica
+        else ""
+    )
     return f"{_count(load.replicas, 'replica')}{gpus}, {load.preprocessors} preprocessing workers"
 
 

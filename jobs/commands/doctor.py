@@ -1,6 +1,7 @@
 """`glm-batch doctor`: what this machine has, and what is missing.
 
-Owns the list of things worth knowing before a first run. Reads versions and hardware; starts nothing.
+Owns the list of things worth knowing before a first run. Reads versions and hardware; starts
+nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MIN_SHM_BYTES = 2 * GIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line of the report; `problem` says what to do when something is wrong. Only `fatal` ones stop a job."""
+    """One line of the report; `problem` says what to do when something is wrong. Only `fatal` ones
+    stop a job.
+    """
 
     name: str
     value: str
@@ -55,7 +58,12 @@ def all_findings() -> Iterator[Finding]:
     """Software first, then hardware."""
     old = sys.version_info < (3, 11)
     problem = "Python 3.11 or newer is needed" if old else ""
-    yield Finding(name="python", value=f"{platform.python_version()} at {sys.executable}", problem=problem, fatal=old)
+    yield Finding(
+        name="python",
+        value=f"{platform.python_version()} at {sys.executable}",
+        problem=problem,
+        fatal=old,
+    )
     yield from requirement_findings()
     yield torch_finding()
     yield from cpu_findings()
@@ -69,14 +77,18 @@ def requirement_findings() -> Iterator[Finding]:
     try:
         yield Finding(name="glm-batch", value=importlib.metadata.version("glm-batch"))
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(name="glm-batch", value="not installed", problem="run pip install -e .", fatal=True)
+        yield Finding(
+            name="glm-batch", value="not installed", problem="run pip install -e .", fatal=True
+        )
         return
     for requirement in importlib.metadata.requires("glm-batch") or []:
         name = re.split(r"[\s\[<>=!~;]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
         if extra is not None and not extra[1].startswith("vllm"):
             continue
-        yield _installed(name, requirement.split(";")[0].strip(), None if extra is None else extra[1])
+        yield _installed(
+            name, requirement.split(";")[0].strip(), None if extra is None else extra[1]
+        )
 
 
 def _installed(name: str, requirement: str, extra: str | None) -> Finding:
@@ -85,7 +97,9 @@ def _installed(name: str, requirement: str, extra: str | None) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         if extra is not None:
             return Finding(name=name, value=f"not installed (optional, extra {extra})")
-        return Finding(name=name, value="missing", problem=f"run pip install '{requirement}'", fatal=True)
+        return Finding(
+            name=name, value="missing", problem=f"run pip install '{requirement}'", fatal=True
+        )
 
 
 def torch_finding() -> Finding:
@@ -93,9 +107,15 @@ def torch_finding() -> Finding:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Finding(name="torch import", value=f"fails: {error}", problem="reinstall torch", fatal=True)
+        return Finding(
+            name="torch import", value=f"fails: {error}", problem="reinstall torch", fatal=True
+        )
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    usable = f"{torch.cuda.device_count()} usable GPU(s)" if torch.cuda.is_available() else "no usable GPU"
+    usable = (
+        f"{torch.cuda.device_count()} usable GPU(s)"
+        if torch.cuda.is_available()
+        else "no usable GPU"
+    )
     return Finding(name="torch build", value=f"{cuda}, {usable}, {torch.get_num_threads()} threads")
 
 
@@ -104,11 +124,20 @@ def cpu_findings() -> Iterator[Finding]:
     text = _read(Path("/proc/cpuinfo"))
     model = re.search(r"model name\s*: (.+)", text)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(name="cpu", value=f"{model[1] if model else platform.machine()}, {cores} usable cores")
+    yield Finding(
+        name="cpu", value=f"{model[1] if model else platform.machine()}, {cores} usable cores"
+    )
     flags = set((re.search(r"flags\s*: (.+)", text) or ["", ""])[1].split())
     found = [flag for flag in CPU_FLAGS if flag in flags]
-    fast = "bfloat16 is fast" if {"avx512_bf16", "amx_bf16"} & flags else "bfloat16 is slow here: use float32"
-    yield Finding(name="cpu features", value=f"{', '.join(found) or 'none of ' + ', '.join(CPU_FLAGS)}; {fast}")
+    fast = (
+        "bfloat16 is fast"
+        if {"avx512_bf16", "amx_bf16"} & flags
+        else "bfloat16 is slow here: use float32"
+    )
+    yield Finding(
+        name="cpu features",
+        value=f"{', '.join(found) or 'none of ' + ', '.join(CPU_FLAGS)}; {fast}",
+    )
 
 
 def gpu_finding() -> Finding:
@@ -128,14 +157,27 @@ def memory_findings() -> Iterator[Finding]:
     """Memory, the container's limit on it, and /dev/shm, where Ray keeps its objects."""
     memory = psutil.virtual_memory()
     limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
-    note = f", limited to {int(limit) / GIB:.1f} GiB here" if limit.isdigit() and int(limit) < memory.total else ""
+    note = (
+        f", limited to {int(limit) / GIB:.1f} GiB here"
+        if limit.isdigit() and int(limit) < memory.total
+        else ""
+    )
     yield Finding(
-        name="memory", value=f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available{note}"
+        name="memory",
+        value=f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available{note}",
     )
     if Path("/dev/shm").is_dir():
         shm = shutil.disk_usage("/dev/shm")
-        small = "small: Ray falls back to slow disk, mount it larger" if shm.total < MIN_SHM_BYTES else ""
-        yield Finding(name="/dev/shm", value=f"{shm.free / GIB:.1f} of {shm.total / GIB:.1f} GiB free", problem=small)
+        small = (
+            "small: Ray falls back to slow disk, mount it larger"
+            if shm.total < MIN_SHM_BYTES
+            else ""
+        )
+        yield Finding(
+            name="/dev/shm",
+            value=f"{shm.free / GIB:.1f} of {shm.total / GIB:.1f} GiB free",
+            problem=small,
+        )
 
 
 def disk_findings() -> Iterator[Finding]:

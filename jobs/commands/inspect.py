@@ -1,6 +1,8 @@
-"""`glm-batch inspect`: what a checkpoint resolves to, value by value, each with the file and key it comes from.
+"""`glm-batch inspect`: what a checkpoint resolves to, value by value, each with the file and key it
+comes from.
 
-Owns the table alone; glm_batch.models.checkpoint.config_reader resolves, and the checks of a job say what is wrong with the weight files.
+Owns the table alone; models.checkpoint.config_reader resolves, and the checks of a job say what is
+wrong with the weight files.
 """
 
 from __future__ import annotations
@@ -24,10 +26,14 @@ Line = tuple[str, str, str]
 
 
 def inspect(model_dir: str) -> None:
-    """Prints every resolved value with its source. Raises ConfigError when the checkpoint cannot be used."""
+    """Prints every resolved value with its source. Raises ConfigError when the checkpoint cannot be
+    used.
+    """
     path = Path(model_dir)
     if not path.is_dir():
-        raise ConfigError(f"{path}: no such directory; name a checkpoint in the Hugging Face layout")
+        raise ConfigError(
+            f"{path}: no such directory; name a checkpoint in the Hugging Face layout"
+        )
     table = Table("name", "value", "from", box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.columns[1].overflow = "fold"
     for line in [*config_lines(path), *tokenizer_lines(path), *weight_lines(path)]:
@@ -68,7 +74,9 @@ def template_source(path: Path) -> str:
     """The first of the places that holds a template."""
     for name in TEMPLATE_FILES:
         file = path / name
-        if file.is_file() and (file.suffix == ".jinja" or "chat_template" in json.loads(file.read_text("utf-8"))):
+        if file.is_file() and (
+            file.suffix == ".jinja" or "chat_template" in json.loads(file.read_text("utf-8"))
+        ):
             return name
     return "nowhere"
 
@@ -77,4 +85,8 @@ def weight_lines(path: Path) -> Iterator[Line]:
     """The weight files and what they weigh."""
     files = sorted(path.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    yield "weights", f"{len(files)} file(s), {size / 1e6:,.1f} MB", ", ".join(file.name for file in files[:3])
+    yield (
+        "weights",
+        f"{len(files)} file(s), {size / 1e6:,.1f} MB",
+        ", ".join(file.name for file in files[:3]),
+    )

@@ -1,7 +1,7 @@
 """`glm-batch label`: run a job, show how it goes, sum it up.
 
-Owns the order of these three, and which ending has which exit code. What is checked lies in glm_batch.jobs.checks.checks, what runs in
-pipelines, how it looks in glm_batch.jobs.display.display.
+Owns the order of these three, and which ending has which exit code. What is checked lies in
+jobs.checks.checks, what runs in pipelines, how it looks in jobs.display.display.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop, TooManyErro
 EXIT_OK, EXIT_ROW_ERRORS, EXIT_SIGNAL = 0, 3, 128
 
 
-def label(path: str, overrides: Sequence[str], *, extend: bool = False, app: str | None = None) -> int:
+def label(
+    path: str, overrides: Sequence[str], *, extend: bool = False, app: str | None = None
+) -> int:
     """Runs a job file to its end, prints the summary and gives the exit code.
 
     With `app`, through the replicas of this live application.
 
-    Raises ConfigError before Ray starts for a job that cannot run, EngineError when the engine gives up.
+    Raises ConfigError before Ray starts for a job that cannot run, EngineError when the engine
+    gives up.
     """
     job, place = load_job(path, overrides)
     check_job(job, place)
@@ -53,5 +56,7 @@ def closed(work: Callable[[], Summary], job: Job, name: str) -> int:
     except TooManyErrorsError as error:
         print(f"glm-batch: {error}", file=sys.stderr)
         return EXIT_ROW_ERRORS
-    Console(highlight=False).print(summary_table(summary, name=name, max_error_rate=job.max_error_rate))
+    Console(highlight=False).print(
+        summary_table(summary, name=name, max_error_rate=job.max_error_rate)
+    )
     return EXIT_OK if summary.counts.error_rate <= job.max_error_rate else EXIT_ROW_ERRORS

@@ -1,6 +1,7 @@
-"""Which output a path on the command line means: one itself, or the version in force of a cron output.
+"""Which output a path on the command line means: one itself, or the version in force of a cron
+output.
 
-Owns how that is said. Where versions lie is glm_batch.pipelines.cron.versions'.
+Owns how that is said. Where versions lie is pipelines.cron.versions'.
 """
 
 from __future__ import annotations

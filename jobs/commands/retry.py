@@ -1,4 +1,6 @@
-"""`glm-batch retry`: process the failed rows of an output again, with the job that is kept beside it."""
+"""`glm-batch retry`: process the failed rows of an output again, with the job that is kept beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -57,5 +59,7 @@ def _kept_job(output: Output, overrides: Sequence[str]) -> Job:
         job, _ = load_kept_job(text, f"{output.place}/{JOB}", overrides)
     except (FileNotFoundError, ValueError) as error:
         output.standing_plan()
-        raise ConfigError(f"{output.place}/{JOB} is missing or broken: run the job with label again") from error
+        raise ConfigError(
+            f"{output.place}/{JOB} is missing or broken: run the job with label again"
+        ) from error
     return job

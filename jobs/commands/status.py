@@ -1,4 +1,5 @@
-"""`glm-batch status`: how far an output is, read from its plan and commit records alone. Starts no Ray.
+"""`glm-batch status`: how far an output is, read from its plan and commit records alone. Starts no
+Ray.
 
 With `verify`, every committed part is read and compared with what its record says.
 """

@@ -1,7 +1,7 @@
 """`glm-batch cron`: one incremental run, summed up for machines in one line of JSON on stdout.
 
-Owns that line, the webhook that gets it too, and how long the run may take. What is run lies in glm_batch.pipelines.cron.incremental. A
-webhook that cannot be reached is a warning: it decides nothing.
+Owns that line, the webhook that gets it too, and how long the run may take. What is run lies in
+pipelines.cron.incremental. A webhook that cannot be reached is a warning: it decides nothing.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ def cron(
     drop_deleted: bool = False,
     changed_job: bool = False,
 ) -> int:
-    """Runs once, prints the line and gives the exit code. Errors are in the line, too, before they are raised.
+    """Runs once, prints the line and gives the exit code. Errors are in the line, too, before they
+    are raised.
 
-    Raises ConfigError before anything starts for a job that cannot run, EngineError when the engine gives up.
+    Raises ConfigError before anything starts for a job that cannot run, EngineError when the engine
+    gives up.
     """
     begun = _Start()
     job: Job | None = None
@@ -62,7 +64,9 @@ def cron(
             check=lambda may_be_gone: check_job(job, place, may_be_gone=may_be_gone),
         )
         said = _run(job, Path(path).stem, choices, Stop(seconds=seconds))
-    except Exception as error:  # the process's border: recorded for whoever watches, then told to people as ever
+    except (
+        Exception
+    ) as error:  # the process's border: recorded for whoever watches, then told to people as ever
         said = _failure(error)
         _tell(job, said, begun)
         raise
@@ -71,7 +75,9 @@ def cron(
 
 
 def seconds_until(text: str, now: datetime) -> float:
-    """Seconds from `now` to the next HH:MM on the local clock, or a duration like 90m or 1h30m in seconds."""
+    """Seconds from `now` to the next HH:MM on the local clock, or a duration like 90m or 1h30m in
+    seconds.
+    """
     if (clock := CLOCK.fullmatch(text)) and int(clock[1]) < 24 and int(clock[2]) < 60:
         end = now.replace(hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
         if end <= now:
@@ -80,7 +86,9 @@ def seconds_until(text: str, now: datetime) -> float:
     if text and (duration := DURATION.fullmatch(text)):
         hours, minutes, seconds = (int(number or 0) for number in duration.groups())
         return hours * 3600.0 + minutes * 60.0 + seconds
-    raise ConfigError(f"--until {text}: write a time of day (06:30) or a duration (45m, 1h30m, 90s)")
+    raise ConfigError(
+        f"--until {text}: write a time of day (06:30) or a duration (45m, 1h30m, 90s)"
+    )
 
 
 def _run(job: Job, name: str, choices: Choices, stop: Stop) -> dict[str, Any]:
@@ -93,7 +101,11 @@ def _run(job: Job, name: str, choices: Choices, stop: Stop) -> dict[str, Any]:
         return {"state": "busy", "exit_code": EXIT_OK, "message": str(error)}
     except InterruptedRunError as error:
         print(f"glm-batch: {error}", file=sys.stderr)
-        return {"state": "interrupted", "exit_code": EXIT_SIGNAL + error.signum, "message": str(error)}
+        return {
+            "state": "interrupted",
+            "exit_code": EXIT_SIGNAL + error.signum,
+            "message": str(error),
+        }
     except KeyboardInterrupt:
         message = "interrupted; what is committed stays, and the next run goes on from there"
         print(f"glm-batch: {message}", file=sys.stderr)
@@ -142,7 +154,11 @@ def _failure(error: Exception) -> dict[str, Any]:
 
 
 def _tell(job: Job | None, said: dict[str, Any], begun: _Start) -> None:
-    head = {"output": job.output if job else None, "started": begun.utc, "seconds": begun.seconds_since()}
+    head = {
+        "output": job.output if job else None,
+        "started": begun.utc,
+        "seconds": begun.seconds_since(),
+    }
     line = json.dumps(head | said, ensure_ascii=False)
     print(line, flush=True)
     if job is not None and job.cron.webhook is not None:
@@ -150,29 +166,42 @@ def _tell(job: Job | None, said: dict[str, Any], begun: _Start) -> None:
 
 
 def _notify(url: str, line: str) -> None:
-    """Posts the line, and waits WEBHOOK_TIMEOUT_S for an answer in all: however slowly a name or a reply comes."""
+    """Posts the line, and waits WEBHOOK_TIMEOUT_S for an answer in all: however slowly a name or a
+    reply comes.
+    """
     outcome = [f"no answer within {WEBHOOK_TIMEOUT_S:g} s"]
-    poster = threading.Thread(target=lambda: outcome.insert(0, _post(url, line)), name="webhook", daemon=True)
+    poster = threading.Thread(
+        target=lambda: outcome.insert(0, _post(url, line)), name="webhook", daemon=True
+    )
     poster.start()
     poster.join(WEBHOOK_TIMEOUT_S)
     if reason := outcome[0]:
-        print(f"glm-batch: cron.webhook was not told ({reason}); the run is not affected", file=sys.stderr)
+        print(
+            f"glm-batch: cron.webhook was not told ({reason}); the run is not affected",
+            file=sys.stderr,
+        )
 
 
 def _post(url: str, line: str) -> str:
-    """Why the line did not arrive; empty when it did. The URL is not in it, as that may be a secret."""
+    """Why the line did not arrive; empty when it did. The URL is not in it, as that may be a
+    secret.
+    """
     import httpx
 
     headers = {"Content-Type": "application/json"}
     try:
-        with httpx.stream("POST", url, content=line.encode(), headers=headers, timeout=WEBHOOK_TIMEOUT_S) as reply:
+        with httpx.stream(
+            "POST", url, content=line.encode(), headers=headers, timeout=WEBHOOK_TIMEOUT_S
+        ) as reply:
             return "" if reply.is_success else f"status {reply.status_code}"
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         return type(error).__name__
 
 
 class _Start:
-    """The moment in which it is made: a label for people, and what has passed since, whatever happens to the clock."""
+    """The moment in which it is made: a label for people, and what has passed since, whatever
+    happens to the clock.
+    """
 
     def __init__(self) -> None:
         self.utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,4 +1,5 @@
-"""What a run looks like: a live display on a terminal, plain lines elsewhere, and the closing summary.
+"""What a run looks like: a live display on a terminal, plain lines elsewhere, and the closing
+summary.
 
 Owns wording and layout, for 80 columns and more. Knows nothing of how the numbers come about.
 """
@@ -44,7 +45,9 @@ def progress_display(name: str, console: Console) -> Iterator[ShowProgress]:
 
 
 class LiveView:
-    """The latest Progress, drawn anew whenever rich asks, so that the clock runs on between two of them."""
+    """The latest Progress, drawn anew whenever rich asks, so that the clock runs on between two of
+    them.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -74,7 +77,9 @@ class LogLines:
             return
         self._phase, self._printed_at = progress.phase, now
         clock = time.strftime("%H:%M:%S")
-        self._console.print(f"{clock} {self._name}: {log_text(progress)}", soft_wrap=True, highlight=False)
+        self._console.print(
+            f"{clock} {self._name}: {log_text(progress)}", soft_wrap=True, highlight=False
+        )
 
 
 def log_text(progress: Progress) -> str:
@@ -85,7 +90,9 @@ def log_text(progress: Progress) -> str:
 
 
 def live_view(name: str, progress: Progress, *, since_s: float = 0.0) -> Group:
-    """Bar and rows on the first line, rates on the second; `since_s` is the age of `progress`. Fits 80 columns."""
+    """Bar and rows on the first line, rates on the second; `since_s` is the age of `progress`. Fits
+    80 columns.
+    """
     waiting = progress.phase in ("planning", "starting")
     bar = ProgressBar(
         total=max(progress.rows_total, 1),
@@ -107,13 +114,20 @@ def live_view(name: str, progress: Progress, *, since_s: float = 0.0) -> Group:
 
 
 def summary_table(summary: Summary, *, name: str, max_error_rate: float) -> Table:
-    """The closing table: rows by status and error code, accuracy, tokens, time, rate, output, what to do next."""
-    resumed = f" ({summary.resumed_rows:,} of them from an earlier run)" if summary.resumed_rows else ""
+    """The closing table: rows by status and error code, accuracy, tokens, time, rate, output, what
+    to do next.
+    """
+    resumed = (
+        f" ({summary.resumed_rows:,} of them from an earlier run)" if summary.resumed_rows else ""
+    )
     table = _two_columns(name)
     table.add_row("rows", f"{summary.counts.rows:,}{resumed}")
     for line in count_lines(summary.counts):
         table.add_row(*line)
-    table.add_row("time", f"{summary.elapsed_s:,.1f} s, of which the engine had rows for {summary.working_s:,.1f} s")
+    table.add_row(
+        "time",
+        f"{summary.elapsed_s:,.1f} s, of which the engine had rows for {summary.working_s:,.1f} s",
+    )
     if summary.working_s > 0:
         done = summary.counts.rows - summary.resumed_rows
         table.add_row("rate", f"{done / summary.working_s:,.0f} rows/s")
@@ -129,7 +143,10 @@ def summary_table(summary: Summary, *, name: str, max_error_rate: float) -> Tabl
 def status_table(status: Status, output: str) -> Table:
     """How far an output is, and what its rows add up to so far."""
     table = _two_columns(output)
-    table.add_row("state", "finished" if status.finished else "not finished; the same `label` command goes on with it")
+    table.add_row(
+        "state",
+        "finished" if status.finished else "not finished; the same `label` command goes on with it",
+    )
     table.add_row("units", f"{status.units_done:,} of {status.num_units:,}")
     table.add_row("rows", f"{status.counts.rows:,} of {status.num_rows:,}")
     for line in count_lines(status.counts):
@@ -145,7 +162,9 @@ def stage_lines(spent: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     if found is None:
         return
     yield "engine", f"busy {found.engine_share:.0%} of its time, else waiting for rows"
-    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in found.shares.items() if share >= SHOWN_SHARE)
+    shares = ", ".join(
+        f"{stage} {share:.0%}" for stage, share in found.shares.items() if share >= SHOWN_SHARE
+    )
     if shares:
         yield "other workers", shares
     yield "bottleneck", f"{found.stage}: {found.remedy}"
@@ -160,7 +179,10 @@ def count_lines(counts: Counts) -> Iterator[tuple[str, str]]:
     for code, rows in sorted(counts.errors.items(), key=lambda item: (-item[1], item[0])):
         yield f"    {code}", f"{rows:,}"
     if counts.accuracy is not None:
-        yield "accuracy", f"{counts.accuracy:.3f} ({counts.gold_correct:,} of {counts.gold_rows:,} rows with gold)"
+        yield (
+            "accuracy",
+            f"{counts.accuracy:.3f} ({counts.gold_correct:,} of {counts.gold_rows:,} rows with gold)",
+        )
     yield "tokens", _tokens(counts)
 
 
@@ -192,7 +214,11 @@ def short(number: float) -> str:
 
 def _two_columns(title: str) -> Table:
     table = Table(
-        title=Text(title, style="bold"), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        title=Text(title, style="bold"),
+        title_justify="left",
+        show_header=False,
+        box=None,
+        padding=(0, 2, 0, 0),
     )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

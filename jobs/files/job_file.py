@@ -1,7 +1,7 @@
 """A job file becomes a Job: YAML, `--set` overrides, unknown keys, types.
 
-Owns reading and the place (file and line, or override) of every key, so that each message can name it. Whether the
-values make sense together and fit the files is the business of glm_batch.jobs.checks.checks.
+Owns reading and the place (file and line, or override) of every key, so that each message can name
+it. Whether the values make sense together and fit the files is the business of jobs.checks.checks.
 """
 
 from __future__ import annotations
@@ -40,15 +40,21 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a job's keys were written: the file, the line of each key, and the keys that came from `--set`."""
+    """Where a job's keys were written: the file, the line of each key, and the keys that came from
+    `--set`.
+    """
 
     path: str
     lines: Mapping[str, int]
     overridden: frozenset[str]
 
     def of(self, key: str) -> str:
-        """ "job.yaml:7" for a key in the file, "--set task.kind" for an override, "job.yaml" for an absent key."""
-        given = next((name for name in self.overridden if name == key or key.startswith(name + ".")), None)
+        """ "job.yaml:7" for a key in the file, "--set task.kind" for an override, "job.yaml" for an
+        absent key.
+        """
+        given = next(
+            (name for name in self.overridden if name == key or key.startswith(name + ".")), None
+        )
         if given is not None:
             return f"--set {given}"
         line = self.lines.get(key)
@@ -61,7 +67,11 @@ class Place:
 
     def _sentence(self, problem: Problem) -> str:
         place = self.of(problem.key)
-        return f"{place}: {problem.message}" if place.endswith(f" {problem.key}") else f"{place}: {problem}"
+        return (
+            f"{place}: {problem.message}"
+            if place.endswith(f" {problem.key}")
+            else f"{place}: {problem}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +83,9 @@ class JobKey:
 
 
 def load_job(path: str, overrides: Sequence[str] = ()) -> tuple[Job, Place]:
-    """Reads a job file and applies `a.b=value` overrides. Raises ConfigError that names each key and its place."""
+    """Reads a job file and applies `a.b=value` overrides. Raises ConfigError that names each key
+    and its place.
+    """
     return _job(*read_yaml(path), path, overrides)
 
 
@@ -85,7 +97,9 @@ def load_kept_job(text: bytes, path: str, overrides: Sequence[str] = ()) -> tupl
     return _job(data, {}, path, overrides)
 
 
-def _job(data: dict[str, Any], lines: Mapping[str, int], path: str, overrides: Sequence[str]) -> tuple[Job, Place]:
+def _job(
+    data: dict[str, Any], lines: Mapping[str, int], path: str, overrides: Sequence[str]
+) -> tuple[Job, Place]:
     place = Place(path=path, lines=lines, overridden=apply_overrides(data, overrides))
     place.refuse(list(_unknown_keys(data, "")))
     place.refuse(list(unquoted_dates(data, "")))
@@ -102,7 +116,9 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> frozenset
 
 @cache
 def job_keys() -> dict[str, JobKey]:
-    """Every key of a job file by its dotted name, sections included, in the order in which they are declared."""
+    """Every key of a job file by its dotted name, sections included, in the order in which they are
+    declared.
+    """
     return dict(_declared_keys(Job, ""))
 
 
@@ -113,13 +129,20 @@ def _declared_keys(owner: type, prefix: str) -> Iterator[tuple[str, JobKey]]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         hint = hints[field.name]
-        yield prefix + field.name, JobKey(type=hint, default=REQUIRED if default is dataclasses.MISSING else default)
+        yield (
+            prefix + field.name,
+            JobKey(type=hint, default=REQUIRED if default is dataclasses.MISSING else default),
+        )
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _declared_keys(hint, f"{prefix}{field.name}.")
 
 
-def read_yaml(path: str, what: str = "a job file is a mapping of keys (model, input, output, task ...)") -> Yaml:
-    """A YAML file's mapping and the line of each of its keys. Raises ConfigError; `what` says what it should be."""
+def read_yaml(
+    path: str, what: str = "a job file is a mapping of keys (model, input, output, task ...)"
+) -> Yaml:
+    """A YAML file's mapping and the line of each of its keys. Raises ConfigError; `what` says what
+    it should be.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -130,21 +153,27 @@ def read_yaml(path: str, what: str = "a job file is a mapping of keys (model, in
         node = loader.get_single_node()
         data = loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}{_yaml_line(error)}: not valid YAML: {_one_line(error)}") from error
+        raise ConfigError(
+            f"{path}{_yaml_line(error)}: not valid YAML: {_one_line(error)}"
+        ) from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: {what}")
     return data, dict(_key_lines(node, "", path))
 
 
 def _key_lines(node: yaml.Node | None, prefix: str, path: str) -> Iterator[tuple[str, int]]:
-    """The line of each key. YAML would let the last of two equal keys win in silence: here they are refused."""
+    """The line of each key. YAML would let the last of two equal keys win in silence: here they are
+    refused.
+    """
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         name, line = str(key_node.value), key_node.start_mark.line + 1
         if name in seen:
-            raise ConfigError(f"{path}:{line}: {prefix}{name}: the key stands twice (first in line {seen[name]})")
+            raise ConfigError(
+                f"{path}:{line}: {prefix}{name}: the key stands twice (first in line {seen[name]})"
+            )
         seen[name] = line
         yield prefix + name, line
         yield from _key_lines(value_node, f"{prefix}{name}.", path)
@@ -160,15 +189,21 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    """The value is YAML, but a key that takes text takes it as it stands: a prompt's braces are no YAML mapping."""
+    """The value is YAML, but a key that takes text takes it as it stands: a prompt's braces are no
+    YAML mapping.
+    """
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not key:
-        raise ConfigError(f"--set {text}: write it as key=value, for example --set sampling.max_tokens=32")
+        raise ConfigError(
+            f"--set {text}: write it as key=value, for example --set sampling.max_tokens=32"
+        )
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         if not _takes_text(key):
-            raise ConfigError(f"--set {text}: the value is not valid YAML: {_one_line(error)}") from error
+            raise ConfigError(
+                f"--set {text}: the value is not valid YAML: {_one_line(error)}"
+            ) from error
         parsed = value
     return key, value if _takes_text(key) and not isinstance(parsed, str | None) else parsed
 
@@ -184,7 +219,9 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
         if inner is None:
             inner = data[section] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {key}: {section} is not a section, so it has no keys of its own")
+            raise ConfigError(
+                f"--set {key}: {section} is not a section, so it has no keys of its own"
+            )
         data = inner
     data[last] = value
 
@@ -202,9 +239,13 @@ def _unknown_keys(data: Mapping[Any, Any], prefix: str) -> Iterator[Problem]:
 def _nearest(name: str, prefix: str) -> str:
     """The nearest sibling; else a key of that name in another section; else what is known here."""
     known = job_keys()
-    siblings = [key for key in known if key.startswith(prefix) and "." not in key.removeprefix(prefix)]
+    siblings = [
+        key for key in known if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+    ]
     close = difflib.get_close_matches(prefix + name, siblings, n=1, cutoff=0.75)
-    close = close or difflib.get_close_matches(name, [key.removeprefix(prefix) for key in siblings], n=1)
+    close = close or difflib.get_close_matches(
+        name, [key.removeprefix(prefix) for key in siblings], n=1
+    )
     if close:
         return f"; did you mean {prefix}{close[0].removeprefix(prefix)}?"
     leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
@@ -223,11 +264,14 @@ def unquoted_dates(value: Any, key: str) -> Iterator[Problem]:
         for inner in value:
             yield from unquoted_dates(inner, key)
     elif not isinstance(value, str | int | float | bool | None):
-        yield Problem(key=key, message=f"YAML reads {value} as a {type(value).__name__}: put it in quotes")
+        yield Problem(
+            key=key, message=f"YAML reads {value} as a {type(value).__name__}: put it in quotes"
+        )
 
 
 def _validate(data: dict[str, Any], place: Place) -> Job:
-    # JSON text in strict mode is exactly YAML's view of a value: lists become tuples, but "64" is no number.
+    # JSON text in strict mode is exactly YAML's view of a value: lists become tuples, but "64" is
+    # no number.
     try:
         return pydantic.TypeAdapter(Job).validate_json(json.dumps(data), strict=True)
     except pydantic.ValidationError as error:
@@ -292,8 +336,18 @@ def describe(hint: Any) -> str:
     if origin is tuple and Ellipsis not in arguments:
         return f"a list of {len(arguments)} whole numbers"
     if origin in (list, tuple):
-        return "a list of whole numbers" if arguments[0] is int else f"a list of {describe(arguments[0])}"
+        return (
+            "a list of whole numbers"
+            if arguments[0] is int
+            else f"a list of {describe(arguments[0])}"
+        )
     if origin is dict or dataclasses.is_dataclass(hint):
         return "a section of keys"
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    names = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(hint, str(hint))

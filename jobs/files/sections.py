@@ -1,7 +1,7 @@
 """A YAML mapping becomes a dataclass of sections, also of sections that the user names.
 
-Owns messages about unknown keys, wrong types and missing ones, each with its dotted name; a key of a named section is
-"models.NAME.engine". Knows nothing of what the sections mean.
+Owns messages about unknown keys, wrong types and missing ones, each with its dotted name; a key of
+a named section is "models.NAME.engine". Knows nothing of what the sections mean.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def unknown_keys(data: Mapping[Any, Any], owner: Any, prefix: str) -> Iterator[P
         hint = typing.get_args(owner)[1] if named else hints.get(name)
         if hint is None:
             close = difflib.get_close_matches(str(name), hints, n=1)
-            told = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(hints)}"
+            told = (
+                f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(hints)}"
+            )
             yield Problem(key=f"{prefix}{name}", message=f"unknown key; {told}")
         elif isinstance(value, dict) and _has_keys(hint):
             yield from unknown_keys(value, hint, f"{prefix}{name}.")
@@ -51,7 +53,9 @@ def unknown_keys(data: Mapping[Any, Any], owner: Any, prefix: str) -> Iterator[P
 
 def _has_keys(hint: Any) -> bool:
     """Whether it is a section, or a mapping of named sections."""
-    return dataclasses.is_dataclass(hint) or (typing.get_origin(hint) is dict and _has_keys(typing.get_args(hint)[1]))
+    return dataclasses.is_dataclass(hint) or (
+        typing.get_origin(hint) is dict and _has_keys(typing.get_args(hint)[1])
+    )
 
 
 def _explained(owner: Any, error: Any, data: Any) -> Problem:
@@ -71,4 +75,7 @@ def _explained(owner: Any, error: Any, data: Any) -> Problem:
         return Problem(key=key, message="the key is missing")
     if error["type"] == "value_error":
         return Problem(key=key, message=str(error["ctx"]["error"]))
-    return Problem(key=key, message=f"it is {json.dumps(value, ensure_ascii=False)}, but it must be {describe(hint)}")
+    return Problem(
+        key=key,
+        message=f"it is {json.dumps(value, ensure_ascii=False)}, but it must be {describe(hint)}",
+    )

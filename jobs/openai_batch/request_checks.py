@@ -1,4 +1,5 @@
-"""Whether a job over an OpenAI batch file makes sense: which keys mean something where each line asks for itself.
+"""Whether a job over an OpenAI batch file makes sense: which keys mean something where each line
+asks for itself.
 
 Owns the refusals that are about input_format. Knows nothing of YAML, files or what a line holds.
 """
@@ -11,7 +12,13 @@ from dataclasses import fields
 from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.jobs.files.job_file import Problem
 from glm_batch.models.engine.api.request import SamplingParams
-from glm_batch.pipelines.job import Job, MediaSection, PreprocessSection, RequestsSection, TaskConfig
+from glm_batch.pipelines.job import (
+    Job,
+    MediaSection,
+    PreprocessSection,
+    RequestsSection,
+    TaskConfig,
+)
 
 # Limits of a server that a file never meets.
 OF_SERVERS = ("max_queue", "request_s", "body_s", "drain_s")
@@ -24,7 +31,10 @@ def check_rows_alone(job: Job) -> Iterator[Problem]:
         yield Problem(key="task", message=message)
     for field in fields(RequestsSection):
         if getattr(job.requests, field.name) != getattr(RequestsSection(), field.name):
-            yield Problem(key=f"requests.{field.name}", message="only input_format: openai_batch takes it; remove it")
+            yield Problem(
+                key=f"requests.{field.name}",
+                message="only input_format: openai_batch takes it; remove it",
+            )
 
 
 def check_requests(job: Job) -> Iterator[Problem]:
@@ -33,10 +43,21 @@ def check_requests(job: Job) -> Iterator[Problem]:
         message = "with input_format: openai_batch each line says what is asked; remove it"
         yield Problem(key="task", message=message)
     if job.key is not None:
-        yield Problem(key="key", message="the key of an OpenAI batch file is its custom_id; remove it")
+        yield Problem(
+            key="key", message="the key of an OpenAI batch file is its custom_id; remove it"
+        )
     if job.carry:
-        yield Problem(key="carry", message="an OpenAI batch file has no columns; join by custom_id, and remove it")
-    yield from _useless(job.sampling, SamplingParams(), "sampling", "each request says how it is answered", ("seed",))
+        yield Problem(
+            key="carry",
+            message="an OpenAI batch file has no columns; join by custom_id, and remove it",
+        )
+    yield from _useless(
+        job.sampling,
+        SamplingParams(),
+        "sampling",
+        "each request says how it is answered",
+        ("seed",),
+    )
     inside = "images and videos come inside the requests, within requests.limits"
     yield from _useless(job.media, MediaSection(), "media", inside)
     yield from _useless(job.preprocess, PreprocessSection(), "preprocess", inside, ("workers",))
@@ -55,7 +76,11 @@ def _check_limits(limits: Caps) -> Iterator[Problem]:
             yield Problem(key=key, message="it is a server's alone, so it has no effect; remove it")
 
 
-def _useless(section: object, default: object, key: str, reason: str, kept: tuple[str, ...] = ()) -> Iterator[Problem]:
+def _useless(
+    section: object, default: object, key: str, reason: str, kept: tuple[str, ...] = ()
+) -> Iterator[Problem]:
     for field in fields(default):  # type: ignore[arg-type]
         if field.name not in kept and getattr(section, field.name) != getattr(default, field.name):
-            yield Problem(key=f"{key}.{field.name}", message=f"{reason}, so it has no effect; remove it")
+            yield Problem(
+                key=f"{key}.{field.name}", message=f"{reason}, so it has no effect; remove it"
+            )

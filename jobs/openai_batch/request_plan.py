@@ -1,6 +1,7 @@
 """`glm-batch plan` of an OpenAI batch file: what a sample of its lines asks for.
 
-Owns the sample's requests and their lines of the report; the estimate and its basis are glm_batch.jobs.plans.job_plan's. Starts no Ray.
+Owns the sample's requests and their lines of the report; the estimate and its basis are
+jobs.plans.job_plan's. Starts no Ray.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MEDIA_LINES_PER_UNIT = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSample:
-    """Sampled lines: what the good ones ask of the engine, with the place and url of each, and errors with theirs."""
+    """Sampled lines: what the good ones ask of the engine, with the place and url of each, and
+    errors with theirs.
+    """
 
     requests: list[tuple[str, str, list[Request]]]
     errors: list[tuple[str, RowError | ApiError]]
@@ -43,7 +46,9 @@ class RequestSample:
         return [request for _, _, requests in self.requests for request in requests]
 
 
-def take_requests(runner: RequestRunner, source: Source, plan: Plan, units: Sequence[Unit]) -> RequestSample:
+def take_requests(
+    runner: RequestRunner, source: Source, plan: Plan, units: Sequence[Unit]
+) -> RequestSample:
     """The first lines of these units."""
     good: list[tuple[str, str, list[Request]]] = []
     errors: list[tuple[str, RowError | ApiError]] = []
@@ -63,9 +68,14 @@ def take_requests(runner: RequestRunner, source: Source, plan: Plan, units: Sequ
     return RequestSample(requests=good, errors=errors, units=len(units))
 
 
-def request_lines(job: Job, sample: RequestSample, models: Sequence[str]) -> Iterator[tuple[str, str]]:
+def request_lines(
+    job: Job, sample: RequestSample, models: Sequence[str]
+) -> Iterator[tuple[str, str]]:
     """Name and text of the plan's lines about what is asked for."""
-    yield "input format", f"OpenAI batch: each line is a request of its own, to a model named {' or '.join(models)}"
+    yield (
+        "input format",
+        f"OpenAI batch: each line is a request of its own, to a model named {' or '.join(models)}",
+    )
     yield "answers", f"{job.output}/output.jsonl and errors.jsonl, once all is done"
     urls = Counter(url for _, url, _ in sample.requests)
     if urls:

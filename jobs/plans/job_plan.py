@@ -1,6 +1,8 @@
-"""`glm-batch plan`: what a job would do, from its files and a sample of its rows, without loading a model.
+"""`glm-batch plan`: what a job would do, from its files and a sample of its rows, without loading a
+model.
 
-Owns the sample, the token statistics and the estimate with its basis. Starts no Ray and writes nothing.
+Owns the sample, the token statistics and the estimate with its basis. Starts no Ray and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ MEDIA_ROWS_PER_UNIT = 8  # each of them is loaded and decoded
 SHOWN_PROMPTS = 3
 SHOWN_FILES = 10
 SHOWN_CHARS = 1200
-# The basis of the time estimate, said in its text: the share of the GEMM rate that a batch reaches, what a row costs
-# beside its matrices, and how long the workers take to come up.
+# The basis of the time estimate, said in its text: the share of the GEMM rate that a batch reaches,
+# what a row costs beside its matrices, and how long the workers take to come up.
 GEMM_SHARE = 0.4
 ROW_OVERHEAD_S = 0.002
 START_S = 12.0
@@ -54,10 +56,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Sampled rows: prompts of the good ones as tokens and texts, (place, error) of the others, and all media.
+    """Sampled rows: prompts of the good ones as tokens and texts, (place, error) of the others, and
+    all media.
 
-    `ids` tell images apart: see `told_apart`. `row_seconds` is what a row took to become a prompt, its media loaded, on
-    one worker.
+    `ids` tell images apart: see `told_apart`. `row_seconds` is what a row took to become a prompt,
+    its media loaded, on one worker.
     """
 
     ids: list[list[int]]
@@ -92,9 +95,18 @@ def plan(path: str, overrides: Sequence[str]) -> None:
         _show(units, sample.prompts, report_lines(job, checked, checked.runner, units, sample))
         return
     requests = take_requests(checked.runner, checked.source, units, _spread(units))
-    shown = _evenly([(f"{where}, {url}", request) for where, url, found in requests.requests for request in found])
+    shown = _evenly(
+        [
+            (f"{where}, {url}", request)
+            for where, url, found in requests.requests
+            for request in found
+        ]
+    )
     decode = checked.runner.prompter.tokenizer.decode
-    prompts = [(where, decode(list(request.input_ids), skip_special_tokens=False)) for where, request in shown]
+    prompts = [
+        (where, decode(list(request.input_ids), skip_special_tokens=False))
+        for where, request in shown
+    ]
     _show(units, prompts, requests_report(job, checked, checked.runner.models, units, requests))
 
 
@@ -115,7 +127,12 @@ def _evenly(items: Sequence[T]) -> list[T]:
     """Some of the items, from all over them."""
     if not items:
         return []
-    return [items[index] for index in sorted({round(place) for place in np.linspace(0, len(items) - 1, SHOWN_PROMPTS)})]
+    return [
+        items[index]
+        for index in sorted(
+            {round(place) for place in np.linspace(0, len(items) - 1, SHOWN_PROMPTS)}
+        )
+    ]
 
 
 def take_sample(checked: Checked, runner: TaskRunner, plan: Plan) -> Sample:
@@ -145,7 +162,8 @@ def take_sample(checked: Checked, runner: TaskRunner, plan: Plan) -> Sample:
         errors=errors,
         media=media,
         units=len(units),
-        row_seconds=statistics.median(seconds) if seconds else 0.0,  # the first one waits for the decoder to start
+        # the first one waits for the decoder to start
+        row_seconds=statistics.median(seconds) if seconds else 0.0,
     )
 
 
@@ -166,10 +184,15 @@ def files_table(plan: Plan) -> Table:
     """The input files with their rows and sizes; all of them are counted where not all are shown."""
     table = Table("input", "rows", "MB", box=None, padding=(0, 2, 0, 0), header_style="dim")
     for planned in plan.files[:SHOWN_FILES]:
-        table.add_row(Text(planned.file.name), f"{planned.num_rows:,}", f"{planned.file.size / 1e6:,.1f}")
+        table.add_row(
+            Text(planned.file.name), f"{planned.num_rows:,}", f"{planned.file.size / 1e6:,.1f}"
+        )
     if len(plan.files) > SHOWN_FILES:
         rest = plan.files[SHOWN_FILES:]
-        rows, size = sum(planned.num_rows for planned in rest), sum(planned.file.size for planned in rest)
+        rows, size = (
+            sum(planned.num_rows for planned in rest),
+            sum(planned.file.size for planned in rest),
+        )
         table.add_row(f"and {len(rest):,} more files", f"{rows:,}", f"{size / 1e6:,.1f}")
     return table
 
@@ -190,7 +213,9 @@ def report_lines(
     yield _shared_line(share)
     of_media = sum(media_tokens(job, job.preprocess, sample.media)) / len(lengths)
     estimate = estimate_job(checked.config, [runner.work], lengths, share, plan.num_rows, of_media)
-    yield _estimate_line(estimate, [runner.work], "label" if job.task.kind == "choose" else "output")
+    yield _estimate_line(
+        estimate, [runner.work], "label" if job.task.kind == "choose" else "output"
+    )
     yield "time", time_text(job, estimate, plan.num_rows, sample.row_seconds)
 
 
@@ -206,7 +231,11 @@ def requests_report(
         yield NO_ESTIMATE
         return
     ids = [list(request.input_ids) for request in requests]
-    lengths, share, works = [len(each) for each in ids], shared_prefix_share(ids), [each.work for each in requests]
+    lengths, share, works = (
+        [len(each) for each in ids],
+        shared_prefix_share(ids),
+        [each.work for each in requests],
+    )
     yield _lengths_line(lengths)
     yield _shared_line(share)
     num_requests = round(plan.num_rows * len(requests) / sample.rows)
@@ -221,7 +250,10 @@ def _plan_lines(job: Job, checked: Checked, plan: Plan, sampled: str) -> Iterato
     yield from cluster_lines(job)
     yield "sample", f"{sampled} of {plan.num_units:,} units"
     if plan.duplicates:
-        yield "duplicate keys", f"{len(plan.duplicates):,} rows of the whole input repeat the key of an earlier row"
+        yield (
+            "duplicate keys",
+            f"{len(plan.duplicates):,} rows of the whole input repeat the key of an earlier row",
+        )
 
 
 def _lengths_line(lengths: Sequence[int]) -> tuple[str, str]:
@@ -233,7 +265,10 @@ def _lengths_line(lengths: Sequence[int]) -> tuple[str, str]:
 
 
 def _shared_line(share: float) -> tuple[str, str]:
-    return "shared prefix", f"{share:.0%} of the prompt tokens repeat the beginning of another sampled prompt"
+    return (
+        "shared prefix",
+        f"{share:.0%} of the prompt tokens repeat the beginning of another sampled prompt",
+    )
 
 
 def _estimate_line(estimate: Estimate, works: Sequence[Work], what: str) -> tuple[str, str]:
@@ -246,17 +281,24 @@ def _estimate_line(estimate: Estimate, works: Sequence[Work], what: str) -> tupl
 
 
 def told_apart(prompt: Prompt, config: ModelConfig) -> list[int]:
-    """The prompt's ids, with a number of each image's or video's own in the place of the token that stands for all."""
+    """The prompt's ids, with a number of each image's or video's own in the place of the token that
+    stands for all.
+    """
     if prompt.media is None or config.media_tokens is None or config.vision is None:
         return prompt.input_ids
     merged = config.vision.spatial_merge_size**2
     items = prompt.media.items
-    own = chain.from_iterable(repeat(int.from_bytes(item.digest), len(item.patches) // merged) for item in items)
-    return [next(own) if id == config.media_tokens.image_token_id else id for id in prompt.input_ids]
+    own = chain.from_iterable(
+        repeat(int.from_bytes(item.digest), len(item.patches) // merged) for item in items
+    )
+    return [
+        next(own) if id == config.media_tokens.image_token_id else id for id in prompt.input_ids
+    ]
 
 
 def shared_prefix_share(prompts: Sequence[list[int]]) -> float:
-    """The share of prompt tokens that a prefix cache without blocks or limits would not compute again.
+    """The share of prompt tokens that a prefix cache without blocks or limits would not compute
+    again.
 
     Sorted, a prompt shares its longest known beginning with its neighbour.
     """
@@ -276,9 +318,10 @@ def estimate_job(
 ) -> Estimate:
     """Scales the sample to the whole job, whose rows ask for one of `works` each.
 
-    A token costs 2 operations for each weight of the layers, plus attention over half of its prompt; the vocabulary
-    projection is paid at the positions that are read: one for a prompt with an answer, one for each output token.
-    `media_tokens` of a row cost the vision tower's weights for each of their patches.
+    A token costs 2 operations for each weight of the layers, plus attention over half of its
+    prompt; the vocabulary projection is paid at the positions that are read: one for a prompt with
+    an answer, one for each output token. `media_tokens` of a row cost the vision tower's weights
+    for each of their patches.
     """
     mean = statistics.fmean(lengths)
     outputs = statistics.fmean(map(_num_outputs, works))
@@ -286,7 +329,9 @@ def estimate_job(
     vocabulary = config.vocab_size * config.hidden_size
     has_projection = config.head == "causal_lm"
     tables = vocabulary * (2 if has_projection and not config.tie_word_embeddings else 1)
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * mean / 2
+    attention = (
+        4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * mean / 2
+    )
     tower = config.vision.num_parameters if config.vision else 0
     patches = media_tokens * (config.vision.spatial_merge_size**2 if config.vision else 0)
     per_token = 2 * (config.num_parameters - tables - tower) + attention
@@ -301,7 +346,9 @@ def estimate_job(
 
 
 def _num_outputs(work: Work) -> int:
-    """Tokens behind the prompt: those that may be written, or all that the labels have, what they share once."""
+    """Tokens behind the prompt: those that may be written, or all that the labels have, what they
+    share once.
+    """
     if isinstance(work, Generate):
         return work.sampling.max_tokens * work.sampling.n
     if isinstance(work, Choose):
@@ -326,7 +373,9 @@ def time_text(job: Job, estimate: Estimate, num_rows: int, row_seconds: float = 
 
 
 def measure_gemm(size: int = 768, seconds: float = 0.25) -> float:
-    """Operations per second of a float32 matrix product in numpy; the best of the repetitions that fit."""
+    """Operations per second of a float32 matrix product in numpy; the best of the repetitions that
+    fit.
+    """
     a = np.ones((size, size), np.float32)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
@@ -337,12 +386,18 @@ def measure_gemm(size: int = 768, seconds: float = 0.25) -> float:
 
 
 def excerpt(text: str) -> str:
-    """A prompt fit for a terminal: control characters spelled out, and the middle of a long one counted, not shown."""
-    shown = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+    """A prompt fit for a terminal: control characters spelled out, and the middle of a long one
+    counted, not shown.
+    """
+    shown = "".join(
+        char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text
+    )
     if len(shown) <= SHOWN_CHARS:
         return shown
     head, tail = SHOWN_CHARS * 3 // 4, SHOWN_CHARS // 4
-    return f"{shown[:head]}\n[... {len(shown) - SHOWN_CHARS:,} more characters ...]\n{shown[-tail:]}"
+    return (
+        f"{shown[:head]}\n[... {len(shown) - SHOWN_CHARS:,} more characters ...]\n{shown[-tail:]}"
+    )
 
 
 def _spread(plan: Plan) -> list[Unit]:

@@ -1,6 +1,7 @@
 """What images and videos cost in a plan, and what they would cost under smaller pixel budgets.
 
-Owns the arithmetic of the what-if, on the sizes of sampled media. Knows nothing of rows, files or decoding.
+Owns the arithmetic of the what-if, on the sizes of sampled media. Knows nothing of rows, files or
+decoding.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class MediaSize:
         return cls(kind=patches.kind, source=patches.source, grid=patches.grid)
 
 
-def media_lines(job: Job, media: Sequence[MediaSize], prompt_tokens: int) -> Iterator[tuple[str, str]]:
+def media_lines(
+    job: Job, media: Sequence[MediaSize], prompt_tokens: int
+) -> Iterator[tuple[str, str]]:
     """Name and text of the plan's lines about media. `prompt_tokens` are those of the whole sample."""
     if not media:
         return
@@ -56,28 +59,43 @@ def media_lines(job: Job, media: Sequence[MediaSize], prompt_tokens: int) -> Ite
 def media_note(patches: MediaPatches) -> str:
     """What a shown prompt's placeholder stands for: ", image 640x480"."""
     frames, height, width = patches.source
-    return f", {patches.kind} {width}x{height}" + (f" ({frames} frames taken)" if patches.kind == "video" else "")
+    return f", {patches.kind} {width}x{height}" + (
+        f" ({frames} frames taken)" if patches.kind == "video" else ""
+    )
 
 
 def media_tokens(job: Job, preprocess: PreprocessSection, media: Sequence[MediaSize]) -> list[int]:
-    """The tokens that each of the media becomes under these budgets; sampled frames stay as they are."""
+    """The tokens that each of the media becomes under these budgets; sampled frames stay as they
+    are.
+    """
     image, video = media_budgets(preprocess, job.model)
     grids = [
-        image_grid(*each.source[1:], image) if each.kind == "image" else video_grid(*each.source, video)
+        image_grid(*each.source[1:], image)
+        if each.kind == "image"
+        else video_grid(*each.source, video)
         for each in media
     ]
     return [num_media_tokens(grid, image.merge_size) for grid in grids]
 
 
 def smaller_budgets(job: Job, media: Sequence[MediaSize]) -> list[int]:
-    """Values for preprocess.max_pixels below what the largest of the media has after resizing, in whole tokens."""
+    """Values for preprocess.max_pixels below what the largest of the media has after resizing, in
+    whole tokens.
+    """
     image, video = media_budgets(job.preprocess, job.model)
     copies = {"image": 1, "video": video.temporal_patch_size}
-    pixels = max(each.grid[0] * each.grid[1] * each.grid[2] * copies[each.kind] for each in media) * image.patch_size**2
+    pixels = (
+        max(each.grid[0] * each.grid[1] * each.grid[2] * copies[each.kind] for each in media)
+        * image.patch_size**2
+    )
     token = image.factor**2
     return list(dict.fromkeys(max(round(pixels * share / token), 1) * token for share in SMALLER))
 
 
 def with_budget(preprocess: PreprocessSection, max_pixels: int) -> PreprocessSection:
     least = preprocess.min_pixels
-    return replace(preprocess, max_pixels=max_pixels, min_pixels=None if least is None else min(least, max_pixels))
+    return replace(
+        preprocess,
+        max_pixels=max_pixels,
+        min_pixels=None if least is None else min(least, max_pixels),
+    )

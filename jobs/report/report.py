@@ -1,6 +1,7 @@
-"""`glm-batch report`: the page of an output or a sweep, and what to go on with by hand. Starts no Ray.
+"""`glm-batch report`: the page of an output or a sweep, and what to go on with by hand. Starts no
+Ray.
 
-Owns which files are written where. What stands in them is glm_batch.pipelines.report's.
+Owns which files are written where. What stands in them is pipelines.report's.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Wanted:
 def report(path: str, wanted: Wanted, *, endpoint_url: str | None = None) -> None:
     """Writes the files and prints where they lie.
 
-    `path` is an output, a sweep's output, or the YAML file of either. Raises ConfigError when there is nothing to
-    report on.
+    `path` is an output, a sweep's output, or the YAML file of either. Raises ConfigError when there
+    is nothing to report on.
     """
     from glm_batch.pipelines.report.sweep_page import is_sweep
 
@@ -63,7 +64,9 @@ def _report_job(output: Output, wanted: Wanted) -> None:
 
         said = write_pred_probs(output, job, wanted.pred_probs)
         left = (
-            f", {sum(said['left_out'].values()):,} left out: {json.dumps(said['left_out'])}" if said["left_out"] else ""
+            f", {sum(said['left_out'].values()):,} left out: {json.dumps(said['left_out'])}"
+            if said["left_out"]
+            else ""
         )
         print(f"{wanted.pred_probs}: {said['rows']:,} rows, {len(said['labels'])} labels{left}")
 
@@ -88,7 +91,9 @@ def kept_job(output: Output) -> Job:
         return load_kept_job(output.kept_job(), f"{output.place}/{JOB}")[0]
     except (FileNotFoundError, ValueError) as error:
         output.standing_plan()
-        raise ConfigError(f"{output.place}/{JOB} is missing or broken: run the job with label again") from error
+        raise ConfigError(
+            f"{output.place}/{JOB} is missing or broken: run the job with label again"
+        ) from error
 
 
 def _cell_job(path: str, store: Any) -> tuple[Output, Job]:

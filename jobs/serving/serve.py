@@ -1,7 +1,8 @@
-"""`glm-batch serve`: start Ray Serve with a configuration's models, wait for a signal, end without losing a request.
+"""`glm-batch serve`: start Ray Serve with a configuration's models, wait for a signal, end without
+losing a request.
 
-`application` is the same for Ray's own `serve run`. Owns the order of these. What is checked lies in glm_batch.jobs.serving.serve_config,
-what runs in glm_batch.glm_actors.serving.
+`application` is the same for Ray's own `serve run`. Owns the order of these. What is checked lies
+in jobs.serving.serve_config, what runs in glm_actors.serving.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from glm_batch.jobs.serving.serve_config import check_settings, load_settings
 from glm_batch.models.errors import ConfigError, EngineError
 
 DRAIN_CALL_S = 30.0
-# The engine computes on all cores at once: a millisecond that anybody takes from one of them is lost on all.
+# The engine computes on all cores at once: a millisecond that anybody takes from one of them is
+# lost on all.
 RAY_SETTINGS = {
-    # A request does not change threads within a replica; nothing there blocks, and engines have threads of their own.
+    # A request does not change threads within a replica; nothing there blocks, and engines have
+    # threads of their own.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # instead of 0.1
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",  # instead of 100
@@ -35,11 +38,16 @@ QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def serve(path: str, *, insecure: bool = False) -> None:
-    """Serves until SIGINT or SIGTERM. Raises ConfigError before Ray starts, EngineError when a model does not load."""
+    """Serves until SIGINT or SIGTERM. Raises ConfigError before Ray starts, EngineError when a
+    model does not load.
+    """
     settings, place = load_settings(path)
     token = check_settings(settings, place, insecure=insecure)
     if insecure and settings.host not in ("127.0.0.1", "::1", "localhost"):
-        print(f"glm-batch: without a token, everybody who reaches {settings.host} is answered", file=sys.stderr)
+        print(
+            f"glm-batch: without a token, everybody who reaches {settings.host} is answered",
+            file=sys.stderr,
+        )
     from glm_batch.pipelines.cluster.cluster import cluster
 
     with ExitStack() as ended:
@@ -48,20 +56,28 @@ def serve(path: str, *, insecure: bool = False) -> None:
         asked = ended.enter_context(_signals())  # after Ray has set its own
         ingress = start(settings, None if token is None else digest_of(token))
         names = ", ".join(settings.models)
-        print(f"glm-batch: serving {names} at http://{_shown(settings.host)}:{settings.port}/v1", flush=True)
-        print(f"glm-batch: batch jobs join it: {_ray_place()} glm-batch label JOB --app {APP_NAME}", flush=True)
+        print(
+            f"glm-batch: serving {names} at http://{_shown(settings.host)}:{settings.port}/v1",
+            flush=True,
+        )
+        print(
+            f"glm-batch: batch jobs join it: {_ray_place()} glm-batch label JOB --app {APP_NAME}",
+            flush=True,
+        )
         asked.wait()
         print(
-            f"glm-batch: finishing what is being answered, for {settings.limits.drain_s:g} s at most", file=sys.stderr
+            f"glm-batch: finishing what is being answered, for {settings.limits.drain_s:g} s at most",
+            file=sys.stderr,
         )
         stop(ingress, settings.limits.drain_s)
 
 
 def application(arguments: Mapping[str, str]) -> Any:
-    """The application for `serve run glm_batch.jobs.serving.serve:application config=serve.yaml [insecure=true]`, and for Serve's files.
+    """The application for `serve run jobs.serving.serve:application config=serve.yaml
+    [insecure=true]`, and for Serve's files.
 
-    Ray's proxy listens where Ray is told to: the configuration's host and port have no part in that. Raises
-    ConfigError.
+    Ray's proxy listens where Ray is told to: the configuration's host and port have no part in
+    that. Raises ConfigError.
     """
     import ray
 
@@ -69,15 +85,24 @@ def application(arguments: Mapping[str, str]) -> Any:
     insecure = str(arguments.get("insecure", "false")).lower()
     if unknown or "config" not in arguments or insecure not in ("true", "false"):
         given = ", ".join(f"{name}={value}" for name, value in arguments.items()) or "nothing"
-        raise ConfigError(f"arguments: {given}; give config=PATH, and insecure=true if nobody shall need a token")
+        raise ConfigError(
+            f"arguments: {given}; give config=PATH, and insecure=true if nobody shall need a token"
+        )
     settings, place = load_settings(arguments["config"])
     token = check_settings(settings, place, insecure=insecure == "true", listens=False)
-    resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else _of_this_machine()  # type: ignore[no-untyped-call]
-    return build_application(settings, None if token is None else digest_of(token), **_shares(settings, resources))
+    if ray.is_initialized():
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    else:
+        resources = _of_this_machine()
+    return build_application(
+        settings, None if token is None else digest_of(token), **_shares(settings, resources)
+    )
 
 
 def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
-    """Starts the application on the present cluster; returns the ingress' handle once all models are loaded."""
+    """Starts the application on the present cluster; returns the ingress' handle once all models
+    are loaded.
+    """
     import ray
     from ray import serve as ray_serve
 
@@ -99,7 +124,10 @@ def start(settings: ServeSettings, token_digest: bytes | None) -> Any:
 def _shares(settings: ServeSettings, resources: Mapping[str, float]) -> dict[str, Any]:
     """What each replica gets of Ray's resources and of a machine's cores."""
     counts = {name: model.replica_range[1] for name, model in settings.models.items()}
-    ranks = {name: counts[name] * model.engine.tensor_parallel_size for name, model in settings.models.items()}
+    ranks = {
+        name: counts[name] * model.engine.tensor_parallel_size
+        for name, model in settings.models.items()
+    }
     wanted = sum(ranks[name] for name, model in settings.models.items() if model.wants_gpu)
     return {
         "num_cpus": min(1.0, round(resources["CPU"] / (sum(counts.values()) + 1), 3)),
@@ -127,7 +155,9 @@ def stop(ingress: Any, drain_s: float) -> None:
 
 @contextmanager
 def _ray_settings() -> Iterator[None]:
-    """While the cluster starts: RAY_SETTINGS, for its processes and not for this one, except what the user has set."""
+    """While the cluster starts: RAY_SETTINGS, for its processes and not for this one, except what
+    the user has set.
+    """
     given = {name: value for name, value in RAY_SETTINGS.items() if name not in os.environ}
     os.environ.update(given)
     try:

@@ -1,6 +1,7 @@
 """A serve configuration: YAML to ServeSettings, and whether it can be served.
 
-Owns every refusal that comes before Ray starts, with the key's place and the remedy. Loads tokenizers, no weights.
+Owns every refusal that comes before Ray starts, with the key's place and the remedy. Loads
+tokenizers, no weights.
 """
 
 from __future__ import annotations
@@ -36,15 +37,24 @@ def load_settings(path: str) -> tuple[ServeSettings, Place]:
     return read_sections(ServeSettings, data, place), place
 
 
-def check_settings(settings: ServeSettings, place: Place, *, insecure: bool, listens: bool = True) -> str | None:
-    """The token, None with `insecure`. Raises ConfigError with all problems of keys, or else all of checkpoints.
+def check_settings(
+    settings: ServeSettings, place: Place, *, insecure: bool, listens: bool = True
+) -> str | None:
+    """The token, None with `insecure`. Raises ConfigError with all problems of keys, or else all of
+    checkpoints.
 
     `listens`: whether this process opens the port.
     """
     token, token_problems = _token(settings, insecure=insecure)
     place.refuse([*_key_problems(settings), *token_problems])
     limits = settings.limits
-    place.refuse([each for name, model in settings.models.items() for each in _model_problems(name, model, limits)])
+    place.refuse(
+        [
+            each
+            for name, model in settings.models.items()
+            for each in _model_problems(name, model, limits)
+        ]
+    )
     place.refuse(list(_port_problems(settings)) if listens else [])
     return token
 
@@ -57,27 +67,35 @@ def _key_problems(settings: ServeSettings) -> Iterator[Problem]:
     for field in dataclasses.fields(Caps):
         value = getattr(settings.limits, field.name)
         if not isinstance(value, list) and not 0 < value < float("inf"):
-            yield Problem(key=f"limits.{field.name}", message=f"it is {value}, but it must be above 0")
+            yield Problem(
+                key=f"limits.{field.name}", message=f"it is {value}, but it must be above 0"
+            )
     for key in ("media_hosts", "media_private_hosts"):
         try:
             endpoints(getattr(settings.limits, key))
         except ConfigError as error:
             yield Problem(key=f"limits.{key}", message=str(error).partition(": ")[2])
     if len({deployment_name(name) for name in settings.models}) < len(settings.models):
-        yield Problem(key="models", message="two names differ in / and _ alone; Ray cannot tell them apart")
+        yield Problem(
+            key="models", message="two names differ in / and _ alone; Ray cannot tell them apart"
+        )
     for name, model in settings.models.items():
         yield from _served_problems(f"models.{name}", name, model)
 
 
 def _served_problems(key: str, name: str, model: ServedModel) -> Iterator[Problem]:
     if not re.fullmatch(MODEL_NAME, name):
-        yield Problem(key=key, message="a name has letters, digits and . _ / - and begins with a letter or digit")
+        yield Problem(
+            key=key,
+            message="a name has letters, digits and . _ / - and begins with a letter or digit",
+        )
     counts = [model.replicas] if isinstance(model.replicas, int) else model.replicas
     least, most = (counts[0], counts[-1]) if counts else (0, 0)
     if len(counts) not in (1, 2) or not 1 <= least <= most:
         message = f"it is {model.replicas}; give a number from 1 on, or [least, most]"
         yield Problem(key=f"{key}.replicas", message=message)
-    if model.engine.kind == "vllm" and "RAY_ADDRESS" not in os.environ:  # a cluster's workers may have what we have not
+    # a cluster's workers may have what we have not
+    if model.engine.kind == "vllm" and "RAY_ADDRESS" not in os.environ:
         try:
             check_installed()
         except ConfigError as error:
@@ -97,12 +115,19 @@ def _token(settings: ServeSettings, *, insecure: bool) -> tuple[str | None, list
         message = "name the environment variable with the clients' token, or a file in token_file (or use --insecure)"
         return None, [Problem(key="token_env", message=message)]
     if settings.token_env is not None:
-        token, where = os.environ.get(settings.token_env), f"the environment variable {settings.token_env}"
+        token, where = (
+            os.environ.get(settings.token_env),
+            f"the environment variable {settings.token_env}",
+        )
     else:
         token, where = _read_token(settings.token_file or ""), f"the file {settings.token_file}"
     if token is None:
         return None, [Problem(key=given[0], message=f"{where} is not there; set it")]
-    if len(token) < MIN_TOKEN_CHARS or not token.isascii() or any(character.isspace() for character in token):
+    if (
+        len(token) < MIN_TOKEN_CHARS
+        or not token.isascii()
+        or any(character.isspace() for character in token)
+    ):
         message = f"{where} must hold at least {MIN_TOKEN_CHARS} ASCII characters without blanks"
         return None, [Problem(key=given[0], message=message)]
     return token, []
@@ -118,7 +143,10 @@ def _read_token(path: str) -> str | None:
 def _model_problems(name: str, model: ServedModel, caps: Caps) -> Iterator[Problem]:
     key, path = f"models.{name}.model", Path(model.model)
     if not path.is_dir():
-        yield Problem(key=key, message=f"{path}: no such directory; name a checkpoint in the Hugging Face layout")
+        yield Problem(
+            key=key,
+            message=f"{path}: no such directory; name a checkpoint in the Hugging Face layout",
+        )
         return
     try:
         config = load_config(path)
@@ -129,7 +157,9 @@ def _model_problems(name: str, model: ServedModel, caps: Caps) -> Iterator[Probl
     try:
         check_parts(config, model.engine.tensor_parallel_size)
     except ConfigError as error:
-        yield Problem(key=f"models.{name}.engine.tensor_parallel_size", message=str(error).partition(": ")[2])
+        yield Problem(
+            key=f"models.{name}.engine.tensor_parallel_size", message=str(error).partition(": ")[2]
+        )
     if model.engine.kind == "vllm" and (refusal := checkpoint_problem(config, None)):
         yield Problem(key=f"models.{name}.engine.kind", message=refusal)
     limit, longest = model.engine.max_model_len, config.longest_context
@@ -143,10 +173,15 @@ def _model_problems(name: str, model: ServedModel, caps: Caps) -> Iterator[Probl
 def _port_problems(settings: ServeSettings) -> Iterator[Problem]:
     """Ray would start the server elsewhere than here, and tell of a used port late."""
     try:
-        (family, *_, address), *_ = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        (family, *_, address), *_ = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM
+        )
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
         reason = error.strerror or str(error)
-        yield Problem(key="port", message=f"{settings.host}:{settings.port} cannot be used: {reason}; choose another")
+        yield Problem(
+            key="port",
+            message=f"{settings.host}:{settings.port} cannot be used: {reason}; choose another",
+        )

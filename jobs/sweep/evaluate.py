@@ -1,7 +1,8 @@
 """`glm-batch evaluate`: run a sweep, score its cells, compare them.
 
-Owns the order of these, and which ending has which exit code. The grid lies in glm_batch.jobs.sweep.sweep_config, the run and the
-results in glm_batch.pipelines.sweep, how it looks in glm_batch.jobs.sweep.sweep_display.
+Owns the order of these, and which ending has which exit code. The grid lies in
+jobs.sweep.sweep_config, the run and the results in pipelines.sweep, how it looks in
+jobs.sweep.sweep_display.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
 def evaluate(path: str, overrides: Sequence[str], compare: Sequence[str] | None = None) -> int:
     """Runs a sweep file to its end, keeps and prints the results, and gives the exit code.
 
-    With two cells' names in `compare`, only compares the scores that a finished sweep has kept. Raises ConfigError
-    before Ray starts for a sweep that cannot run.
+    With two cells' names in `compare`, only compares the scores that a finished sweep has kept.
+    Raises ConfigError before Ray starts for a sweep that cannot run.
     """
     sweep, place = load_sweep(path, overrides)
     if compare:

@@ -1,7 +1,8 @@
 """A sweep file becomes a Sweep: models, data sets and tasks in YAML are multiplied into cells.
 
-Owns the form of the file, the grid, and every refusal that comes before anything starts, with the key's place and the
-remedy. Each cell is checked as a job of its own, by glm_batch.jobs.checks.checks. Knows nothing of how cells run.
+Owns the form of the file, the grid, and every refusal that comes before anything starts, with the
+key's place and the remedy. Each cell is checked as a job of its own, by jobs.checks.checks. Knows
+nothing of how cells run.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class DatasetEntry:
 class TaskEntry:
     """What is asked, and the axes along which it varies.
 
-    `task` is a job file's section; each of `prompts` takes the place of its prompt. `sampling` holds a job file's
-    sections by name. `datasets` and `models` None are all there are.
+    `task` is a job file's section; each of `prompts` takes the place of its prompt. `sampling`
+    holds a job file's sections by name. `datasets` and `models` None are all there are.
     """
 
     task: TaskConfig
@@ -108,7 +109,14 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> tuple[Sweep, Place]:
     place.refuse(list(_problems(file)))
     cells = [cell for name, task in file.tasks.items() for cell in _cells(file, name, task)]
     if len(cells) > MAX_CELLS:
-        place.refuse([Problem(key="tasks", message=f"the grid has {len(cells):,} cells; at most {MAX_CELLS:,} run")])
+        place.refuse(
+            [
+                Problem(
+                    key="tasks",
+                    message=f"the grid has {len(cells):,} cells; at most {MAX_CELLS:,} run",
+                )
+            ]
+        )
     sweep = Sweep(
         output=file.output,
         cells=tuple(cells),
@@ -126,7 +134,9 @@ def check_sweep(sweep: Sweep, place: Place) -> list[Checked]:
     checked, problems = list[Checked](), dict[tuple[str, str], Problem]()
     for cell in sweep.cells:
         try:
-            checked.append(check_job(cell.job, _CellPlace(path="", lines={}, overridden=frozenset())))
+            checked.append(
+                check_job(cell.job, _CellPlace(path="", lines={}, overridden=frozenset()))
+            )
         except _Problems as refused:
             for problem in refused.problems:
                 at = replace(problem, key=sweep_key(cell, problem.key))
@@ -159,7 +169,9 @@ def _cells(file: SweepFile, name: str, task: TaskEntry) -> Iterator[Cell]:
     seeds: Sequence[int | None] = task.seeds or [None]
     pixels: Sequence[int | None] = task.max_pixels or [task.preprocess.max_pixels]
     datasets, models = task.datasets or file.datasets, task.models or file.models
-    for model, dataset, prompt, params, seed, budget in product(models, datasets, prompts, sampling, seeds, pixels):
+    for model, dataset, prompt, params, seed, budget in product(
+        models, datasets, prompts, sampling, seeds, pixels
+    ):
         coordinates = dict(
             zip(
                 AXES,
@@ -192,7 +204,9 @@ def _cell(
         engine=model.engine,
         cluster=file.cluster,
         preprocess=replace(task.preprocess, max_pixels=max_pixels),
-        media=file.media if task.task.image or task.task.video or task.task.messages else MediaSection(),
+        media=file.media
+        if task.task.image or task.task.video or task.task.messages
+        else MediaSection(),
         commit=file.commit,
         storage=file.storage,
         max_error_rate=1.0,  # the sweep's own counts
@@ -210,9 +224,14 @@ def _problems(file: SweepFile) -> Iterator[Problem]:
             yield Problem(key=key, message="it is empty; name at least one")
         yield from _name_problems(key, getattr(file, key))
     if not 0.5 <= file.confidence < 1:
-        yield Problem(key="confidence", message=f"it is {file.confidence}, but it must be from 0.5 to below 1")
+        yield Problem(
+            key="confidence", message=f"it is {file.confidence}, but it must be from 0.5 to below 1"
+        )
     if not 0 <= file.max_error_rate <= 1:
-        yield Problem(key="max_error_rate", message=f"it is {file.max_error_rate}, but it is a fraction: 0 to 1")
+        yield Problem(
+            key="max_error_rate",
+            message=f"it is {file.max_error_rate}, but it is a fraction: 0 to 1",
+        )
     for name, task in file.tasks.items():
         yield from _task_problems(file, f"tasks.{name}", task)
 
@@ -222,45 +241,68 @@ def _task_problems(file: SweepFile, key: str, task: TaskEntry) -> Iterator[Probl
         for name in getattr(task, axis) or ():
             if name not in known:
                 yield Problem(
-                    key=f"{key}.{axis}", message=f"no {axis[:-1]} is named {name!r}; known: {', '.join(known)}"
+                    key=f"{key}.{axis}",
+                    message=f"no {axis[:-1]} is named {name!r}; known: {', '.join(known)}",
                 )
     for axis in ("datasets", "models", "seeds", "max_pixels"):
         values = getattr(task, axis)
         if values is not None and (not values or len(set(values)) < len(values)):
-            yield Problem(key=f"{key}.{axis}", message="it is empty or names something twice; name each value once")
+            yield Problem(
+                key=f"{key}.{axis}",
+                message="it is empty or names something twice; name each value once",
+            )
     yield from _name_problems(f"{key}.prompts", task.prompts)
     yield from _name_problems(f"{key}.sampling", task.sampling)
     if task.task.kind not in SCORED_KINDS:
-        yield Problem(key=f"{key}.task.kind", message=f"evaluate scores {', '.join(SCORED_KINDS)}; use one of these")
+        yield Problem(
+            key=f"{key}.task.kind",
+            message=f"evaluate scores {', '.join(SCORED_KINDS)}; use one of these",
+        )
     if task.task.gold is None:
-        yield Problem(key=f"{key}.task.gold", message="missing; name the column that holds the right answers")
+        yield Problem(
+            key=f"{key}.task.gold", message="missing; name the column that holds the right answers"
+        )
     if task.prompts and task.task.prompt is not None:
         yield Problem(key=f"{key}.task.prompt", message="prompts are given too; keep one of them")
     if task.prompts and task.task.messages is not None:
         yield Problem(key=f"{key}.task.messages", message="prompts are given too; keep one of them")
     if task.max_pixels is not None and task.preprocess.max_pixels is not None:
-        yield Problem(key=f"{key}.preprocess.max_pixels", message="max_pixels is given too; keep one of them")
+        yield Problem(
+            key=f"{key}.preprocess.max_pixels", message="max_pixels is given too; keep one of them"
+        )
     if task.seeds and all(
-        params.temperature == 0 for params in (task.sampling or {DEFAULT: SamplingParams()}).values()
+        params.temperature == 0
+        for params in (task.sampling or {DEFAULT: SamplingParams()}).values()
     ):
-        yield Problem(key=f"{key}.seeds", message="no sampling has a temperature above 0, so all seeds say the same")
+        yield Problem(
+            key=f"{key}.seeds",
+            message="no sampling has a temperature above 0, so all seeds say the same",
+        )
     yield from _score_problems(f"{key}.score", task)
 
 
 def _score_problems(key: str, task: TaskEntry) -> Iterator[Problem]:
     if task.task.kind != "generate" and task.score != ScoreSection():
-        yield Problem(key=key, message=f"only generate takes it; remove it from this {task.task.kind} task")
+        yield Problem(
+            key=key, message=f"only generate takes it; remove it from this {task.task.kind} task"
+        )
     if task.score.extract is not None:
         try:
             re.compile(task.score.extract)
         except re.error as error:
             yield Problem(key=f"{key}.extract", message=f"not a regular expression: {error}")
     if not 0 <= task.score.tolerance < 1:
-        yield Problem(key=f"{key}.tolerance", message=f"it is {task.score.tolerance}, but it must be from 0 to below 1")
+        yield Problem(
+            key=f"{key}.tolerance",
+            message=f"it is {task.score.tolerance}, but it must be from 0 to below 1",
+        )
     fewest = min((params.n for params in task.sampling.values()), default=1)
     for k in task.score.pass_at:
         if not 1 <= k <= fewest:
-            yield Problem(key=f"{key}.pass_at", message=f"{k} is more than there are samples, or less than one: set n")
+            yield Problem(
+                key=f"{key}.pass_at",
+                message=f"{k} is more than there are samples, or less than one: set n",
+            )
 
 
 def _name_problems(key: str, names: Mapping[str, Any]) -> Iterator[Problem]:
@@ -274,7 +316,8 @@ def _baseline_problems(sweep: Sweep) -> Iterator[Problem]:
     if isinstance(sweep.baseline, str):
         if sweep.baseline != BEST:
             yield Problem(
-                key="baseline", message=f'it is "{sweep.baseline}"; write best, or coordinates: {{model: ...}}'
+                key="baseline",
+                message=f'it is "{sweep.baseline}"; write best, or coordinates: {{model: ...}}',
             )
         return
     for axis, value in sweep.baseline.items():
@@ -282,9 +325,14 @@ def _baseline_problems(sweep: Sweep) -> Iterator[Problem]:
         if not known:
             yield Problem(key=f"baseline.{axis}", message=f"no such axis; known: {', '.join(AXES)}")
         elif value not in known:
-            yield Problem(key=f"baseline.{axis}", message=f"no cell has {value!r} there; known: {', '.join(known)}")
+            yield Problem(
+                key=f"baseline.{axis}",
+                message=f"no cell has {value!r} there; known: {', '.join(known)}",
+            )
     if not sweep.baseline:
-        yield Problem(key="baseline", message="it is empty; write best, or coordinates: {model: ...}")
+        yield Problem(
+            key="baseline", message="it is empty; write best, or coordinates: {model: ...}"
+        )
 
 
 class _Problems(ConfigError):

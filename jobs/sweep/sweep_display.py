@@ -17,7 +17,8 @@ from glm_batch.pipelines.sweep.cells import AXES, Cell, Sweep
 from glm_batch.pipelines.sweep.results import CellResult, Comparison, Results
 from glm_batch.pipelines.sweep.sweep_run import Ran
 
-# What a table shows beside the accuracy, of what its cells have, the first few; everything stands in the files.
+# What a table shows beside the accuracy, of what its cells have, the first few; everything stands
+# in the files.
 SHOWN = {
     "pass@1": "pass@1",
     "majority": "majority",
@@ -32,7 +33,9 @@ SURE = 0.05
 
 
 def results_tables(results: Results) -> Iterator[Table]:
-    """One table for each task and data set: its cells with accuracy, interval and difference from the baseline."""
+    """One table for each task and data set: its cells with accuracy, interval and difference from
+    the baseline.
+    """
     against = {each.cell: each for each in results.comparisons}
     baselines = {each.baseline for each in results.comparisons}
     for question in dict.fromkeys(each.cell.question for each in results.cells):
@@ -47,20 +50,40 @@ def sweep_summary(sweep: Sweep, ran: Ran, results: Results) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     resumed = f" ({ran.resumed_rows:,} of them from an earlier run)" if ran.resumed_rows else ""
-    table.add_row("rows", f"{counts.rows:,} in {len(results.cells):,} cells{resumed}; {counts.error_rows:,} failed")
     table.add_row(
-        "tokens", f"prompt {counts.prompt_tokens:,} ({counts.cached_share:.0%} cached), output {counts.output_tokens:,}"
+        "rows",
+        f"{counts.rows:,} in {len(results.cells):,} cells{resumed}; {counts.error_rows:,} failed",
     )
-    rate = f", {(counts.rows - ran.resumed_rows) / ran.working_s:,.0f} rows/s" if ran.working_s else ""
-    table.add_row("time", f"{ran.elapsed_s:,.1f} s, of which the engines had rows for {ran.working_s:,.1f} s{rate}")
+    table.add_row(
+        "tokens",
+        f"prompt {counts.prompt_tokens:,} ({counts.cached_share:.0%} cached), output {counts.output_tokens:,}",
+    )
+    rate = (
+        f", {(counts.rows - ran.resumed_rows) / ran.working_s:,.0f} rows/s" if ran.working_s else ""
+    )
+    table.add_row(
+        "time",
+        f"{ran.elapsed_s:,.1f} s, of which the engines had rows for {ran.working_s:,.1f} s{rate}",
+    )
     unscored = sum(each.score.without_gold for each in results.cells)
-    table.add_row("scored", f"a row that failed is wrong; {unscored:,} rows have no gold answer and count nowhere")
-    table.add_row("intervals", f"{sweep.confidence:.0%}, BCa bootstrap; p by McNemar, adjusted by Holm; * below {SURE}")
-    table.add_row("results", Text(f"{sweep.output}/results.parquet and results.json; each row's score in scores/"))
+    table.add_row(
+        "scored",
+        f"a row that failed is wrong; {unscored:,} rows have no gold answer and count nowhere",
+    )
+    table.add_row(
+        "intervals",
+        f"{sweep.confidence:.0%}, BCa bootstrap; p by McNemar, adjusted by Holm; * below {SURE}",
+    )
+    table.add_row(
+        "results",
+        Text(f"{sweep.output}/results.parquet and results.json; each row's score in scores/"),
+    )
     return table
 
 
-def grid_table(cells: Sequence[Cell], lines: Sequence[tuple[str, ...]], header: Sequence[str]) -> Table:
+def grid_table(
+    cells: Sequence[Cell], lines: Sequence[tuple[str, ...]], header: Sequence[str]
+) -> Table:
     """The grid before it runs: a line for each cell with the coordinates that vary."""
     axes = _varying(cells)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -83,14 +106,27 @@ def comparison_text(one: str, other: str, difference: Difference) -> str:
     )
 
 
-def _results_table(some: Sequence[CellResult], against: dict[str, Comparison], baselines: set[str]) -> Table:
+def _results_table(
+    some: Sequence[CellResult], against: dict[str, Comparison], baselines: set[str]
+) -> Table:
     """Eighty columns wide where the names of the grid let it."""
     first = some[0].cell
-    axes = [axis for axis in _varying([each.cell for each in some]) if axis not in ("task", "dataset")]
-    metrics = [name for name in SHOWN if any(name in each.score.metrics for each in some)][:MOST_SHOWN]
-    rows, failed = first_and_last(each.score.rows for each in some), [sum(each.score.errors.values()) for each in some]
-    title = Text(f"{first.coordinates['task']} on {first.dataset}, {rows} rows with gold", style="bold")
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    axes = [
+        axis for axis in _varying([each.cell for each in some]) if axis not in ("task", "dataset")
+    ]
+    metrics = [name for name in SHOWN if any(name in each.score.metrics for each in some)][
+        :MOST_SHOWN
+    ]
+    rows, failed = (
+        first_and_last(each.score.rows for each in some),
+        [sum(each.score.errors.values()) for each in some],
+    )
+    title = Text(
+        f"{first.coordinates['task']} on {first.dataset}, {rows} rows with gold", style="bold"
+    )
+    table = Table(
+        title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim"
+    )
     table.add_column(", ".join(axes) or "cell", no_wrap=True)
     headers = [
         *(("failed",) if any(failed) else ()),
@@ -104,7 +140,11 @@ def _results_table(some: Sequence[CellResult], against: dict[str, Comparison], b
     for each, errors in zip(some, failed, strict=True):
         name = ", ".join(each.cell.coordinates[axis] for axis in axes) or each.cell.name
         numbers = [f"{errors:,}"] if any(failed) else []
-        numbers += [_sure(each), *(_number(each.score.metrics.get(metric)) for metric in metrics), _tokens(each)]
+        numbers += [
+            _sure(each),
+            *(_number(each.score.metrics.get(metric)) for metric in metrics),
+            _tokens(each),
+        ]
         told = "(base)" if each.cell.name in baselines else _difference(against.get(each.cell.name))
         table.add_row(Text(name), *numbers, told)
     return table
@@ -117,7 +157,9 @@ def _varying(cells: Sequence[Cell]) -> list[str]:
 
 def _sure(each: CellResult) -> str:
     found = each.score.metrics["accuracy"]
-    return "-" if math.isnan(found.value) else f"{found.value:.3f} [{found.low:.2f} {found.high:.2f}]"
+    return (
+        "-" if math.isnan(found.value) else f"{found.value:.3f} [{found.low:.2f} {found.high:.2f}]"
+    )
 
 
 def _number(found: Estimate | None) -> str:
@@ -128,7 +170,11 @@ def _difference(found: Comparison | None) -> str:
     if found is None or math.isnan(found.difference.value):
         return "-"
     p = found.adjusted
-    return f"{found.difference.value:+.3f}, p {p:.0e}*" if p < SURE else f"{found.difference.value:+.3f}, p {p:.2f}"
+    return (
+        f"{found.difference.value:+.3f}, p {p:.0e}*"
+        if p < SURE
+        else f"{found.difference.value:+.3f}, p {p:.2f}"
+    )
 
 
 def _tokens(each: CellResult) -> str:
@@ -145,7 +191,9 @@ def plan_header() -> tuple[str, ...]:
     return "rows", "units", "tokens", "errors seen", "time"
 
 
-def plan_line(rows: int, units: int, tokens: float | None, errors: int, seconds: float | None) -> tuple[str, ...]:
+def plan_line(
+    rows: int, units: int, tokens: float | None, errors: int, seconds: float | None
+) -> tuple[str, ...]:
     """One cell's numbers in a plan."""
     return (
         f"{rows:,}",

@@ -1,4 +1,5 @@
-"""`glm-batch plan SWEEP`: the grid with rows, tokens and a rough time of each cell, without loading a model.
+"""`glm-batch plan SWEEP`: the grid with rows, tokens and a rough time of each cell, without loading
+a model.
 
 Samples each cell's rows as the plan of a job does. Starts no Ray and writes nothing.
 """
@@ -40,16 +41,31 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
     sweep, place = load_sweep(path, overrides)
     checked = check_sweep(sweep, place)
     rate = measure_gemm()
-    lines, total_rows, total_tokens, total_s = [], 0, 0.0, START_S * len({cell.replicas for cell in sweep.cells})
+    lines, total_rows, total_tokens, total_s = (
+        [],
+        0,
+        0.0,
+        START_S * len({cell.replicas for cell in sweep.cells}),
+    )
     samples: dict[tuple[str, str, str], Sample] = {}  # cells that ask in the same words have one
     for cell, each in zip(with_shared_units(sweep.cells), checked, strict=True):
-        assert isinstance(each.runner, TaskRunner)  # requests of other systems' files are no sweep's
-        plan, question = make_plan(cell.job, each.files, {}), (cell.job.model, cell.dataset, each.runner.prompt_key)
+        # requests of other systems' files are no sweep's
+        assert isinstance(each.runner, TaskRunner)
+        plan, question = (
+            make_plan(cell.job, each.files, {}),
+            (cell.job.model, cell.dataset, each.runner.prompt_key),
+        )
         if question not in samples:
             samples[question] = take_sample(each, each.runner, plan)
-        line, rows, tokens, seconds = _line(cell, each, each.runner.work, plan, samples[question], rate)
+        line, rows, tokens, seconds = _line(
+            cell, each, each.runner.work, plan, samples[question], rate
+        )
         lines.append(line)
-        total_rows, total_tokens, total_s = total_rows + rows, total_tokens + tokens, total_s + (seconds or 0.0)
+        total_rows, total_tokens, total_s = (
+            total_rows + rows,
+            total_tokens + tokens,
+            total_s + (seconds or 0.0),
+        )
     console = Console(highlight=False)
     console.print(grid_table(sweep.cells, lines, plan_header()))
     models = len({cell.replicas for cell in sweep.cells})
@@ -65,9 +81,16 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
 def _line(
     cell: Cell, checked: Checked, work: Work, plan: Plan, sample: Sample, rate: float
 ) -> tuple[tuple[str, ...], int, float, float | None]:
-    """The cell's line, its rows, prompt tokens and seconds (None on a GPU, whose rate was not measured)."""
+    """The cell's line, its rows, prompt tokens and seconds (None on a GPU, whose rate was not
+    measured).
+    """
     if not sample.ids:
-        return plan_line(plan.num_rows, plan.num_units, None, len(sample.errors), None), plan.num_rows, 0.0, None
+        return (
+            plan_line(plan.num_rows, plan.num_units, None, len(sample.errors), None),
+            plan.num_rows,
+            0.0,
+            None,
+        )
     lengths = [len(ids) for ids in sample.ids]
     of_media = sum(media_tokens(cell.job, cell.job.preprocess, sample.media)) / len(lengths)
     share = shared_prefix_share(sample.ids)
@@ -78,5 +101,7 @@ def _line(
         seconds = None
     elif cell.job.engine.kind != "echo":
         seconds = plan.num_rows * each + estimate.flops / (GEMM_SHARE * rate)
-    line = plan_line(plan.num_rows, plan.num_units, estimate.prompt_tokens, len(sample.errors), seconds)
+    line = plan_line(
+        plan.num_rows, plan.num_units, estimate.prompt_tokens, len(sample.errors), seconds
+    )
     return line, plan.num_rows, estimate.prompt_tokens, seconds

@@ -1,7 +1,8 @@
 """From a checkpoint's files to a ModelConfig, resolved once, with the source of every value.
 
-Reads config.json (and generation_config.json for the end ids) in all the shapes in which GLM checkpoints occur:
-GLM-4.1V's text keys stand at the root or in a `text_config`. Knows nothing of torch, weights or tokenizers.
+Reads config.json (and generation_config.json for the end ids) in all the shapes in which GLM
+checkpoints occur: GLM-4.1V's text keys stand at the root or in a `text_config`. Knows nothing of
+torch, weights or tokenizers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ MODEL_TYPES = {
     "glm4v": "Glm4vForConditionalGeneration",
 }
 
-# What a missing key means: the defaults of the published configuration classes (glm and glm4 agree on these).
+# What a missing key means: the defaults of the published configuration classes (glm and glm4 agree
+# on these).
 CLASS_DEFAULTS: dict[str, Any] = {
     "vocab_size": 151552,
     "hidden_size": 4096,
@@ -85,7 +87,8 @@ VISION_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
-NULLABLE = ("pad_token_id", "problem_type")  # an explicit null is a value; elsewhere it is a missing key
+# an explicit null is a value; elsewhere it is a missing key
+NULLABLE = ("pad_token_id", "problem_type")
 BESIDE = ("pad_token_id", "eos_token_id")  # in text_config or at the root beside it
 ROOT = (
     "problem_type",
@@ -117,12 +120,18 @@ def resolve(model_dir: str | Path) -> list[Resolved]:
     resolver = _Resolver(Path(model_dir))
     config = resolver.config()
     values = {
-        f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("rope", "vision", "media_tokens")
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in ("rope", "vision", "media_tokens")
     }
     values |= {f"rope.{f.name}": getattr(config.rope, f.name) for f in fields(config.rope)}
     if config.vision and config.media_tokens:
-        values |= {f"vision.{f.name}": getattr(config.vision, f.name) for f in fields(config.vision)}
-        values |= {f.name: getattr(config.media_tokens, f.name) for f in fields(config.media_tokens)}
+        values |= {
+            f"vision.{f.name}": getattr(config.vision, f.name) for f in fields(config.vision)
+        }
+        values |= {
+            f.name: getattr(config.media_tokens, f.name) for f in fields(config.media_tokens)
+        }
     values["num_parameters"] = config.num_parameters
     return [
         Resolved(name=name, value=value, source=resolver.sources.get(name, "computed"))
@@ -146,7 +155,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class _Resolver:
-    """Looks keys up in the order that the checkpoint formats give them and notes where each was found."""
+    """Looks keys up in the order that the checkpoint formats give them and notes where each was
+    found.
+    """
 
     def __init__(self, model_dir: Path) -> None:
         self.path = model_dir / "config.json"
@@ -169,7 +180,9 @@ class _Resolver:
                 f"{self.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
             )
         if (act := self._get("hidden_act")) != "silu":
-            raise ConfigError(f"{self.path}: {self._key('hidden_act')} {act!r} is not supported; GLM models use 'silu'")
+            raise ConfigError(
+                f"{self.path}: {self._key('hidden_act')} {act!r} is not supported; GLM models use 'silu'"
+            )
         max_positions = self._int("max_position_embeddings")
         vocab_size = self._int("vocab_size")
         id2label = self._labels()
@@ -225,8 +238,14 @@ class _Resolver:
         return section or {}
 
     def _get(self, name: str) -> Any:
-        """A text model's key from `text_config` where there is one; what belongs to the whole model from the root."""
-        places = [("", self.raw)] if self.text is self.raw or name in ROOT else [("text_config.", self.text)]
+        """A text model's key from `text_config` where there is one; what belongs to the whole model
+        from the root.
+        """
+        places = (
+            [("", self.raw)]
+            if self.text is self.raw or name in ROOT
+            else [("text_config.", self.text)]
+        )
         if self.text is not self.raw and name in BESIDE:
             places.append(("", self.raw))
         for prefix, keys in places:
@@ -246,11 +265,15 @@ class _Resolver:
         if family != "glm4v":
             return self._int("head_dim")
         if hidden % heads:
-            raise ConfigError(f"{self.path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+            raise ConfigError(
+                f"{self.path}: hidden_size {hidden} is no multiple of num_attention_heads {heads}"
+            )
         return hidden // heads  # whatever a head_dim says
 
     def _tied(self) -> bool:
-        """True where it is stated: old saves say so in text_config while the root holds its default."""
+        """True where it is stated: old saves say so in text_config while the root holds its
+        default.
+        """
         name = "tie_word_embeddings"
         self.sources[name] = "class default"
         tied = False
@@ -263,13 +286,20 @@ class _Resolver:
     def _vision(self, hidden: int) -> VisionConfig:
         """`vision_config`; always axial rotary embedding, whatever type it names."""
         section = self._section("vision_config")
-        values = {name: self._vision_value(section, name, default) for name, default in VISION_DEFAULTS.items()}
+        values = {
+            name: self._vision_value(section, name, default)
+            for name, default in VISION_DEFAULTS.items()
+        }
         if (act := values.pop("hidden_act")) != "silu":
-            raise ConfigError(f"{self.path}: vision_config.hidden_act {act!r} is not supported; GLM models use 'silu'")
+            raise ConfigError(
+                f"{self.path}: vision_config.hidden_act {act!r} is not supported; GLM models use 'silu'"
+            )
         rope = section.get("rope_parameters")
         theta = rope.get("rope_theta") if isinstance(rope, dict) else None
         where = "vision_config.rope_parameters.rope_theta"
-        self.sources["vision.rope_theta"] = "class default" if theta is None else f"{self.path.name}: {where}"
+        self.sources["vision.rope_theta"] = (
+            "class default" if theta is None else f"{self.path.name}: {where}"
+        )
         theta = self._positive(where, DEFAULT_ROPE_THETA if theta is None else theta)
         vision = VisionConfig(rope_theta=theta, **values)
         self._check_vision(vision, hidden)
@@ -277,7 +307,9 @@ class _Resolver:
 
     def _vision_value(self, section: dict[str, Any], name: str, default: Any) -> Any:
         where, value = f"vision_config.{name}", section.get(name)
-        self.sources[f"vision.{name}"] = "class default" if value is None else f"{self.path.name}: {where}"
+        self.sources[f"vision.{name}"] = (
+            "class default" if value is None else f"{self.path.name}: {where}"
+        )
         if value is None:
             return default
         match default:
@@ -326,7 +358,11 @@ class _Resolver:
         return int(value)
 
     def _positive(self, where: str, value: Any) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 < value < float("inf")
+        ):
             raise ConfigError(f"{self.path}: {where} is {value!r}; it must be a positive number")
         return float(value)
 
@@ -341,13 +377,17 @@ class _Resolver:
 
     def _dtype(self) -> Literal["float32", "bfloat16", "float16"]:
         names = ("dtype", "torch_dtype")  # v5 and v4; beside or in text_config
-        places = [("", self.raw, name) for name in names] + [(self._prefix, self.text, name) for name in names]
+        places = [("", self.raw, name) for name in names] + [
+            (self._prefix, self.text, name) for name in names
+        ]
         prefix, keys, name = next((place for place in places if place[1].get(place[2])), places[0])
         key, stated = prefix + name, keys.get(name)
         value = str(stated or CLASS_DEFAULTS["dtype"]).removeprefix("torch.")
         self.sources["dtype"] = f"{self.path.name}: {key}" if stated else "class default"
         if value not in DTYPES:
-            raise ConfigError(f"{self.path}: {key} {value!r} is not supported; one of {', '.join(DTYPES)}")
+            raise ConfigError(
+                f"{self.path}: {key} {value!r} is not supported; one of {', '.join(DTYPES)}"
+            )
         return value  # type: ignore[return-value]
 
     def _eos(self) -> tuple[int, ...]:
@@ -360,20 +400,26 @@ class _Resolver:
             self.sources["eos_token_ids"] = self.sources["eos_token_id"]
         ids = value if isinstance(value, list) else [value]
         if not all(map(_is_int, ids)):
-            raise ConfigError(f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them")
+            raise ConfigError(
+                f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them"
+            )
         return tuple(ids)
 
     def _labels(self) -> tuple[str, ...]:
         if raw := self.raw.get("id2label"):
             numbers = [str(i) for i in range(len(raw))]
             if not isinstance(raw, dict) or sorted(raw) != sorted(numbers):
-                raise ConfigError(f"{self.path}: id2label must number its labels 0 to {len(raw) - 1} without gaps")
+                raise ConfigError(
+                    f"{self.path}: id2label must number its labels 0 to {len(raw) - 1} without gaps"
+                )
             labels = [str(raw[number]) for number in numbers]
             source = f"{self.path.name}: id2label"
         else:
             count = self._positive_int("num_labels", self.raw.get("num_labels") or 2)
             labels = [f"LABEL_{i}" for i in range(count)]
-            source = f"{self.path.name}: num_labels" if self.raw.get("num_labels") else "class default"
+            source = (
+                f"{self.path.name}: num_labels" if self.raw.get("num_labels") else "class default"
+            )
         self.sources["id2label"] = self.sources["num_labels"] = source
         return tuple(labels)
 
@@ -381,27 +427,39 @@ class _Resolver:
         value = self._get("problem_type")
         known = ("single_label_classification", "multi_label_classification", "regression")
         if value is not None and value not in known:
-            raise ConfigError(f"{self.path}: problem_type {value!r} is not one of {', '.join(known)}")
+            raise ConfigError(
+                f"{self.path}: problem_type {value!r} is not one of {', '.join(known)}"
+            )
         return value  # type: ignore[no-any-return]
 
     def _rope(self, family: Family, head_dim: int, max_positions: int) -> RopeConfig:
-        """The v4 flat, v5 nested and mixed forms; keys inside a rope dictionary win over top-level keys."""
+        """The v4 flat, v5 nested and mixed forms; keys inside a rope dictionary win over top-level
+        keys.
+        """
         rope_type = self._rope_get("rope_type", "default")
         if rope_type not in ("default", "linear", "yarn"):
             where = self._rope_where("rope_type")
-            raise ConfigError(f"{self.path}: {where} {rope_type!r} is not supported; one of default, linear, yarn")
+            raise ConfigError(
+                f"{self.path}: {where} {rope_type!r} is not supported; one of default, linear, yarn"
+            )
         theta = self._rope_positive("rope_theta", DEFAULT_ROPE_THETA)
         rotary_dim = self._rotary_dim(family, head_dim)
         sections = self._mrope_section(rotary_dim) if family == "glm4v" else ()
         if rope_type == "default":
-            return RopeConfig(rope_type="default", rope_theta=theta, rotary_dim=rotary_dim, mrope_section=sections)
+            return RopeConfig(
+                rope_type="default", rope_theta=theta, rotary_dim=rotary_dim, mrope_section=sections
+            )
         name = "original_max_position_embeddings"
-        original = self._rope_get(name, max_positions, default_source=self.sources["max_position_embeddings"])
+        original = self._rope_get(
+            name, max_positions, default_source=self.sources["max_position_embeddings"]
+        )
         original = self._positive_int(self._rope_where(name), original)
         factor = self._rope_get("factor", max_positions / original if rope_type == "yarn" else None)
         if not isinstance(factor, int | float) or factor < 1:
             where = self._rope_where("factor")
-            raise ConfigError(f"{self.path}: {where} is {factor!r}; {rope_type} scaling needs a number >= 1")
+            raise ConfigError(
+                f"{self.path}: {where} is {factor!r}; {rope_type} scaling needs a number >= 1"
+            )
         attention_factor, mscale, mscale_all_dim = (
             None if self._rope_get(name, None) is None else self._rope_positive(name, None)
             for name in ("attention_factor", "mscale", "mscale_all_dim")
@@ -424,8 +482,12 @@ class _Resolver:
     def _mrope_section(self, rotary_dim: int) -> tuple[int, ...]:
         sections = self._rope_get("mrope_section", DEFAULT_MROPE_SECTION)
         where = self._rope_where("mrope_section")
-        if not isinstance(sections, list) or not all(_is_int(count) and count >= 0 for count in sections):
-            raise ConfigError(f"{self.path}: {where} is {sections!r}; it must be a list of numbers of pairs")
+        if not isinstance(sections, list) or not all(
+            _is_int(count) and count >= 0 for count in sections
+        ):
+            raise ConfigError(
+                f"{self.path}: {where} is {sections!r}; it must be a list of numbers of pairs"
+            )
         if sum(sections) != rotary_dim // 2:
             raise ConfigError(
                 f"{self.path}: {where} {sections} adds up to {sum(sections)} pairs, but {rotary_dim // 2} turn; check "
@@ -434,11 +496,15 @@ class _Resolver:
         return tuple(sections)
 
     def _rotary_dim(self, family: Family, head_dim: int) -> int:
-        default = GLM4V_PARTIAL_ROTARY_FACTOR if family == "glm4v" else DEFAULT_PARTIAL_ROTARY_FACTOR
+        default = (
+            GLM4V_PARTIAL_ROTARY_FACTOR if family == "glm4v" else DEFAULT_PARTIAL_ROTARY_FACTOR
+        )
         share = self._rope_get("partial_rotary_factor", default)
         where = self._rope_where("partial_rotary_factor")
         if not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ConfigError(f"{self.path}: {where} is {share!r}; it must be a number above 0 and at most 1")
+            raise ConfigError(
+                f"{self.path}: {where} is {share!r}; it must be a number above 0 and at most 1"
+            )
         rotary_dim = int(head_dim * share)
         if not rotary_dim or rotary_dim % 2:
             raise ConfigError(
@@ -453,11 +519,15 @@ class _Resolver:
         return self._positive(self._rope_where(name), value)
 
     def _rope_get(self, name: str, default: Any, *, default_source: str = "class default") -> Any:
-        """Advice to scale a model is to add a rope_scaling, so that it wins over a rope_parameters beside it."""
+        """Advice to scale a model is to add a rope_scaling, so that it wins over a rope_parameters
+        beside it.
+        """
         for section in ("rope_scaling", "rope_parameters", ""):
             keys = self.text.get(section) or {} if section else self.text
             if not isinstance(keys, dict):
-                raise ConfigError(f"{self.path}: {self._prefix}{section} is {keys!r}; it must be an object")
+                raise ConfigError(
+                    f"{self.path}: {self._prefix}{section} is {keys!r}; it must be an object"
+                )
             for key in (name, "type") if section and name == "rope_type" else (name,):
                 if keys.get(key) is not None:
                     place = f"{self._prefix}{section}{section and '.'}"

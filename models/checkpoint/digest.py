@@ -15,12 +15,18 @@ SAMPLES_PER_FILE = 64
 
 
 def model_digest(model_dir: str) -> str:
-    """A digest over a checkpoint's files: whole if they are small, else names, sizes and samples of each file.
+    """A digest over a checkpoint's files: whole if they are small, else names, sizes and samples of
+    each file.
 
-    Training changes weights everywhere, so samples tell two checkpoints apart without reading gigabytes.
+    Training changes weights everywhere, so samples tell two checkpoints apart without reading
+    gigabytes.
     """
     digest = hashlib.sha256()
-    files = sorted(path for path in Path(model_dir).rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(
+        path
+        for path in Path(model_dir).rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    )
     whole = sum(path.stat().st_size for path in files) <= WHOLE_HASH_BYTES
     for path in files:
         size = path.stat().st_size

@@ -1,7 +1,9 @@
-"""What a checkpoint says about images and videos: patch sizes, pixel budgets, normalisation, frame sampling.
+"""What a checkpoint says about images and videos: patch sizes, pixel budgets, normalisation, frame
+sampling.
 
-Owns the reading of processor_config.json, preprocessor_config.json and video_preprocessor_config.json and the defaults
-of the published GLM-4.1V classes. Knows nothing of pixels, files of rows, or torch.
+Owns the reading of processor_config.json, preprocessor_config.json and
+video_preprocessor_config.json and the defaults of the published GLM-4.1V classes. Knows nothing of
+pixels, files of rows, or torch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Resampling = Literal["torch", "pil"]
 PUBLISHED = Normalization()
 NUM_CHANNELS = 3
 BICUBIC = 3  # Pillow's number, which the files use
-# An 8192x8192 source; a decoded frame of it takes 200 MB, and Pillow needs a third more while it decodes.
+# An 8192x8192 source; a decoded frame of it takes 200 MB, and Pillow needs a third more while it
+# decodes.
 DEFAULT_MAX_SOURCE_PIXELS = 1 << 26
 SUPPORTED_PROCESSORS = "Glm4v"  # Glm4vImageProcessor, ..Fast, ..Pil, Glm4vVideoProcessor
 
@@ -31,8 +34,9 @@ class ImageProcessorConfig:
     """How images become patches.
 
     `min_pixels` and `max_pixels` bound frames x height x width after resizing; an image counts as
-    `temporal_patch_size` frames. `max_source_pixels` bounds width x height before decoding. `resampling` names the
-    arithmetic of the bicubic filter: "torch" is the published default processor's, "pil" that of its Pillow twin.
+    `temporal_patch_size` frames. `max_source_pixels` bounds width x height before decoding.
+    `resampling` names the arithmetic of the bicubic filter: "torch" is the published default
+    processor's, "pil" that of its Pillow twin.
     """
 
     min_pixels: int = 112 * 112
@@ -52,12 +56,20 @@ class ImageProcessorConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}: {value!r}; it must be a whole number from 1")
         if self.min_pixels > self.max_pixels:
-            raise ConfigError(f"min_pixels: {self.min_pixels:,} is above max_pixels, {self.max_pixels:,}; lower it")
+            raise ConfigError(
+                f"min_pixels: {self.min_pixels:,} is above max_pixels, {self.max_pixels:,}; lower it"
+            )
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
             if len(value) != NUM_CHANNELS or not all(_is_number(part) for part in value):
-                raise ConfigError(f"{name}: {value!r}; it must be three numbers, one for each of red, green and blue")
-        if not _is_number(self.rescale_factor) or self.rescale_factor <= 0 or min(self.image_std) <= 0:
+                raise ConfigError(
+                    f"{name}: {value!r}; it must be three numbers, one for each of red, green and blue"
+                )
+        if (
+            not _is_number(self.rescale_factor)
+            or self.rescale_factor <= 0
+            or min(self.image_std) <= 0
+        ):
             raise ConfigError("rescale_factor and image_std must be above 0")
 
     @property
@@ -68,7 +80,9 @@ class ImageProcessorConfig:
     @property
     def normalization(self) -> Normalization:
         """What the model folds into its patch embedding."""
-        return Normalization(mean=self.image_mean, std=self.image_std, rescale_factor=self.rescale_factor)
+        return Normalization(
+            mean=self.image_mean, std=self.image_std, rescale_factor=self.rescale_factor
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -77,7 +91,9 @@ class ImageProcessorConfig:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
-        """Reads a checkpoint directory; missing keys and files mean the class defaults. Raises ConfigError."""
+        """Reads a checkpoint directory; missing keys and files mean the class defaults. Raises
+        ConfigError.
+        """
         return cls._from_files(Path(path), "image_processor", ["preprocessor_config.json"])
 
     @classmethod
@@ -97,8 +113,8 @@ class ImageProcessorConfig:
 class VideoProcessorConfig(ImageProcessorConfig):
     """How videos become patches: all sampled frames share one budget.
 
-    `fps` frames are taken of each second; of a clip longer than `max_duration_s`, max_duration_s * fps in all. A
-    decoder holds several source frames, so their limit is lower than an image's: 8K.
+    `fps` frames are taken of each second; of a clip longer than `max_duration_s`, max_duration_s *
+    fps in all. A decoder holds several source frames, so their limit is lower than an image's: 8K.
     """
 
     max_pixels: int = 28 * 28 * 2 * 30000
@@ -107,7 +123,8 @@ class VideoProcessorConfig(ImageProcessorConfig):
     max_source_pixels: int = DEFAULT_MAX_SOURCE_PIXELS // 2
 
     def __post_init__(self) -> None:
-        # No super(): the decorator's slots make a new class, which the implicit form does not find in Python 3.11.
+        # No super(): the decorator's slots make a new class, which the implicit form does not find
+        # in Python 3.11.
         ImageProcessorConfig.__post_init__(self)
         for name in ("fps", "max_duration_s"):
             value = getattr(self, name)
@@ -116,7 +133,8 @@ class VideoProcessorConfig(ImageProcessorConfig):
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
-        """Reads a checkpoint directory; missing keys and files mean the class defaults. Raises ConfigError.
+        """Reads a checkpoint directory; missing keys and files mean the class defaults. Raises
+        ConfigError.
 
         As in the published classes, preprocessor_config.json stands in for a missing video file.
         """
@@ -130,7 +148,9 @@ class VideoProcessorConfig(ImageProcessorConfig):
 
 
 def _read_first(folder: Path, nested: str, names: list[str]) -> tuple[dict[str, Any], Path]:
-    """The first description found, and its file: the new common file's entry goes before the files of its own."""
+    """The first description found, and its file: the new common file's entry goes before the files
+    of its own.
+    """
     common = folder / "processor_config.json"
     entry = read_json(common).get(nested)
     if isinstance(entry, dict):
@@ -142,18 +162,28 @@ def _read_first(folder: Path, nested: str, names: list[str]) -> tuple[dict[str, 
 
 
 def _common_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields that images and videos share. Raises ConfigError for settings that mean other arithmetic."""
+    """The fields that images and videos share. Raises ConfigError for settings that mean other
+    arithmetic.
+    """
     for key in ("image_processor_type", "video_processor_type"):
         if not str(values.get(key) or SUPPORTED_PROCESSORS).startswith(SUPPORTED_PROCESSORS):
-            raise ConfigError(f"{key}: {values[key]!r} is not supported; this version reads {SUPPORTED_PROCESSORS}*")
+            raise ConfigError(
+                f"{key}: {values[key]!r} is not supported; this version reads {SUPPORTED_PROCESSORS}*"
+            )
     for key, wanted in (("do_resize", True), ("do_convert_rgb", True), ("resample", BICUBIC)):
         if values.get(key) not in (None, wanted):
-            raise ConfigError(f"{key}: {values[key]!r} is not supported; set it to {json.dumps(wanted)}")
+            raise ConfigError(
+                f"{key}: {values[key]!r} is not supported; set it to {json.dumps(wanted)}"
+            )
     keys = ("patch_size", "temporal_patch_size", "merge_size", "rescale_factor")
     found: dict[str, Any] = {key: values[key] for key in keys if values.get(key) is not None}
     for key in ("image_mean", "image_std"):
         if values.get(key) is not None:
-            found[key] = tuple(values[key]) if isinstance(values[key], list) else (values[key],) * NUM_CHANNELS
+            found[key] = (
+                tuple(values[key])
+                if isinstance(values[key], list)
+                else (values[key],) * NUM_CHANNELS
+            )
     if values.get("do_rescale") is False:
         found["rescale_factor"] = 1.0
     if values.get("do_normalize") is False:
@@ -166,7 +196,9 @@ def _budget(size: object) -> dict[str, Any]:
     if size is None:
         return {}
     if not isinstance(size, dict) or not {"shortest_edge", "longest_edge"} <= size.keys():
-        raise ConfigError(f"size: {size!r}; it must hold shortest_edge and longest_edge, both numbers of pixels")
+        raise ConfigError(
+            f"size: {size!r}; it must hold shortest_edge and longest_edge, both numbers of pixels"
+        )
     return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
 
 

@@ -1,7 +1,7 @@
 """ModelConfig: what defines one network, as frozen data.
 
-Owns names, types and what follows from them (parameter counts, the longest context). Reading them from a checkpoint's
-files is the business of glm_batch.models.checkpoint.config_reader.
+Owns names, types and what follows from them (parameter counts, the longest context). Reading them
+from a checkpoint's files is the business of models.checkpoint.config_reader.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 class RopeConfig:
     """Rotary embedding: `rotary_dim` leading dimensions of each head turn; the rest pass through.
 
-    `mrope_section` deals the pairs of dimensions to the position axes time, height, width in turn; empty where there is
-    one axis. The fields after `factor` belong to YaRN (arXiv 2309.00071) alone.
+    `mrope_section` deals the pairs of dimensions to the position axes time, height, width in turn;
+    empty where there is one axis. The fields after `factor` belong to YaRN (arXiv 2309.00071)
+    alone.
     """
 
     rope_type: Literal["default", "linear", "yarn"]
@@ -80,7 +81,8 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaTokens:
-    """The ids that stand for images and videos in a prompt: each feature takes the place of one `image_token_id`.
+    """The ids that stand for images and videos in a prompt: each feature takes the place of one
+    `image_token_id`.
 
     Those between `video_start_token_id` and `video_end_token_id` are frames of a video.
     """
@@ -95,7 +97,8 @@ class MediaTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One model with its head. `num_labels`, `id2label`, `problem_type` matter to classification heads only.
+    """One model with its head. `num_labels`, `id2label`, `problem_type` matter to classification
+    heads only.
 
     `vision` and `media_tokens` are None where the model reads nothing but text.
     """
@@ -127,8 +130,13 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """The most tokens, prompt and answer together, that it was made for, or was stretched to by its rope."""
-        return max(self.max_position_embeddings, int(self.rope.original_max_position_embeddings * self.rope.factor))
+        """The most tokens, prompt and answer together, that it was made for, or was stretched to by
+        its rope.
+        """
+        return max(
+            self.max_position_embeddings,
+            int(self.rope.original_max_position_embeddings * self.rope.factor),
+        )
 
     @property
     def inferred_problem_type(self) -> ProblemType:
@@ -140,9 +148,15 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Weights of the whole network, the head included."""
-        hidden, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        hidden, heads, kv_heads = (
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+        )
         qkv = (heads + 2 * kv_heads) * self.head_dim
-        attention = qkv * hidden + heads * self.head_dim * hidden + (qkv if self.attention_bias else 0)
+        attention = (
+            qkv * hidden + heads * self.head_dim * hidden + (qkv if self.attention_bias else 0)
+        )
         norms = (2 if self.family == "glm" else 4) * hidden
         layer = attention + 3 * hidden * self.intermediate_size + norms
         total = self.num_hidden_layers * layer + self.vocab_size * hidden + hidden

@@ -1,6 +1,7 @@
 """Normalization: how a checkpoint wants uint8 pixels turned into numbers.
 
-Owns the numbers alone; glm_batch.models.checkpoint.media_config reads them. Knows nothing of sizes, budgets or tensors.
+Owns the numbers alone; models.checkpoint.media_config reads them. Knows nothing of sizes, budgets
+or tensors.
 """
 
 from __future__ import annotations

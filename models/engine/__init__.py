@@ -1,9 +1,10 @@
-"""The engine: requests in, completions out. `build_engine` is the one place that chooses torch, vllm or echo.
+"""The engine: requests in, completions out. `build_engine` is the one place that chooses torch,
+vllm or echo.
 
-Reads top down: torch_engine.py is the loop around a scheduler and a runner; what it is made of lies in
-`api` (the vocabulary), `scheduling`, `decoding` and `execution`; `vllm` and `cuda` can be taken away.
-llm.py is the few-line Python door. Everything else of `models` may be imported; nothing imports this but
-through `glm_batch.models.engine`.
+Read torch_engine.py first: it is the loop around a scheduler and a runner; what it is made of lies
+in `api` (the vocabulary), `scheduling`, `decoding` and `execution`; `vllm` and `cuda` can be taken
+away. llm.py is the few-line Python door. Everything else of `models` may be imported; nothing
+imports this but through `models.engine`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ __all__ = [
 
 
 def build_engine(config: EngineConfig, group: TorchGroup | None = None) -> Engine:
-    """Loads the model that `config` names and returns the engine that runs it, as rank 0 of a group if there is one.
+    """Loads the model that `config` names and returns the engine that runs it, as rank 0 of a group
+    if there is one.
 
     Raises ConfigError for a checkpoint or option that cannot run.
     """

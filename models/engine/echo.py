@@ -1,8 +1,10 @@
-"""EchoEngine: answers every request at once from its prompt alone. No model, no torch; for dry runs and tests.
+"""EchoEngine: answers every request at once from its prompt alone. No model, no torch; for dry runs
+and tests.
 
-Answers are a function of the prompt's token ids, its media and the work, so that reruns agree. A generated text is the
-prompt's last tokens (decoded by the tokenizer when one is given) and the first bytes of its media's digests; the label
-scores favour a choice picked by the sum of the prompt and of these bytes. Every prompt token is the likeliest.
+Answers are a function of the prompt's token ids, its media and the work, so that reruns agree. A
+generated text is the prompt's last tokens (decoded by the tokenizer when one is given) and the
+first bytes of its media's digests; the label scores favour a choice picked by the sum of the prompt
+and of these bytes. Every prompt token is the likeliest.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from glm_batch.models.engine.api.request import (
 )
 from glm_batch.models.errors import RowError
 
-ECHO_WIDTH = 8  # length of vectors, class logits and hidden states where no checkpoint says otherwise
+# length of vectors, class logits and hidden states where no checkpoint says otherwise
+ECHO_WIDTH = 8
 DIGEST_BYTES = 4  # of each item's digest, as much as answers depend on
 
 
@@ -54,7 +57,9 @@ class EchoEngine:
         num_labels: int = ECHO_WIDTH,
         merge_size: int | None = None,
     ) -> None:
-        """`merge_size` is that of the checkpoint's vision tower; without one, prompts with media are refused."""
+        """`merge_size` is that of the checkpoint's vision tower; without one, prompts with media
+        are refused.
+        """
         self._max_model_len = max_model_len
         self._tokenizer = tokenizer
         self._hidden_size = hidden_size
@@ -66,14 +71,18 @@ class EchoEngine:
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError for an id that is in flight already."""
-        refuse_known_ids(requests, chain(self._waiting, (completion.id for completion in self._aborted)))
+        refuse_known_ids(
+            requests, chain(self._waiting, (completion.id for completion in self._aborted))
+        )
         self._waiting |= {request.id: request for request in requests}
 
     def step(self) -> list[Completion]:
         answers = [self._answer(request) for request in self._waiting.values()]
         for request, answer in zip(self._waiting.values(), answers, strict=True):
             if request.stream:
-                self._deltas += [_delta(request.id, index, output) for index, output in enumerate(answer.outputs)]
+                self._deltas += [
+                    _delta(request.id, index, output) for index, output in enumerate(answer.outputs)
+                ]
         done = self._aborted + answers
         self._waiting.clear()
         self._aborted = []
@@ -100,7 +109,9 @@ class EchoEngine:
         ids = list(request.input_ids)
         error = self._error(request)
         if error is not None:
-            return Completion(id=request.id, finish_reason="error", prompt_tokens=len(ids), error=error)
+            return Completion(
+                id=request.id, finish_reason="error", prompt_tokens=len(ids), error=error
+            )
         items = request.media.items if request.media else ()
         seen = [item.digest[:DIGEST_BYTES] for item in items]
         digest = sum(ids) + sum(int.from_bytes(each) for each in seen)
@@ -108,12 +119,25 @@ class EchoEngine:
         match request.work:
             case Generate(sampling=sampling):
                 echoed = ids[-sampling.max_tokens :]
-                text = self._tokenizer.decode(echoed) if self._tokenizer else " ".join(map(str, echoed))
-                text += "".join(f" {item.kind} {each.hex()}" for item, each in zip(items, seen, strict=True))
+                text = (
+                    self._tokenizer.decode(echoed)
+                    if self._tokenizer
+                    else " ".join(map(str, echoed))
+                )
+                text += "".join(
+                    f" {item.kind} {each.hex()}" for item, each in zip(items, seen, strict=True)
+                )
                 logprobs = (0.0,) * len(echoed) if sampling.logprobs else None
-                output = Output(token_ids=tuple(echoed), text=text, finish_reason="stop", logprobs=logprobs)
+                output = Output(
+                    token_ids=tuple(echoed), text=text, finish_reason="stop", logprobs=logprobs
+                )
                 outputs = (output,) * sampling.n
-                return replace(done, finish_reason="stop", output_tokens=len(echoed) * sampling.n, outputs=outputs)
+                return replace(
+                    done,
+                    finish_reason="stop",
+                    output_tokens=len(echoed) * sampling.n,
+                    outputs=outputs,
+                )
             case Choose(choices=choices):
                 rest = 0.1 / max(len(choices) - 1, 1)
                 picked = digest % len(choices)
@@ -127,14 +151,20 @@ class EchoEngine:
             case Tag() | Inspect():
                 width = self._hidden_size if isinstance(request.work, Inspect) else self._num_labels
                 shift = (digest - sum(ids)) % 97
-                array = np.cos(np.arange(width, dtype=np.float32) + np.array(ids, np.float32)[:, None] + shift)
+                array = np.cos(
+                    np.arange(width, dtype=np.float32) + np.array(ids, np.float32)[:, None] + shift
+                )
         return replace(done, array=array.astype(np.float32))
 
     def _done(self, request: Request, reason: FinishReason) -> Completion:
         items = request.media.items if request.media and self._merge_size else ()
-        media_tokens = sum(math.prod(item.grid_thw) // (self._merge_size or 1) ** 2 for item in items)
+        media_tokens = sum(
+            math.prod(item.grid_thw) // (self._merge_size or 1) ** 2 for item in items
+        )
         num_tokens = len(request.input_ids)
-        return Completion(id=request.id, finish_reason=reason, prompt_tokens=num_tokens, media_tokens=media_tokens)
+        return Completion(
+            id=request.id, finish_reason=reason, prompt_tokens=num_tokens, media_tokens=media_tokens
+        )
 
     def _error(self, request: Request) -> RowError | None:
         num_tokens = len(request.input_ids)
@@ -146,7 +176,9 @@ class EchoEngine:
                 f"the prompt has {num_tokens} tokens, the model takes fewer than {self._max_model_len}",
             )
         if request.media is not None and self._merge_size is None:
-            return RowError("unsupported_media", "the prompt shows media; the checkpoint reads text")
+            return RowError(
+                "unsupported_media", "the prompt shows media; the checkpoint reads text"
+            )
         return None
 
 

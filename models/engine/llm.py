@@ -1,7 +1,8 @@
 """LLM: the few-line Python door to one checkpoint, for one-off use and for tests.
 
-Wraps an engine with the checkpoint's tokenizer and chat template; each call runs until its own requests are done. The
-caller is trusted: paths in messages are read wherever they lie, and media are decoded in this process.
+Wraps an engine with the checkpoint's tokenizer and chat template; each call runs until its own
+requests are done. The caller is trusted: paths in messages are read wherever they lie, and media
+are decoded in this process.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ Messages = str | list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The label picked, its probability among the labels, all of those, and what the model would rather have said."""
+    """The label picked, its probability among the labels, all of those, and what the model would
+    rather have said.
+    """
 
     label: str
     probability: float
@@ -70,10 +73,12 @@ class TaggedToken:
 
 
 class LLM:
-    """A loaded checkpoint. Prompts are chat messages (a string is one user message) or, where named so, raw text.
+    """A loaded checkpoint. Prompts are chat messages (a string is one user message) or, where named
+    so, raw text.
 
-    The media that messages show are given as bytes or a local path, an image also as uint8 [height, width, 3] in RGB:
-    {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Which shape is it?"}]}.
+    The media that messages show are given as bytes or a local path, an image also as uint8 [height,
+    width, 3] in RGB: {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type":
+    "text", "text": "Which shape is it?"}]}.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -84,11 +89,15 @@ class LLM:
         self._ids = itertools.count()
 
     def chat(self, messages: Messages, *, thinking: bool = False, **options: Any) -> str:
-        """The assistant's answer, without its reasoning when `thinking`; `options` are those of `generate`."""
+        """The assistant's answer, without its reasoning when `thinking`; `options` are those of
+        `generate`.
+        """
         start_answer = "schema" in options or "regex" in options
         work = _generation(**options, n=1)
         request = self._conversation(messages, work, thinking=thinking, start_answer=start_answer)
-        return self._chat.split_reasoning(self.run([request])[0].outputs[0].text, thinking=thinking)[1]
+        return self._chat.split_reasoning(
+            self.run([request])[0].outputs[0].text, thinking=thinking
+        )[1]
 
     def generate(
         self,
@@ -99,11 +108,15 @@ class LLM:
         sampling: SamplingParams | None = None,
         **params: Any,
     ) -> tuple[Output, ...]:
-        """Continues raw text or token ids; `params` are fields of SamplingParams. Returns `n` outputs."""
+        """Continues raw text or token ids; `params` are fields of SamplingParams. Returns `n`
+        outputs.
+        """
         work = _generation(schema=schema, regex=regex, sampling=sampling, **params)
         return self.run([self._request(prompt, work)])[0].outputs
 
-    def choose(self, messages: Messages, labels: Sequence[str], *, end_of_label: str = "auto") -> Choice:
+    def choose(
+        self, messages: Messages, labels: Sequence[str], *, end_of_label: str = "auto"
+    ) -> Choice:
         """Probabilities of the labels as answers, without decoding."""
         choices = tuple(self._chat.label_continuations(list(labels)))
         work = Choose(choices=choices, count_end=self._chat.count_end(choices, end_of_label))
@@ -117,7 +130,9 @@ class LLM:
         )
 
     def classify(self, text: Prompt) -> dict[str, float]:
-        """Class probabilities (or the raw value for regression) of raw text by a sequence-classification head."""
+        """Class probabilities (or the raw value for regression) of raw text by a
+        sequence-classification head.
+        """
         logits = self._array(text, Classify()).astype(np.float64)
         names = self.config.id2label
         scores, _ = class_scores(logits, names, self.config.inferred_problem_type)
@@ -129,13 +144,19 @@ class LLM:
         probabilities = softmax(self._array(ids, Tag()).astype(np.float64))
         return [
             TaggedToken(
-                text=text[start:end], start=start, end=end, label=self.config.id2label[row.argmax()], score=row.max()
+                text=text[start:end],
+                start=start,
+                end=end,
+                label=self.config.id2label[row.argmax()],
+                score=row.max(),
             )
             for (start, end), row in zip(offsets, probabilities, strict=True)
             if end > start
         ]
 
-    def embed(self, text: Prompt, *, pooling: str = "last", normalize: bool = False) -> NDArray[np.float32]:
+    def embed(
+        self, text: Prompt, *, pooling: str = "last", normalize: bool = False
+    ) -> NDArray[np.float32]:
         """[hidden_size]: the last token's hidden state or the mean over all tokens of raw text."""
         return self._array(text, Embed(pooling=pooling, normalize=normalize))  # type: ignore[arg-type]
 
@@ -151,7 +172,8 @@ class LLM:
         """Runs requests together, in their order. Raises the RowError of the first that failed."""
         self.engine.submit(requests)
         done: dict[str, Completion] = {}
-        while not all(request.id in done for request in requests):  # others may be left of an interrupted call
+        # others may be left of an interrupted call
+        while not all(request.id in done for request in requests):
             done |= {completion.id: completion for completion in self.engine.step()}
         completions = [done[request.id] for request in requests]
         for completion in completions:
@@ -175,7 +197,9 @@ class LLM:
         self, messages: Messages, work: Work, *, thinking: bool = False, start_answer: bool = False
     ) -> Request:
         """Raises RowError for messages or media that cannot be used."""
-        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        messages = (
+            [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        )
         ids = self._chat.prompt_ids(messages, thinking=thinking, start_answer=start_answer)
         parts = media_parts(messages)
         if not parts:
@@ -194,12 +218,17 @@ class LLM:
 
 
 def _generation(
-    *, schema: str | None = None, regex: str | None = None, sampling: SamplingParams | None = None, **params: Any
+    *,
+    schema: str | None = None,
+    regex: str | None = None,
+    sampling: SamplingParams | None = None,
+    **params: Any,
 ) -> Generate:
     constraint = None
     if schema is not None or regex is not None:
         constraint = Constraint(
-            kind="regex" if schema is None else "json_schema", text=str(regex if schema is None else schema)
+            kind="regex" if schema is None else "json_schema",
+            text=str(regex if schema is None else schema),
         )
     return Generate(sampling=replace(sampling or SamplingParams(), **params), constraint=constraint)
 
@@ -212,7 +241,11 @@ def _patches(part: MediaPart, prompts: MediaPrompts) -> MediaPatches:
     if isinstance(source, np.ndarray) and part.kind == "image":
         return images.from_array(source)
     data = _read(source)
-    return images.from_bytes(data) if part.kind == "image" else VideoProcessor(prompts.video).from_bytes(data)
+    return (
+        images.from_bytes(data)
+        if part.kind == "image"
+        else VideoProcessor(prompts.video).from_bytes(data)
+    )
 
 
 def _read(source: object) -> bytes:
@@ -221,9 +254,14 @@ def _read(source: object) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if not isinstance(source, str | os.PathLike):
-        raise RowError("wrong_type", f"{type(source).__name__} is no image or video; give bytes or a local path")
+        raise RowError(
+            "wrong_type",
+            f"{type(source).__name__} is no image or video; give bytes or a local path",
+        )
     try:
         return Path(source).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RowError("media_not_found", f"{str(source)[:200]}: {reason}; give bytes or a local path") from error
+        raise RowError(
+            "media_not_found", f"{str(source)[:200]}: {reason}; give bytes or a local path"
+        ) from error

@@ -1,4 +1,5 @@
-"""What "auto" means: engine, device, dtype and sizes, resolved from an EngineConfig and the checkpoint.
+"""What "auto" means: engine, device, dtype and sizes, resolved from an EngineConfig and the
+checkpoint.
 
 Knows nothing of requests or scheduling.
 """
@@ -20,15 +21,16 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup
 from glm_batch.models.processing.tokenizer import Tokenizer
 
-# Throughput settings: on a CPU activations of a step should stay near the caches, and small blocks waste few shared
-# tokens; a GPU wants many rows in flight.
+# Throughput settings: on a CPU activations of a step should stay near the caches, and small blocks
+# waste few shared tokens; a GPU wants many rows in flight.
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 BATCH_STEP_TOKENS = {"cpu": 192, "cuda": 1024}  # beside online requests: nearly as fast, and short
 NUM_SEQS = {"cpu": 256, "cuda": 512}
 BLOCK_SIZE = {"cpu": 4, "cuda": 16}
 MEDIA_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-# Rows that repeat come close to each other. What was computed this many full steps ago and not found again gives its
-# memory to new rows, so that a long stream of rows of their own needs no more of it than a short one.
+# Rows that repeat come close to each other. What was computed this many full steps ago and not
+# found again gives its memory to new rows, so that a long stream of rows of their own needs no more
+# of it than a short one.
 UNPROVEN_STEPS = 64
 
 
@@ -48,7 +50,9 @@ class Limits:
 
 
 def resolve_end_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-    """As the checkpoint's files say, else the family's own. Raises ConfigError for ids that the model cannot write."""
+    """As the checkpoint's files say, else the family's own. Raises ConfigError for ids that the
+    model cannot write.
+    """
     ids = tokenizer.eos_token_ids or tuple(i for i in config.eos_token_ids if i < config.vocab_size)
     if any(not 0 <= i < config.vocab_size for i in ids):
         raise ConfigError(
@@ -82,16 +86,22 @@ def _resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"engine.device={device!r}: no such kind of device; use auto, cpu or cuda") from error
+        raise ConfigError(
+            f"engine.device={device!r}: no such kind of device; use auto, cpu or cuda"
+        ) from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"engine.device={device!r}: torch finds no CUDA device here; use auto or cpu")
+        raise ConfigError(
+            f"engine.device={device!r}: torch finds no CUDA device here; use auto or cpu"
+        )
     return resolved
 
 
 def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     """ "auto" is the checkpoint's own dtype, but float32 where bfloat16 products would be slow."""
     if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            config.dtype
+        ]
     stored = load_config(config.model).dtype
     if stored == "float32" or (device.type == "cpu" and not _cpu_has_bfloat16()):
         return torch.float32
@@ -109,16 +119,22 @@ def resolve_limits(
     device: torch.device,
     group: ParallelGroup = SINGLE,
 ) -> Limits:
-    """Numbers for every "auto". Raises ConfigError when max_model_len exceeds what the checkpoint was made for."""
+    """Numbers for every "auto". Raises ConfigError when max_model_len exceeds what the checkpoint
+    was made for.
+    """
     longest = model.longest_context
     max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
     if max_model_len > longest:
-        raise ConfigError(f"engine.max_model_len={max_model_len}: the checkpoint takes at most {longest} tokens")
+        raise ConfigError(
+            f"engine.max_model_len={max_model_len}: the checkpoint takes at most {longest} tokens"
+        )
     block_size = BLOCK_SIZE[device.type] if config.block_size == "auto" else config.block_size
     max_num_seqs = NUM_SEQS[device.type] if config.max_num_seqs == "auto" else config.max_num_seqs
     kv_tokens = config.kv_cache_tokens
     if kv_tokens == "auto":
-        kv_tokens = default_kv_tokens(model, dtype, device, max_useful=max_num_seqs * max_model_len, group=group)
+        kv_tokens = default_kv_tokens(
+            model, dtype, device, max_useful=max_num_seqs * max_model_len, group=group
+        )
     return Limits(
         max_model_len=max_model_len,
         max_step_tokens=_given(config.max_step_tokens, STEP_TOKENS[device.type]),
@@ -128,14 +144,17 @@ def resolve_limits(
         block_size=block_size,
         prefix_caching=config.prefix_caching,
         media_cache_bytes=(
-            MEDIA_CACHE_BYTES[device.type] if config.media_cache_bytes == "auto" else config.media_cache_bytes
+            MEDIA_CACHE_BYTES[device.type]
+            if config.media_cache_bytes == "auto"
+            else config.media_cache_bytes
         ),
         tile_queries=resolve_tile_queries(config, model, device),
     )
 
 
-# TorchEngine's tables are above. vLLM left alone takes 128 sequences and 2,048 tokens a step, made for latency; its CPU
-# kernels want blocks of 32 tokens or a multiple, and only whole blocks are shared.
+# TorchEngine's tables are above. vLLM left alone takes 128 sequences and 2,048 tokens a step, made
+# for latency; its CPU kernels want blocks of 32 tokens or a multiple, and only whole blocks are
+# shared.
 VLLM_STEP_TOKENS = {"cpu": 4096, "cuda": 8192}
 VLLM_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 DTYPE_NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
@@ -144,11 +163,12 @@ DTYPE_NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
 
 
 def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
-    """The rule behind "auto": engine, device, dtype, sequences in flight, step size and block size, by device, model
-    and task.
+    """The rule behind "auto": engine, device, dtype, sequences in flight, step size and block size,
+    by device, model and task.
 
-    On a CPU the engine is torch, which is the faster one there, and on several ranks too; on one GPU vllm where it is
-    installed and can do the task, else torch. Raises ConfigError for a device that this machine has not.
+    On a CPU the engine is torch, which is the faster one there, and on several ranks too; on one
+    GPU vllm where it is installed and can do the task, else torch. Raises ConfigError for a device
+    that this machine has not.
     """
     if config.kind == "echo":
         return config
@@ -156,7 +176,9 @@ def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     kind = config.kind
     if kind == "auto":
         alone = config.tensor_parallel_size == 1
-        able = device.type == "cuda" and is_installed() and not checkpoint_problem(model, config.task)
+        able = (
+            device.type == "cuda" and is_installed() and not checkpoint_problem(model, config.task)
+        )
         kind = "vllm" if able and alone else "torch"
     vllm = kind == "vllm"
     return replace(
@@ -165,8 +187,12 @@ def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         device=str(device),
         dtype=DTYPE_NAMES[resolve_dtype(config, device)],
         max_num_seqs=_given(config.max_num_seqs, NUM_SEQS[device.type]),
-        max_step_tokens=_given(config.max_step_tokens, (VLLM_STEP_TOKENS if vllm else STEP_TOKENS)[device.type]),
-        block_size=_given(config.block_size, (VLLM_BLOCK_SIZE if vllm else BLOCK_SIZE)[device.type]),
+        max_step_tokens=_given(
+            config.max_step_tokens, (VLLM_STEP_TOKENS if vllm else STEP_TOKENS)[device.type]
+        ),
+        block_size=_given(
+            config.block_size, (VLLM_BLOCK_SIZE if vllm else BLOCK_SIZE)[device.type]
+        ),
     )
 
 

@@ -1,7 +1,8 @@
 """TorchEngine: requests in, completions out, around a scheduler and a runner.
 
-A step is: schedule -> build_batch -> run -> sample -> hand the numbers to the requests they belong to. A step that does
-not fit into memory is taken back and tried again with fewer tokens. Knows nothing of rows, files or ranks.
+A step is: schedule -> build_batch -> run -> sample -> hand the numbers to the requests they belong
+to. A step that does not fit into memory is taken back and tried again with fewer tokens. Knows
+nothing of rows, files or ranks.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class _Draw:
 
 
 class TorchEngine:
-    """The engine of this project. `from_checkpoint` builds one; every request ends in exactly one Completion."""
+    """The engine of this project. `from_checkpoint` builds one; every request ends in exactly one
+    Completion.
+    """
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer, limits: Limits) -> None:
         self.config: ModelConfig = runner.config
@@ -106,7 +109,8 @@ class TorchEngine:
 
     @classmethod
     def from_checkpoint(cls, config: EngineConfig, group: TorchGroup | None = None) -> TorchEngine:
-        """Loads the checkpoint; with a group, as its rank 0 while the others are in glm_batch.models.engine.execution.ranks.serve.
+        """Loads the checkpoint; with a group, as its rank 0 while the others are in
+        models.engine.execution.ranks.serve.
 
         Raises ConfigError for what the checkpoint or the device cannot do.
         """
@@ -123,7 +127,9 @@ class TorchEngine:
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
-        refuse_known_ids(requests, chain(self._pending, (completion.id for completion in self._ready)))
+        refuse_known_ids(
+            requests, chain(self._pending, (completion.id for completion in self._ready))
+        )
         for request in requests:
             try:
                 pending = self._admit(request)
@@ -140,7 +146,8 @@ class TorchEngine:
     def step(self) -> list[Completion]:
         """Computes up to max_step_tokens tokens and returns what finished.
 
-        What does not fit into memory is tried again in smaller steps, until a row does not fit by itself: it fails.
+        What does not fit into memory is tried again in smaller steps, until a row does not fit by
+        itself: it fails.
         """
         chunks = self.scheduler.schedule()
         if chunks:
@@ -156,7 +163,9 @@ class TorchEngine:
         return done
 
     def _compute(self, chunks: list[Chunk]) -> tuple[list[Wanted], StepOutput, list[_Draw]] | None:
-        """A step's numbers; nothing but memory has changed by then. None where that ran out: all is as before."""
+        """A step's numbers; nothing but memory has changed by then. None where that ran out: all is
+        as before.
+        """
         try:
             batch, wanted = self._batch(chunks)
             output = self._runner.run(batch)
@@ -179,7 +188,10 @@ class TorchEngine:
             )
         else:
             batch, wanted = build_batch(
-                chunks, self.scheduler, num_heads=self.config.num_attention_heads, eos_token_ids=end_ids
+                chunks,
+                self.scheduler,
+                num_heads=self.config.num_attention_heads,
+                eos_token_ids=end_ids,
             )
         scored = ranking(wanted, self._num_ids)
         return (replace(batch, ranking=scored) if scored else batch), wanted
@@ -210,7 +222,9 @@ class TorchEngine:
         return bool(self._pending or self._ready)
 
     def close(self) -> None:
-        """Ends everything in flight without completions and lets the model's memory go; once more does nothing."""
+        """Ends everything in flight without completions and lets the model's memory go; once more
+        does nothing.
+        """
         for pending in self._pending.values():
             self._drop(pending)
         self._pending.clear()
@@ -232,7 +246,9 @@ class TorchEngine:
                 for i in range(params.n):
                     matcher = self._constraints.start(constraint) if constraint else None
                     max_tokens = min(params.max_tokens, room)
-                    pending.decodings.append(Decoding(params, self.tokenizer, max_tokens=max_tokens, matcher=matcher))
+                    pending.decodings.append(
+                        Decoding(params, self.tokenizer, max_tokens=max_tokens, matcher=matcher)
+                    )
                     pending.sequences.append(self._sequence(request, prompt, media, sample_index=i))
                 return pending
             case Choose():
@@ -270,7 +286,8 @@ class TorchEngine:
             if request.media is None:
                 return None
             raise RowError(
-                "unsupported_media", f"the prompt shows media; the checkpoint, a {self.config.architecture}, reads text"
+                "unsupported_media",
+                f"the prompt shows media; the checkpoint, a {self.config.architecture}, reads text",
             )
         if request.media is None and tokens.image_token_id not in prompt:
             return None
@@ -291,7 +308,9 @@ class TorchEngine:
         if not prompt:
             raise RowError("empty_prompt", "the prompt has no tokens")
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
-            raise RowError("invalid_token", f"the prompt holds ids outside 0 to {self.config.vocab_size - 1}")
+            raise RowError(
+                "invalid_token", f"the prompt holds ids outside 0 to {self.config.vocab_size - 1}"
+            )
         longest, held = len(prompt), len(prompt)
         match request.work:
             case Generate(sampling=params):
@@ -303,7 +322,11 @@ class TorchEngine:
                 longest += max(tree.depths, default=0)
                 held += len(tree.tokens)
         if longest > self.limits.max_model_len:
-            extra = f" and {longest - len(prompt)} more to continue with" if longest > len(prompt) else ""
+            extra = (
+                f" and {longest - len(prompt)} more to continue with"
+                if longest > len(prompt)
+                else ""
+            )
             raise RowError(
                 "prompt_too_long",
                 f"the prompt has {len(prompt)} tokens{extra}; the model takes {self.limits.max_model_len}",
@@ -323,7 +346,8 @@ class TorchEngine:
         for want in wanted:
             pending = self._pending[want.sequence.request.id]
             count = len(want.indices)
-            if want.indices[:1] == [0]:  # perhaps once more: it may have lost its cache to an older sequence
+            # perhaps once more: it may have lost its cache to an older sequence
+            if want.indices[:1] == [0]:
                 pending.arrays.clear()
                 pending.scores.clear()
             match want.sequence.request.work:
@@ -359,7 +383,9 @@ class TorchEngine:
     def _draw(self, wanted: list[Wanted], logits: torch.Tensor) -> list[_Draw]:
         """The next token of each sequence that is due for one; changes nothing."""
         sequences = [
-            want.sequence for want in wanted if want.indices and isinstance(want.sequence.request.work, Generate)
+            want.sequence
+            for want in wanted
+            if want.indices and isinstance(want.sequence.request.work, Generate)
         ]
         if not sequences:
             return []
@@ -367,7 +393,9 @@ class TorchEngine:
         rows = [self._sample_row(i, sequence, errors) for i, sequence in enumerate(sequences)]
         sampled = sample(logits, rows, vocab_size=self._num_ids)
         errors = sampled.errors | errors
-        found = zip(sequences, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True)
+        found = zip(
+            sequences, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True
+        )
         return [_Draw(*each, error=errors.get(i)) for i, each in enumerate(found)]
 
     def _add(self, draw: _Draw) -> None:
@@ -390,7 +418,9 @@ class TorchEngine:
             self._finish_sequence(pending, sequence, decoding.finish_reason)
 
     def _sample_row(self, i: int, sequence: Sequence, errors: dict[int, RowError]) -> SampleRow:
-        """What the sampler must know; a constraint that can no longer be followed is noted in `errors`."""
+        """What the sampler must know; a constraint that can no longer be followed is noted in
+        `errors`.
+        """
         pending = self._pending[sequence.request.id]
         decoding = pending.decodings[sequence.sample_index]
         bitmask = None
@@ -443,7 +473,9 @@ class TorchEngine:
             outputs=outputs,
             choice_logprobs=choice_logprobs,
             array=_assemble(pending) if scored else None,
-            scores=_joined(pending.scores) if scored and isinstance(pending.request.work, Score) else None,
+            scores=_joined(pending.scores)
+            if scored and isinstance(pending.request.work, Score)
+            else None,
             num_preemptions=sum(sequence.num_preemptions for sequence in pending.sequences),
             media_tokens=first.media.num_tokens if first.media else 0,
         )
@@ -498,7 +530,9 @@ def _joined(pieces: list[PromptScores]) -> PromptScores:
     """Of a prompt's chunks; none where it has but one token."""
     if not pieces:
         nothing = np.empty((0, 0), np.float32)
-        return PromptScores(logprobs=nothing.ravel(), top_ids=nothing.astype(np.int64), top_logprobs=nothing)
+        return PromptScores(
+            logprobs=nothing.ravel(), top_ids=nothing.astype(np.int64), top_logprobs=nothing
+        )
     return PromptScores(
         logprobs=np.concatenate([piece.logprobs for piece in pieces]),
         top_ids=np.concatenate([piece.top_ids for piece in pieces]),
@@ -515,14 +549,20 @@ def _assemble(pending: _Pending) -> NDArray[np.float32] | None:
             pooled: NDArray[np.float32] = rows[0]
             return pooled
         case Embed(pooling=pooling, normalize=normalize):
-            vector = rows[-1].astype(np.float64) if pooling == "last" else rows.mean(axis=0, dtype=np.float64)
+            vector = (
+                rows[-1].astype(np.float64)
+                if pooling == "last"
+                else rows.mean(axis=0, dtype=np.float64)
+            )
             length = max(float(np.linalg.norm(vector)), 1e-12) if normalize else 1.0
             rows = (vector / length).astype(np.float32)
     return rows
 
 
 def _failed(request: Request, error: RowError) -> Completion:
-    return Completion(id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=error)
+    return Completion(
+        id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=error
+    )
 
 
 def _check_head(config: ModelConfig, request: Request) -> None:

@@ -1,8 +1,9 @@
-"""GLM (glm-4-9b-chat-hf): attention -> MLP -> decoder layer -> backbone, over packed tokens and a paged KV cache.
+"""GLM (glm-4-9b-chat-hf): attention -> MLP -> decoder layer -> backbone, over packed tokens and a
+paged KV cache.
 
-Legend: T packed tokens, W wanted rows, H hidden_size, K kv heads, G query heads per kv head, D head_dim. In a parallel
-group K and G count this rank's heads; what passes from layer to layer is complete on every rank.
-Knows nothing of engines, requests or heads.
+Legend: T packed tokens, W wanted rows, H hidden_size, K kv heads, G query heads per kv head, D
+head_dim. In a parallel group K and G count this rank's heads; what passes from layer to layer is
+complete on every rank. Knows nothing of engines, requests or heads.
 """
 
 from __future__ import annotations
@@ -35,14 +36,24 @@ class MediaRows:
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.features):
-            raise ValueError(f"{len(self.rows)} placeholder tokens, but {len(self.features)} features to put there")
+            raise ValueError(
+                f"{len(self.rows)} placeholder tokens, but {len(self.features)} features to put there"
+            )
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with partial rotary embedding. The output projection never has a bias."""
+    """Grouped-query attention with partial rotary embedding. The output projection never has a
+    bias.
+    """
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend, group: ParallelGroup
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attend: Attend,
+        group: ParallelGroup,
     ) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -59,29 +70,42 @@ class Attention(nn.Module):
         )
         self.num_heads, self.num_kv_heads = self.qkv_proj.heads.size, self.qkv_proj.kv_heads.size
         all_heads = config.num_attention_heads * config.head_dim
-        self.o_proj = RowLinear(all_heads, config.hidden_size, dtype=dtype, device=device, group=group)
+        self.o_proj = RowLinear(
+            all_heads, config.hidden_size, dtype=dtype, device=device, group=group
+        )
 
-    def forward(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch
+    ) -> torch.Tensor:
         """x [T, H] -> [T, H]; writes the keys and values of all T tokens first."""
         return self._output(self._project(x, turns, pages, attn), pages, attn.groups)
 
-    def forward_wanted(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
+    def forward_wanted(
+        self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch
+    ) -> torch.Tensor:
         """x [T, H] -> [W, H]: attention and output of the wanted rows alone."""
         q = self._project(x, turns, pages, attn)
         return self._output(q[attn.out_rows], pages, attn.out_groups)
 
-    def _project(self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch) -> torch.Tensor:
+    def _project(
+        self, x: torch.Tensor, turns: torch.Tensor, pages: Pages, attn: AttentionBatch
+    ) -> torch.Tensor:
         """x [T, H] -> queries [T, K * G, D]; keys and values go to the cache."""
         qk, v = self.qkv_proj.forward_qk_v(x)
-        q, k = torch.split(rotate_(self._heads(qk), turns), [self.num_heads, self.num_kv_heads], dim=1)
+        q, k = torch.split(
+            rotate_(self._heads(qk), turns), [self.num_heads, self.num_kv_heads], dim=1
+        )
         store(pages[0], attn.slots, k)
         store(pages[1], attn.slots, self._heads(v))
         return q
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)  # [T, heads, D]; T may be 0
+        # [T, heads, D]; T may be 0
+        return x.view(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)
 
-    def _output(self, q: torch.Tensor, pages: Pages, groups: tuple[AttentionGroup, ...]) -> torch.Tensor:
+    def _output(
+        self, q: torch.Tensor, pages: Pages, groups: tuple[AttentionGroup, ...]
+    ) -> torch.Tensor:
         return self.o_proj(self.attend(q, *pages, groups).flatten(1))  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> Targets:
@@ -91,34 +115,54 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(up * silu(gate)); rows 0..I-1 of the fused gate_up weight are the gate, the rest is up."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, group: ParallelGroup
+    ) -> None:
         super().__init__()
         inner = config.intermediate_size
-        self.gate_up_proj = GatedLinear(config.hidden_size, inner, dtype=dtype, device=device, group=group)
-        self.down_proj = RowLinear(inner, config.hidden_size, dtype=dtype, device=device, group=group)
+        self.gate_up_proj = GatedLinear(
+            config.hidden_size, inner, dtype=dtype, device=device, group=group
+        )
+        self.down_proj = RowLinear(
+            inner, config.hidden_size, dtype=dtype, device=device, group=group
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.gate_up_proj(x))  # type: ignore[no-any-return]
 
     def targets(self, name: str) -> Targets:
-        return self.gate_up_proj.targets(f"{name}.gate_up_proj") | self.down_proj.targets(f"{name}.down_proj")
+        return self.gate_up_proj.targets(f"{name}.gate_up_proj") | self.down_proj.targets(
+            f"{name}.down_proj"
+        )
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Subclasses may norm what a sublayer gives back."""
+    """Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Subclasses may norm what a sublayer
+    gives back.
+    """
 
     norm_names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     input_layernorm: RMSNorm
     post_attention_layernorm: RMSNorm
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, attend: Attend, group: ParallelGroup
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attend: Attend,
+        group: ParallelGroup,
     ) -> None:
         super().__init__()
         self.self_attn = Attention(config, dtype=dtype, device=device, attend=attend, group=group)
         self.mlp = MLP(config, dtype=dtype, device=device, group=group)
         for name in self.norm_names:
-            setattr(self, name, RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device))
+            setattr(
+                self,
+                name,
+                RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device),
+            )
 
     def forward(
         self,
@@ -129,7 +173,9 @@ class DecoderLayer(nn.Module):
         *,
         wanted_only: bool,
     ) -> torch.Tensor:
-        """x [T, H] -> [T, H], or [W, H] with `wanted_only`: the last layer owes no output to anybody else."""
+        """x [T, H] -> [T, H], or [W, H] with `wanted_only`: the last layer owes no output to
+        anybody else.
+        """
         attention = self.self_attn.forward_wanted if wanted_only else self.self_attn.forward
         attended = attention(self.input_layernorm(x), turns, pages, attn)
         if wanted_only:
@@ -183,10 +229,11 @@ class Backbone(nn.Module):
         attn: AttentionBatch,
         media: MediaRows | None = None,
     ) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> hidden states after the final norm of the wanted rows [W, H].
+        """input_ids, positions [T] int64 -> hidden states after the final norm of the wanted rows
+        [W, H].
 
-        positions may be [3, T] where the rotary embedding has three axes. The rows of `media` take its features for
-        their embeddings.
+        positions may be [3, T] where the rotary embedding has three axes. The rows of `media` take
+        its features for their embeddings.
         """
         turns = self.rope.lookup(positions, max_position)
         x = self.embed_tokens(input_ids)

@@ -1,6 +1,8 @@
-"""GLM-4-0414 and GLM-Z1: GLM whose sublayers' outputs are normed too before they join the residual stream.
+"""GLM-4-0414 and GLM-Z1: GLM whose sublayers' outputs are normed too before they join the residual
+stream.
 
-`post_attention_layernorm` is the norm before the MLP, as in GLM; `post_self_attn_layernorm` is the one after attention.
+`post_attention_layernorm` is the norm before the MLP, as in GLM; `post_self_attn_layernorm` is the
+one after attention.
 """
 
 from __future__ import annotations

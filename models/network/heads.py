@@ -1,6 +1,7 @@
 """Heads over any backbone: what the hidden states of the wanted rows become.
 
-A head knows its checkpoint names and its own shape, nothing of how rows were chosen or what becomes of the numbers.
+A head knows its checkpoint names and its own shape, nothing of how rows were chosen or what becomes
+of the numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class CausalLMHead(nn.Module):
         """hidden [W, H] -> float32 [W, vocab_size]."""
         return self.lm_head(hidden).float()  # type: ignore[no-any-return]
 
-    def pair_logprobs(self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def pair_logprobs(
+        self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
         """log P(tokens[i]) at hidden[rows[i]], float32 [pairs]: the whole vocabulary counts."""
         logits: torch.Tensor = self(hidden)
         return logits[rows, tokens] - logits.logsumexp(-1)[rows]
@@ -77,7 +80,9 @@ class ShardedLMHead(CausalLMHead):
             return hidden.new_empty(hidden.shape[0], 0, dtype=torch.float32)
         return torch.cat(gathered, dim=-1)[:, : self.part.total].float()
 
-    def pair_logprobs(self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def pair_logprobs(
+        self, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
         """As above, on every rank: a few numbers of each row are exchanged, its logits are not."""
         logits = self.lm_head(hidden).float()
         logits[:, self.part.size :] = float("-inf")
@@ -98,7 +103,9 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         bias = config.head == "token_classification" and config.token_classification_bias
-        self.score = Linear(config.hidden_size, config.num_labels, bias=bias, dtype=dtype, device=device)
+        self.score = Linear(
+            config.hidden_size, config.num_labels, bias=bias, dtype=dtype, device=device
+        )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [W, H] -> float32 [W, num_labels]."""

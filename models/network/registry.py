@@ -1,4 +1,6 @@
-"""From a checkpoint directory to a loaded network: one table of families, one function that builds and fills."""
+"""From a checkpoint directory to a loaded network: one table of families, one function that builds
+and fills.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ from glm_batch.models.network.layers.linear_packed import can_pack
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup, check_parts
 from glm_batch.models.network.vision import VisionTower
 
-BACKBONES: dict[str, type[Backbone]] = {"glm": Backbone, "glm4": Glm4Backbone, "glm4v": Glm4vBackbone}
+BACKBONES: dict[str, type[Backbone]] = {
+    "glm": Backbone,
+    "glm4": Glm4Backbone,
+    "glm4v": Glm4vBackbone,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +57,9 @@ def build_model(
     attend: Attend = attend_grouped,
     group: ParallelGroup = SINGLE,
 ) -> Model:
-    """Loads a checkpoint, or a rank's part of it. Raises ConfigError for what cannot be loaded or is unsafe."""
+    """Loads a checkpoint, or a rank's part of it. Raises ConfigError for what cannot be loaded or
+    is unsafe.
+    """
     config = load_config(model_dir)
     check_parts(config, group.size)
     if config.family != "glm" and dtype == torch.float16:
@@ -59,7 +67,9 @@ def build_model(
             f"{model_dir}: {config.family} in float16 is refused: its residual stream outgrows float16's largest "
             "number (65504), and the norms after each sublayer turn that into NaN; use bfloat16 or float32"
         )
-    backbone = BACKBONES[config.family](config, dtype=dtype, device=device, attend=attend, group=group)
+    backbone = BACKBONES[config.family](
+        config, dtype=dtype, device=device, attend=attend, group=group
+    )
     head: CausalLMHead | ClassificationHead
     if config.head == "causal_lm":
         causal = CausalLMHead if group.size == 1 else ShardedLMHead

@@ -1,8 +1,10 @@
-"""The vision tower of GLM-4.1V: patch embedding -> blocks -> downsample -> merger, packed over all media of a step.
+"""The vision tower of GLM-4.1V: patch embedding -> blocks -> downsample -> merger, packed over all
+media of a step.
 
-Legend: N patches, F frames (an image is one, a video has one for each temporal group), D hidden_size, C channels,
-T temporal_patch_size, p patch_size, m spatial_merge_size. Patches stand in storage order: frame by frame, within a
-frame merge block by merge block (m x m patches each, row by row). Knows nothing of prompts, files or digests.
+Legend: N patches, F frames (an image is one, a video has one for each temporal group), D
+hidden_size, C channels, T temporal_patch_size, p patch_size, m spatial_merge_size. Patches stand in
+storage order: frame by frame, within a frame merge block by merge block (m x m patches each, row by
+row). Knows nothing of prompts, files or digests.
 """
 
 from __future__ import annotations
@@ -62,50 +64,72 @@ Turns = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each float32 [N, 1, 1,
 
 
 class PatchEmbed(nn.Module):
-    """A patch of T frames to a vector: the checkpoint's convolution, whose stride is its size, as a matrix product."""
+    """A patch of T frames to a vector: the checkpoint's convolution, whose stride is its size, as a
+    matrix product.
+    """
 
     def __init__(self, config: VisionConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.shape = (config.hidden_size, config.in_channels, config.temporal_patch_size, config.patch_size**2)
+        self.shape = (
+            config.hidden_size,
+            config.in_channels,
+            config.temporal_patch_size,
+            config.patch_size**2,
+        )
         values = config.temporal_patch_size * config.frame_values
         self.proj = Linear(values, config.hidden_size, bias=True, dtype=dtype, device=device)
         self.kernel = (*self.shape[:3], config.patch_size, config.patch_size)
         self.dtype = dtype
-        self.folded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # values of a patch -> float32 weight, bias
+        # values of a patch -> float32 weight, bias
+        self.folded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised pixel_values [N, C * T * p * p] -> [N, D]."""
         return self.proj(pixel_values.to(self.dtype))  # type: ignore[no-any-return]
 
     def forward_uint8(self, patches: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, C * p * p] (a frame that stands for all T) or [N, C * T * p * p] -> [N, D], once folded."""
+        """uint8 [N, C * p * p] (a frame that stands for all T) or [N, C * T * p * p] -> [N, D],
+        once folded.
+        """
         weight, bias = self.folded[patches.shape[1]]
         return F.linear(patches.to(torch.float32).sub_(MIDDLE), weight, bias).to(self.dtype)
 
     def fold(self, image: Normalization, video: Normalization) -> None:
-        """Once loaded: makes the weights that take uint8. They stay in float32, for they cost next to nothing."""
+        """Once loaded: makes the weights that take uint8. They stay in float32, for they cost next
+        to nothing.
+        """
         weight, bias = self.proj.weight.view(self.shape), self.proj.bias
         assert bias is not None
         video_weight, video_bias = fold_normalization(weight, bias, video)
         image_weight, image_bias = fold_normalization(weight, bias, image)
         self.folded = {
             video_weight[0].numel(): (video_weight.flatten(1).float(), video_bias.float()),
-            image_weight[0, :, 0].numel(): (image_weight.sum(dim=2).flatten(1).float(), image_bias.float()),
+            image_weight[0, :, 0].numel(): (
+                image_weight.sum(dim=2).flatten(1).float(),
+                image_bias.float(),
+            ),
         }
 
     def targets(self, name: str) -> Targets:
-        return {f"{name}.proj.weight": self.proj.weight.view(self.kernel), f"{name}.proj.bias": _bias(self.proj)}
+        return {
+            f"{name}.proj.weight": self.proj.weight.view(self.kernel),
+            f"{name}.proj.bias": _bias(self.proj),
+        }
 
 
 def fold_normalization(
     weight: torch.Tensor, bias: torch.Tensor, normalization: Normalization
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [D, C, T, p * p], bias [D] for normalised pixels -> float64 ones for pixels minus MIDDLE.
+    """weight [D, C, T, p * p], bias [D] for normalised pixels -> float64 ones for pixels minus
+    MIDDLE.
 
-    (x * r - mean) / std = (x - MIDDLE) * r / std + (MIDDLE * r - mean) / std, and the second part goes to the bias.
+    (x * r - mean) / std = (x - MIDDLE) * r / std + (MIDDLE * r - mean) / std, and the second part
+    goes to the bias.
     """
     std = torch.tensor(normalization.std, dtype=torch.float64, device=weight.device).view(-1, 1, 1)
-    mean = torch.tensor(normalization.mean, dtype=torch.float64, device=weight.device).view(-1, 1, 1)
+    mean = torch.tensor(normalization.mean, dtype=torch.float64, device=weight.device).view(
+        -1, 1, 1
+    )
     wide = weight.double() / std
     shift = wide * (MIDDLE * normalization.rescale_factor - mean)
     return wide * normalization.rescale_factor, bias.double() + shift.sum(dim=(1, 2, 3))
@@ -118,7 +142,9 @@ class VisionAttention(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.num_heads, self.head_dim = config.num_heads, hidden // config.num_heads
-        self.qkv = Linear(hidden, 3 * hidden, bias=config.attention_bias, dtype=dtype, device=device)
+        self.qkv = Linear(
+            hidden, 3 * hidden, bias=config.attention_bias, dtype=dtype, device=device
+        )
         self.proj = Linear(hidden, hidden, bias=False, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor, turns: Turns, runs: Sequence[FrameRun]) -> torch.Tensor:
@@ -129,8 +155,11 @@ class VisionAttention(nn.Module):
         out = torch.empty_like(q)
         for run in runs:
             shape = (run.frames, run.h * run.w, self.num_heads, self.head_dim)
-            frame_q, frame_k, frame_v = (tensor[run.rows].view(shape).transpose(1, 2) for tensor in (q, k, v))
-            seen = F.scaled_dot_product_attention(frame_q, frame_k, frame_v)  # [frames, heads, h * w, head_dim]
+            frame_q, frame_k, frame_v = (
+                tensor[run.rows].view(shape).transpose(1, 2) for tensor in (q, k, v)
+            )
+            # [frames, heads, h * w, head_dim]
+            seen = F.scaled_dot_product_attention(frame_q, frame_k, frame_v)
             out[run.rows].view(shape).copy_(seen.transpose(1, 2))
         return self.proj(out.flatten(1))  # type: ignore[no-any-return]
 
@@ -139,7 +168,9 @@ class VisionAttention(nn.Module):
 
 
 def rotate_halves(x: torch.Tensor, turns: Turns) -> torch.Tensor:
-    """x [N, 2, heads, head_dim]: dimension j turns with j + head_dim / 2, in float32; unlike the text model's pairs."""
+    """x [N, 2, heads, head_dim]: dimension j turns with j + head_dim / 2, in float32; unlike the
+    text model's pairs.
+    """
     cos, sin = turns
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -189,7 +220,9 @@ class Merger(nn.Module):
         super().__init__()
         size = config.out_hidden_size
         self.proj = Linear(size, size, bias=False, dtype=dtype, device=device)
-        self.norm = nn.LayerNorm(size, eps=LAYER_NORM_EPS, dtype=dtype, device=device).requires_grad_(False)
+        self.norm = nn.LayerNorm(
+            size, eps=LAYER_NORM_EPS, dtype=dtype, device=device
+        ).requires_grad_(False)
         self.mlp = VisionMLP(size, config.intermediate_size, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -202,7 +235,9 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches of any number of images and videos -> one feature for each merge block, in the same order."""
+    """Patches of any number of images and videos -> one feature for each merge block, in the same
+    order.
+    """
 
     prefix = "model.visual"  # of the checkpoint's names
 
@@ -212,25 +247,38 @@ class VisionTower(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config, dtype=dtype, device=device)
         self.position_embedding = nn.Parameter(
-            torch.empty(config.grid_size**2, hidden, dtype=dtype, device=device), requires_grad=False
+            torch.empty(config.grid_size**2, hidden, dtype=dtype, device=device),
+            requires_grad=False,
         )
         self.post_conv_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
-        self.blocks = nn.ModuleList(VisionBlock(config, dtype=dtype, device=device) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, dtype=dtype, device=device) for _ in range(config.depth)
+        )
         self.post_layernorm = RMSNorm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
-        self.downsample = Linear(merge**2 * hidden, config.out_hidden_size, bias=True, dtype=dtype, device=device)
+        self.downsample = Linear(
+            merge**2 * hidden, config.out_hidden_size, bias=True, dtype=dtype, device=device
+        )
         self.merger = Merger(config, dtype=dtype, device=device)
         self._tables: ByteCache[GridTables] = ByteCache(TABLE_BYTES)
 
     def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Normalised pixel_values [N, C * T * p * p] of media with these grids -> features [N / m^2, out_hidden]."""
+        """Normalised pixel_values [N, C * T * p * p] of media with these grids -> features [N /
+        m^2, out_hidden].
+        """
         return self.encode(self.patch_embed(pixel_values), grids)
 
     def forward_uint8(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> torch.Tensor:
-        """The same from uint8 patches, one tensor after the other; see PatchEmbed.forward_uint8 for their widths."""
-        return self.encode(torch.cat([self.patch_embed.forward_uint8(tensor) for tensor in patches]), grids)
+        """The same from uint8 patches, one tensor after the other; see PatchEmbed.forward_uint8 for
+        their widths.
+        """
+        return self.encode(
+            torch.cat([self.patch_embed.forward_uint8(tensor) for tensor in patches]), grids
+        )
 
     def encode(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embedded patches [N, D] -> features [N / m^2, out_hidden]. Raises ValueError for grids of another size."""
+        """Embedded patches [N, D] -> features [N / m^2, out_hidden]. Raises ValueError for grids of
+        another size.
+        """
         runs = frame_runs(grids)
         if len(x) != (runs[-1].rows.stop if runs else 0):
             raise ValueError(f"{len(x)} patches do not fill the grids {list(grids)}")
@@ -238,7 +286,10 @@ class VisionTower(nn.Module):
         x = self.post_conv_layernorm(x)
         for run, table in zip(runs, tables, strict=True):
             x[run.rows].view(run.frames, -1, x.shape[1]).add_(table.positions)
-        turns = _repeated(runs, [table.cos for table in tables]), _repeated(runs, [table.sin for table in tables])
+        turns = (
+            _repeated(runs, [table.cos for table in tables]),
+            _repeated(runs, [table.sin for table in tables]),
+        )
         for block in self.blocks:
             x = block(x, turns, runs)
         x = self.post_layernorm(x).view(-1, self.downsample.in_features)
@@ -255,7 +306,9 @@ class VisionTower(nn.Module):
         config, device = self.config, self.position_embedding.device
         size, merge = config.grid_size, config.spatial_merge_size
         table = self.position_embedding.float().view(size, size, -1)
-        positions = in_storage_order(interpolate(table, h, w), merge).to(self.position_embedding.dtype)
+        positions = in_storage_order(interpolate(table, h, w), merge).to(
+            self.position_embedding.dtype
+        )
         angles = axial_angles(h, w, config.hidden_size // config.num_heads, config.rope_theta)
         angles = in_storage_order(angles, merge).to(device)
         return GridTables(positions=positions, cos=angles.cos(), sin=angles.sin())
@@ -264,7 +317,9 @@ class VisionTower(nn.Module):
         """Checkpoint names of the whole tower and the views that they fill."""
         config, name = self.config, self.prefix
         merge = config.spatial_merge_size
-        downsample = self.downsample.weight.view(-1, merge, merge, config.hidden_size).permute(0, 3, 1, 2)
+        downsample = self.downsample.weight.view(-1, merge, merge, config.hidden_size).permute(
+            0, 3, 1, 2
+        )
         found: Targets = {
             f"{name}.embeddings.position_embedding.weight": self.position_embedding,
             f"{name}.post_conv_layernorm.weight": self.post_conv_layernorm.weight,
@@ -272,14 +327,18 @@ class VisionTower(nn.Module):
             f"{name}.downsample.weight": downsample,
             f"{name}.downsample.bias": _bias(self.downsample),
         }
-        found |= self.patch_embed.targets(f"{name}.patch_embed") | self.merger.targets(f"{name}.merger")
+        found |= self.patch_embed.targets(f"{name}.patch_embed") | self.merger.targets(
+            f"{name}.merger"
+        )
         for i, block in enumerate(self.blocks):
             found |= block.targets(f"{name}.blocks.{i}")  # type: ignore[operator]
         return found
 
 
 def frame_runs(grids: Iterable[Grid]) -> list[FrameRun]:
-    """Neighbouring frames of one size, of whatever media, together: each run is one batched attention."""
+    """Neighbouring frames of one size, of whatever media, together: each run is one batched
+    attention.
+    """
     runs: list[FrameRun] = []
     start = 0
     for (h, w), group in groupby(grids, key=lambda grid: grid[1:]):
@@ -290,13 +349,19 @@ def frame_runs(grids: Iterable[Grid]) -> list[FrameRun]:
 
 
 def interpolate(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """table float32 [size, size, D] -> [h, w, D] at the patches' centres: bicubic, borders repeated."""
+    """table float32 [size, size, D] -> [h, w, D] at the patches' centres: bicubic, borders
+    repeated.
+    """
     planes = table.permute(2, 0, 1)[None]
-    return F.interpolate(planes, size=(h, w), mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+    return F.interpolate(planes, size=(h, w), mode="bicubic", align_corners=False)[0].permute(
+        1, 2, 0
+    )
 
 
 def axial_angles(h: int, w: int, head_dim: int, theta: float) -> torch.Tensor:
-    """float32 [h, w, head_dim / 2]: the row times each frequency, then the column times the same frequencies."""
+    """float32 [h, w, head_dim / 2]: the row times each frequency, then the column times the same
+    frequencies.
+    """
     half = head_dim // 2
     frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
     rows = torch.arange(h, dtype=torch.float32)[:, None, None] * frequencies

@@ -1,5 +1,6 @@
-"""From a conversation to what the engine takes, and from its numbers to what people read. CPU only, no torch.
+"""From a conversation to what the engine takes, and from its numbers to what people read. CPU only,
+no torch.
 
-May import `models.checkpoint`. Read messages.py, chat.py (templates), tokenizer.py, images.py and video.py
-(bytes to patches), positions.py, and prompt.py, which puts them together.
+May import `models.checkpoint`. Read messages.py, chat.py (templates), tokenizer.py, images.py and
+video.py (bytes to patches), positions.py, and prompt.py, which puts them together.
 """

@@ -1,6 +1,8 @@
-"""What an image or a video costs: its size after resizing, the frames taken of it, its patches and tokens.
+"""What an image or a video costs: its size after resizing, the frames taken of it, its patches and
+tokens.
 
-Arithmetic on sizes alone, equal to the published GLM-4.1V processors'. Knows nothing of pixels, decoders or torch.
+Arithmetic on sizes alone, equal to the published GLM-4.1V processors'. Knows nothing of pixels,
+decoders or torch.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ Grid = tuple[int, int, int]  # patches along time, height and width
 MAX_ASPECT_RATIO = 200
 
 
-def smart_resize(num_frames: int, height: int, width: int, config: ImageProcessorConfig) -> tuple[int, int]:
-    """(height, width) in pixels, multiples of `config.factor`, of `num_frames` frames of that size within the budget.
+def smart_resize(
+    num_frames: int, height: int, width: int, config: ImageProcessorConfig
+) -> tuple[int, int]:
+    """(height, width) in pixels, multiples of `config.factor`, of `num_frames` frames of that size
+    within the budget.
 
-    The sides keep their ratio as far as the multiples allow. Ties round to even, as Python does. Raises RowError when
-    one side is more than 200 times the other.
+    The sides keep their ratio as far as the multiples allow. Ties round to even, as Python does.
+    Raises RowError when one side is more than 200 times the other.
     """
     factor = config.factor
     source = f"{width}x{height}"
@@ -30,7 +35,8 @@ def smart_resize(num_frames: int, height: int, width: int, config: ImageProcesso
         height, width = int(height * scale), int(width * scale)
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise RowError(
-            "media_aspect_ratio", f"at {source} pixels one side is more than {MAX_ASPECT_RATIO} times the other; cut it"
+            "media_aspect_ratio",
+            f"at {source} pixels one side is more than {MAX_ASPECT_RATIO} times the other; cut it",
         )
     even_frames = round(num_frames / config.temporal_patch_size) * config.temporal_patch_size
     rounded = round(height / factor) * factor, round(width / factor) * factor
@@ -52,14 +58,18 @@ def image_grid(height: int, width: int, config: ImageProcessorConfig) -> Grid:
 
 
 def video_grid(num_frames: int, height: int, width: int, config: VideoProcessorConfig) -> Grid:
-    """The patches of `num_frames` sampled frames of that size; the last frame is repeated to fill a group."""
+    """The patches of `num_frames` sampled frames of that size; the last frame is repeated to fill a
+    group.
+    """
     groups = math.ceil(num_frames / config.temporal_patch_size)
     num_frames = max(num_frames, config.temporal_patch_size)
     return _grid(groups, *smart_resize(num_frames, height, width, config), config)
 
 
 def num_media_tokens(grid: Grid, merge_size: int) -> int:
-    """Tokens that the patches of a grid become in a prompt, without those of the markers around them."""
+    """Tokens that the patches of a grid become in a prompt, without those of the markers around
+    them.
+    """
     return math.prod(grid) // merge_size**2
 
 
@@ -68,7 +78,8 @@ def sample_frames(
 ) -> list[int]:
     """The frames to take of a clip, in order; an even number of them, so the last may occur twice.
 
-    `fps` is the clip's own rate. Without `duration_s` the length is estimated as the published processor does.
+    `fps` is the clip's own rate. Without `duration_s` the length is estimated as the published
+    processor does.
     """
     last = num_frames - 1
     duration_s = duration_s or round(last / fps) + 1
@@ -76,7 +87,10 @@ def sample_frames(
         count = max(math.floor(duration_s * config.fps), 1)
         indices = [min(last, math.ceil(i * fps / config.fps)) for i in range(count)]
     elif (count := max(int(config.max_duration_s * config.fps), 1)) < num_frames:
-        indices = [min(last, math.ceil(second * fps)) for second in np.linspace(0, duration_s, count).tolist()]
+        indices = [
+            min(last, math.ceil(second * fps))
+            for second in np.linspace(0, duration_s, count).tolist()
+        ]
     else:
         indices = list(range(num_frames))
     indices = list(dict.fromkeys(indices))

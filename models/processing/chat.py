@@ -1,7 +1,8 @@
-"""Conversations to prompts: a checkpoint's chat template, thinking blocks, and labels as the model would write them.
+"""Conversations to prompts: a checkpoint's chat template, thinking blocks, and labels as the model
+would write them.
 
-Owns the rendering and the rule that only the template writes control tokens: "<|user|>" in a message is text. Knows
-nothing of rows, jobs, models or engines.
+Owns the rendering and the rule that only the template writes control tokens: "<|user|>" in a
+message is text. Knows nothing of rows, jobs, models or engines.
 """
 
 from __future__ import annotations
@@ -32,30 +33,42 @@ PLACEHOLDERS = {"image": "<|image|>", "video": "<|video|>"}
 REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 MAX_RENDERED_CHARS = 1 << 24
 # What a template written for a checkpoint may raise while it reads data of an unexpected shape.
-TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
 
 _CLOSING = {"none": "", "switch": "", "open": "</think>", "tags": "<think></think><answer>"}
 _PROBE = [{"role": "user", "content": "x"}]
 _TAG_PATTERN = re.compile("(" + "|".join(REASONING_TAGS) + ")")
-_STAND_INS = range(0x13000, 0x13430)  # Egyptian hieroglyphs: printable, caseless, and rare in what people label
+# Egyptian hieroglyphs: printable, caseless, and rare in what people label
+_STAND_INS = range(0x13000, 0x13430)
 
 
 class Chat:
     """A checkpoint's chat template together with its tokenizer. Build it with `from_dir`.
 
-    `thinking_form` is how the checkpoint reasons before it answers: "open" when the generation prompt ends in
-    `<think>` (GLM-Z1), "tags" for `<think>..</think><answer>..</answer>` (GLM-4.1V), "switch" when the template takes
-    enable_thinking, else "none". `separator` is what the model writes between a prompt without thinking and its
-    answer (a line break after GLM-4's `<|assistant|>`).
+    `thinking_form` is how the checkpoint reasons before it answers: "open" when the generation
+    prompt ends in `<think>` (GLM-Z1), "tags" for `<think>..</think><answer>..</answer>` (GLM-4.1V),
+    "switch" when the template takes enable_thinking, else "none". `separator` is what the model
+    writes between a prompt without thinking and its answer (a line break after GLM-4's
+    `<|assistant|>`).
     """
 
-    def __init__(self, template: str, tokenizer: Tokenizer, *, tool_template: str | None = None) -> None:
+    def __init__(
+        self, template: str, tokenizer: Tokenizer, *, tool_template: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self._template = _compile(template)
         self._tool_template = self._template if tool_template is None else _compile(tool_template)
         self._source = template + (tool_template or "")
         self._source_characters = frozenset(self._source)
-        # Content can only turn into a control token if it holds the character that the token begins with.
+        # Content can only turn into a control token if it holds the character that the token begins
+        # with.
         self._first_characters = sorted({token[0] for token in tokenizer.control_tokens})
         self._opens_thinking = self._run(_PROBE, True, True, None).rstrip().endswith("<think>")
         self.thinking_form: ThinkingForm = self._detect_thinking()
@@ -63,7 +76,8 @@ class Chat:
 
     @classmethod
     def from_dir(cls, path: str, tokenizer: Tokenizer | None = None) -> Chat:
-        """Reads the template from chat_template.jinja, else tokenizer_config.json, else chat_template.json.
+        """Reads the template from chat_template.jinja, else tokenizer_config.json, else
+        chat_template.json.
 
         Raises ConfigError when there is none or it is no valid template.
         """
@@ -72,9 +86,13 @@ class Chat:
         try:
             return cls(template, tokenizer, tool_template=tool_template)
         except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"{source}, line {error.lineno} of the chat template: {error}; correct it") from error
+            raise ConfigError(
+                f"{source}, line {error.lineno} of the chat template: {error}; correct it"
+            ) from error
         except RowError as error:
-            raise ConfigError(f"{source}: the chat template fails on a one-word message: {error.message}") from error
+            raise ConfigError(
+                f"{source}: the chat template fails on a one-word message: {error.message}"
+            ) from error
 
     def render(
         self,
@@ -84,10 +102,11 @@ class Chat:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt as text for people: control tokens of the template and of the content look the same in it.
+        """The prompt as text for people: control tokens of the template and of the content look the
+        same in it.
 
-        With thinking=False the generation prompt closes the thinking block where the checkpoint has one. Raises
-        RowError for messages or a result that cannot be used.
+        With thinking=False the generation prompt closes the thinking block where the checkpoint has
+        one. Raises RowError for messages or a result that cannot be used.
         """
         text, restore = self._render(messages, thinking, add_generation_prompt, tools)
         return _replace(text, restore)
@@ -100,19 +119,23 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         start_answer: bool = False,
     ) -> list[int]:
-        """The prompt's token ids, ready to generate from; control-token strings in content arrive as plain text.
+        """The prompt's token ids, ready to generate from; control-token strings in content arrive
+        as plain text.
 
-        `start_answer` puts `separator` at the end: for a constrained answer, whose grammar would forbid the model to
-        write it itself. It goes with thinking=False.
+        `start_answer` puts `separator` at the end: for a constrained answer, whose grammar would
+        forbid the model to write it itself. It goes with thinking=False.
         """
         text, restore = self._render(messages, thinking, True, tools)
         return self._encode(text + self.separator if start_answer else text, restore)
 
-    def label_continuations(self, labels: Sequence[str], *, thinking: bool = False) -> list[tuple[int, ...]]:
-        """Token ids of each label as the model would write it after the prompt, the template's separator included.
+    def label_continuations(
+        self, labels: Sequence[str], *, thinking: bool = False
+    ) -> list[tuple[int, ...]]:
+        """Token ids of each label as the model would write it after the prompt, the template's
+        separator included.
 
-        Raises ConfigError for labels that are empty, the same or not separable from the prompt, and for thinking=True
-        where the checkpoint would reason first.
+        Raises ConfigError for labels that are empty, the same or not separable from the prompt, and
+        for thinking=True where the checkpoint would reason first.
         """
         if thinking and self.thinking_form != "none":
             raise ConfigError(
@@ -124,7 +147,8 @@ class Chat:
         return continuations
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """Token ids of one answer after a prompt with thinking=False, tokenized as `label_continuations` does.
+        """Token ids of one answer after a prompt with thinking=False, tokenized as
+        `label_continuations` does.
 
         Raises RowError for one that is empty or not separable from the prompt.
         """
@@ -135,19 +159,27 @@ class Chat:
 
     @staticmethod
     def count_end(label_continuations: Sequence[tuple[int, ...]], end_of_label: str) -> bool:
-        """Whether a label's probability includes that of the model ending there (`auto`: when one is a prefix)."""
+        """Whether a label's probability includes that of the model ending there (`auto`: when one
+        is a prefix).
+        """
         if end_of_label != "auto":
             return end_of_label == "always"
-        return any(longer[: len(shorter)] == shorter for shorter, longer in pairwise(sorted(label_continuations)))
+        return any(
+            longer[: len(shorter)] == shorter
+            for shorter, longer in pairwise(sorted(label_continuations))
+        )
 
     def split_reasoning(self, text: str, *, thinking: bool) -> tuple[str | None, str]:
-        """(reasoning, answer) of a generated text; reasoning is None where the prompt left no room for any.
+        """(reasoning, answer) of a generated text; reasoning is None where the prompt left no room
+        for any.
 
         An unclosed thinking block is all reasoning and no answer.
         """
         if not thinking or self.thinking_form == "none":
             answer = text.removeprefix(self.separator)
-            return None, answer.split("</answer>", 1)[0].strip() if self.thinking_form == "tags" else answer
+            return None, answer.split("</answer>", 1)[
+                0
+            ].strip() if self.thinking_form == "tags" else answer
         if not self._opens_thinking:
             return _split_tags(text)
         reasoning, _, answer = text.partition("</think>")
@@ -162,7 +194,9 @@ class Chat:
 
     def _detect_separator(self) -> str:
         if self.thinking_form in ("open", "tags"):
-            return ""  # no turn in the history has a closed block, and the answer follows the one in the prompt
+            # no turn in the history has a closed block, and the answer follows the one in the
+            # prompt
+            return ""
         prompt, _ = self._render(_PROBE, False, True, None)
         around = self._around_answer(prompt)
         return "" if around is None else around[0]
@@ -174,7 +208,9 @@ class Chat:
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
     ) -> tuple[str, dict[str, str]]:
-        """The rendered text with stand-ins in its content, and the table that puts the originals back."""
+        """The rendered text with stand-ins in its content, and the table that puts the originals
+        back.
+        """
         try:
             conversation = check_messages(messages)
             shown = self._shown(conversation)
@@ -187,14 +223,20 @@ class Chat:
             if shown:
                 self._check_placeholders(text, shown)
         except RecursionError as error:
-            raise RowError("template_error", "the messages or tools are nested too deeply to be rendered") from error
+            raise RowError(
+                "template_error", "the messages or tools are nested too deeply to be rendered"
+            ) from error
         closing = _CLOSING[self.thinking_form] if add_generation_prompt and not thinking else ""
         return text + closing, restore
 
     def _shown(self, conversation: Sequence[Message]) -> list[str]:
         """The kinds of the media that the conversation shows, in order."""
-        contents = [message["content"] for message in conversation if isinstance(message["content"], list)]
-        shown = [part["type"] for content in contents for part in content if part["type"] in PLACEHOLDERS]
+        contents = [
+            message["content"] for message in conversation if isinstance(message["content"], list)
+        ]
+        shown = [
+            part["type"] for content in contents for part in content if part["type"] in PLACEHOLDERS
+        ]
         for kind in shown:
             if PLACEHOLDERS[kind] not in self.tokenizer.control_tokens:
                 raise RowError(
@@ -205,9 +247,13 @@ class Chat:
         return shown
 
     def _check_placeholders(self, text: str, shown: list[str]) -> None:
-        """Each image and video must stand in the prompt once and in order: a template may not know of them."""
+        """Each image and video must stand in the prompt once and in order: a template may not know
+        of them.
+        """
         kinds = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
-        controls = (piece.strip() for piece, id in self.tokenizer.split_control(text) if id is not None)
+        controls = (
+            piece.strip() for piece, id in self.tokenizer.split_control(text) if id is not None
+        )
         found = [kinds[control] for control in controls if control in kinds]
         if found != shown:
             raise RowError(
@@ -218,22 +264,36 @@ class Chat:
     def _stand_ins(self, *values: Any) -> tuple[dict[str, str], dict[str, str]]:
         """Replacements there and back for the characters with which control tokens begin.
 
-        Both are empty when no value holds one: such content cannot become a control token, not even across the seams
-        between two pieces of it. The stand-ins are characters that occur neither in the values nor in the template.
+        Both are empty when no value holds one: such content cannot become a control token, not even
+        across the seams between two pieces of it. The stand-ins are characters that occur neither
+        in the values nor in the template.
         """
         texts = list(_strings(values))
-        wanted = [character for character in self._first_characters if any(character in text for text in texts)]
+        wanted = [
+            character
+            for character in self._first_characters
+            if any(character in text for text in texts)
+        ]
         if not wanted:
             return {}, {}
         used = self._source_characters.union(*texts)
-        stand_ins = list(islice((chr(code) for code in _STAND_INS if chr(code) not in used), len(wanted)))
+        stand_ins = list(
+            islice((chr(code) for code in _STAND_INS if chr(code) not in used), len(wanted))
+        )
         if len(stand_ins) < len(wanted):
-            raise RowError("bad_messages", "the conversation uses every Egyptian hieroglyph; none is left to stand in")
+            raise RowError(
+                "bad_messages",
+                "the conversation uses every Egyptian hieroglyph; none is left to stand in",
+            )
         pairs = list(zip(wanted, stand_ins, strict=True))
         return dict(pairs), {b: a for a, b in pairs}
 
     def _run(
-        self, messages: Sequence[Message], thinking: bool, add_generation_prompt: bool, tools: list[Any] | None
+        self,
+        messages: Sequence[Message],
+        thinking: bool,
+        add_generation_prompt: bool,
+        tools: list[Any] | None,
     ) -> str:
         template = self._tool_template if tools else self._template
         pieces: list[str] = []
@@ -248,10 +308,15 @@ class Chat:
             ):
                 size += len(piece)
                 if size > MAX_RENDERED_CHARS:
-                    raise RowError("template_error", f"the prompt is longer than {MAX_RENDERED_CHARS:,} characters")
+                    raise RowError(
+                        "template_error",
+                        f"the prompt is longer than {MAX_RENDERED_CHARS:,} characters",
+                    )
                 pieces.append(piece)
         except TEMPLATE_FAILURES as error:
-            raise RowError("template_error", f"the chat template refuses this conversation: {error}") from error
+            raise RowError(
+                "template_error", f"the chat template refuses this conversation: {error}"
+            ) from error
         return "".join(pieces)
 
     def _encode(self, text: str, restore: Mapping[str, str]) -> list[int]:
@@ -274,8 +339,8 @@ class Chat:
         written = self._label_text(_replace(label, protect), prompt)
         try:
             if self.thinking_form == "open":
-                # The prompt's `</think>` is plain text there, whose last token a label could merge with. It is fixed
-                # before the model goes on, so the label's tokens begin anew.
+                # The prompt's `</think>` is plain text there, whose last token a label could merge
+                # with. It is fixed before the model goes on, so the label's tokens begin anew.
                 return tuple(self._encode(written, restore))
             ids = self._encode(prompt + written, restore)
         except RowError as error:
@@ -288,7 +353,9 @@ class Chat:
         return tuple(ids[len(prompt_ids) :])
 
     def _label_text(self, label: str, prompt: str) -> str:
-        """What the history puts between the prompt and the end of an assistant's turn that says `label`."""
+        """What the history puts between the prompt and the end of an assistant's turn that says
+        `label`.
+        """
         if not label.strip():
             raise ConfigError(f"task.labels: {label!r} is empty; give it some text")
         if self.thinking_form in ("open", "tags"):
@@ -303,7 +370,9 @@ class Chat:
         return turn[len(prompt) : len(turn) - len(around[1])]
 
     def _around_answer(self, prompt: str) -> tuple[str, str] | None:
-        """What the template writes before and after an assistant's content, if its turn continues the prompt."""
+        """What the template writes before and after an assistant's content, if its turn continues
+        the prompt.
+        """
         marker = chr(_STAND_INS[-1])
         before, found, after = self._answered(marker).partition(marker)
         return (before[len(prompt) :], after) if found and before.startswith(prompt) else None
@@ -313,7 +382,9 @@ class Chat:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}`, with which templates mark the assistant's text for training; here its body alone counts."""
+    """`{% generation %}`, with which templates mark the assistant's text for training; here its
+    body alone counts.
+    """
 
     tags = {"generation"}  # noqa: RUF012  the base class declares it so
 
@@ -323,20 +394,30 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja without attributes that reach the interpreter, without mutation, and without `"x" * 10**9`."""
+    """Jinja without attributes that reach the interpreter, without mutation, and without `"x" *
+    10**9`.
+    """
 
     intercepted_binops = frozenset(["*", "**"])
 
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
         if _size_of_binop(operator, left, right) > MAX_RENDERED_CHARS:
             raise SecurityError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
 
 def _size_of_binop(operator: str, left: Any, right: Any) -> int:
-    """An upper bound of the characters or bits in `left * right` or `left ** right`; 0 where it cannot grow."""
+    """An upper bound of the characters or bits in `left * right` or `left ** right`; 0 where it
+    cannot grow.
+    """
     if operator == "**":
-        return left.bit_length() * abs(right) if isinstance(left, int) and isinstance(right, int) else 0
+        return (
+            left.bit_length() * abs(right)
+            if isinstance(left, int) and isinstance(right, int)
+            else 0
+        )
     for sequence, times in ((left, right), (right, left)):
         if isinstance(sequence, str | list | tuple) and isinstance(times, int):
             return len(sequence) * times
@@ -360,7 +441,9 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:
@@ -368,7 +451,9 @@ def _raise_exception(message: str) -> None:
 
 
 def _read_templates(folder: Path) -> tuple[str, str | None, Path]:
-    """(template, template for conversations with tools if there is one of its own, the file they came from)."""
+    """(template, template for conversations with tools if there is one of its own, the file they
+    came from).
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8"), None, file
@@ -380,7 +465,9 @@ def _read_templates(folder: Path) -> tuple[str, str | None, Path]:
         if isinstance(found, list):
             named = {entry["name"]: entry["template"] for entry in found}
             if "default" not in named:
-                raise ConfigError(f"{file}: chat_template has no entry named default, only {sorted(named)}")
+                raise ConfigError(
+                    f"{file}: chat_template has no entry named default, only {sorted(named)}"
+                )
             return named["default"], named.get("tool_use"), file
     raise ConfigError(
         f"{folder}: no chat template in chat_template.jinja, tokenizer_config.json or chat_template.json; add the "
@@ -415,15 +502,23 @@ def _replace_all(value: Any, table: Mapping[str, str]) -> Any:
 
 
 def _protect_message(message: dict[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
-    """Stand-ins everywhere but in the role and in the tags that part an assistant's reasoning from its answer."""
-    protected = {key: value if key == "role" else _replace_all(value, table) for key, value in message.items()}
+    """Stand-ins everywhere but in the role and in the tags that part an assistant's reasoning from
+    its answer.
+    """
+    protected = {
+        key: value if key == "role" else _replace_all(value, table)
+        for key, value in message.items()
+    }
     if isinstance(message["content"], list):
         protected["content"] = [
-            {**part, "text": _replace(part["text"], table)} if "text" in part else part for part in message["content"]
+            {**part, "text": _replace(part["text"], table)} if "text" in part else part
+            for part in message["content"]
         ]
     elif message["role"] == "assistant":
         pieces = _TAG_PATTERN.split(message["content"])
-        protected["content"] = "".join(p if p in REASONING_TAGS else _replace(p, table) for p in pieces)
+        protected["content"] = "".join(
+            p if p in REASONING_TAGS else _replace(p, table) for p in pieces
+        )
     return protected
 
 
@@ -438,7 +533,9 @@ def _refuse_duplicates(labels: Sequence[str], continuations: list[tuple[int, ...
 
 
 def _split_tags(text: str) -> tuple[str | None, str]:
-    """`<think>..</think><answer>..</answer>`; both blocks may be open-ended, and text without tags is the answer."""
+    """`<think>..</think><answer>..</answer>`; both blocks may be open-ended, and text without tags
+    is the answer.
+    """
     head, answer_tag, tail = text.partition("<answer>")
     before, think_tag, rest = head.rpartition("<think>") if "<think>" in head else ("", "", head)
     reasoning, closed, after = rest.partition("</think>")

@@ -1,6 +1,7 @@
 """Image bytes to patches: decoded by Pillow, upright, in RGB.
 
-Owns which formats are read and how large a source may be. Knows nothing of where bytes come from, rows, or models.
+Owns which formats are read and how large a source may be. Knows nothing of where bytes come from,
+rows, or models.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from PIL import Image, UnidentifiedImageError
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.budget import image_grid
-from glm_batch.models.processing.patches import Encoded, Frame, MediaPatches, PatchWriter, as_file, encoded_digest
+from glm_batch.models.processing.patches import (
+    Encoded,
+    Frame,
+    MediaPatches,
+    PatchWriter,
+    as_file,
+    encoded_digest,
+)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What Pillow's readers raise on damaged files, beside the OSError that they mean to.
@@ -46,7 +54,8 @@ class ImageProcessor:
         self.config = config
 
     def from_bytes(self, data: Encoded, *, digest: str | None = None) -> MediaPatches:
-        """The patches of an encoded image. Raises RowError for bytes that are no readable image, or too large.
+        """The patches of an encoded image. Raises RowError for bytes that are no readable image, or
+        too large.
 
         `digest` is that of encoded_digest, for callers who know it already.
         """
@@ -66,9 +75,11 @@ class ImageProcessor:
 
 
 def decode_image(data: Encoded, *, max_source_pixels: int) -> Frame:
-    """uint8 [height, width, 3] in RGB, upright as its EXIF says; of an animation, the first picture.
+    """uint8 [height, width, 3] in RGB, upright as its EXIF says; of an animation, the first
+    picture.
 
-    Transparency is dropped, the colours under it stay; 16 bits per value become the upper 8. Raises RowError.
+    Transparency is dropped, the colours under it stay; 16 bits per value become the upper 8. Raises
+    RowError.
     """
     with _open(data, max_source_pixels) as image:
         turn = _UPRIGHT.get(_orientation(image))
@@ -90,12 +101,17 @@ def read_image_size(data: Encoded, *, max_source_pixels: int) -> tuple[int, int]
 def check_frame(frame: Frame, code: str) -> None:
     """Raises RowError for anything but uint8 [height, width, 3]."""
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
-        raise RowError(code, f"the array is {frame.dtype} {list(frame.shape)}; it must be uint8 [height, width, 3]")
+        raise RowError(
+            code,
+            f"the array is {frame.dtype} {list(frame.shape)}; it must be uint8 [height, width, 3]",
+        )
 
 
 @contextmanager
 def _open(data: Encoded, max_source_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read and checked and its pixels not yet decoded; failures inside become RowErrors."""
+    """The image with its header read and checked and its pixels not yet decoded; failures inside
+    become RowErrors.
+    """
     file, size = as_file(data)
     if not size:
         raise RowError("bad_image", "the image has zero bytes")
@@ -125,7 +141,9 @@ def _check_pixels(width: int, height: int, limit: int) -> None:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:
-    """(width, height) of a WEBP file, for which Pillow sets up its canvas while it opens; (0, 0) of other files."""
+    """(width, height) of a WEBP file, for which Pillow sets up its canvas while it opens; (0, 0) of
+    other files.
+    """
     if len(data) < WEBP_HEADER_BYTES or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return 0, 0
     if data[12:16] == b"VP8X":  # extended: 24 bits each, less one
@@ -133,7 +151,9 @@ def _webp_canvas(data: bytes) -> tuple[int, int]:
     if data[12:16] == b"VP8L":  # lossless: 14 bits each, less one
         bits = int.from_bytes(data[21:25], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(
+        data[28:30], "little"
+    ) & 0x3FFF
 
 
 def _orientation(image: Image.Image) -> int:

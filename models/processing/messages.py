@@ -1,7 +1,8 @@
-"""Conversations as people and files spell them: roles, and contents of text or of parts, images and videos among them.
+"""Conversations as people and files spell them: roles, and contents of text or of parts, images and
+videos among them.
 
-Owns which messages are well formed and what their media parts point at. Knows nothing of templates, tokens or pixels,
-and opens nothing.
+Owns which messages are well formed and what their media parts point at. Knows nothing of templates,
+tokens or pixels, and opens nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ MEDIA_PARTS: dict[str, tuple[MediaKind, tuple[str, ...]]] = {
 class MediaPart:
     """An image or video that a user's message shows.
 
-    `source` is what the message says of it, not looked into: bytes, a path or URL, an object with bytes and path, or
-    MediaPatches.
+    `source` is what the message says of it, not looked into: bytes, a path or URL, an object with
+    bytes and path, or MediaPatches.
     """
 
     kind: MediaKind
@@ -38,10 +39,11 @@ class MediaPart:
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as plain JSON values for a template: absent fields dropped, a content's text parts joined.
+    """The messages as plain JSON values for a template: absent fields dropped, a content's text
+    parts joined.
 
-    A user's content with media stays a list of {"type": "text", "text": ...}, {"type": "image"}, {"type": "video"}.
-    Raises RowError bad_messages, which names message and part.
+    A user's content with media stays a list of {"type": "text", "text": ...}, {"type": "image"},
+    {"type": "video"}. Raises RowError bad_messages, which names message and part.
     """
     if not messages:
         raise RowError("bad_messages", "the conversation has no messages")
@@ -55,7 +57,9 @@ def media_parts(messages: Sequence[Message]) -> list[MediaPart]:
 
 
 def plain_value(where: str, value: Any) -> Any:
-    """A copy made of JSON's own types, so that a template meets nothing else. Raises RowError for other types."""
+    """A copy made of JSON's own types, so that a template meets nothing else. Raises RowError for
+    other types.
+    """
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, list | tuple):
@@ -63,14 +67,17 @@ def plain_value(where: str, value: Any) -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: plain_value(where, item) for key, item in value.items()}
     raise RowError(
-        "bad_messages", f"{where}: a {type(value).__name__} is not JSON; use strings, numbers, lists, objects"
+        "bad_messages",
+        f"{where}: a {type(value).__name__} is not JSON; use strings, numbers, lists, objects",
     )
 
 
 def _check_message(where: str, message: Any) -> dict[str, Any]:
     pieces = _content(where, message)
     checked = {
-        key: plain_value(where, value) for key, value in message.items() if value is not None and key != "content"
+        key: plain_value(where, value)
+        for key, value in message.items()
+        if value is not None and key != "content"
     }
     return {**checked, "content": _plain_content(pieces)}
 
@@ -80,13 +87,18 @@ def _plain_content(pieces: list[str | MediaPart]) -> str | list[dict[str, str]]:
     texts = [piece for piece in pieces if isinstance(piece, str)]
     if len(texts) == len(pieces):
         return "".join(texts)
-    return [{"type": "text", "text": piece} if isinstance(piece, str) else {"type": piece.kind} for piece in pieces]
+    return [
+        {"type": "text", "text": piece} if isinstance(piece, str) else {"type": piece.kind}
+        for piece in pieces
+    ]
 
 
 def _content(where: str, message: Any) -> list[str | MediaPart]:
     """What a message says and shows, piece by piece."""
     if not isinstance(message, Mapping):
-        raise _bad(where, f"it is {type(message).__name__}; it must be an object with role and content")
+        raise _bad(
+            where, f"it is {type(message).__name__}; it must be an object with role and content"
+        )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise _bad(where, f"role {role!r} is none of {', '.join(ROLES)}")
@@ -110,7 +122,8 @@ def _content(where: str, message: Any) -> list[str | MediaPart]:
 def _piece(where: str, part: Any) -> str | MediaPart:
     if not isinstance(part, Mapping):
         raise _bad(
-            where, f'it is {type(part).__name__}; a content part is an object, such as {{"type": "text", "text": ...}}'
+            where,
+            f'it is {type(part).__name__}; a content part is an object, such as {{"type": "text", "text": ...}}',
         )
     fields = _given(part)
     type_ = fields.pop("type", "text")
@@ -125,32 +138,48 @@ def _text(where: str, fields: dict[str, Any]) -> str:
     text = fields.get("text")
     media = [name for name in fields if name in MEDIA_PARTS]
     if media:
-        raise _bad(where, f"a part of text holds {media[0]} too; make two parts of it, one of type {media[0]}")
+        raise _bad(
+            where,
+            f"a part of text holds {media[0]} too; make two parts of it, one of type {media[0]}",
+        )
     if not isinstance(text, str):
         raise _bad(where, 'a content part of text must be {"type": "text", "text": ...}')
     return text
 
 
 def _media(where: str, type_: str, fields: dict[str, Any]) -> MediaPart:
-    """A part that shows something. What it asks for beside that is refused: nothing would come of it."""
+    """A part that shows something. What it asks for beside that is refused: nothing would come of
+    it.
+    """
     kind, names = MEDIA_PARTS[type_]
     address = fields.get(type_)
     if type_.endswith("_url") and isinstance(address, Mapping):
         inner = _given(address)
-        fields = {**fields, **{name: value for name, value in inner.items() if name != "url"}, type_: inner.get("url")}
+        fields = {
+            **fields,
+            **{name: value for name, value in inner.items() if name != "url"},
+            type_: inner.get("url"),
+        }
     detail = fields.pop("detail", "auto")
     if detail != "auto":
         raise _bad(
-            where, f"detail {detail!r} cannot be asked for; leave it out, one pixel budget holds for all {kind}s"
+            where,
+            f"detail {detail!r} cannot be asked for; leave it out, one pixel budget holds for all {kind}s",
         )
     sources = [source for name in names if (source := fields.pop(name, None)) is not None]
     if len(sources) != 1:
         found = f"{len(sources)} of the fields" if sources else "none of the fields"
         raise _bad(where, f"{_article(kind)} with {found} {', '.join(names)}; it must have one")
     if fields:
-        raise _bad(where, f"the field {next(iter(fields))!r} has no meaning beside {_article(kind)}; remove it")
+        raise _bad(
+            where,
+            f"the field {next(iter(fields))!r} has no meaning beside {_article(kind)}; remove it",
+        )
     if type_.endswith("_url") and not isinstance(sources[0], str):
-        raise _bad(where, f"its {type_} is {type(sources[0]).__name__}; it must be a string or an object with url")
+        raise _bad(
+            where,
+            f"its {type_} is {type(sources[0]).__name__}; it must be a string or an object with url",
+        )
     return MediaPart(kind=kind, source=sources[0])
 
 
@@ -160,7 +189,9 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(item is None for item in value.values()))
+    return value is None or (
+        isinstance(value, Mapping) and all(item is None for item in value.values())
+    )
 
 
 def _article(kind: MediaKind) -> str:

@@ -1,7 +1,9 @@
-"""RGB frames to the patches that travel to the model: resized, cut, one byte per value, each frame once.
+"""RGB frames to the patches that travel to the model: resized, cut, one byte per value, each frame
+once.
 
-Owns the resampling arithmetic, the order of the patches and their normalisation. Knows nothing of files and formats.
-Torch and Pillow are imported where they are used: only the processes that handle media need it.
+Owns the resampling arithmetic, the order of the patches and their normalisation. Knows nothing of
+files and formats. Torch and Pillow are imported where they are used: only the processes that handle
+media need it.
 """
 
 from __future__ import annotations
@@ -24,17 +26,19 @@ if TYPE_CHECKING:
     import torch
 
 Frame = npt.NDArray[np.uint8]  # [height, width, 3]
-Encoded = bytes | memoryview | BinaryIO  # a file's bytes, or the file itself, opened for reading and seekable
+# a file's bytes, or the file itself, opened for reading and seekable
+Encoded = bytes | memoryview | BinaryIO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaPatches:
     """One image or video, ready for the vision tower.
 
-    `patches` is uint8 [t * h * w, 3 * frames * patch * patch] for the grid (t, h, w), merge block by merge block; an
-    image holds its frame once, a group of a video its temporal_patch_size frames. `digest` names the content, as it was
-    given (see encoded_digest), and the processor's configuration. `source` is what was there before resizing: frames
-    taken (1 for an image), height, width. `timestamps` are the seconds of a video's groups, empty for an image.
+    `patches` is uint8 [t * h * w, 3 * frames * patch * patch] for the grid (t, h, w), merge block
+    by merge block; an image holds its frame once, a group of a video its temporal_patch_size
+    frames. `digest` names the content, as it was given (see encoded_digest), and the processor's
+    configuration. `source` is what was there before resizing: frames taken (1 for an image),
+    height, width. `timestamps` are the seconds of a video's groups, empty for an image.
     """
 
     kind: MediaKind
@@ -47,23 +51,35 @@ class MediaPatches:
     @property
     def item(self) -> MediaItem:
         """As the engine takes it."""
-        return MediaItem(kind=self.kind, patches=self.patches, grid_thw=self.grid, digest=bytes.fromhex(self.digest))
+        return MediaItem(
+            kind=self.kind,
+            patches=self.patches,
+            grid_thw=self.grid,
+            digest=bytes.fromhex(self.digest),
+        )
 
 
 class PatchWriter:
-    """Resizes frames and cuts them into place, one at a time: no more than one source frame is held.
+    """Resizes frames and cuts them into place, one at a time: no more than one source frame is
+    held.
 
     `source` is (frames, height, width) before resizing, `grid` what becomes of it.
     """
 
-    def __init__(self, kind: MediaKind, source: Grid, grid: Grid, config: ImageProcessorConfig) -> None:
+    def __init__(
+        self, kind: MediaKind, source: Grid, grid: Grid, config: ImageProcessorConfig
+    ) -> None:
         groups, height, width = grid
         self._kind, self._source, self._grid = kind, source, grid
         self._config = config
-        self._frames_per_patch = frames_per_patch = 1 if kind == "image" else config.temporal_patch_size
+        self._frames_per_patch = frames_per_patch = (
+            1 if kind == "image" else config.temporal_patch_size
+        )
         merge, patch = config.merge_size, config.patch_size
         blocks = (height // merge, width // merge, merge, merge)
-        self._patches = np.empty((groups, *blocks, NUM_CHANNELS, frames_per_patch, patch, patch), np.uint8)
+        self._patches = np.empty(
+            (groups, *blocks, NUM_CHANNELS, frames_per_patch, patch, patch), np.uint8
+        )
 
     def write(self, position: int, frame: Frame) -> None:
         """Takes over the frame that comes at `position` (from 0) in its clip."""
@@ -71,11 +87,17 @@ class PatchWriter:
         merge, patch = self._config.merge_size, self._config.patch_size
         frame = resize(frame, height * patch, width * patch, self._config.resampling)
         group, slot = divmod(position, self._frames_per_patch)
-        pieces = frame.reshape(height // merge, merge, patch, width // merge, merge, patch, NUM_CHANNELS)
+        pieces = frame.reshape(
+            height // merge, merge, patch, width // merge, merge, patch, NUM_CHANNELS
+        )
         self._patches[group, ..., slot, :, :] = pieces.transpose(0, 3, 1, 4, 6, 2, 5)
 
-    def finish(self, *, digest: str | None = None, timestamps: tuple[float, ...] = ()) -> MediaPatches:
-        """The patches of all frames written; without a digest of what they were decoded from, by one over them."""
+    def finish(
+        self, *, digest: str | None = None, timestamps: tuple[float, ...] = ()
+    ) -> MediaPatches:
+        """The patches of all frames written; without a digest of what they were decoded from, by
+        one over them.
+        """
         groups, height, width = self._grid
         patches = self._patches.reshape(groups * height * width, -1)
         return MediaPatches(
@@ -88,7 +110,9 @@ class PatchWriter:
         )
 
     def _pixel_digest(self) -> str:
-        state = hashlib.sha256(f"{self._kind} pixels {self._grid} {self._config.fingerprint}\n".encode())
+        state = hashlib.sha256(
+            f"{self._kind} pixels {self._grid} {self._config.fingerprint}\n".encode()
+        )
         state.update(self._patches.data)
         return state.hexdigest()
 
@@ -96,8 +120,9 @@ class PatchWriter:
 def encoded_digest(kind: MediaKind, data: Encoded, config: ImageProcessorConfig) -> str:
     """The name of what an image's or clip's encoded bytes become under a configuration.
 
-    Equal bytes and an equal configuration make an equal name, and anything else another one, also the same pixels
-    encoded otherwise: a compressed image is a tenth of its patches, and so is the cost of hashing it.
+    Equal bytes and an equal configuration make an equal name, and anything else another one, also
+    the same pixels encoded otherwise: a compressed image is a tenth of its patches, and so is the
+    cost of hashing it.
     """
     state = _encoded_state(kind, config).copy()
     if isinstance(data, bytes | memoryview):
@@ -123,8 +148,11 @@ def as_file(data: Encoded) -> tuple[BinaryIO, int]:
 
 
 def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Frame:
-    """The frame at another size, by the bicubic filter with antialiasing; itself when it has that size."""
-    frame = np.require(frame, requirements=["C_CONTIGUOUS", "WRITEABLE"])  # torch takes no other memory; may copy
+    """The frame at another size, by the bicubic filter with antialiasing; itself when it has that
+    size.
+    """
+    # torch takes no other memory; may copy
+    frame = np.require(frame, requirements=["C_CONTIGUOUS", "WRITEABLE"])
     if frame.shape[:2] == (height, width):
         return frame
     if resampling == "pil":
@@ -142,17 +170,20 @@ def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Fra
 
 
 def pixel_values(patches: torch.Tensor, config: ImageProcessorConfig) -> torch.Tensor:
-    """uint8 patches, as in MediaPatches, to the published processor's float32 [patches, 3 * frames * patch * patch].
+    """uint8 patches, as in MediaPatches, to the published processor's float32 [patches, 3 * frames
+    * patch * patch].
 
-    Normalised by mean and standard deviation, in one step on values from 0 to 255; an image's frame is repeated
-    temporal_patch_size times.
+    Normalised by mean and standard deviation, in one step on values from 0 to 255; an image's frame
+    is repeated temporal_patch_size times.
     """
     import torch
 
     area = config.patch_size**2
     values = patches.view(len(patches), NUM_CHANNELS, -1, area).to(torch.float32)
     mean, std = (
-        (torch.tensor(numbers, device=patches.device) * (1.0 / config.rescale_factor)).view(1, -1, 1, 1)
+        (torch.tensor(numbers, device=patches.device) * (1.0 / config.rescale_factor)).view(
+            1, -1, 1, 1
+        )
         for numbers in (config.image_mean, config.image_std)
     )
     values = ((values - mean) / std).expand(-1, -1, config.temporal_patch_size, -1)

@@ -1,7 +1,8 @@
-"""Where media stands in a prompt: placeholders expanded to tokens, their types, and three-axis positions.
+"""Where media stands in a prompt: placeholders expanded to tokens, their types, and three-axis
+positions.
 
-Works on token ids, sizes and timestamps alone; equal to the published GLM-4.1V processor and model. Knows nothing of
-pixels, templates, batches or torch.
+Works on token ids, sizes and timestamps alone; equal to the published GLM-4.1V processor and model.
+Knows nothing of pixels, templates, batches or torch.
 """
 
 from __future__ import annotations
@@ -45,13 +46,17 @@ class MediaTokens:
         }
         missing = sorted(set(strings.values()) - tokenizer.control_tokens)
         if missing:
-            raise ConfigError(f"tokenizer.json has no {', '.join(missing)}; images and videos need a GLM-4.1V model")
+            raise ConfigError(
+                f"tokenizer.json has no {', '.join(missing)}; images and videos need a GLM-4.1V model"
+            )
         return cls(**{name: tokenizer.encode_control(text)[0] for name, text in strings.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSpan:
-    """A video in a prompt: its grid, and the seconds at which its groups of frames begin, one for each."""
+    """A video in a prompt: its grid, and the seconds at which its groups of frames begin, one for
+    each.
+    """
 
     grid: Grid
     timestamps: Sequence[float]
@@ -66,15 +71,23 @@ def expand_placeholders(
     videos: Sequence[VideoSpan],
     encode: Callable[[str], list[int]],
 ) -> list[int]:
-    """The prompt with every placeholder replaced, from left to right, by as many image tokens as its media has.
+    """The prompt with every placeholder replaced, from left to right, by as many image tokens as
+    its media has.
 
-    A group of a video's frames becomes the image markers, its tokens, and the whole seconds of its timestamp as text,
-    which `encode` turns into ids. Raises RowError when there are not as many placeholders as media.
+    A group of a video's frames becomes the image markers, its tokens, and the whole seconds of its
+    timestamp as text, which `encode` turns into ids. Raises RowError when there are not as many
+    placeholders as media.
     """
-    for kind, placeholder, media in (("image", tokens.image, images), ("video", tokens.video, videos)):
+    for kind, placeholder, media in (
+        ("image", tokens.image, images),
+        ("video", tokens.video, videos),
+    ):
         found = sum(1 for id in ids if id == placeholder)
         if found != len(media):
-            raise RowError("media_mismatch", f"the prompt has {found} {kind} placeholders for {len(media)} {kind}s")
+            raise RowError(
+                "media_mismatch",
+                f"the prompt has {found} {kind} placeholders for {len(media)} {kind}s",
+            )
     next_image, next_video = iter(images), iter(videos)
     expanded: list[int] = []
     for id in ids:
@@ -88,21 +101,31 @@ def expand_placeholders(
 
 
 def media_token_types(ids: Sequence[int], tokens: MediaTokens) -> npt.NDArray[np.int64]:
-    """mm_token_type_ids [tokens] of an expanded prompt: image tokens within video markers are VIDEO, others IMAGE."""
+    """mm_token_type_ids [tokens] of an expanded prompt: image tokens within video markers are
+    VIDEO, others IMAGE.
+    """
     array = np.asarray(ids, np.int64)
     in_video = np.cumsum(array == tokens.video_start) > np.cumsum(array == tokens.video_end)
-    types: npt.NDArray[np.int64] = np.where(array == tokens.image, np.where(in_video, VIDEO, IMAGE), TEXT)
+    types: npt.NDArray[np.int64] = np.where(
+        array == tokens.image, np.where(in_video, VIDEO, IMAGE), TEXT
+    )
     return types
 
 
 def rope_positions(
-    types: Sequence[int] | npt.NDArray[np.int64], *, merge_size: int, images: Sequence[Grid], videos: Sequence[Grid]
+    types: Sequence[int] | npt.NDArray[np.int64],
+    *,
+    merge_size: int,
+    images: Sequence[Grid],
+    videos: Sequence[Grid],
 ) -> tuple[npt.NDArray[np.int64], int]:
-    """(positions [3, tokens] along time, height and width, rope_delta) of one prompt without padding.
+    """(positions [3, tokens] along time, height and width, rope_delta) of one prompt without
+    padding.
 
-    Text counts on all three axes together; an image or a group of frames stands still in time, counts its rows and
-    columns, and moves the text after it on by the longer side. A token generated at index i has position
-    i + rope_delta on all axes. Raises RowError when the runs of media tokens do not fit the grids.
+    Text counts on all three axes together; an image or a group of frames stands still in time,
+    counts its rows and columns, and moves the text after it on by the longer side. A token
+    generated at index i has position i + rope_delta on all axes. Raises RowError when the runs of
+    media tokens do not fit the grids.
     """
     frames = [(1, height, width) for groups, height, width in videos for _ in range(groups)]
     grids = {IMAGE: iter(images), VIDEO: iter(frames)}
@@ -117,25 +140,40 @@ def rope_positions(
             rows, columns = _merged(next(grids[kind], (1, 0, 0)), merge_size)
             if rows * columns != length:
                 raise RowError(
-                    "media_mismatch", f"{length} media tokens in a row do not fit a grid of {rows}x{columns}"
+                    "media_mismatch",
+                    f"{length} media tokens in a row do not fit a grid of {rows}x{columns}",
                 )
-            piece = np.stack([np.zeros(length, np.int64), *np.indices((rows, columns)).reshape(2, -1)])
+            piece = np.stack(
+                [np.zeros(length, np.int64), *np.indices((rows, columns)).reshape(2, -1)]
+            )
             step = max(rows, columns)
         pieces.append(piece + position)
         position += step
     if any(next(left, None) is not None for left in grids.values()):
-        raise RowError("media_mismatch", "there are more images or frames than runs of media tokens in the prompt")
+        raise RowError(
+            "media_mismatch",
+            "there are more images or frames than runs of media tokens in the prompt",
+        )
     if not pieces:
         raise RowError("empty_prompt", "the prompt has no tokens")
     positions = np.concatenate(pieces, axis=1)
     return positions, int(positions.max()) + 1 - positions.shape[1]
 
 
-def _video_ids(video: VideoSpan, tokens: MediaTokens, merge_size: int, encode: Callable[[str], list[int]]) -> list[int]:
+def _video_ids(
+    video: VideoSpan, tokens: MediaTokens, merge_size: int, encode: Callable[[str], list[int]]
+) -> list[int]:
     groups, height, width = video.grid
     if len(video.timestamps) != groups:
-        raise RowError("media_mismatch", f"the video has {groups} groups of frames but {len(video.timestamps)} times")
-    frame = [tokens.image_start, *[tokens.image] * num_media_tokens((1, height, width), merge_size), tokens.image_end]
+        raise RowError(
+            "media_mismatch",
+            f"the video has {groups} groups of frames but {len(video.timestamps)} times",
+        )
+    frame = [
+        tokens.image_start,
+        *[tokens.image] * num_media_tokens((1, height, width), merge_size),
+        tokens.image_end,
+    ]
     ids: list[int] = []
     for timestamp in video.timestamps:
         ids += frame

@@ -1,7 +1,8 @@
 """From a prompt with placeholders and the patches of its media to what an engine's Request needs.
 
-Owns the agreement of a checkpoint's files about media: the ids of the model and of the tokenizer, the patches of the
-processors and of the vision tower. Knows nothing of messages, bytes, rows or engines.
+Owns the agreement of a checkpoint's files about media: the ids of the model and of the tokenizer,
+the patches of the processors and of the vision tower. Knows nothing of messages, bytes, rows or
+engines.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from glm_batch.models.processing.tokenizer import Tokenizer
 class MediaPrompts:
     """How one checkpoint takes media into a prompt. Build it with `from_dir`.
 
-    `image` and `video` are the processors' configurations; a budget of one's own goes in with dataclasses.replace.
+    `image` and `video` are the processors' configurations; a budget of one's own goes in with
+    dataclasses.replace.
     """
 
     image: ImageProcessorConfig
@@ -41,7 +43,9 @@ class MediaPrompts:
 
     @classmethod
     def from_dir(cls, model_dir: str, tokenizer: Tokenizer) -> MediaPrompts:
-        """Raises ConfigError for a model that reads text alone, and where the checkpoint's files contradict."""
+        """Raises ConfigError for a model that reads text alone, and where the checkpoint's files
+        contradict.
+        """
         config = load_config(model_dir)
         if config.vision is None:
             raise ConfigError(
@@ -49,20 +53,31 @@ class MediaPrompts:
             )
         tokens = MediaTokens.from_tokenizer(tokenizer)
         _check_ids(model_dir, config, tokens)
-        image, video = ImageProcessorConfig.from_dir(model_dir), VideoProcessorConfig.from_dir(model_dir)
+        image, video = (
+            ImageProcessorConfig.from_dir(model_dir),
+            VideoProcessorConfig.from_dir(model_dir),
+        )
         for name, processor in (("image", image), ("video", video)):
             _check_patches(f"{model_dir}: the {name} processor", processor, config.vision)
         return cls(image=image, video=video, tokens=tokens, tokenizer=tokenizer)
 
-    def place(self, ids: Sequence[int], media: Sequence[MediaPatches]) -> tuple[list[int], Media | None]:
-        """The prompt with a token for each feature, and its media with rotary positions int64 [3, tokens].
+    def place(
+        self, ids: Sequence[int], media: Sequence[MediaPatches]
+    ) -> tuple[list[int], Media | None]:
+        """The prompt with a token for each feature, and its media with rotary positions int64 [3,
+        tokens].
 
-        `ids` hold one placeholder for each of `media`, which stand in the prompt's order. Without any, no Media. Raises
-        RowError media_mismatch when there are not as many placeholders of a kind as media.
+        `ids` hold one placeholder for each of `media`, which stand in the prompt's order. Without
+        any, no Media. Raises RowError media_mismatch when there are not as many placeholders of a
+        kind as media.
         """
         merge = self.image.merge_size
         images = [item.grid for item in media if item.kind == "image"]
-        videos = [VideoSpan(grid=item.grid, timestamps=item.timestamps) for item in media if item.kind == "video"]
+        videos = [
+            VideoSpan(grid=item.grid, timestamps=item.timestamps)
+            for item in media
+            if item.kind == "video"
+        ]
         encode = self.tokenizer.encode
         expanded = expand_placeholders(
             ids, tokens=self.tokens, merge_size=merge, images=images, videos=videos, encode=encode
@@ -75,7 +90,9 @@ class MediaPrompts:
         return expanded, Media(items=tuple(item.item for item in media), positions=positions)
 
     def num_tokens(self, media: Sequence[MediaPatches]) -> int:
-        """Tokens that stand for the media themselves, without the markers and timestamps around them."""
+        """Tokens that stand for the media themselves, without the markers and timestamps around
+        them.
+        """
         return sum(num_media_tokens(item.grid, self.image.merge_size) for item in media)
 
 

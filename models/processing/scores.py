@@ -1,6 +1,7 @@
 """From a model's numbers to what people read: probabilities of labels and scores of classes.
 
-One place for these formulas, whoever answers: a job's rows, a request, or Python. Knows nothing of engines or columns.
+One place for these formulas, whoever answers: a job's rows, a request, or Python. Knows nothing of
+engines or columns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ MULTI_LABEL_THRESHOLD = 0.5  # a class is given when its score is above
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelScores:
-    """`best` is the number of the likeliest label, `off_set_mass` what the model gives to none of them."""
+    """`best` is the number of the likeliest label, `off_set_mass` what the model gives to none of
+    them.
+    """
 
     best: int
     probabilities: list[float]
@@ -31,8 +34,9 @@ class LabelScores:
 class Scaling:
     """What makes a model's probabilities mean what they say: softmax(log p / temperature + bias).
 
-    `bias` has a number for each label in their order, or none at all. A temperature alone leaves every answer as it is.
-    Temperature scaling: Guo et al. 2017; with a bias for each label: Alexandari et al. 2020.
+    `bias` has a number for each label in their order, or none at all. A temperature alone leaves
+    every answer as it is. Temperature scaling: Guo et al. 2017; with a bias for each label:
+    Alexandari et al. 2020.
     """
 
     temperature: float = 1.0
@@ -45,8 +49,8 @@ class Scaling:
     def scores(self, logprobs: NDArray[np.float64]) -> tuple[list[float], int]:
         """(probabilities, the best label's number) of one row's [labels].
 
-        The best has the highest probability; where several have, that to which the model itself gives more, and then
-        the first of them.
+        The best has the highest probability; where several have, that to which the model itself
+        gives more, and then the first of them.
         """
         scaled = self.logits(logprobs)
         best = max(range(len(scaled)), key=lambda label: (scaled[label], logprobs[label], -label))
@@ -56,27 +60,36 @@ class Scaling:
 def label_scores(logprobs: Sequence[float], scaling: Scaling | None = None) -> LabelScores:
     """Softmax over the labels' joint log-probabilities, and 1 - the sum of what these stand for.
 
-    With `scaling` probabilities and best label are calibrated; off_set_mass is the model's own all the same. Raises
-    RowError not_finite for what are no logarithms of probabilities.
+    With `scaling` probabilities and best label are calibrated; off_set_mass is the model's own all
+    the same. Raises RowError not_finite for what are no logarithms of probabilities.
     """
     highest = max(logprobs)
-    if not all(value <= 0.0 or math.isclose(value, 0.0, abs_tol=1e-4) for value in logprobs) or highest == -math.inf:
+    if (
+        not all(value <= 0.0 or math.isclose(value, 0.0, abs_tol=1e-4) for value in logprobs)
+        or highest == -math.inf
+    ):
         raise RowError("not_finite", f"the model's label log-probabilities are {list(logprobs)}")
     weights = [math.exp(value - highest) for value in logprobs]
     total = sum(weights)
     probabilities, best = [weight / total for weight in weights], logprobs.index(highest)
     if scaling is not None:
         probabilities, best = scaling.scores(np.array(logprobs, np.float64))
-    return LabelScores(best=best, probabilities=probabilities, off_set_mass=1.0 - math.exp(highest) * total)
+    return LabelScores(
+        best=best, probabilities=probabilities, off_set_mass=1.0 - math.exp(highest) * total
+    )
 
 
 def class_scores(
-    logits: NDArray[np.float64], names: Sequence[str], problem_type: str, scaling: Scaling | None = None
+    logits: NDArray[np.float64],
+    names: Sequence[str],
+    problem_type: str,
+    scaling: Scaling | None = None,
 ) -> tuple[list[float], Any]:
-    """(scores, label) of a classification head's logits [num_labels], as the checkpoint's problem_type has them.
+    """(scores, label) of a classification head's logits [num_labels], as the checkpoint's
+    problem_type has them.
 
-    The label is a number (regression), a name, or a list of names (several labels at once). `scaling` is for one label
-    of several alone.
+    The label is a number (regression), a name, or a list of names (several labels at once).
+    `scaling` is for one label of several alone.
     """
     match problem_type:
         case "regression":
@@ -84,7 +97,9 @@ def class_scores(
         case "multi_label_classification":
             scores = 1.0 / (1.0 + np.exp(-logits))
             return scores.tolist(), [
-                name for name, score in zip(names, scores, strict=True) if score > MULTI_LABEL_THRESHOLD
+                name
+                for name, score in zip(names, scores, strict=True)
+                if score > MULTI_LABEL_THRESHOLD
             ]
         case _ if scaling is not None:
             calibrated, best = scaling.scores(logits)

@@ -1,7 +1,8 @@
 """Text to token ids and back, for the byte-level BPE tokenizers of the GLM checkpoints.
 
-Owns tokenizer.json and the special ids; keeps the template's control tokens apart from the same characters in
-content, which are ordinary text. Knows nothing of messages, templates, models or engines.
+Owns tokenizer.json and the special ids; keeps the template's control tokens apart from the same
+characters in content, which are ordinary text. Knows nothing of messages, templates, models or
+engines.
 """
 
 from __future__ import annotations
@@ -19,38 +20,52 @@ from glm_batch.models.errors import ConfigError, RowError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, or {} when there is no such file. Raises ConfigError for anything else in it."""
+    """The JSON object in `path`, or {} when there is no such file. Raises ConfigError for anything
+    else in it.
+    """
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: it cannot be read as JSON ({error}); restore the file") from error
+        raise ConfigError(
+            f"{path}: it cannot be read as JSON ({error}); restore the file"
+        ) from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: a JSON object was expected, found {type(value).__name__}; restore the file")
+        raise ConfigError(
+            f"{path}: a JSON object was expected, found {type(value).__name__}; restore the file"
+        )
     return value
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. Build it with `from_dir`.
 
-    `eos_token_ids` end a generation (generation_config.json, else config.json, else tokenizer_config.json),
-    `control_tokens` are the strings that encode_control turns into one id each, the ids of the special ones among
-    them, `special_ids`, are dropped from decoded text, and no id from `vocab_size` on stands for anything, although
-    the model's embedding may be longer.
+    `eos_token_ids` end a generation (generation_config.json, else config.json, else
+    tokenizer_config.json), `control_tokens` are the strings that encode_control turns into one id
+    each, the ids of the special ones among them, `special_ids`, are dropped from decoded text, and
+    no id from `vocab_size` on stands for anything, although the model's embedding may be longer.
     """
 
     def __init__(
-        self, library: tokenizers.Tokenizer, *, eos_token_ids: Iterable[int] = (), pad_token_id: int | None = None
+        self,
+        library: tokenizers.Tokenizer,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        pad_token_id: int | None = None,
     ) -> None:
         """Takes over `library`, which must be byte-level."""
-        # Cutting and padding are the engine's business: a tokenizer.json that asks for them must not shorten a row.
+        # Cutting and padding are the engine's business: a tokenizer.json that asks for them must
+        # not shorten a row.
         library.no_truncation()
         library.no_padding()
         self._full = library
         self._plain = _without_added_tokens(library)
-        # The library finds the leftmost added token, and the longest of those that begin at one place.
-        added = sorted(self._full.get_added_tokens_decoder().items(), key=lambda item: -len(item[1].content))
+        # The library finds the leftmost added token, and the longest of those that begin at one
+        # place.
+        added = sorted(
+            self._full.get_added_tokens_decoder().items(), key=lambda item: -len(item[1].content)
+        )
         self._control_ids = [id for id, _ in added]
         self._control_pattern = _control_pattern([token for _, token in added])
         vocab = self._full.get_vocab(with_added_tokens=True)
@@ -63,14 +78,20 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str) -> Tokenizer:
-        """Reads a checkpoint directory. Raises ConfigError when the tokenizer is absent, broken or not byte-level."""
+        """Reads a checkpoint directory. Raises ConfigError when the tokenizer is absent, broken or
+        not byte-level.
+        """
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
-            raise ConfigError(f"{file}: no such file; a checkpoint in the Hugging Face layout has one")
+            raise ConfigError(
+                f"{file}: no such file; a checkpoint in the Hugging Face layout has one"
+            )
         try:
             library = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            raise ConfigError(f"{file}: it does not describe a tokenizer ({error}); restore the file") from error
+            raise ConfigError(
+                f"{file}: it does not describe a tokenizer ({error}); restore the file"
+            ) from error
         if not isinstance(library.decoder, tokenizers.decoders.ByteLevel):
             raise ConfigError(
                 f"{file}: decoder {type(library.decoder).__name__}; this version reads byte-level BPE, whose "
@@ -78,23 +99,32 @@ class Tokenizer:
             )
         tokenizer = cls(library)
         tokenizer.eos_token_ids = tuple(tokenizer._configured_ids(Path(path), "eos_token"))
-        tokenizer.pad_token_id = next(iter(tokenizer._configured_ids(Path(path), "pad_token")), None)
+        tokenizer.pad_token_id = next(
+            iter(tokenizer._configured_ids(Path(path), "pad_token")), None
+        )
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: "<|user|>" in it becomes ordinary bytes. Raises RowError for text that is not Unicode."""
+        """Ids of plain text: "<|user|>" in it becomes ordinary bytes. Raises RowError for text that
+        is not Unicode.
+        """
         return self._encode(self._plain, text).ids
 
     def encode_control(self, text: str) -> list[int]:
-        """Ids of a template's own text: control-token strings become their ids, and nothing is added."""
+        """Ids of a template's own text: control-token strings become their ids, and nothing is
+        added.
+        """
         return self._encode(self._full, text).ids
 
     def encode_raw(self, text: str) -> list[int]:
-        """Ids of plain text between the special tokens that the checkpoint's post-processor puts around a text."""
+        """Ids of plain text between the special tokens that the checkpoint's post-processor puts
+        around a text.
+        """
         return self._encode(self._plain, text, add_special_tokens=True).ids
 
     def encode_raw_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As encode_raw, with the half-open character span of each token; (0, 0) for the added specials.
+        """As encode_raw, with the half-open character span of each token; (0, 0) for the added
+        specials.
 
         The tokens of a character that was split into several have the same span.
         """
@@ -102,7 +132,9 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def split_control(self, text: str) -> list[tuple[str, int | None]]:
-        """Cuts text at its control-token strings: (text, None) for what is between them, (string, id) for each."""
+        """Cuts text at its control-token strings: (text, None) for what is between them, (string,
+        id) for each.
+        """
         pieces: list[tuple[str, int | None]] = []
         start = 0
         for match in self._control_pattern.finditer(text):
@@ -134,7 +166,9 @@ class Tokenizer:
             raise
 
     def _configured_ids(self, folder: Path, name: str) -> list[int]:
-        """Ids of "eos_token" or "pad_token" from the first of the checkpoint's files that names one."""
+        """Ids of "eos_token" or "pad_token" from the first of the checkpoint's files that names
+        one.
+        """
         config = read_json(folder / "config.json")
         nested = config.get("text_config")
         for owner in (read_json(folder / "generation_config.json"), config, nested or {}):
@@ -161,7 +195,9 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        """The text that became certain with this token; the bytes of an unfinished character are kept back."""
+        """The text that became certain with this token; the bytes of an unfinished character are
+        kept back.
+        """
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
@@ -205,7 +241,9 @@ def _token_pattern(token: tokenizers.AddedToken) -> str:
 
 
 def _bytes_of_tokens(vocab: dict[str, int]) -> dict[int, bytes]:
-    """What each token stands for: its characters' bytes in the byte-level alphabet, or its UTF-8 if one has none."""
+    """What each token stands for: its characters' bytes in the byte-level alphabet, or its UTF-8 if
+    one has none.
+    """
     byte_of = _byte_alphabet()
     table: dict[int, bytes] = {}
     for text, id in vocab.items():
@@ -217,8 +255,10 @@ def _bytes_of_tokens(vocab: dict[str, int]) -> dict[int, bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of the byte-level alphabet (Radford et al. 2019): visible Latin-1 bytes are themselves, the
-    others, in order, are the characters from U+0100 on."""
+    """Character -> byte of the byte-level alphabet (Radford et al. 2019): visible Latin-1 bytes are
+    themselves, the others, in order, are the characters from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in visible} | {
+        chr(0x100 + i): byte for i, byte in enumerate(hidden)
+    }

@@ -1,7 +1,9 @@
-"""Video bytes to patches: decoded by PyAV one frame after the other, of which only the sampled ones are kept.
+"""Video bytes to patches: decoded by PyAV one frame after the other, of which only the sampled ones
+are kept.
 
-Owns which containers are read and how frames are found in them. Knows nothing of where bytes come from, rows, or
-models. A clip is read twice: first its packets, to count the frames, then the frames that are wanted.
+Owns which containers are read and how frames are found in them. Knows nothing of where bytes come
+from, rows, or models. A clip is read twice: first its packets, to count the frames, then the frames
+that are wanted.
 """
 
 from __future__ import annotations
@@ -25,14 +27,23 @@ from glm_batch.models.checkpoint.media_config import VideoProcessorConfig
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.budget import group_timestamps, sample_frames, video_grid
 from glm_batch.models.processing.images import check_frame
-from glm_batch.models.processing.patches import Encoded, Frame, MediaPatches, PatchWriter, as_file, encoded_digest
+from glm_batch.models.processing.patches import (
+    Encoded,
+    Frame,
+    MediaPatches,
+    PatchWriter,
+    as_file,
+    encoded_digest,
+)
 
 # Containers that hold their own data; playlists, image sequences and devices are not among them.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
-OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}  # nothing beyond the bytes can be opened
+# nothing beyond the bytes can be opened
+OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
 FPS_OF_A_STILL = 24.0  # one frame may come without a rate; it is shown at second 0 at any
 
-_KEY, _HIDDEN = 1, 2  # a packet's flags; an edit list hides what is decoded only because later frames need it
+# a packet's flags; an edit list hides what is decoded only because later frames need it
+_KEY, _HIDDEN = 1, 2
 _UNKNOWN = -(1 << 63)
 
 Run = tuple[int, int]  # packets [first, last], in the order in which they are stored
@@ -40,11 +51,12 @@ Run = tuple[int, int]  # packets [first, last], in the order in which they are s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:
-    """A clip as its packets tell it; its duration is num_frames / fps, whatever the container claims.
+    """A clip as its packets tell it; its duration is num_frames / fps, whatever the container
+    claims.
 
-    `shown` [frames, 2] holds each frame's timestamp and packet, in the order of showing, and `keyframes` the same of
-    the packets at which decoding can begin, in the order of storing. Both are None where timestamps are missing or
-    repeated.
+    `shown` [frames, 2] holds each frame's timestamp and packet, in the order of showing, and
+    `keyframes` the same of the packets at which decoding can begin, in the order of storing. Both
+    are None where timestamps are missing or repeated.
     """
 
     num_frames: int
@@ -60,23 +72,30 @@ class VideoProcessor:
         self.config = config
 
     def from_bytes(self, data: Encoded, *, digest: str | None = None) -> MediaPatches:
-        """The patches of an encoded clip, upright. Raises RowError for bytes that are no readable video.
+        """The patches of an encoded clip, upright. Raises RowError for bytes that are no readable
+        video.
 
-        Of a file, no more is read into memory than a few packets. `digest` is that of encoded_digest, for callers who
-        know it already.
+        Of a file, no more is read into memory than a few packets. `digest` is that of
+        encoded_digest, for callers who know it already.
         """
         digest = digest or encoded_digest("video", data, self.config)
         info = scan_video(data, max_source_pixels=self.config.max_source_pixels)
         patches = self._decode(data, info, digest)
-        if patches is None:  # packets and frames do not go one to one, or do not begin where they claim
+        # packets and frames do not go one to one, or do not begin where they claim
+        if patches is None:
             info = count_frames(data, info, max_source_pixels=self.config.max_source_pixels)
             patches = self._decode(data, info, digest)
         if patches is None:
-            raise RowError("bad_video", "the clip's frames cannot all be decoded: it is damaged or cut off")
+            raise RowError(
+                "bad_video", "the clip's frames cannot all be decoded: it is damaged or cut off"
+            )
         return patches
 
-    def from_frames(self, frames: Sequence[Frame], fps: float, *, duration_s: float | None = None) -> MediaPatches:
-        """The patches of a clip given as arrays, uint8 [height, width, 3] in RGB, sampled as any clip. Raises RowError.
+    def from_frames(
+        self, frames: Sequence[Frame], fps: float, *, duration_s: float | None = None
+    ) -> MediaPatches:
+        """The patches of a clip given as arrays, uint8 [height, width, 3] in RGB, sampled as any
+        clip. Raises RowError.
 
         Without `duration_s` the length is estimated as the published processor does.
         """
@@ -85,19 +104,27 @@ class VideoProcessor:
         for frame in frames:
             check_frame(frame, "bad_video")
         indices = sample_frames(len(frames), fps, self.config, duration_s=duration_s)
-        patches = self._write(indices, fps, ((index, frames[index]) for index in dict.fromkeys(indices)), None)
+        patches = self._write(
+            indices, fps, ((index, frames[index]) for index in dict.fromkeys(indices)), None
+        )
         assert patches is not None  # every index is below len(frames)
         return patches
 
     def _decode(self, data: Encoded, info: VideoInfo, digest: str) -> MediaPatches | None:
         """The sampled frames' patches, or None when some of them did not come out of the decoder."""
-        indices = sample_frames(info.num_frames, info.fps, self.config, duration_s=info.num_frames / info.fps)
+        indices = sample_frames(
+            info.num_frames, info.fps, self.config, duration_s=info.num_frames / info.fps
+        )
         wanted = sorted(set(indices))
         frames = decode_frames(data, info, wanted, max_source_pixels=self.config.max_source_pixels)
         return self._write(indices, info.fps, frames, digest)
 
     def _write(
-        self, indices: list[int], fps: float, frames: Iterable[tuple[int, Frame]], digest: str | None
+        self,
+        indices: list[int],
+        fps: float,
+        frames: Iterable[tuple[int, Frame]],
+        digest: str | None,
     ) -> MediaPatches | None:
         positions: dict[int, list[int]] = {}
         for position, index in enumerate(indices):
@@ -111,7 +138,9 @@ class VideoProcessor:
                 writer.write(position, frame)
         if positions or writer is None:
             return None
-        return writer.finish(digest=digest, timestamps=tuple(group_timestamps(indices, fps, self.config)))
+        return writer.finish(
+            digest=digest, timestamps=tuple(group_timestamps(indices, fps, self.config))
+        )
 
 
 def scan_video(data: Encoded, *, max_source_pixels: int) -> VideoInfo:
@@ -129,8 +158,12 @@ def scan_video(data: Encoded, *, max_source_pixels: int) -> VideoInfo:
 
 
 def _cut_off(container: InputContainer, stream: VideoStream, size: int) -> bool:
-    """Whether an MP4 or MOV file lacks the end of what its index lists; other containers have no such index."""
-    return "mp4" in container.format.name and any(entry.pos + entry.size > size for entry in stream.index_entries)
+    """Whether an MP4 or MOV file lacks the end of what its index lists; other containers have no
+    such index.
+    """
+    return "mp4" in container.format.name and any(
+        entry.pos + entry.size > size for entry in stream.index_entries
+    )
 
 
 def _info(times: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8], fps: float) -> VideoInfo:
@@ -146,7 +179,9 @@ def _info(times: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8], fps: float
         fps = FPS_OF_A_STILL
     if np.any(times == _UNKNOWN) or not np.all(np.diff(shown[:, 0])):
         return VideoInfo(num_frames=len(shown), fps=fps)
-    return VideoInfo(num_frames=len(shown), fps=fps, shown=shown, keyframes=packets[flags & _KEY != 0])
+    return VideoInfo(
+        num_frames=len(shown), fps=fps, shown=shown, keyframes=packets[flags & _KEY != 0]
+    )
 
 
 def count_frames(data: Encoded, info: VideoInfo, *, max_source_pixels: int) -> VideoInfo:
@@ -154,19 +189,27 @@ def count_frames(data: Encoded, info: VideoInfo, *, max_source_pixels: int) -> V
     with _open(data, max_source_pixels) as (container, stream):
         num_frames = sum(1 for _ in _decoded(container, stream, None))
     if not num_frames:
-        raise RowError("bad_video", "no frame of the video can be decoded: it is damaged or cut off")
+        raise RowError(
+            "bad_video", "no frame of the video can be decoded: it is damaged or cut off"
+        )
     return VideoInfo(num_frames=num_frames, fps=info.fps)
 
 
 def decode_frames(
     data: Encoded, info: VideoInfo, wanted: Sequence[int], *, max_source_pixels: int
 ) -> Iterator[tuple[int, Frame]]:
-    """(number, frame) of the frames `wanted`, given in ascending order; those that cannot be found are left out.
+    """(number, frame) of the frames `wanted`, given in ascending order; those that cannot be found
+    are left out.
 
-    Frames are uint8 [height, width, 3] in RGB, turned as the container says. Raises RowError for damaged data.
+    Frames are uint8 [height, width, 3] in RGB, turned as the container says. Raises RowError for
+    damaged data.
     """
     runs = _runs(info, wanted)
-    by_time = {} if info.shown is None else dict(zip(info.shown[list(wanted), 0].tolist(), wanted, strict=True))
+    by_time = (
+        {}
+        if info.shown is None
+        else dict(zip(info.shown[list(wanted), 0].tolist(), wanted, strict=True))
+    )
     left = set(wanted)
     to_rgb = VideoReformatter()
     with _open(data, max_source_pixels) as (container, stream):
@@ -181,9 +224,11 @@ def decode_frames(
 
 
 def _runs(info: VideoInfo, wanted: Sequence[int]) -> list[Run] | None:
-    """The packets that the frames `wanted` depend on: for each, from the last keyframe shown no later to its own.
+    """The packets that the frames `wanted` depend on: for each, from the last keyframe shown no
+    later to its own.
 
-    None when that is not known for all of them: then every packet must be decoded and every frame counted.
+    None when that is not known for all of them: then every packet must be decoded and every frame
+    counted.
     """
     if info.shown is None or info.keyframes is None:
         return None
@@ -203,18 +248,24 @@ def _runs(info: VideoInfo, wanted: Sequence[int]) -> list[Run] | None:
 
 @contextmanager
 def _open(data: Encoded, max_source_pixels: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first real video stream; failures inside become RowErrors, but for a lack of memory."""
+    """The container and its first real video stream; failures inside become RowErrors, but for a
+    lack of memory.
+    """
     file, size = as_file(data)
     if not size:
         raise RowError("bad_video", "the video has zero bytes")
     try:
-        with av.open(file, "r", container_options=OPEN_OPTIONS, metadata_errors="replace") as container:
+        with av.open(
+            file, "r", container_options=OPEN_OPTIONS, metadata_errors="replace"
+        ) as container:
             yield container, _video_stream(container, max_source_pixels)
     except MemoryError:  # FFmpeg's is an FFmpegError too
         raise
     except av.FFmpegError as error:
         text = error.strerror or str(error)
-        raise RowError("bad_video", f"the video is damaged, cut off, or in no known container: {text}") from error
+        raise RowError(
+            "bad_video", f"the video is damaged, cut off, or in no known container: {text}"
+        ) from error
 
 
 def _video_stream(container: InputContainer, max_source_pixels: int) -> VideoStream:
@@ -232,7 +283,8 @@ def _video_stream(container: InputContainer, max_source_pixels: int) -> VideoStr
             "the clip",
         )
     context.thread_count = 1  # the caller spreads clips over cores
-    context.options = {"max_pixels": str(max_source_pixels)}  # the frames may be larger than the header says
+    # the frames may be larger than the header says
+    context.options = {"max_pixels": str(max_source_pixels)}
     return stream
 
 
@@ -244,7 +296,9 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[
             yield packet
 
 
-def _decoded(container: InputContainer, stream: VideoStream, runs: Sequence[Run] | None) -> Iterator[VideoFrame]:
+def _decoded(
+    container: InputContainer, stream: VideoStream, runs: Sequence[Run] | None
+) -> Iterator[VideoFrame]:
     """The frames of the packets in `runs`, or of all, in the order of showing within each run."""
     context = stream.codec_context
     left = iter(runs or [(0, -1)])
@@ -263,5 +317,7 @@ def _decoded(container: InputContainer, stream: VideoStream, runs: Sequence[Run]
 
 
 def _upright(frame: VideoFrame, rotation: int) -> Frame:
-    """`rotation` is in degrees counter-clockwise; other angles than quarter turns do not occur in practice."""
+    """`rotation` is in degrees counter-clockwise; other angles than quarter turns do not occur in
+    practice.
+    """
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(), round(rotation / 90)))

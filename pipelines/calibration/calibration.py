@@ -1,7 +1,8 @@
-"""A calibration as a file: what was fitted on gold answers, and for which model, question and labels it counts.
+"""A calibration as a file: what was fitted on gold answers, and for which model, question and
+labels it counts.
 
-`glm-batch calibrate` writes it, `task.calibration` names it. Owns the file's form and the refusal of one that was
-fitted for something else. Knows nothing of how it is fitted or applied.
+`glm-batch calibrate` writes it, `task.calibration` names it. Owns the file's form and the refusal
+of one that was fitted for something else. Knows nothing of how it is fitted or applied.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ QUESTION = ("kind", "system", "prompt", "messages", "image", "video", "end_of_la
 class Calibration:
     """`bias` goes by label, in the order of `labels`; all 0 where a temperature alone was fitted.
 
-    Measured on `rows` gold rows: expected calibration error and negative log-likelihood (nats a row) of the model's own
-    probabilities, and of calibrated ones, each row's by a fit without it. `model` is the checkpoint's digest,
-    `question` the task's keys in QUESTION. `left_out` counts rows that could not be used.
+    Measured on `rows` gold rows: expected calibration error and negative log-likelihood (nats a
+    row) of the model's own probabilities, and of calibrated ones, each row's by a fit without it.
+    `model` is the checkpoint's digest, `question` the task's keys in QUESTION. `left_out` counts
+    rows that could not be used.
     """
 
     model: str
@@ -47,14 +49,19 @@ class Calibration:
     @property
     def applied(self) -> dict[str, Any]:
         """What changes a job's output: it belongs to the job's identity."""
-        return {"temperature": self.temperature, "bias": dict(zip(self.labels, self.bias, strict=True))}
+        return {
+            "temperature": self.temperature,
+            "bias": dict(zip(self.labels, self.bias, strict=True)),
+        }
 
     def scaling(self, labels: Sequence[str]) -> Scaling:
         """For labels in this order."""
         return _scaling(self.applied, labels)
 
     def check(self, task: TaskConfig, labels: Sequence[str], model: str) -> None:
-        """Raises ConfigError where it was fitted for another checkpoint, other labels or another question."""
+        """Raises ConfigError where it was fitted for another checkpoint, other labels or another
+        question.
+        """
         if model != self.model:
             raise ConfigError(
                 f"task.calibration: it was fitted for another checkpoint (digest {self.model}, not {model}); "
@@ -68,7 +75,9 @@ class Calibration:
         asked = question_of(asdict(task))
         for name in QUESTION:
             if asked[name] != self.question[name]:
-                there, here = (json.dumps(each[name], ensure_ascii=False) for each in (self.question, asked))
+                there, here = (
+                    json.dumps(each[name], ensure_ascii=False) for each in (self.question, asked)
+                )
                 raise ConfigError(
                     f"task.calibration: it was fitted with task.{name} {there}, and here it is {here}: what was fitted "
                     "on one question says nothing of another"
@@ -79,7 +88,9 @@ class Calibration:
 
     def sentence(self) -> str:
         """For people."""
-        biases = ", ".join(f"{label} {bias:+.3f}" for label, bias in zip(self.labels, self.bias, strict=True))
+        biases = ", ".join(
+            f"{label} {bias:+.3f}" for label, bias in zip(self.labels, self.bias, strict=True)
+        )
         shown = f", bias {biases}" if any(self.bias) else ""
         return (
             f"temperature {self.temperature:.4g}{shown}; calibration error {self.ece_before:.4f}, held out "
@@ -94,7 +105,9 @@ def question_of(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_calibration(path: str) -> Calibration:
-    """Raises ConfigError, in words about task.calibration, for a file that is missing or none of ours."""
+    """Raises ConfigError, in words about task.calibration, for a file that is missing or none of
+    ours.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,9 +1,10 @@
-"""Fits what makes probabilities mean what they say: one temperature, and on demand a bias for each label.
+"""Fits what makes probabilities mean what they say: one temperature, and on demand a bias for each
+label.
 
-The factor 1 / temperature and the biases minimise the gold labels' negative log-likelihood, which is convex in them, by
-Newton's method. A weak pull towards "no change" keeps a sample on which all answers are right from asking for
-certainty.
-Pure functions of arrays; knows nothing of tables or files.
+The factor 1 / temperature and the biases minimise the gold labels' negative log-likelihood, which
+is convex in them, by Newton's method. A weak pull towards "no change" keeps a sample on which all
+answers are right from asking for certainty. Pure functions of arrays; knows nothing of tables or
+files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.models.processing.scores import Scaling, softmax
 from glm_batch.pipelines.evaluation.reliability import reliability
 
-PULL = 0.1  # nats for a factor or bias that is off by sqrt(2) of what changes nothing, against all rows together
+# nats for a factor or bias that is off by sqrt(2) of what changes nothing, against all rows
+# together
+PULL = 0.1
 NUM_FOLDS = 5
 MIN_ROWS = 20
 MAX_STEPS = 100
@@ -40,8 +43,8 @@ class Fit:
 def fitted(logprobs: Floats, gold: Ints, labels: Sequence[str], *, with_bias: bool) -> Fit:
     """Fits on all rows; `after` is measured on each fifth of them with a fit on the other four.
 
-    `logprobs` [rows, labels] may hold -inf, but not at `gold` [rows], the gold labels' numbers. Raises ConfigError for
-    a sample that is too small, or on which a temperature cannot help.
+    `logprobs` [rows, labels] may hold -inf, but not at `gold` [rows], the gold labels' numbers.
+    Raises ConfigError for a sample that is too small, or on which a temperature cannot help.
     """
     _check(gold, labels, with_bias=with_bias)
     folds = np.random.default_rng(0).permutation(len(gold)) % NUM_FOLDS
@@ -57,7 +60,9 @@ def fitted(logprobs: Floats, gold: Ints, labels: Sequence[str], *, with_bias: bo
 
 
 def quality(logits: Floats, gold: Ints) -> tuple[float, float]:
-    """(expected calibration error, mean negative log-likelihood in nats) of what the softmax of [rows, labels] says."""
+    """(expected calibration error, mean negative log-likelihood in nats) of what the softmax of
+    [rows, labels] says.
+    """
     right = (logits.argmax(axis=1) == gold).astype(np.float64)
     highest = logits.max(axis=1)
     totals = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
@@ -95,8 +100,12 @@ def fit(logprobs: Floats, gold: Ints, *, with_bias: bool) -> Scaling:
     return Scaling(temperature=float(1 / point[0]), bias=tuple(bias.tolist()) if with_bias else ())
 
 
-def _objective(point: Floats, neutral: Floats, logprobs: Floats, gold: Ints) -> tuple[float, Floats, Floats]:
-    """(value, gradient, Hessian) of the mean negative log-likelihood and the pull, at (factor, biases)."""
+def _objective(
+    point: Floats, neutral: Floats, logprobs: Floats, gold: Ints
+) -> tuple[float, Floats, Floats]:
+    """(value, gradient, Hessian) of the mean negative log-likelihood and the pull, at (factor,
+    biases).
+    """
     num_rows, num_labels = logprobs.shape
     known = np.where(np.isfinite(logprobs), logprobs, 0.0)
     logits = np.where(np.isfinite(logprobs), point[0] * known + point[1:], -np.inf)
@@ -109,7 +118,9 @@ def _objective(point: Floats, neutral: Floats, logprobs: Floats, gold: Ints) -> 
     off = p.copy()
     off[rows, gold] -= 1.0
     pull, away = PULL / num_rows, point - neutral
-    value = float((highest[:, 0] + np.log(total[:, 0]) - logits[rows, gold]).mean() + 0.5 * pull * away @ away)
+    value = float(
+        (highest[:, 0] + np.log(total[:, 0]) - logits[rows, gold]).mean() + 0.5 * pull * away @ away
+    )
     slope = np.concatenate([[(off * known).sum(axis=1).mean()], off.mean(axis=0)]) + pull * away
     curve = np.empty((1 + num_labels, 1 + num_labels))
     curve[0, 0] = ((p * known**2).sum(axis=1) - mean**2).mean()
@@ -120,7 +131,9 @@ def _objective(point: Floats, neutral: Floats, logprobs: Floats, gold: Ints) -> 
 
 def _check(gold: Ints, labels: Sequence[str], *, with_bias: bool) -> None:
     if len(gold) < MIN_ROWS:
-        raise ConfigError(f"{len(gold):,} rows have a gold label and probabilities; a fit needs at least {MIN_ROWS}")
+        raise ConfigError(
+            f"{len(gold):,} rows have a gold label and probabilities; a fit needs at least {MIN_ROWS}"
+        )
     if len(labels) < 2:
         raise ConfigError("there is one label: its probability is always 1")
     rows = np.bincount(gold, minlength=len(labels))

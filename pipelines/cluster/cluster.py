@@ -1,7 +1,7 @@
 """The Ray cluster a job runs on: an existing one, or a small quiet one on this machine.
 
-Owns every setting of Ray itself, and says what machines there are: glm_batch.pipelines.cluster.shares deals them out. Imports ray inside
-functions only. Knows nothing of rows.
+Owns every setting of Ray itself, and says what machines there are: pipelines.cluster.shares deals
+them out. Imports ray inside functions only. Knows nothing of rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 
 @contextmanager
 def cluster(*, found: bool = False) -> Iterator[None]:
-    """Ray for the duration of a job. A cluster that this call started ends with it; another one is left alone.
+    """Ray for the duration of a job. A cluster that this call started ends with it; another one is
+    left alone.
 
     With `found` none is started: raises ConfigError where none runs.
     """
@@ -54,7 +55,9 @@ def cluster(*, found: bool = False) -> Iterator[None]:
 
 
 def job_workers(job: Job, *, beside_app: bool = False) -> Workers:
-    """How many processes each stage gets on this cluster, and what each asks for. Raises ConfigError."""
+    """How many processes each stage gets on this cluster, and what each asks for. Raises
+    ConfigError.
+    """
     if not beside_app:
         return share_out(job, cluster_nodes())
     import ray
@@ -64,7 +67,9 @@ def job_workers(job: Job, *, beside_app: bool = False) -> Workers:
 
 
 def cluster_nodes() -> tuple[Node, ...]:
-    """The machines of the running cluster. Ray may have been told of more CPUs than this one has cores."""
+    """The machines of the running cluster. Ray may have been told of more CPUs than this one has
+    cores.
+    """
     import ray
 
     here, cores = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
@@ -79,7 +84,8 @@ def cluster_nodes() -> tuple[Node, ...]:
 
 
 def _start(address: str | None, enclosure: Mapping[str, Any]) -> None:
-    """Joins the cluster at `address`, or else starts one; another Ray on this machine is joined when asked for alone.
+    """Joins the cluster at `address`, or else starts one; another Ray on this machine is joined
+    when asked for alone.
 
     Raises ConfigError where there is none to join.
     """
@@ -92,7 +98,12 @@ def _start(address: str | None, enclosure: Mapping[str, Any]) -> None:
     _quiet()
     if address:
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_shipped_code())
+            ray.init(
+                address=address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env=_shipped_code(),
+            )
         except ConnectionError as error:
             where = "on this machine" if address == FOUND_HERE else f"at RAY_ADDRESS={address}"
             raise ConfigError(f"no Ray cluster answers {where}: {error}") from error
@@ -111,7 +122,9 @@ def _start(address: str | None, enclosure: Mapping[str, Any]) -> None:
 
 
 def _quiet() -> None:
-    """Ray Data tells a terminal of every step; the job's own display does. Its file in Ray's session keeps it all."""
+    """Ray Data tells a terminal of every step; the job's own display does. Its file in Ray's
+    session keeps it all.
+    """
     import ray.data
 
     assert ray.data is not None  # importing it is what sets its handlers up
@@ -122,7 +135,8 @@ def _quiet() -> None:
 
 @contextmanager
 def _without_lines(marker: bytes) -> Iterator[None]:
-    """Holds back what this process writes to file descriptor 2, and passes on all lines but those with `marker`.
+    """Holds back what this process writes to file descriptor 2, and passes on all lines but those
+    with `marker`.
 
     Ray's core announces its log level there, out of reach of Python's logging.
     """
@@ -142,5 +156,6 @@ def _without_lines(marker: bytes) -> Iterator[None]:
 
 def _shipped_code() -> dict[str, object]:
     """A remote worker gets this very code, whatever version it may have installed."""
-    # By path: Ray copies what it merges into a submitted job's own environment, and modules cannot be copied.
+    # By path: Ray copies what it merges into a submitted job's own environment, and modules cannot
+    # be copied.
     return {"py_modules": [glm_batch.__path__[0]]}

@@ -1,7 +1,8 @@
-"""Enclosure: a Ray cluster of our own listens on this machine alone, and answers nobody but this user.
+"""Enclosure: a Ray cluster of our own listens on this machine alone, and answers nobody but this
+user.
 
-Owns where its processes listen and the token that Ray asks of whoever calls them. Knows nothing of jobs. A cluster that
-others started has settings of its own.
+Owns where its processes listen and the token that Ray asks of whoever calls them. Knows nothing of
+jobs. A cluster that others started has settings of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Ray puts a loopback address aside for one that other machines reach, unless it is told that there are no others.
+# Ray puts a loopback address aside for one that other machines reach, unless it is told that there
+# are no others.
 ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 LOOPBACK = "127.0.0.1"
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -22,13 +24,16 @@ TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 @contextmanager
 def enclosed() -> Iterator[dict[str, Any]]:
-    """Options for `ray.init`, which belongs inside. Ray reads the environment as it is imported, so enter it before.
+    """Options for `ray.init`, which belongs inside. Ray reads the environment as it is imported, so
+    enter it before.
 
-    Ray itself turns tokens on for a cluster that `ray.init` starts, unless RAY_AUTH_MODE says otherwise.
+    Ray itself turns tokens on for a cluster that `ray.init` starts, unless RAY_AUTH_MODE says
+    otherwise.
     """
     _have_token()
     before = os.environ.get(ALONE)
-    os.environ[ALONE] = "0"  # Ray's processes inherit it; whatever else this process starts must not
+    # Ray's processes inherit it; whatever else this process starts must not
+    os.environ[ALONE] = "0"
     try:
         yield {"_node_ip_address": LOOPBACK}
     finally:
@@ -38,7 +43,9 @@ def enclosed() -> Iterator[dict[str, Any]]:
 
 
 def _have_token() -> None:
-    """A token where Ray looks for it, for this user's eyes alone: Ray would let everybody read what it writes."""
+    """A token where Ray looks for it, for this user's eyes alone: Ray would let everybody read what
+    it writes.
+    """
     if any(name in os.environ for name in TOKEN_VARIABLES):
         return
     try:
@@ -47,7 +54,10 @@ def _have_token() -> None:
             _write_once(path, secrets.token_hex(32))
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
-    except (OSError, RuntimeError):  # no home, or none to write to: this cluster has a token that no file holds
+    except (
+        OSError,
+        RuntimeError,
+    ):  # no home, or none to write to: this cluster has a token that no file holds
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 

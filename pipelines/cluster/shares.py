@@ -1,7 +1,8 @@
-"""What each stage of a job gets of a cluster: how many processes, what each asks Ray for, and where they come to lie.
+"""What each stage of a job gets of a cluster: how many processes, what each asks Ray for, and where
+they come to lie.
 
-Pure arithmetic on a description of the cluster, so that a plan can be made for one that is not there. Knows nothing of
-Ray, of stages' insides or of rows.
+Pure arithmetic on a description of the cluster, so that a plan can be made for one that is not
+there. Knows nothing of Ray, of stages' insides or of rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.tasks.job_media import reads_media
 
 PREPROCESSORS_PER_CORE = 0.25
-MEDIA_PREPROCESSORS_PER_CORE = 0.5  # beside an engine on the same cores; beside one on a GPU, all cores but
+# beside an engine on the same cores; beside one on a GPU, all cores but
+MEDIA_PREPROCESSORS_PER_CORE = 0.5
 CORES_PER_GPU_REPLICA = 2
 COMMITTERS_PER_CORE = 0.125
 MAX_CPUS_EACH = 0.25
@@ -33,9 +35,9 @@ class Node:
 class Workers:
     """How many processes a stage gets, and what each of them may use.
 
-    A replica asks for the GPUs of all its ranks at once, so that they lie on one machine. `cpus_each` are logical CPUs,
-    which only tell Ray that all processes fit, also when a machine is lost: it spreads them evenly, and their numbers
-    are such that they share the real cores.
+    A replica asks for the GPUs of all its ranks at once, so that they lie on one machine.
+    `cpus_each` are logical CPUs, which only tell Ray that all processes fit, also when a machine is
+    lost: it spreads them evenly, and their numbers are such that they share the real cores.
     """
 
     preprocessors: int
@@ -58,8 +60,8 @@ class Load:
 def share_out(job: Job, nodes: tuple[Node, ...], *, beside_app: float | None = None) -> Workers:
     """Raises ConfigError where the fewest replicas do not fit.
 
-    `beside_app` are the logical CPUs that a live application leaves; its replicas do the models' work, and ours only
-    feed them.
+    `beside_app` are the logical CPUs that a live application leaves; its replicas do the models'
+    work, and ours only feed them.
     """
     cores, cpus = sum(node.cores for node in nodes), sum(node.cpus for node in nodes)
     ranks, on_gpus = job.engine.tensor_parallel_size, uses_gpus(job, nodes)
@@ -75,7 +77,9 @@ def share_out(job: Job, nodes: tuple[Node, ...], *, beside_app: float | None = N
         min_replicas=fewest,
         replicas=most,
         # All of them must fit at once: a stage that finds no CPU left would stall the others.
-        cpus_each=min(MAX_CPUS_EACH, math.floor(1000 * cpus / (preprocessors + committers + most + 1)) / 1000),
+        cpus_each=min(
+            MAX_CPUS_EACH, math.floor(1000 * cpus / (preprocessors + committers + most + 1)) / 1000
+        ),
         gpus_per_replica=ranks if on_gpus else 0,
         threads_per_rank=max(1, min(node.cores for node in nodes) // (on_one_node * ranks)),
     )
@@ -89,11 +93,16 @@ def uses_gpus(job: Job, nodes: tuple[Node, ...]) -> bool:
 
 
 def placed(workers: Workers, nodes: tuple[Node, ...]) -> list[Load]:
-    """Where Ray's spreading puts replicas and preprocessing workers: each where there are fewest and there is room."""
+    """Where Ray's spreading puts replicas and preprocessing workers: each where there are fewest
+    and there is room.
+    """
     gpus = [node.gpus for node in nodes]
     replicas, preprocessors = [0] * len(nodes), [0] * len(nodes)
     for _ in range(workers.replicas):
-        place = min((i for i in range(len(nodes)) if gpus[i] >= workers.gpus_per_replica), key=lambda i: replicas[i])
+        place = min(
+            (i for i in range(len(nodes)) if gpus[i] >= workers.gpus_per_replica),
+            key=lambda i: replicas[i],
+        )
         replicas[place] += 1
         gpus[place] -= workers.gpus_per_replica
     for _ in range(workers.preprocessors):
@@ -122,7 +131,11 @@ def _preprocessors(job: Job, cores: int, replicas: int, on_gpus: bool) -> int:
         return job.preprocess.workers
     if not reads_media(job, job.model):
         return max(1, int(cores * PREPROCESSORS_PER_CORE))
-    free = cores - CORES_PER_GPU_REPLICA * replicas if on_gpus else int(cores * MEDIA_PREPROCESSORS_PER_CORE)
+    free = (
+        cores - CORES_PER_GPU_REPLICA * replicas
+        if on_gpus
+        else int(cores * MEDIA_PREPROCESSORS_PER_CORE)
+    )
     return max(1, free)
 
 

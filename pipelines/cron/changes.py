@@ -1,7 +1,9 @@
-"""What has changed in a job's input since a plan was made, and which units of other plans hold the same rows.
+"""What has changed in a job's input since a plan was made, and which units of other plans hold the
+same rows.
 
-A file counts as the same while its name, size and stamp are. The rows of one that is not are compared unit by unit, by
-digests of what is read of them; they are made here, when a file is planned. Knows nothing of outputs or of Ray.
+A file counts as the same while its name, size and stamp are. The rows of one that is not are
+compared unit by unit, by digests of what is read of them; they are made here, when a file is
+planned. Knows nothing of outputs or of Ray.
 """
 
 from __future__ import annotations
@@ -20,14 +22,24 @@ from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import DamagedError, Source
 from glm_batch.pipelines.input.values import column_values
 from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.planning.plan import Identity, Plan, PlannedFile, Unit, input_identity, job_source, make_plan
+from glm_batch.pipelines.planning.plan import (
+    Identity,
+    Plan,
+    PlannedFile,
+    Unit,
+    input_identity,
+    job_source,
+    make_plan,
+)
 
 DIGEST_CHARS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """Names of input files by what became of them. `deleted` are all that are gone and not yet dropped."""
+    """Names of input files by what became of them. `deleted` are all that are gone and not yet
+    dropped.
+    """
 
     new: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
@@ -40,8 +52,12 @@ def changes(before: Plan | None, files: Sequence[InputFile]) -> Changes:
     known = {planned.file.name: planned.file for planned in before.present} if before else {}
     return Changes(
         new=tuple(file.name for file in files if file.name not in known),
-        changed=tuple(file.name for file in files if file.name in known and file.mark != known[file.name].mark),
-        unchanged=tuple(file.name for file in files if file.name in known and file.mark == known[file.name].mark),
+        changed=tuple(
+            file.name for file in files if file.name in known and file.mark != known[file.name].mark
+        ),
+        unchanged=tuple(
+            file.name for file in files if file.name in known and file.mark == known[file.name].mark
+        ),
         deleted=tuple(each.file.name for each in gone(before, files)),
     )
 
@@ -52,15 +68,22 @@ def is_current(plan: Plan, files: Sequence[InputFile]) -> bool:
 
 
 def next_plan(
-    job: Job, files: Sequence[InputFile], identity: Identity, known: Plan | None, kept: Sequence[PlannedFile]
+    job: Job,
+    files: Sequence[InputFile],
+    identity: Identity,
+    known: Plan | None,
+    kept: Sequence[PlannedFile],
 ) -> Plan:
-    """The plan of the present input, and after it of files that are gone from it and whose rows are `kept`.
+    """The plan of the present input, and after it of files that are gone from it and whose rows are
+    `kept`.
 
     Only files that are not `known` as they are now are read. Raises ConfigError as make_plan does.
     """
     plan = make_plan(job, list(files), identity, known, grows=True)
     source = job_source(job)
-    planned = tuple(each if each.digests else _with_digests(source, each, plan.unit_rows) for each in plan.files)
+    planned = tuple(
+        each if each.digests else _with_digests(source, each, plan.unit_rows) for each in plan.files
+    )
     identity = identity | {"input": input_identity([*files, *(each.file for each in kept)])}
     return replace(plan, identity=identity, files=(*planned, *kept), num_deleted=len(kept))
 
@@ -88,7 +111,8 @@ def check_carried(job: Job, plan: Plan, before: Plan) -> None:
 
 
 def claims(plan: Plan) -> Iterator[tuple[Unit, Hashable]]:
-    """Each unit, and what must be among the `offers` of another plan of the job that holds its rows.
+    """Each unit, and what must be among the `offers` of another plan of the job that holds its
+    rows.
 
     Rows of a file that is gone are taken as they are; others by place, content and duplicates.
     """
@@ -122,8 +146,12 @@ def _repeated(earlier: Mapping[tuple[int, int], Mapping[int, str]], unit: Unit) 
 
 
 def _with_digests(source: Source, planned: PlannedFile, unit_rows: int) -> PlannedFile:
-    alone = Plan(identity={}, unit_rows=unit_rows, files=(planned,), duplicates={}, schema=pa.schema([]))
-    return replace(planned, digests=tuple(_digest(source, planned.file, unit) for unit in alone.units()))
+    alone = Plan(
+        identity={}, unit_rows=unit_rows, files=(planned,), duplicates={}, schema=pa.schema([])
+    )
+    return replace(
+        planned, digests=tuple(_digest(source, planned.file, unit) for unit in alone.units())
+    )
 
 
 def _digest(source: Source, file: InputFile, unit: Unit) -> str:
@@ -148,7 +176,12 @@ def _pieces(column: pa.ChunkedArray) -> Iterator[Any]:
     if types.is_dictionary(dtype):
         values = values.cast(dtype.value_type)
         dtype = dtype.value_type
-    if types.is_string(dtype) or types.is_large_string(dtype) or types.is_binary(dtype) or types.is_large_binary(dtype):
+    if (
+        types.is_string(dtype)
+        or types.is_large_string(dtype)
+        or types.is_binary(dtype)
+        or types.is_large_binary(dtype)
+    ):
         yield pc.binary_length(values).to_numpy()
         for chunk in values.chunks:
             yield _text_bytes(chunk)
@@ -161,5 +194,7 @@ def _pieces(column: pa.ChunkedArray) -> Iterator[Any]:
 def _text_bytes(chunk: pa.Array) -> memoryview:
     wide = pa.types.is_large_string(chunk.type) or pa.types.is_large_binary(chunk.type)
     _, offsets, data = chunk.buffers()
-    bounds = np.frombuffer(offsets, np.int64 if wide else np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    bounds = np.frombuffer(offsets, np.int64 if wide else np.int32)[
+        chunk.offset : chunk.offset + len(chunk) + 1
+    ]
     return memoryview(data or b"")[bounds[0] : bounds[-1]] if len(chunk) else memoryview(b"")

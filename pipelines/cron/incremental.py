@@ -1,10 +1,12 @@
-"""One incremental run over a job's input: what is new or changed is processed, the rest is taken from earlier versions.
+"""One incremental run over a job's input: what is new or changed is processed, the rest is taken
+from earlier versions.
 
-    list the input -> go on with an unfinished version -> a new version if the input differs from the one in force
+    list the input -> go on with an unfinished version -> a new version if the input differs from
+    the one in force
 
-A version is put in force when all its units are committed; until then, whatever happens, the last one stays. Owns the
-order of these; versions on disk are glm_batch.pipelines.cron.versions', what changed is glm_batch.pipelines.cron.changes'. Nothing starts Ray or
-loads a tokenizer while there is nothing to do.
+A version is put in force when all its units are committed; until then, whatever happens, the last
+one stays. Owns the order of these; versions on disk are pipelines.cron.versions', what changed is
+pipelines.cron.changes'. Nothing starts Ray or loads a tokenizer while there is nothing to do.
 """
 
 from __future__ import annotations
@@ -38,7 +40,14 @@ from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.commit import PARTS, Output, unit_generation
 from glm_batch.pipelines.output.journal import tidy
 from glm_batch.pipelines.output.lease import Lease
-from glm_batch.pipelines.planning.plan import Identity, Plan, Unit, differences, identify, job_source
+from glm_batch.pipelines.planning.plan import (
+    Identity,
+    Plan,
+    Unit,
+    differences,
+    identify,
+    job_source,
+)
 from glm_batch.pipelines.runs.pipeline import Prepared, complete, finish, job_facts
 from glm_batch.pipelines.runs.progress import OnProgress, Work
 from glm_batch.pipelines.runs.stop import Stop
@@ -55,7 +64,8 @@ log = logging.getLogger(__name__)
 class Choices:
     """What the caller of one run decides.
 
-    `check` is called before any work starts, and refuses a job by raising; it is told whether input may be gone.
+    `check` is called before any work starts, and refuses a job by raising; it is told whether input
+    may be gone.
     """
 
     max_units: int | None = None
@@ -66,7 +76,8 @@ class Choices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Night:
-    """What a run came to. `version` is the one in force at its end, `counts` are of the version worked on.
+    """What a run came to. `version` is the one in force at its end, `counts` are of the version
+    worked on.
 
     Units are the run's own: adopted from earlier versions, processed, and left for the next run.
     """
@@ -83,7 +94,9 @@ class Night:
     removed_versions: tuple[str, ...] = ()
 
 
-def run_night(job: Job, choices: Choices, on_progress: OnProgress | None = None, *, stop: Stop | None = None) -> Night:
+def run_night(
+    job: Job, choices: Choices, on_progress: OnProgress | None = None, *, stop: Stop | None = None
+) -> Night:
     """Does what is to be done tonight.
 
     Raises BusyError when another run is at it, otherwise as pipelines.run does.
@@ -119,10 +132,16 @@ class _Run:
         files = job_source(self._job).list_files(self._job.input, may_be_gone=name is not None)
         identity = identify(self._job, files, os.path.abspath(self._job.model))
         if name is not None and self._versions.catch_up(name):
-            log.warning("%s: the manifest of %s was not that of a finished retry yet", self._versions.store.place, name)
+            log.warning(
+                "%s: the manifest of %s was not that of a finished retry yet",
+                self._versions.store.place,
+                name,
+            )
         standing = self._versions.output(name).standing_plan() if name else None
         begun = [
-            each for each in plans(self._versions, self._versions.unfinished()) if same_job(each[1].identity, identity)
+            each
+            for each in plans(self._versions, self._versions.unfinished())
+            if same_job(each[1].identity, identity)
         ]
         found = changes(standing, files)
         if standing and not begun:
@@ -141,7 +160,11 @@ class _Run:
         return self._night("finished", found, standing)
 
     def _night(
-        self, state: Literal["unchanged", "finished", "bounded"], found: Changes, plan: Plan, left: int = 0
+        self,
+        state: Literal["unchanged", "finished", "bounded"],
+        found: Changes,
+        plan: Plan,
+        left: int = 0,
     ) -> Night:
         in_force = self._versions.in_force()
         return Night(
@@ -159,31 +182,44 @@ class _Run:
     def _refuse_another_job(self, standing: Plan, identity: Identity) -> None:
         if same_job(standing.identity, identity) or self._choices.changed_job:
             return
-        lines = "\n  ".join(differences(standing.identity | {"input": None}, identity | {"input": None}))
+        lines = "\n  ".join(
+            differences(standing.identity | {"input": None}, identity | {"input": None})
+        )
         raise ConfigError(
             f"output: {self._versions.store.place} is another job's; undo the difference, name another output, or "
             f"process every row again with --changed-job (there -> now):\n  {lines}"
         )
 
-    def _is_up_to_date(self, standing: Plan, files: Sequence[InputFile], identity: Identity) -> bool:
+    def _is_up_to_date(
+        self, standing: Plan, files: Sequence[InputFile], identity: Identity
+    ) -> bool:
         wanted = same_job(standing.identity, identity) and is_current(standing, files)
         return wanted and not (self._choices.drop_deleted and standing.deleted)
 
     def _can_go_on(self, name: str, plan: Plan, files: Sequence[InputFile]) -> bool:
         """Whether what is left of an unfinished version can still be read as it was planned.
 
-        Under `fail_fast` it must be tonight's input: a file that was mended would wait for ever behind its old rows.
+        Under `fail_fast` it must be tonight's input: a file that was mended would wait for ever
+        behind its old rows.
         """
         if self._job.fail_fast and not is_current(plan, files):
             return False
         listed, done = {file.mark for file in files}, self._versions.output(name).generations()
         left = {unit.file for unit in plan.units() if unit.index not in done}
-        return all(plan.files[number].file.mark in listed for number in left if number < len(plan.present))
+        return all(
+            plan.files[number].file.mark in listed for number in left if number < len(plan.present)
+        )
 
     def _begin(
-        self, files: Sequence[InputFile], identity: Identity, before: Plan | None, unfinished: Plan | None
+        self,
+        files: Sequence[InputFile],
+        identity: Identity,
+        before: Plan | None,
+        unfinished: Plan | None,
     ) -> tuple[str, Plan]:
-        """A new version: the present input, and what is kept of the files that are gone since `before`."""
+        """A new version: the present input, and what is kept of the files that are gone since
+        `before`.
+        """
         self._choices.check(before is not None)
         kept = () if self._choices.drop_deleted else gone(before, files)
         is_same = before is not None and same_job(before.identity, identity)
@@ -203,15 +239,22 @@ class _Run:
         return name, plan
 
     def _work(self, name: str, plan: Plan) -> int:
-        """Completes a version and puts it in force, unless that takes more than is allowed: then, the units left."""
-        output, work = self._versions.output(name), _BoundedWork(self._on_progress, self._units_allowed())
+        """Completes a version and puts it in force, unless that takes more than is allowed: then,
+        the units left.
+        """
+        output, work = (
+            self._versions.output(name),
+            _BoundedWork(self._on_progress, self._units_allowed()),
+        )
         work.tell("planning")
         self._adopted += self._adopt(name, plan)
         prepared = _prepared(self._job, plan)
         work.resume(plan, output)
         if not self._stop.is_asked:
             try:
-                complete(self._job, prepared, output, work, Watch(lease=self._lease, stop=self._stop))
+                complete(
+                    self._job, prepared, output, work, Watch(lease=self._lease, stop=self._stop)
+                )
             finally:
                 self._processed += work.new_rows
                 self._processed_units += work.new_units
@@ -236,7 +279,11 @@ class _Run:
         for source in reversed(self._versions.names()):
             if wanted and source != name:
                 self._adopt_from(source, name, plan, wanted)
-        lost = {plan.files[unit.file].file.name for unit in wanted.values() if unit.file >= len(plan.present)}
+        lost = {
+            plan.files[unit.file].file.name
+            for unit in wanted.values()
+            if unit.file >= len(plan.present)
+        }
         if lost:
             raise ConfigError(
                 f"output: {self._versions.store.place} has lost rows of deleted input files "
@@ -256,13 +303,19 @@ class _Run:
         ):
             return
         generations = theirs.generations()
-        found = [(claim, unit) for claim, unit in offers(standing) if claim in wanted and unit.index in generations]
+        found = [
+            (claim, unit)
+            for claim, unit in offers(standing)
+            if claim in wanted and unit.index in generations
+        ]
 
         def adopt(each: tuple[Hashable, Unit]) -> Hashable | None:
             claim, unit = each
             return (
                 claim
-                if self._adopt_unit(source, theirs, unit, generations[unit.index], name, output, wanted[claim])
+                if self._adopt_unit(
+                    source, theirs, unit, generations[unit.index], name, output, wanted[claim]
+                )
                 else None
             )
 
@@ -271,12 +324,21 @@ class _Run:
                 wanted.pop(claim, None)
 
     def _adopt_unit(
-        self, source: str, theirs: Output, unit: Unit, generation: int, name: str, output: Output, wanted: Unit
+        self,
+        source: str,
+        theirs: Output,
+        unit: Unit,
+        generation: int,
+        name: str,
+        output: Output,
+        wanted: Unit,
     ) -> bool:
         self._lease.check()
         record = theirs.known_record(unit.index, generation)
         if theirs.store.size(record.part) != record.num_bytes:
-            log.warning("%s/%s is gone or damaged: its rows are processed again", theirs.place, record.part)
+            log.warning(
+                "%s/%s is gone or damaged: its rows are processed again", theirs.place, record.part
+            )
             return False
         part = f"{PARTS}/{unit_generation(wanted.index, 1)}-{uuid.uuid4().hex[:8]}.parquet"
         with output.writable():

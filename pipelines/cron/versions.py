@@ -1,11 +1,12 @@
 """A cron output: dated versions, each an ordinary output, and the manifest of the one in force.
 
-    OUTPUT/versions/2026-11-20T02-00-00Z/   plan, parts, commits, manifest: see glm_batch.pipelines.output.commit
+    OUTPUT/versions/2026-11-20T02-00-00Z/   plan, parts, commits, manifest: see pipelines.output.commit
     OUTPUT/manifest.json                    that version's manifest, its parts named from here; replaced as a whole
     OUTPUT/lease/                           which driver owns all of it
 
-A version without a manifest is not finished; one without a plan is nothing yet, or about to go. Names only grow, also
-when the clock goes backwards. Knows nothing of what is in a plan, of input files or of Ray.
+A version without a manifest is not finished; one without a plan is nothing yet, or about to go.
+Names only grow, also when the clock goes backwards. Knows nothing of what is in a plan, of input
+files or of Ray.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Versions:
         return cls(path, open_store(path, storage), storage)
 
     def prepare(self) -> None:
-        """Makes the place fit for the first version. Raises ConfigError for a place of other things."""
+        """Makes the place fit for the first version. Raises ConfigError for a place of other
+        things.
+        """
         entries = [entry.name for page in self.store.pages() for entry in page]
         if PLAN in entries:
             raise ConfigError(
@@ -71,11 +74,13 @@ class Versions:
 
     @contextmanager
     def owned(self) -> Iterator[leases.Lease]:
-        """The lease of all versions for the duration of the context; at its end, what dead owners left is removed.
+        """The lease of all versions for the duration of the context; at its end, what dead owners
+        left is removed.
 
         Raises BusyError when a living driver has it.
         """
-        temporaries = [entry.name for page in self.store.pages(TEMPORARY) for entry in page]  # later ones may be ours
+        # later ones may be ours
+        temporaries = [entry.name for page in self.store.pages(TEMPORARY) for entry in page]
         with leases.own(self.store) as lease:
             yield lease
             lease.confirm()
@@ -89,10 +94,14 @@ class Versions:
     def names(self) -> list[str]:
         """All that begins like a version, oldest first."""
         entries = (entry for page in self.store.pages(VERSIONS) for entry in page)
-        return sorted(entry.name.removeprefix(f"{VERSIONS}/") for entry in entries if entry.size is None)
+        return sorted(
+            entry.name.removeprefix(f"{VERSIONS}/") for entry in entries if entry.size is None
+        )
 
     def new_name(self) -> str:
-        """The present second as UTC, or the second after the latest version where the clock is not beyond it."""
+        """The present second as UTC, or the second after the latest version where the clock is not
+        beyond it.
+        """
         now = datetime.fromtimestamp(int(time.time()), UTC)
         if names := self.names():
             latest = datetime.strptime(names[-1], NAME_FORMAT).replace(tzinfo=UTC)
@@ -125,7 +134,8 @@ class Versions:
             reach("after_publish")
 
     def catch_up(self, name: str) -> bool:
-        """Puts the version in force once more if its manifest says something else now; whether it did.
+        """Puts the version in force once more if its manifest says something else now; whether it
+        did.
 
         A retry makes both anew, and may die between them.
         """
@@ -138,8 +148,12 @@ class Versions:
         return not is_same
 
     def parts_in_force(self, name: str) -> set[str]:
-        """What readers of the version in force may open of this version, by its names there; nothing of another one."""
-        content = json.loads(self.store.read(MANIFEST)) if self.in_force() == name else {"parts": []}
+        """What readers of the version in force may open of this version, by its names there;
+        nothing of another one.
+        """
+        content = (
+            json.loads(self.store.read(MANIFEST)) if self.in_force() == name else {"parts": []}
+        )
         return {str(part["part"]).removeprefix(f"{VERSIONS}/{name}/") for part in content["parts"]}
 
     def _manifest_of(self, name: str) -> dict[str, Any]:
@@ -154,14 +168,18 @@ class Versions:
         return content
 
     def prune(self, keep: int) -> list[str]:
-        """Removes all but the latest `keep` finished versions, and what never became one. To be called by the owner.
+        """Removes all but the latest `keep` finished versions, and what never became one. To be
+        called by the owner.
 
-        What is in force stays. A version loses its plan first, so that one half removed is taken for nothing else.
+        What is in force stays. A version loses its plan first, so that one half removed is taken
+        for nothing else.
         """
         in_force, finished, rest = self.in_force(), list[str](), list[str]()
         for name in self.names():
             (finished if {PLAN, MANIFEST} <= self._files(name) else rest).append(name)
-        gone = [name for name in [*rest, *finished[: max(len(finished) - keep, 0)]] if name != in_force]
+        gone = [
+            name for name in [*rest, *finished[: max(len(finished) - keep, 0)]] if name != in_force
+        ]
         for name in gone:
             self.remove(name)
         return gone
@@ -180,7 +198,11 @@ class Versions:
 
     def _files(self, name: str) -> set[str]:
         folder = f"{VERSIONS}/{name}"
-        return {entry.name.removeprefix(f"{folder}/") for page in self.store.pages(folder) for entry in page}
+        return {
+            entry.name.removeprefix(f"{folder}/")
+            for page in self.store.pages(folder)
+            for entry in page
+        }
 
 
 def plans(versions: Versions, names: Sequence[str]) -> list[tuple[str, Plan]]:
@@ -199,7 +221,8 @@ class Found:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Keeps runs of cron from the version for the duration of the context; then puts it in force anew if it is.
+        """Keeps runs of cron from the version for the duration of the context; then puts it in
+        force anew if it is.
 
         The output's own lease is still to be taken. Raises BusyError when a run of cron is at work.
         """
@@ -217,25 +240,35 @@ class Found:
 
 
 def find(path: str, storage: StorageSection) -> Found:
-    """The output at a path, or the version in force below it; before the first one is in force, the latest begun.
+    """The output at a path, or the version in force below it; before the first one is in force, the
+    latest begun.
 
     Raises ConfigError for a cron output without any version.
     """
     above, name = _split(path)
     if above and NAME.fullmatch(name):
-        return Found(path=path, output=Output.at(path, storage), versions=Versions.at(above, storage), name=name)
+        return Found(
+            path=path,
+            output=Output.at(path, storage),
+            versions=Versions.at(above, storage),
+            name=name,
+        )
     versions = Versions.at(path, storage)
     if not _keeps_versions(versions.store):
         return Found(path=path, output=Output(versions.store))
     name = versions.in_force() or max(versions.unfinished(), default="")
     if not name:
-        raise ConfigError(f"{versions.store.place} holds no version yet: glm-batch cron makes the first one")
+        raise ConfigError(
+            f"{versions.store.place} holds no version yet: glm-batch cron makes the first one"
+        )
     place = f"{versions.path}/{VERSIONS}/{name}"
     return Found(path=place, output=versions.output(name), versions=versions, name=name)
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The cron output and the version that a path names; an empty output where it can be none's version."""
+    """The cron output and the version that a path names; an empty output where it can be none's
+    version.
+    """
     whole = path if is_remote(path) else os.path.abspath(path)
     above, _, name = whole.rstrip("/").rpartition(f"/{VERSIONS}/")
     return above, name

@@ -1,4 +1,5 @@
-"""Whether one answer agrees with a gold answer: as text, as a number, as JSON; and what several samples agree on.
+"""Whether one answer agrees with a gold answer: as text, as a number, as JSON; and what several
+samples agree on.
 
 Knows nothing of tables or of averages over rows.
 """
@@ -27,16 +28,24 @@ def normalised_match(answer: str, gold: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """Without case, punctuation, symbols, English articles and repeated white space, as SQuAD compares answers."""
+    """Without case, punctuation, symbols, English articles and repeated white space, as SQuAD
+    compares answers.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = "".join(char for char in folded if unicodedata.category(char)[0] not in "PS")
     return " ".join(word for word in kept.split() if word not in ARTICLES)
 
 
 def numeric_match(answer: str, gold: str, tolerance: float = 1e-6) -> bool:
-    """Whether the last numbers of both are equal, within `tolerance` of the gold's size. No number equals nothing."""
+    """Whether the last numbers of both are equal, within `tolerance` of the gold's size. No number
+    equals nothing.
+    """
     left, right = last_number(answer), last_number(gold)
-    return left is not None and right is not None and math.isclose(left, right, rel_tol=tolerance, abs_tol=1e-12)
+    return (
+        left is not None
+        and right is not None
+        and math.isclose(left, right, rel_tol=tolerance, abs_tol=1e-12)
+    )
 
 
 def last_number(text: str) -> float | None:
@@ -46,7 +55,9 @@ def last_number(text: str) -> float | None:
 
 
 def extracted(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last place where the pattern matches: its first group if it has one. None where it matches nowhere."""
+    """The last place where the pattern matches: its first group if it has one. None where it
+    matches nowhere.
+    """
     matches = list(pattern.finditer(text))
     if not matches:
         return None
@@ -63,7 +74,9 @@ def json_value(text: str | None) -> tuple[bool, Any]:
 
 
 def json_fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a JSON value by dotted names, objects opened up; what is no object has the name ""."""
+    """The fields of a JSON value by dotted names, objects opened up; what is no object has the name
+    "".
+    """
     if not isinstance(value, dict) or not value:
         yield prefix, value
         return
@@ -74,7 +87,9 @@ def json_fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def field_matches(answer: Any, gold: Any) -> dict[str, bool]:
     """For each field of the gold value whether the answer has an equal one; true is not 1."""
     found = dict(json_fields(answer))
-    return {name: name in found and same_json(found[name], value) for name, value in json_fields(gold)}
+    return {
+        name: name in found and same_json(found[name], value) for name, value in json_fields(gold)
+    }
 
 
 def same_json(left: Any, right: Any) -> bool:
@@ -91,7 +106,9 @@ def majority(answers: Sequence[str | None]) -> str | None:
 
 
 def pass_at(k: int, num_samples: int, num_right: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a right one (Chen et al. 2021, equation 1)."""
+    """The chance that k of the samples, drawn without replacement, hold a right one (Chen et al.
+    2021, equation 1).
+    """
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} of {num_samples} samples")
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

@@ -1,7 +1,8 @@
 """How well answers fall into their classes: the confusion matrix and what is computed from it.
 
-Point values are scikit-learn's. The same formulas over a stack of resampled matrices give the intervals. A row without
-an answer counts as wrong: it lies in a column of its own. Knows nothing of rows' text or probabilities.
+Point values are scikit-learn's. The same formulas over a stack of resampled matrices give the
+intervals. A row without an answer counts as wrong: it lies in a column of its own. Knows nothing of
+rows' text or probabilities.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confusion:
-    """`counts` [labels, labels + 1]: rows by gold label and answered label; the last column had no answer."""
+    """`counts` [labels, labels + 1]: rows by gold label and answered label; the last column had no
+    answer.
+    """
 
     labels: tuple[str, ...]
     counts: Ints
 
 
-def confusion(gold: Sequence[str], answers: Sequence[str | None], labels: Sequence[str] = ()) -> Confusion:
+def confusion(
+    gold: Sequence[str], answers: Sequence[str | None], labels: Sequence[str] = ()
+) -> Confusion:
     """The labels are the given ones and whatever else the gold answers hold, sorted, after them."""
     from sklearn.metrics import confusion_matrix
 
@@ -33,14 +38,21 @@ def confusion(gold: Sequence[str], answers: Sequence[str | None], labels: Sequen
     num = len(every)
     left = [codes[label] for label in gold]
     right = [num if answer is None else codes.get(answer, num) for answer in answers]
-    counts = confusion_matrix(left, right, labels=range(num + 1)) if left else np.zeros((num + 1, num + 1), np.int64)
+    counts = (
+        confusion_matrix(left, right, labels=range(num + 1))
+        if left
+        else np.zeros((num + 1, num + 1), np.int64)
+    )
     return Confusion(labels=every, counts=np.asarray(counts[:num], np.int64))
 
 
-def class_metrics(gold: Sequence[str], answers: Sequence[str | None], labels: Sequence[str] = ()) -> dict[str, float]:
+def class_metrics(
+    gold: Sequence[str], answers: Sequence[str | None], labels: Sequence[str] = ()
+) -> dict[str, float]:
     """balanced_accuracy, macro_f1 and micro_f1 by scikit-learn; NaN without rows.
 
-    Balanced accuracy averages over the labels that occur as gold, macro F1 over those that occur as gold or answer.
+    Balanced accuracy averages over the labels that occur as gold, macro F1 over those that occur as
+    gold or answer.
     """
     from sklearn.metrics import f1_score, recall_score
 
@@ -52,7 +64,9 @@ def class_metrics(gold: Sequence[str], answers: Sequence[str | None], labels: Se
     as_gold = sorted(set(truth))
     seen = sorted(set(truth) | set(given) - {-1})
     return {
-        "balanced_accuracy": float(recall_score(truth, given, labels=as_gold, average="macro", zero_division=0)),
+        "balanced_accuracy": float(
+            recall_score(truth, given, labels=as_gold, average="macro", zero_division=0)
+        ),
         "macro_f1": float(f1_score(truth, given, labels=seen, average="macro", zero_division=0)),
         "micro_f1": float(f1_score(truth, given, labels=seen, average="micro", zero_division=0)),
     }
@@ -73,7 +87,9 @@ def macro_f1(counts: Ints) -> Floats:
 
 
 def micro_f1(counts: Ints) -> Floats:
-    """[..., labels, labels + 1] -> [...]: the F1 of all decisions together; accuracy where every row was answered."""
+    """[..., labels, labels + 1] -> [...]: the F1 of all decisions together; accuracy where every
+    row was answered.
+    """
     right, of_gold, answered = _margins(counts)
     return _ratio(2 * right.sum(-1), of_gold.sum(-1) + answered.sum(-1))
 
@@ -82,7 +98,9 @@ RESAMPLED = {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1, "micr
 
 
 def resampled_counts(counts: Ints, num_resamples: int, rng: np.random.Generator) -> Ints:
-    """[resamples, labels, labels + 1]: drawing rows with replacement is drawing from the matrix's cells."""
+    """[resamples, labels, labels + 1]: drawing rows with replacement is drawing from the matrix's
+    cells.
+    """
     total = int(counts.sum())
     draws = rng.multinomial(total, counts.ravel() / total, size=num_resamples)
     return draws.reshape(num_resamples, *counts.shape)

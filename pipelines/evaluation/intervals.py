@@ -15,13 +15,15 @@ import numpy.typing as npt
 
 RESAMPLES = 2000
 MIN_RESAMPLES = 200
-MAX_DRAWS = 40_000_000  # rows x resamples: more rows are drawn less often, as their intervals are narrow
+# rows x resamples: more rows are drawn less often, as their intervals are narrow
+MAX_DRAWS = 40_000_000
 CHUNK_DRAWS = 2_000_000
 CONFIDENCE = 0.95
 NORMAL = NormalDist()
 
 Floats = npt.NDArray[np.float64]
-Weighted = Callable[[Floats], Floats]  # [resamples, rows] how often each row was drawn -> [resamples, ...]
+# [resamples, rows] how often each row was drawn -> [resamples, ...]
+Weighted = Callable[[Floats], Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +38,11 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """How much one set of answers is above another on the same rows; `p_value` is that of no difference.
+    """How much one set of answers is above another on the same rows; `p_value` is that of no
+    difference.
 
-    For values of 0 and 1 it is McNemar's, and `only_first` and `only_second` count the rows that one alone has right.
+    For values of 0 and 1 it is McNemar's, and `only_first` and `only_second` count the rows that
+    one alone has right.
     """
 
     value: float
@@ -54,16 +58,22 @@ def num_resamples(num_rows: int, wanted: int = RESAMPLES) -> int:
     return max(min(wanted, MAX_DRAWS // max(num_rows, 1)), min(wanted, MIN_RESAMPLES))
 
 
-def resample(statistic: Weighted, num_rows: int, rng: np.random.Generator, wanted: int = RESAMPLES) -> Floats:
+def resample(
+    statistic: Weighted, num_rows: int, rng: np.random.Generator, wanted: int = RESAMPLES
+) -> Floats:
     """The statistic of resamples of the rows, drawn with replacement: [resamples, ...]."""
-    return np.concatenate([statistic(weights) for weights in _weights(num_rows, num_resamples(num_rows, wanted), rng)])
+    return np.concatenate(
+        [statistic(weights) for weights in _weights(num_rows, num_resamples(num_rows, wanted), rng)]
+    )
 
 
-def mean_estimate(values: Floats, rng: np.random.Generator, confidence: float = CONFIDENCE) -> Estimate:
+def mean_estimate(
+    values: Floats, rng: np.random.Generator, confidence: float = CONFIDENCE
+) -> Estimate:
     """The mean of the values that are not NaN, with its BCa interval.
 
-    Where all values are 0, or all are 1, resampling cannot tell how sure that is: then the exact binomial bound of
-    Clopper and Pearson is taken.
+    Where all values are 0, or all are 1, resampling cannot tell how sure that is: then the exact
+    binomial bound of Clopper and Pearson is taken.
     """
     values = values[~np.isnan(values)]
     if not len(values):
@@ -79,7 +89,8 @@ def mean_estimate(values: Floats, rng: np.random.Generator, confidence: float = 
 def bca(
     resamples: Floats, value: float, accelerated: float = 0.0, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The bias-corrected and accelerated interval (Efron 1987). Resamples equal to the value count half as below it.
+    """The bias-corrected and accelerated interval (Efron 1987). Resamples equal to the value count
+    half as below it.
 
     With acceleration 0 it is bias-corrected alone.
     """
@@ -104,7 +115,9 @@ def acceleration(values: Floats) -> float:
 def paired_difference(
     first: Floats, second: Floats, rng: np.random.Generator, confidence: float = CONFIDENCE
 ) -> Difference:
-    """The mean of first - second over rows in which neither is NaN; both [rows], of the same rows in the same order."""
+    """The mean of first - second over rows in which neither is NaN; both [rows], of the same rows
+    in the same order.
+    """
     defined = ~(np.isnan(first) | np.isnan(second))
     first, second = first[defined], second[defined]
     differences = first - second
@@ -127,7 +140,9 @@ def paired_difference(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided p-value: the rows that one alone has right are tosses of a fair coin."""
+    """McNemar's exact two-sided p-value: the rows that one alone has right are tosses of a fair
+    coin.
+    """
     tosses = only_first + only_second
     if not tosses:
         return 1.0
@@ -137,8 +152,13 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values adjusted for how many comparisons were made (Holm 1979); NaN stays and does not count."""
-    order = sorted((number for number, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    """The p-values adjusted for how many comparisons were made (Holm 1979); NaN stays and does not
+    count.
+    """
+    order = sorted(
+        (number for number, p in enumerate(p_values) if not math.isnan(p)),
+        key=lambda i: p_values[i],
+    )
     adjusted, highest = list(p_values), 0.0
     for rank, number in enumerate(order):
         highest = max(highest, min(1.0, (len(order) - rank) * p_values[number]))
@@ -147,7 +167,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
-    """Few different values, as right and wrong are, are drawn as counts of each, which is the same and faster."""
+    """Few different values, as right and wrong are, are drawn as counts of each, which is the same
+    and faster.
+    """
     different, counts = np.unique(values, return_counts=True)
     num_rows = len(values)
     if len(different) <= 64:
@@ -161,8 +183,14 @@ def _weights(num_rows: int, resamples: int, rng: np.random.Generator) -> Iterato
     at_once = max(1, CHUNK_DRAWS // max(num_rows, 1))
     for start in range(0, resamples, at_once):
         some = min(at_once, resamples - start)
-        drawn = rng.integers(0, num_rows, size=(some, num_rows)) + num_rows * np.arange(some)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=some * num_rows).reshape(some, num_rows).astype(np.float64)
+        drawn = (
+            rng.integers(0, num_rows, size=(some, num_rows)) + num_rows * np.arange(some)[:, None]
+        )
+        yield (
+            np.bincount(drawn.ravel(), minlength=some * num_rows)
+            .reshape(some, num_rows)
+            .astype(np.float64)
+        )
 
 
 def _corrected(quantile: float, bias: float, accelerated: float) -> float:

@@ -1,8 +1,10 @@
-"""A finished job's rows and their gold answers become scores of each row, and these become metrics with intervals.
+"""A finished job's rows and their gold answers become scores of each row, and these become metrics
+with intervals.
 
-Rows without a gold answer count nowhere. A row that failed is wrong: its `accuracy` is 0, and so is every other score
-that says whether an answer is right. What only an answer has (a probability, a log-likelihood) is NaN for it. Owns
-which metrics a task kind has; the formulas stand in the modules beside this one. Knows nothing of files or models.
+Rows without a gold answer count nowhere. A row that failed is wrong: its `accuracy` is 0, and so is
+every other score that says whether an answer is right. What only an answer has (a probability, a
+log-likelihood) is NaN for it. Owns which metrics a task kind has; the formulas stand in the modules
+beside this one. Knows nothing of files or models.
 """
 
 from __future__ import annotations
@@ -35,7 +37,14 @@ from glm_batch.pipelines.evaluation.agreement import (
     pass_at,
     same_json,
 )
-from glm_batch.pipelines.evaluation.intervals import CONFIDENCE, Estimate, bca, mean_estimate, num_resamples, resample
+from glm_batch.pipelines.evaluation.intervals import (
+    CONFIDENCE,
+    Estimate,
+    bca,
+    mean_estimate,
+    num_resamples,
+    resample,
+)
 from glm_batch.pipelines.evaluation.reliability import (
     NUM_BINS,
     Reliability,
@@ -52,10 +61,11 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """How a job's answers are read. `labels` are those of choose or classify, in the order of their probabilities.
+    """How a job's answers are read. `labels` are those of choose or classify, in the order of their
+    probabilities.
 
-    `label_tokens` counts the tokens of each label that were scored. `match` says which comparison of texts is the
-    accuracy; before it, `extract` takes a part of the text.
+    `label_tokens` counts the tokens of each label that were scored. `match` says which comparison
+    of texts is the accuracy; before it, `extract` takes a part of the text.
     """
 
     kind: str
@@ -71,7 +81,8 @@ class Rules:
 class RowScores:
     """Scores of the rows that have a gold answer, in the order of the input.
 
-    `values` are [rows] each, NaN where a row has none; `texts` are the golds and answers as they were compared.
+    `values` are [rows] each, NaN where a row has none; `texts` are the golds and answers as they
+    were compared.
     """
 
     keys: list[str]
@@ -88,12 +99,16 @@ class RowScores:
             "gold": pa.array(self.gold, pa.string()),
             "answer": pa.array(self.answers, pa.string()),
         }
-        return pa.table(own | {name: pa.array(values, from_pandas=True) for name, values in self.values.items()})
+        return pa.table(
+            own | {name: pa.array(values, from_pandas=True) for name, values in self.values.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What the rows come to. `rows` have a gold answer; `errors` counts those of them that failed, by their code."""
+    """What the rows come to. `rows` have a gold answer; `errors` counts those of them that failed,
+    by their code.
+    """
 
     rows: int
     without_gold: int
@@ -107,27 +122,41 @@ class Score:
 def score(
     rules: Rules, table: pa.Table, golds: Sequence[Any], confidence: float = CONFIDENCE
 ) -> tuple[RowScores, Score]:
-    """`table` holds the job's output columns, `golds` each row's gold answer or None. Deterministic."""
+    """`table` holds the job's output columns, `golds` each row's gold answer or None.
+    Deterministic.
+    """
     has_gold = np.array([gold is not None for gold in golds], bool)
     kept = table.filter(pa.array(has_gold))
     rows = score_rows(rules, kept, [gold for gold in golds if gold is not None])
     codes = Counter(code for code in kept["error_code"].to_pylist() if code is not None)
     codes.update("filtered" for status in kept["status"].to_pylist() if status == "filtered")
     return rows, replace(
-        summarised(rules, rows, confidence), without_gold=int((~has_gold).sum()), errors=dict(sorted(codes.items()))
+        summarised(rules, rows, confidence),
+        without_gold=int((~has_gold).sum()),
+        errors=dict(sorted(codes.items())),
     )
 
 
 def score_rows(rules: Rules, table: pa.Table, golds: Sequence[Any]) -> RowScores:
     """Every row of the table has a gold answer here."""
-    scorer = {"choose": _choices, "classify": _classes, "generate": _texts, "extract": _objects}[rules.kind]
+    scorer = {"choose": _choices, "classify": _classes, "generate": _texts, "extract": _objects}[
+        rules.kind
+    ]
     answered = np.array([status == "ok" for status in table["status"].to_pylist()], bool)
     gold, answers, values = scorer(rules, table, golds, answered)
-    return RowScores(keys=table["row_key"].to_pylist(), gold=gold, answers=answers, answered=answered, values=values)
+    return RowScores(
+        keys=table["row_key"].to_pylist(),
+        gold=gold,
+        answers=answers,
+        answered=answered,
+        values=values,
+    )
 
 
 def summarised(rules: Rules, rows: RowScores, confidence: float = CONFIDENCE) -> Score:
-    """The metrics of the rows. Each has random numbers of its own, so that none depends on which others there are."""
+    """The metrics of the rows. Each has random numbers of its own, so that none depends on which
+    others there are.
+    """
     metrics = {
         name: mean_estimate(values, _random(name), confidence)
         for name, values in rows.values.items()
@@ -151,7 +180,9 @@ NOT_AVERAGED = ("confidence", "off_set_mass", "gold_tokens")
 Scored = tuple[list[str], list[str | None], dict[str, Floats]]
 
 
-def _choices(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]) -> Scored:
+def _choices(
+    rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]
+) -> Scored:
     gold = [str(each) for each in golds]
     answers = table["label"].to_pylist()
     values = {"accuracy": _zeros_or([a == g for a, g in zip(answers, gold, strict=True)], answered)}
@@ -159,11 +190,15 @@ def _choices(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.
     values |= _probability_scores(rules, gold, probabilities)
     values["off_set_mass"] = _column(table, "off_set_mass")
     if "label_logprobs" in table.column_names:
-        values |= _likelihood_scores(rules, gold, _matrix(table, "label_logprobs", len(rules.labels)), answered)
+        values |= _likelihood_scores(
+            rules, gold, _matrix(table, "label_logprobs", len(rules.labels)), answered
+        )
     return gold, answers, values
 
 
-def _classes(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]) -> Scored:
+def _classes(
+    rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]
+) -> Scored:
     if pa.types.is_list(table["label"].type):
         return _label_sets(table, golds, answered)
     gold = [str(each) for each in golds]
@@ -174,33 +209,51 @@ def _classes(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.
 
 
 def _label_sets(table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]) -> Scored:
-    """Several labels a row: right where the sets are equal; `sample_f1` is the F1 of a row's own labels."""
-    sets = [{str(label) for label in (gold if isinstance(gold, list | tuple) else [gold])} for gold in golds]
+    """Several labels a row: right where the sets are equal; `sample_f1` is the F1 of a row's own
+    labels.
+    """
+    sets = [
+        {str(label) for label in (gold if isinstance(gold, list | tuple) else [gold])}
+        for gold in golds
+    ]
     given = [None if label is None else set(label) for label in table["label"].to_pylist()]
     pairs = list(zip(given, sets, strict=True))
     values = {
         "accuracy": _zeros_or([a == g for a, g in pairs], answered),
         "sample_f1": _zeros_or([_set_f1(a or set(), g) for a, g in pairs], answered),
     }
-    texts = [None if labels is None else json.dumps(sorted(labels), ensure_ascii=False) for labels in given]
+    texts = [
+        None if labels is None else json.dumps(sorted(labels), ensure_ascii=False)
+        for labels in given
+    ]
     return [json.dumps(sorted(labels), ensure_ascii=False) for labels in sets], texts, values
 
 
-def _texts(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]) -> Scored:
+def _texts(
+    rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]
+) -> Scored:
     gold = [str(each) for each in golds]
     samples = [each if isinstance(each, list) else [each] for each in table["text"].to_pylist()]
     if rules.extract is not None:
         pattern = re.compile(rules.extract)
-        samples = [[None if text is None else extracted(pattern, text) for text in texts] for texts in samples]
+        samples = [
+            [None if text is None else extracted(pattern, text) for text in texts]
+            for texts in samples
+        ]
     values: dict[str, Floats] = {}
     compared = {name: compare for name, compare in _comparisons(rules).items() if name != "numeric"}
     if rules.match == "numeric" or any(last_number(each) is not None for each in gold):
         compared = _comparisons(rules)
     rights = {name: _right_samples(compare, samples, gold) for name, compare in compared.items()}
     values["accuracy"] = _zeros_or([_share(right) for right in rights[rules.match]], answered)
-    values |= {name: _zeros_or([_share(right) for right in each], answered) for name, each in rights.items()}
+    values |= {
+        name: _zeros_or([_share(right) for right in each], answered)
+        for name, each in rights.items()
+    }
     if rules.extract is not None:
-        values["extracted"] = _zeros_or([_share([t is not None for t in texts]) for texts in samples], answered)
+        values["extracted"] = _zeros_or(
+            [_share([t is not None for t in texts]) for texts in samples], answered
+        )
     num_samples = max((len(texts) for texts in samples), default=1)
     if num_samples > 1:
         values |= _sample_scores(rules, samples, gold, rights[rules.match], answered, num_samples)
@@ -210,12 +263,19 @@ def _texts(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.ND
     return gold, [texts[0] for texts in samples], values
 
 
-def _objects(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]) -> Scored:
-    """JSON: right where the whole value is equal; `field_accuracy` is the share of the gold's fields that are."""
+def _objects(
+    rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]
+) -> Scored:
+    """JSON: right where the whole value is equal; `field_accuracy` is the share of the gold's
+    fields that are.
+    """
     wanted = [_gold_object(gold) for gold in golds]
     texts = table["json"].to_pylist()
     found = [json_value(text) for text in texts]
-    fields = [field_matches(value, gold) if ok else {} for (ok, value), gold in zip(found, wanted, strict=True)]
+    fields = [
+        field_matches(value, gold) if ok else {}
+        for (ok, value), gold in zip(found, wanted, strict=True)
+    ]
     equal = [ok and same_json(value, gold) for (ok, value), gold in zip(found, wanted, strict=True)]
     values = {
         "accuracy": _zeros_or(equal, answered),
@@ -224,28 +284,41 @@ def _objects(rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.
     every = [{name for name, _ in json_fields(gold) if name} for gold in wanted]
     for name in sorted(set().union(*every)):
         right = np.array([float(each.get(name, False)) for each in fields])
-        values[f"field.{name}"] = np.where([name in names for names in every], np.where(answered, right, 0.0), np.nan)
+        values[f"field.{name}"] = np.where(
+            [name in names for names in every], np.where(answered, right, 0.0), np.nan
+        )
     return [json.dumps(gold, sort_keys=True, ensure_ascii=False) for gold in wanted], texts, values
 
 
 def _probability_scores(rules: Rules, gold: list[str], probabilities: Floats) -> dict[str, Floats]:
     """Brier score and confidence, NaN for rows without probabilities."""
-    codes = np.array([rules.labels.index(each) if each in rules.labels else -1 for each in gold], np.int64)
-    return {"brier": brier(probabilities, codes), "confidence": probabilities.max(axis=-1, initial=-np.inf)}
+    codes = np.array(
+        [rules.labels.index(each) if each in rules.labels else -1 for each in gold], np.int64
+    )
+    return {
+        "brier": brier(probabilities, codes),
+        "confidence": probabilities.max(axis=-1, initial=-np.inf),
+    }
 
 
 def _likelihood_scores(
     rules: Rules, gold: list[str], logprobs: Floats, answered: npt.NDArray[np.bool_]
 ) -> dict[str, Floats]:
-    """From the joint log-probability (nats) of each label: that of the gold one, and what a longer label may ask for.
+    """From the joint log-probability (nats) of each label: that of the gold one, and what a longer
+    label may ask for.
 
     `accuracy_norm` takes the label with the highest log-probability for each of its characters.
     """
     lengths = np.array([max(len(label), 1) for label in rules.labels], np.float64)
     best = np.where(np.isnan(logprobs), -np.inf, logprobs / lengths).argmax(axis=-1)
-    codes = np.array([rules.labels.index(each) if each in rules.labels else -1 for each in gold], np.int64)
+    codes = np.array(
+        [rules.labels.index(each) if each in rules.labels else -1 for each in gold], np.int64
+    )
     of_gold = np.where(codes >= 0, logprobs[np.arange(len(gold)), codes], np.nan)
-    values = {"accuracy_norm": _zeros_or(list(best == codes), answered), "gold_log_likelihood": of_gold}
+    values = {
+        "accuracy_norm": _zeros_or(list(best == codes), answered),
+        "gold_log_likelihood": of_gold,
+    }
     if rules.label_tokens:
         counts = np.array(rules.label_tokens, np.float64)[codes]
         values["gold_tokens"] = np.where(np.isnan(of_gold), np.nan, counts)
@@ -263,7 +336,10 @@ def _comparisons(rules: Rules) -> dict[str, Callable[[str, str], bool]]:
 def _right_samples(
     compare: Callable[[str, str], bool], samples: list[list[str | None]], gold: list[str]
 ) -> list[list[bool]]:
-    return [[t is not None and compare(t, g) for t in texts] for texts, g in zip(samples, gold, strict=True)]
+    return [
+        [t is not None and compare(t, g) for t in texts]
+        for texts, g in zip(samples, gold, strict=True)
+    ]
 
 
 def _sample_scores(
@@ -282,13 +358,20 @@ def _sample_scores(
         vote = majority([None if text is None else normalised(text) for text in texts])
         votes.append(vote is not None and compare(first[vote], wanted))
     values = {"majority": _zeros_or(votes, answered)}
-    for k in rules.pass_at or [2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples]:
-        rates = [pass_at(k, num_samples, sum(each)) if len(each) == num_samples else 0.0 for each in right]
+    for k in rules.pass_at or [
+        2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples
+    ]:
+        rates = [
+            pass_at(k, num_samples, sum(each)) if len(each) == num_samples else 0.0
+            for each in right
+        ]
         values[f"pass@{k}"] = _zeros_or(rates, answered)
     return values
 
 
-def _class_estimates(rows: RowScores, table: classes.Confusion, confidence: float) -> dict[str, Estimate]:
+def _class_estimates(
+    rows: RowScores, table: classes.Confusion, confidence: float
+) -> dict[str, Estimate]:
     points = classes.class_metrics(rows.gold, rows.answers, table.labels)
     counts = classes.resampled_counts(table.counts, num_resamples(1), _random("confusion"))
     found = {}
@@ -323,7 +406,9 @@ def _answered(rows: RowScores, name: str) -> Floats:
 
 
 def _token_estimates(rows: RowScores, confidence: float) -> dict[str, Estimate]:
-    """The mean log-likelihood (nats) of a gold token, and perplexity: exp of what this is below zero."""
+    """The mean log-likelihood (nats) of a gold token, and perplexity: exp of what this is below
+    zero.
+    """
     both = np.stack([rows.values["gold_log_likelihood"], rows.values["gold_tokens"]], axis=1)
     both = both[np.isfinite(both).all(axis=1)]
     return {
@@ -332,8 +417,12 @@ def _token_estimates(rows: RowScores, confidence: float) -> dict[str, Estimate]:
     }
 
 
-def _of_tokens(both: Floats, formula: Callable[[Floats], Floats], random: str, confidence: float) -> Estimate:
-    """`formula` takes sums over rows of `both` [rows, 2], log-likelihood and tokens: it is no mean over rows."""
+def _of_tokens(
+    both: Floats, formula: Callable[[Floats], Floats], random: str, confidence: float
+) -> Estimate:
+    """`formula` takes sums over rows of `both` [rows, 2], log-likelihood and tokens: it is no mean
+    over rows.
+    """
     if not len(both):
         return Estimate(value=math.nan, low=math.nan, high=math.nan, rows=0)
     value = float(formula(both.sum(axis=0)))
@@ -357,9 +446,15 @@ def _quantiles(rows: RowScores) -> dict[str, float]:
     if not len(mass):
         return {}
     found = dict(
-        zip([f"off_set_mass_p{level * 100:g}" for level in QUANTILES], np.quantile(mass, QUANTILES), strict=True)
+        zip(
+            [f"off_set_mass_p{level * 100:g}" for level in QUANTILES],
+            np.quantile(mass, QUANTILES),
+            strict=True,
+        )
     )
-    return {name: float(value) for name, value in found.items()} | {"off_set_mass_max": float(mass.max())}
+    return {name: float(value) for name, value in found.items()} | {
+        "off_set_mass_max": float(mass.max())
+    }
 
 
 def _random(name: str) -> np.random.Generator:
@@ -388,7 +483,9 @@ def _column(table: pa.Table, name: str) -> Floats:
 def _matrix(table: pa.Table, name: str, width: int) -> Floats:
     """[rows, width], NaN for a null."""
     nothing = [math.nan] * width
-    return np.array([row or nothing for row in table[name].to_pylist()], np.float64).reshape(table.num_rows, width)
+    return np.array([row or nothing for row in table[name].to_pylist()], np.float64).reshape(
+        table.num_rows, width
+    )
 
 
 def _gold_object(gold: Any) -> Any:

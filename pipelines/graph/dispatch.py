@@ -1,7 +1,9 @@
-"""How Ray Data gives units to replicas: by affinity where it can be told to, to the least busy one where not.
+"""How Ray Data gives units to replicas: by affinity where it can be told to, to the least busy one
+where not.
 
-Its pool of actors has no public way to choose, so this reaches into a running execution: the one place that does.
-Without the names that it looks for, units go to the least busy replica, as Ray Data has it.
+Its pool of actors has no public way to choose, so this reaches into a running execution: the one
+place that does. Without the names that it looks for, units go to the least busy replica, as Ray
+Data has it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def _choose_by_affinity(pool: Any) -> None:
         key = prefix_key(getattr(bundle, "schema", None))
         if key is None:
             return least_busy(bundle, actor_locality_enabled)
-        units = {actor: int(rank) for actor, rank in pool._alive_actors_to_in_flight_tasks_heap.items()}
+        units = {
+            actor: int(rank) for actor, rank in pool._alive_actors_to_in_flight_tasks_heap.items()
+        }
         return affinity.choose(key, units, pool.max_tasks_in_flight_per_actor())
 
     pool.select_actors = select_actors

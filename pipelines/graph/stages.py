@@ -1,7 +1,8 @@
 """The stages of the pipeline, each a function from Dataset to Dataset over whole units.
 
-Owns what Ray must be told so that units stay whole and processes do not starve each other. Imports ray: load it
-inside functions only. Knows nothing of prompts, engines' insides or the commit protocol's files.
+Owns what Ray must be told so that units stay whole and processes do not starve each other. Imports
+ray: load it inside functions only. Knows nothing of prompts, engines' insides or the commit
+protocol's files.
 """
 
 from __future__ import annotations
@@ -80,10 +81,11 @@ class UnitDatasource(Datasource):
 
 
 def order(plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
-    """Units as blocks, each an order to read it: see glm_batch.pipelines.graph.steps.Order."""
+    """Units as blocks, each an order to read it: see pipelines.graph.steps.Order."""
     earlier = plan.duplicates_by_unit()
     orders = [
-        Order.of(unit, plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {})) for unit in units
+        Order.of(unit, plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {}))
+        for unit in units
     ]
     return order_all(orders, workers)
 
@@ -91,12 +93,11 @@ def order(plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
 def order_all(orders: Sequence[AnyOrder], workers: Workers) -> Dataset:
     """Each order as a block of its own."""
     dataset: Dataset = ray.data.read_datasource(
-        UnitDatasource(orders),
-        override_num_blocks=len(orders),
-        num_cpus=workers.cpus_each,
+        UnitDatasource(orders), override_num_blocks=len(orders), num_cpus=workers.cpus_each
     )
     context = dataset.context
-    context.target_max_block_size = None  # Ray would split blocks over 128 MiB; a unit must stay whole
+    # Ray would split blocks over 128 MiB; a unit must stay whole
+    context.target_max_block_size = None
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # so that ours arrive as what they are
     context.enable_rich_progress_bars = False
@@ -115,13 +116,22 @@ class CountingLedger(Ledger):
 
 
 def start_ledger(plan: Plan) -> Any:
-    """The actor to which workers tell what they are at: see glm_batch.glm_actors.faults.suspects. It ends with its last handle."""
+    """The actor to which workers tell what they are at: see glm_actors.faults.suspects. It ends
+    with its last handle.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    options = {
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "scheduling_strategy": here,
+    }
     return ray.remote(CountingLedger).options(**options).remote(plan.fingerprint, PATIENCE)
 
 
-def render(dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
+def render(
+    dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any = None
+) -> Dataset:
     """Orders -> requests, on CPU actors."""
     return preprocess(dataset, partial(_build_renderer, read, spec), workers, ledger)
 
@@ -140,12 +150,13 @@ def infer(
 ) -> Dataset:
     """Requests -> completions, on model actors that each keep several units in flight.
 
-    A model actor asks for what all its ranks need: see glm_batch.glm_actors.engines.worker_group.
+    A model actor asks for what all its ranks need: see glm_actors.engines.worker_group.
     """
     can_grow = workers.replicas > workers.min_replicas
     if workers.replicas > 1:
         dataset.context.custom_execution_callback_classes = [ByAffinity]
-    # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by the plan.
+    # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by
+    # the plan.
     map_units = dataset.map_batches_internal if workers.gpus_per_replica else dataset.map_batches
     return map_units(
         ModelActor,
@@ -157,7 +168,8 @@ def infer(
             max_size=workers.replicas,
             initial_size=workers.min_replicas,
             max_concurrent_calls_per_actor=UNITS_IN_ENGINE,
-            # Ray Data starts another replica once those it has are given 1.75 times what they work at.
+            # Ray Data starts another replica once those it has are given 1.75 times what they work
+            # at.
             max_tasks_in_flight_per_actor=UNITS_IN_ENGINE * 2 if can_grow else UNITS_IN_ENGINE + 2,
             enable_true_multi_threading=True,
         ),
@@ -171,8 +183,12 @@ def parse(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = None
     return _rows(dataset, Parser, partial(_build_parser, spec), workers.committers, workers, ledger)
 
 
-def commit(dataset: Dataset, spec: TaskSpec, step: Step, workers: Workers, ledger: Any = None) -> Dataset:
-    """Completions -> one small row for each unit that `step` has committed: see glm_batch.pipelines.graph.steps.committed_table."""
+def commit(
+    dataset: Dataset, spec: TaskSpec, step: Step, workers: Workers, ledger: Any = None
+) -> Dataset:
+    """Completions -> one small row for each unit that `step` has committed: see
+    pipelines.graph.steps.committed_table.
+    """
     return finish(dataset, partial(_build_parser, spec, step), workers, ledger)
 
 
@@ -184,13 +200,18 @@ def finish(dataset: Dataset, build: Build, workers: Workers, ledger: Any = None)
 def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -> Dataset:
     """Output columns alone, for those who go on with the rows instead of committing them."""
     return dataset.map_batches(
-        partial(_select, list(schema.names)), batch_size=None, batch_format="pyarrow", num_cpus=workers.cpus_each
+        partial(_select, list(schema.names)),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=workers.cpus_each,
     )
 
 
 def committed(dataset: Dataset) -> Iterable[CommitRecord]:
     """Runs the graph; gives each commit record as it arrives. Rows stay away."""
-    batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    batches: Iterable[Any] = dataset.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
+    )
     for batch in batches:
         for row in batch.to_pylist():
             yield CommitRecord.from_json(row["record"])

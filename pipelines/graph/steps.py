@@ -1,7 +1,8 @@
 """What is done to a unit on the workers, as steps over its rows: read, render, parse, commit.
 
-Each is a glm_batch.glm_actors.units.row_worker.Step, so that a row that raises or ends its process costs a row. Before `Read` a unit
-is an order: one row that says what to read. Owns how the steps fit together; the work on rows is glm_batch.pipelines.tasks.rows'.
+Each is a glm_actors.units.row_worker.Step, so that a row that raises or ends its process costs a
+row. Before `Read` a unit is an order: one row that says what to read. Owns how the steps fit
+together; the work on rows is pipelines.tasks.rows'.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from glm_batch.models.errors import EngineError, RowError
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
 from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARING, READING
-from glm_batch.pipelines.openai_batch.request_rows import num_lines, parse_requests, render_requests, request_runner
+from glm_batch.pipelines.openai_batch.request_rows import (
+    num_lines,
+    parse_requests,
+    render_requests,
+    request_runner,
+)
 from glm_batch.pipelines.output.commit import CommitRecord
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.planning.plan import Unit, UnitSizes
@@ -37,7 +43,7 @@ ORDER = "#order"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What is to be read of a unit. `earlier`: see glm_batch.pipelines.tasks.rows.unit_table."""
+    """What is to be read of a unit. `earlier`: see pipelines.tasks.rows.unit_table."""
 
     unit: int
     file: InputFile
@@ -49,7 +55,9 @@ class Order:
         return cls(unit=unit.index, file=file, rows=unit.rows, earlier=earlier)
 
     def to_table(self) -> pa.Table:
-        return pa.table({UNIT: pa.array([self.unit], pa.int32()), ORDER: [json.dumps(asdict(self))]})
+        return pa.table(
+            {UNIT: pa.array([self.unit], pa.int32()), ORDER: [json.dumps(asdict(self))]}
+        )
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Order:
@@ -64,7 +72,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """An order -> the unit's rows: see glm_batch.pipelines.tasks.rows.unit_table."""
+    """An order -> the unit's rows: see pipelines.tasks.rows.unit_table."""
 
     source: Source
     name: str = READING
@@ -73,10 +81,14 @@ class Read:
         rows = Order.from_table(table).rows
         return rows.stop - rows.start
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         order = Order.from_table(table)
         if lost:
-            return lost_table(self._travelling(order, self.source.blank(order.file, stop - start), start), lost)
+            return lost_table(
+                self._travelling(order, self.source.blank(order.file, stop - start), start), lost
+            )
         if order.file.format == "jsonl":
             lines = self.source.read(order.file, order.rows)  # where each line begins is not known
             return self._travelling(order, lines.slice(start, stop - start), start)
@@ -91,10 +103,13 @@ class Read:
         groups = self.source.by_row_group(order.file, rows)
         if len(groups) > 1:
             table, first = order.to_table(), order.rows.start
-            return pa.concat_tables([self(table, group.start - first, group.stop - first) for group in groups])
+            return pa.concat_tables(
+                [self(table, group.start - first, group.stop - first) for group in groups]
+            )
         blank = self.source.blank(order.file, rows.stop - rows.start)
         return lost_table(
-            self._travelling(order, blank, rows.start - order.rows.start), RowError("unreadable_input", str(error))
+            self._travelling(order, blank, rows.start - order.rows.start),
+            RowError("unreadable_input", str(error)),
         )
 
     def _travelling(self, order: Order, table: pa.Table, start: int) -> pa.Table:
@@ -115,7 +130,9 @@ class Render:
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         return render_unit(self.spec, table.slice(start, stop - start), lost)
 
 
@@ -132,7 +149,9 @@ class Parse:
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         return parse_unit(self.spec, table.slice(start, stop - start), lost)
 
 
@@ -149,7 +168,9 @@ class RenderRequests:
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         return render_requests(self.spec, table.slice(start, stop - start), lost)
 
 
@@ -166,7 +187,9 @@ class ParseRequests:
     def num_rows(self, table: pa.Table) -> int:
         return num_lines(table)
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         return parse_requests(self.spec, table, start, stop, lost)
 
 
@@ -190,12 +213,16 @@ class Commit:
     def num_rows(self, table: pa.Table) -> int:
         return 1  # the unit is committed as a whole
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         units = table[UNIT].unique().to_pylist()
         if lost:
             raise EngineError(f"unit {units[0]} cannot be committed: {lost.message}")
         if len(units) != 1 or table.num_rows != self.unit_sizes[units[0]]:
-            raise RuntimeError(f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged units")
+            raise RuntimeError(
+                f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged units"
+            )
         rows = table.select(self.spec.schema.names)
         record = self.journal.output.commit(units[0], rows, count_rows(table), spent=spent(table))
         self.journal.forget(units[0])

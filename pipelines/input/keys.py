@@ -1,7 +1,8 @@
 """Duplicate row keys, found before any row is processed, in bounded memory.
 
-Each file's key column is read once, a 64-bit hash of every key is kept (in memory, then in temporary files), and the
-few keys whose hash repeats are compared in a second reading. Exact over the whole input, whatever the units are.
+Each file's key column is read once, a 64-bit hash of every key is kept (in memory, then in
+temporary files), and the few keys whose hash repeats are compared in a second reading. Exact over
+the whole input, whatever the units are.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def _refuse_no_key(num_duplicates: int, key: str) -> None:
 
 
 class HashStore:
-    """Many 64-bit hashes, of which only the repeated ones are wanted. A context manager: it may own files."""
+    """Many 64-bit hashes, of which only the repeated ones are wanted. A context manager: it may own
+    files.
+    """
 
     def __init__(self, in_memory: int = HASHES_IN_MEMORY) -> None:
         self._in_memory = in_memory
@@ -77,7 +80,10 @@ class HashStore:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._folder is not None:
             self._folder.cleanup()

@@ -1,4 +1,5 @@
-"""Which files an input names: on local disks and s3://, each with what tells that it has not changed since.
+"""Which files an input names: on local disks and s3://, each with what tells that it has not
+changed since.
 
 Owns patterns, directories and names. Opens no file; knows nothing of what is in one.
 """
@@ -28,7 +29,9 @@ MAGIC = re.compile(r"[*?\[]")  # where a glob begins
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
-    """A file before it was opened. `name` is the path as the job spells it, `stamp` changes when the content does."""
+    """A file before it was opened. `name` is the path as the job spells it, `stamp` changes when
+    the content does.
+    """
 
     name: str
     path: str
@@ -37,7 +40,9 @@ class InputFile:
 
     @property
     def mark(self) -> tuple[str, int, str]:
-        """The same as long as the file is; the path may be another where a relative name is looked up elsewhere."""
+        """The same as long as the file is; the path may be another where a relative name is looked
+        up elsewhere.
+        """
         return self.name, self.size, self.stamp
 
     @property
@@ -45,16 +50,22 @@ class InputFile:
         return SUFFIXES[os.path.splitext(self.path)[1]]
 
 
-def list_files(patterns: Sequence[str], storage: StorageSection, *, may_be_gone: bool = False) -> list[InputFile]:
-    """The files that `input` names, each once, directories and globs in name order. Raises ConfigError.
+def list_files(
+    patterns: Sequence[str], storage: StorageSection, *, may_be_gone: bool = False
+) -> list[InputFile]:
+    """The files that `input` names, each once, directories and globs in name order. Raises
+    ConfigError.
 
-    With `may_be_gone`, a pattern that matches nothing is a warning as long as another one matches something.
+    With `may_be_gone`, a pattern that matches nothing is a warning as long as another one matches
+    something.
     """
     found: dict[str, InputFile] = {}
     for pattern in patterns:
         files = _expand(pattern, storage)
         if not files and not may_be_gone:
-            raise ConfigError(f"input: {pattern!r} matches no Parquet or JSONL file; check the path")
+            raise ConfigError(
+                f"input: {pattern!r} matches no Parquet or JSONL file; check the path"
+            )
         if not files:
             log.warning("input: %r matches no Parquet or JSONL file now", pattern)
         for file in sorted(files, key=lambda file: file.name):
@@ -86,13 +97,17 @@ def _remote_files(pattern: str, store: S3) -> list[InputFile]:
     try:
         if glob.has_magic(pattern):
             matches = re.compile(glob_translate(pattern)).fullmatch
-            return _listed(store, MAGIC.split(pattern, maxsplit=1)[0], lambda url: matches(url) is not None)
+            return _listed(
+                store, MAGIC.split(pattern, maxsplit=1)[0], lambda url: matches(url) is not None
+            )
         folder = _listed(store, pattern.rstrip("/") + "/", _is_data)
         return folder or [_remote_file(store.look(pattern))]
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ConfigError(f"input: {pattern!r} cannot be listed ({error}); check storage and access") from error
+        raise ConfigError(
+            f"input: {pattern!r} cannot be listed ({error}); check storage and access"
+        ) from error
 
 
 def _listed(store: S3, prefix: str, is_wanted: Callable[[str], bool]) -> list[InputFile]:
@@ -102,7 +117,11 @@ def _listed(store: S3, prefix: str, is_wanted: Callable[[str], bool]) -> list[In
 
 def _local_files(pattern: str) -> list[InputFile]:
     if os.path.isdir(pattern):
-        paths = [path for path in glob.iglob(os.path.join(pattern, "**"), recursive=True) if _is_data(path)]
+        paths = [
+            path
+            for path in glob.iglob(os.path.join(pattern, "**"), recursive=True)
+            if _is_data(path)
+        ]
     else:
         paths = glob.glob(pattern, recursive=True)
         paths = [pattern] if not paths and os.path.isfile(pattern) else paths
@@ -112,7 +131,9 @@ def _local_files(pattern: str) -> list[InputFile]:
 
 def _local_file(path: str) -> InputFile:
     status = os.stat(path)
-    return InputFile(name=path, path=os.path.abspath(path), size=status.st_size, stamp=str(status.st_mtime_ns))
+    return InputFile(
+        name=path, path=os.path.abspath(path), size=status.st_size, stamp=str(status.st_mtime_ns)
+    )
 
 
 def _remote_file(found: Object) -> InputFile:
@@ -120,4 +141,6 @@ def _remote_file(found: Object) -> InputFile:
 
 
 def _is_data(path: str) -> bool:
-    return os.path.splitext(path)[1] in SUFFIXES and not os.path.basename(path).startswith((".", "_"))
+    return os.path.splitext(path)[1] in SUFFIXES and not os.path.basename(path).startswith(
+        (".", "_")
+    )

@@ -1,7 +1,8 @@
 """Reading of input files: how many rows there are, and the rows of one unit as an Arrow table.
 
-Owns Parquet and JSONL on local disks and s3://, and everything that can be wrong with a file as a whole. Which files
-there are says glm_batch.pipelines.input.listing; what a row's values are, glm_batch.pipelines.input.values. Knows nothing of tasks or Ray.
+Owns Parquet and JSONL on local disks and s3://, and everything that can be wrong with a file as a
+whole. Which files there are says pipelines.input.listing; what a row's values are,
+pipelines.input.values. Knows nothing of tasks or Ray.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class DamagedError(ConfigError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowRange:
-    """Rows [start, stop) of one file; for JSONL also the bytes [start_byte, stop_byte) they lie in, and the number of
-    the line (from 1, empty ones counted) with which they begin.
+    """Rows [start, stop) of one file; for JSONL also the bytes [start_byte, stop_byte) they lie in,
+    and the number of the line (from 1, empty ones counted) with which they begin.
     """
 
     start: int
@@ -62,13 +63,15 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """How to open files, and which columns to read from them: a description that travels to the workers."""
+    """How to open files, and which columns to read from them: a description that travels to the
+    workers.
+    """
 
     storage: StorageSection
     columns: tuple[str, ...]
 
     def list_files(self, patterns: Sequence[str], *, may_be_gone: bool = False) -> list[InputFile]:
-        """See glm_batch.pipelines.input.listing."""
+        """See pipelines.input.listing."""
         return list_files(patterns, self.storage, may_be_gone=may_be_gone)
 
     def open(self, file: InputFile) -> Any:
@@ -78,9 +81,11 @@ class Source:
         return pa.OSFile(file.path)
 
     def schema(self, files: Sequence[InputFile]) -> pa.Schema:
-        """The types of `columns` over all Parquet files, or of a sample of the first JSONL file's rows.
+        """The types of `columns` over all Parquet files, or of a sample of the first JSONL file's
+        rows.
 
-        Raises ConfigError for a column that is missing, has types that do not go together, or is not plain Arrow.
+        Raises ConfigError for a column that is missing, has types that do not go together, or is
+        not plain Arrow.
         """
         parquet = [file for file in files if file.format == "parquet"]
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -101,7 +106,9 @@ class Source:
             return dict(zip(parquet, pool.map(self.parquet_rows, parquet), strict=True))
 
     def line_blocks(self, file: InputFile) -> Iterator[tuple[int, bytes]]:
-        """A JSONL file as (offset, bytes) pieces of whole lines, in order, SCAN_BYTES or one line at a time."""
+        """A JSONL file as (offset, bytes) pieces of whole lines, in order, SCAN_BYTES or one line
+        at a time.
+        """
         offset, pending = 0, list[bytes]()
         with self.open(file) as stream:
             while chunk := stream.read(SCAN_BYTES):
@@ -125,10 +132,11 @@ class Source:
             yield [line_key(line, key) for line in split_lines(block)]
 
     def read(self, file: InputFile, rows: RowRange) -> pa.Table:
-        """The unit's rows: the wanted columns of a Parquet file, or a JSONL file's raw lines as LINE and NUMBER.
+        """The unit's rows: the wanted columns of a Parquet file, or a JSONL file's raw lines as
+        LINE and NUMBER.
 
-        Raises ConfigError when the file is no longer what it was when the job was planned, DamagedError when Parquet
-        cannot decode these rows, and StorageError when the store fails.
+        Raises ConfigError when the file is no longer what it was when the job was planned,
+        DamagedError when Parquet cannot decode these rows, and StorageError when the store fails.
         """
         try:
             if file.format == "parquet":
@@ -158,10 +166,14 @@ class Source:
         """As many rows as `read` would give, with nothing in them."""
         if file.format == "jsonl":
             return _lines_table([(None, b"")] * num_rows)
-        return pa.table({field.name: pa.nulls(num_rows, field.type) for field in self._read_schema(file)})
+        return pa.table(
+            {field.name: pa.nulls(num_rows, field.type) for field in self._read_schema(file)}
+        )
 
     def _read_schema(self, file: InputFile) -> pa.Schema:
-        """What is read of a Parquet file; a prompt without columns still needs to know how many rows there are."""
+        """What is read of a Parquet file; a prompt without columns still needs to know how many
+        rows there are.
+        """
         schema = self._footer(file).schema.to_arrow_schema()
         return pa.schema([schema.field(column) for column in self.columns or schema.names[:1]])
 
@@ -177,7 +189,9 @@ class Source:
         return S3(self.storage)
 
     def _footer(self, file: InputFile) -> pq.FileMetaData:
-        """A Parquet file's footer, after a look at it: Arrow revives extension types as soon as it sees them."""
+        """A Parquet file's footer, after a look at it: Arrow revives extension types as soon as it
+        sees them.
+        """
         with _readable(file):
             footer = pq.read_metadata(self.open(file))
         _refuse_extensions(file, footer.metadata or {})
@@ -186,8 +200,11 @@ class Source:
     def _parquet(self, file: InputFile) -> pq.ParquetFile:
         footer = self._footer(file)
         with _readable(file):
-            # Without pre-buffering, and in pages: a row group of a million rows must not be held as a whole.
-            return pq.ParquetFile(self.open(file), metadata=footer, pre_buffer=False, buffer_size=1 << 20)
+            # Without pre-buffering, and in pages: a row group of a million rows must not be held as
+            # a whole.
+            return pq.ParquetFile(
+                self.open(file), metadata=footer, pre_buffer=False, buffer_size=1 << 20
+            )
 
     def _parquet_schema(self, file: InputFile) -> pa.Schema:
         footer = self._footer(file)
@@ -200,7 +217,9 @@ class Source:
         return pa.schema([pa.field(column, schema.field(column).type) for column in self.columns])
 
     def _sampled_schema(self, file: InputFile) -> pa.Schema:
-        """Types from the first rows that are JSON objects, by what most of them hold: slips change nothing."""
+        """Types from the first rows that are JSON objects, by what most of them hold: slips change
+        nothing.
+        """
         lines = chain.from_iterable(split_lines(block) for _, block in self.line_blocks(file))
         sample = [row for _, row in zip(range(SAMPLE_ROWS), map(parse_line, lines), strict=False)]
         rows = [row for row in sample if not isinstance(row, RowError)]
@@ -208,7 +227,9 @@ class Source:
         for column in self.columns:
             if rows and column not in known:
                 raise ConfigError(_missing_column(column, file, known))
-        return pa.schema([(column, _sampled_type([row.get(column) for row in rows])) for column in self.columns])
+        return pa.schema(
+            [(column, _sampled_type([row.get(column) for row in rows])) for column in self.columns]
+        )
 
 
 class _ParquetCursor:
@@ -235,7 +256,10 @@ class _ParquetCursor:
 
     def _seek(self, row: int, batch_size: int) -> None:
         self._parquet = self._source._parquet(self._file)
-        groups = [self._parquet.metadata.row_group(i).num_rows for i in range(self._parquet.num_row_groups)]
+        groups = [
+            self._parquet.metadata.row_group(i).num_rows
+            for i in range(self._parquet.num_row_groups)
+        ]
         starts = np.cumsum([0, *groups])
         first = int(np.searchsorted(starts, row, side="right")) - 1
         self._schema = self._source._read_schema(self._file)
@@ -284,8 +308,12 @@ def _readable(file: InputFile) -> Iterator[None]:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether Arrow could not make sense of what it read: then it raises a bare OSError, which systems never do."""
-    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None and not error.__cause__)
+    """Whether Arrow could not make sense of what it read: then it raises a bare OSError, which
+    systems never do.
+    """
+    return not isinstance(error, OSError) or (
+        type(error) is OSError and error.errno is None and not error.__cause__
+    )
 
 
 def _changed(file: InputFile, how: str) -> str:
@@ -302,7 +330,9 @@ def _lines_table(lines: Sequence[tuple[int | None, bytes]]) -> pa.Table:
 
 def _complete(table: pa.Table, file: InputFile, rows: RowRange) -> pa.Table:
     if table.num_rows != rows.stop - rows.start:
-        raise ConfigError(_changed(file, f"rows {rows.start} to {rows.stop} are {table.num_rows} now"))
+        raise ConfigError(
+            _changed(file, f"rows {rows.start} to {rows.stop} are {table.num_rows} now")
+        )
     return table
 
 
@@ -329,7 +359,9 @@ def _refuse_exotic(dtype: pa.DataType, file: InputFile, column: str) -> None:
     nested = types.is_list(dtype) or types.is_large_list(dtype) or types.is_fixed_size_list(dtype)
     nested = nested or types.is_struct(dtype) or types.is_map(dtype) or types.is_dictionary(dtype)
     text = is_text(dtype) or types.is_binary(dtype) or types.is_large_binary(dtype)
-    if isinstance(dtype, pa.BaseExtensionType) or not (nested or text or types.is_primitive(dtype) or _scalar(dtype)):
+    if isinstance(dtype, pa.BaseExtensionType) or not (
+        nested or text or types.is_primitive(dtype) or _scalar(dtype)
+    ):
         raise ConfigError(
             f"input: {file.name}: column {column!r} has type {dtype}; only plain types are read: "
             "write it as bytes, text, numbers, lists or structs"
@@ -337,7 +369,11 @@ def _refuse_exotic(dtype: pa.DataType, file: InputFile, column: str) -> None:
 
 
 def _scalar(dtype: pa.DataType) -> bool:
-    return bool(pa.types.is_null(dtype) or pa.types.is_decimal(dtype) or pa.types.is_fixed_size_binary(dtype))
+    return bool(
+        pa.types.is_null(dtype)
+        or pa.types.is_decimal(dtype)
+        or pa.types.is_fixed_size_binary(dtype)
+    )
 
 
 def _unified(schemas: Sequence[pa.Schema], files: Sequence[InputFile]) -> pa.Schema:
@@ -355,7 +391,9 @@ def _unified(schemas: Sequence[pa.Schema], files: Sequence[InputFile]) -> pa.Sch
 
 
 def _sampled_type(values: list[Any]) -> pa.DataType:
-    """The type of the values of the kind that more than half of them have; text where there is no such kind."""
+    """The type of the values of the kind that more than half of them have; text where there is no
+    such kind.
+    """
     kinds = Counter(_json_kind(value) for value in values if value is not None)
     if not kinds:
         return pa.null()
@@ -375,5 +413,9 @@ def _json_kind(value: Any) -> str:
 
 def _missing_column(column: str, file: InputFile, known: Sequence[str]) -> str:
     near = get_close_matches(column, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(repr, list(known)[:20]))}"
+    hint = (
+        f"; did you mean {near[0]!r}?"
+        if near
+        else f"; it has {', '.join(map(repr, list(known)[:20]))}"
+    )
     return f"input: {file.name} has no column {column!r}{hint}"

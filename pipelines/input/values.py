@@ -1,6 +1,7 @@
 """What was read, as Python rows: lines of JSONL and cells of Arrow columns, and the keys of rows.
 
-A row that is wrong by itself becomes a RowError here. Knows nothing of files' formats, stores or tasks.
+A row that is wrong by itself becomes a RowError here. Knows nothing of files' formats, stores or
+tasks.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from glm_batch.pipelines.input.listing import InputFile
 
 Row = dict[str, Any]
 
-# The columns of a unit's table that comes from JSONL: each row's own bytes, and where in the file they stand (from 1).
+# The columns of a unit's table that comes from JSONL: each row's own bytes, and where in the file
+# they stand (from 1).
 LINE, NUMBER = "line", "line_number"
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a value that Python cannot hold: a date after the year 9999, a list with text that is not UTF-8."""
+    """Stands for a value that Python cannot hold: a date after the year 9999, a list with text that
+    is not UTF-8.
+    """
 
 
 def split_lines(data: bytes) -> list[bytes]:
@@ -32,7 +36,11 @@ def split_lines(data: bytes) -> list[bytes]:
 
 def numbered_lines(data: bytes, first: int) -> list[tuple[int, bytes]]:
     """The lines that are rows with their numbers; `first` is the first line's."""
-    return [(number, line) for number, line in enumerate(data.split(b"\n"), first) if line and line != b"\r"]
+    return [
+        (number, line)
+        for number, line in enumerate(data.split(b"\n"), first)
+        if line and line != b"\r"
+    ]
 
 
 def parse_line(line: bytes) -> Row | RowError:
@@ -44,7 +52,9 @@ def parse_line(line: bytes) -> Row | RowError:
     except (ValueError, RecursionError) as error:
         return RowError("bad_json", f"the line is not JSON: {error}")
     if not isinstance(row, dict):
-        return RowError("bad_json", f"the line is JSON but no object: it holds {type(row).__name__}")
+        return RowError(
+            "bad_json", f"the line is JSON but no object: it holds {type(row).__name__}"
+        )
     return row
 
 
@@ -60,19 +70,25 @@ def decode_rows(table: pa.Table) -> list[Row | RowError]:
 
 
 def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Python values; a text that is not UTF-8 comes as its bytes, and what Python cannot hold as Unreadable."""
+    """Python values; a text that is not UTF-8 comes as its bytes, and what Python cannot hold as
+    Unreadable.
+    """
     try:
         values: list[Any] = column.to_pylist()
         return values
     except (ValueError, OverflowError):
         if not is_text(column.type):
             return [_scalar_value(value) for value in column]
-        raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+        raw = column.cast(
+            pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+        )
         return [_text_or_bytes(value) for value in raw.to_pylist()]
 
 
 def row_key(file: InputFile, row: int) -> str:
-    """The key of a row where the job names no key column, or the row has none: input file and row number from 0."""
+    """The key of a row where the job names no key column, or the row has none: input file and row
+    number from 0.
+    """
     return f"{file.name}:{row}"
 
 
@@ -85,7 +101,10 @@ def key_text(row: Row, key: str) -> str:
         raise RowError("not_utf8", f"the key column {key!r} is not UTF-8")
     text = usable_key(value)
     if text is None:
-        raise RowError("wrong_type", f"the key column {key!r} holds {type(value).__name__}; keys are text or integers")
+        raise RowError(
+            "wrong_type",
+            f"the key column {key!r} holds {type(value).__name__}; keys are text or integers",
+        )
     return text
 
 

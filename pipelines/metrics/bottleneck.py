@@ -1,6 +1,6 @@
 """Which stage holds a job up, told from what its units have spent, and what would make it faster.
 
-Owns the names of the stages. Pure arithmetic on glm_batch.glm_actors.faults.spent's seconds.
+Owns the names of the stages. Pure arithmetic on glm_actors.faults.spent's seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ REMEDIES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bottleneck:
-    """`engine_share` is how much of its time the engine was busy; `shares` are the other stages' worker seconds over
-    all of theirs."""
+    """`engine_share` is how much of its time the engine was busy; `shares` are the other stages'
+    worker seconds over all of theirs."""
 
     stage: str
     engine_share: float
@@ -43,7 +43,8 @@ class Bottleneck:
 def bottleneck(spent: Mapping[str, float]) -> Bottleneck | None:
     """What the sums of some units' seconds tell; None where nothing was timed.
 
-    An engine that has rows nearly all the time is the bottleneck itself. Else it is the stage whose workers spent most.
+    An engine that has rows nearly all the time is the bottleneck itself. Else it is the stage whose
+    workers spent most.
     """
     busy, idle = spent.get(ENGINE_BUSY, 0.0), spent.get(ENGINE_IDLE, 0.0)
     if busy + idle <= 0:

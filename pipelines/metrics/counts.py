@@ -1,4 +1,5 @@
-"""Counts of finished work: of one unit, of a run in progress, of a whole job. Pure data and arithmetic.
+"""Counts of finished work: of one unit, of a run in progress, of a whole job. Pure data and
+arithmetic.
 
 Knows output columns by name; knows nothing of Ray, files, or how the numbers are shown.
 """
@@ -15,7 +16,9 @@ Phase = Literal["planning", "starting", "running", "done"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What some committed rows add up to. `errors` counts rows by error code; tokens are sums over all rows."""
+    """What some committed rows add up to. `errors` counts rows by error code; tokens are sums over
+    all rows.
+    """
 
     rows: int = 0
     ok: int = 0
@@ -53,7 +56,9 @@ class Counts:
 
     @property
     def accuracy(self) -> float | None:
-        """The fraction of rows with a gold answer that are right; rows that failed are wrong. None without gold."""
+        """The fraction of rows with a gold answer that are right; rows that failed are wrong. None
+        without gold.
+        """
         return self.gold_correct / self.gold_rows if self.gold_rows else None
 
     def to_json(self) -> dict[str, Any]:
@@ -79,11 +84,12 @@ _INTEGERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A moment of a run: `counts` of everything committed so far, of which `resumed` was there when it began.
+    """A moment of a run: `counts` of everything committed so far, of which `resumed` was there when
+    it began.
 
-    `spent` says what this run's units have taken of its workers' seconds: see glm_batch.pipelines.metrics.bottleneck.
-    `elapsed_s` counts from the start of this run, `working_s` from the moment when the engine was up and got its first
-    unit; it is 0 until that unit is committed.
+    `spent` says what this run's units have taken of its workers' seconds: see
+    pipelines.metrics.bottleneck. `elapsed_s` counts from the start of this run, `working_s` from
+    the moment when the engine was up and got its first unit; it is 0 until that unit is committed.
     """
 
     phase: Phase
@@ -99,17 +105,23 @@ class Progress:
     @property
     def rows_per_s(self) -> float:
         """Rows that this run committed, per second of working time."""
-        return (self.counts.rows - self.resumed.rows) / self.working_s if self.working_s > 0 else 0.0
+        return (
+            (self.counts.rows - self.resumed.rows) / self.working_s if self.working_s > 0 else 0.0
+        )
 
     @property
     def eta_s(self) -> float | None:
         """Seconds until the last row at the present rate; None before the first row."""
-        return (self.rows_total - self.counts.rows) / self.rows_per_s if self.rows_per_s > 0 else None
+        return (
+            (self.rows_total - self.counts.rows) / self.rows_per_s if self.rows_per_s > 0 else None
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a finished run has to say. `notes` are sentences for people that belong under the numbers."""
+    """What a finished run has to say. `notes` are sentences for people that belong under the
+    numbers.
+    """
 
     output: str
     counts: Counts

@@ -1,7 +1,7 @@
 """Exporter: what a run commits, as Ray's metrics, which Prometheus collects from the cluster.
 
-Owns the metrics' names; jobs/deploy/grafana.json draws them. Imports ray inside functions only. On a cluster that the
-job has started itself they go with it.
+Owns the metrics' names; jobs/deploy/grafana.json draws them. Imports ray inside functions only. On
+a cluster that the job has started itself they go with it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ class Metric:
 
 ROWS = Metric("rows", "Rows committed, by status", ("status",))
 ERRORS = Metric("errors", "Rows that failed, by error code", ("code",))
-TOKENS = Metric("tokens", "Tokens of committed rows: prompt, cached (part of prompt), output, media", ("kind",))
-STAGE_SECONDS = Metric("stage_seconds", "Seconds of workers spent on committed rows, by stage", ("stage",))
+TOKENS = Metric(
+    "tokens", "Tokens of committed rows: prompt, cached (part of prompt), output, media", ("kind",)
+)
+STAGE_SECONDS = Metric(
+    "stage_seconds", "Seconds of workers spent on committed rows, by stage", ("stage",)
+)
 ENGINE_SECONDS = Metric("engine_seconds", "Seconds of engines, busy or starved of rows", ("state",))
-RECOMPUTED = Metric("recomputed_rows", "Rows that were in work when their process died, and were worked on again")
+RECOMPUTED = Metric(
+    "recomputed_rows", "Rows that were in work when their process died, and were worked on again"
+)
 METRICS = (ROWS, ERRORS, TOKENS, STAGE_SECONDS, ENGINE_SECONDS, RECOMPUTED)
 
 
@@ -45,7 +51,11 @@ class Exporter:
 
     def count(self, counts: Counts, spent: Mapping[str, float]) -> None:
         """Adds a unit."""
-        for status, rows in (("ok", counts.ok), ("filtered", counts.filtered), ("error", counts.error_rows)):
+        for status, rows in (
+            ("ok", counts.ok),
+            ("filtered", counts.filtered),
+            ("error", counts.error_rows),
+        ):
             self.add(ROWS, rows, status)
         for code, rows in counts.errors.items():
             self.add(ERRORS, rows, code)
@@ -65,5 +75,9 @@ class Exporter:
             return
         if metric.name not in self._counters:
             keys = ("job", *metric.tags)
-            self._counters[metric.name] = Counter(PREFIX + metric.name, metric.description, tag_keys=keys)
-        self._counters[metric.name].inc(value, dict(zip(("job", *metric.tags), (self._job, *tags), strict=True)))
+            self._counters[metric.name] = Counter(
+                PREFIX + metric.name, metric.description, tag_keys=keys
+            )
+        self._counters[metric.name].inc(
+            value, dict(zip(("job", *metric.tags), (self._job, *tags), strict=True))
+        )

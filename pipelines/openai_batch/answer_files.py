@@ -1,11 +1,12 @@
-"""The answers of an OpenAI batch file as OpenAI gives them: output.jsonl and errors.jsonl beside the parts.
+"""The answers of an OpenAI batch file as OpenAI gives them: output.jsonl and errors.jsonl beside
+the parts.
 
     OUTPUT/output.jsonl   a line for each request that was answered, in the order of the input
     OUTPUT/errors.jsonl   a line for each one that was not
     OUTPUT/export.json    written last: of which parts these two were made, and how large they are
 
-Made from the committed parts, one in memory at a time, when a job is finished; made again when the parts are others.
-Knows nothing of requests.
+Made from the committed parts, one in memory at a time, when a job is finished; made again when the
+parts are others. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ def export(output: Output, manifest: Manifest) -> None:
                 files[name].write(_line(row, _number(manifest, position)).encode())
                 counts[name] += 1
         reach("after_export")
-        made = {name: {"lines": lines, "bytes": output.store.size(name)} for name, lines in counts.items()}
-        output.store.write(EXPORT, json.dumps({"parts": _digest(manifest), "files": made}, indent=1).encode())
+        made = {
+            name: {"lines": lines, "bytes": output.store.size(name)}
+            for name, lines in counts.items()
+        }
+        output.store.write(
+            EXPORT, json.dumps({"parts": _digest(manifest), "files": made}, indent=1).encode()
+        )
 
 
 def is_exported(output: Output, manifest: Manifest) -> bool:

@@ -1,8 +1,9 @@
-"""The work on one unit of an OpenAI batch file: lines to requests, and completions to output columns.
+"""The work on one unit of an OpenAI batch file: lines to requests, and completions to output
+columns.
 
-A line may ask for several things at once (texts to embed, prompts to complete): it travels as one row for each of them,
-which come back together. Owns these rows and what stands in an output's columns; what a line means is
-glm_batch.pipelines.openai_batch.requests'. Knows nothing of Ray or files.
+A line may ask for several things at once (texts to embed, prompts to complete): it travels as one
+row for each of them, which come back together. Owns these rows and what stands in an output's
+columns; what a line means is pipelines.openai_batch.requests'. Knows nothing of Ray or files.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from glm_batch.pipelines.openai_batch.requests import Asked, RequestRunner
 
 INPUT_NUMBER = INPUT + NUMBER
-NAME, ASKED = "#name", "#asked"  # of travelling rows: the line's name, and on its first row what it asks for
+# of travelling rows: the line's name, and on its first row what it asks for
+NAME, ASKED = "#name", "#asked"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,7 +63,9 @@ def request_runner(spec: TaskSpec) -> RequestRunner:
 
 
 def render_requests(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
-    """Lines to requests, one row each; a line with an error has one row. With `lost` all get that error."""
+    """Lines to requests, one row each; a line with an error has one row. With `lost` all get that
+    error.
+    """
     runner = request_runner(spec)
     names: list[str] = []
     notes: list[str | None] = []
@@ -70,13 +74,21 @@ def render_requests(spec: TaskSpec, table: pa.Table, lost: RowError | None = Non
     counts = []
     for line in _lines(table, lost):
         asked = _ask(runner, line)
-        found = asked.requests if asked.error is None else [RowError(asked.error.code or "", asked.error.message)]
+        found = (
+            asked.requests
+            if asked.error is None
+            else [RowError(asked.error.code or "", asked.error.message)]
+        )
         counts.append(len(found))
         names += [line.name] * len(found)
         notes += [_note(asked, line.number), *[None] * (len(found) - 1)]
         ids += [f"{line.name}#{number}" for number in range(len(found))]
         requests += found
-    units = [unit for unit, count in zip(table[UNIT].to_pylist(), counts, strict=True) for _ in range(count)]
+    units = [
+        unit
+        for unit, count in zip(table[UNIT].to_pylist(), counts, strict=True)
+        for _ in range(count)
+    ]
     result = request_table(ids, requests).append_column(UNIT, pa.array(units, pa.int32()))
     result = result.append_column(NAME, pa.array(names, pa.string()))
     return with_prefix_key(result.append_column(ASKED, pa.array(notes, pa.string())))
@@ -87,20 +99,29 @@ def num_lines(table: pa.Table) -> int:
     return len(_starts(table)) - 1
 
 
-def parse_requests(spec: TaskSpec, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
-    """The completions of lines [start, stop) to the job's output columns and OWN_PARSED, one row for each line.
+def parse_requests(
+    spec: TaskSpec, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+) -> pa.Table:
+    """The completions of lines [start, stop) to the job's output columns and OWN_PARSED, one row
+    for each line.
 
     With `lost` these lines get that error, whatever their completions say.
     """
     runner, starts = request_runner(spec), _starts(table)[start : stop + 1]
     table = table.slice(starts[0], starts[-1] - starts[0])
     starts = [each - starts[0] for each in starts]
-    names, notes, completions = table[NAME].to_pylist(), table[ASKED].to_pylist(), to_completions(table)
+    names, notes, completions = (
+        table[NAME].to_pylist(),
+        table[ASKED].to_pylist(),
+        to_completions(table),
+    )
     rows = [
         _columns(runner, names[begin], json.loads(notes[begin]), completions[begin:end], lost)
         for begin, end in pairwise(starts)
     ]
-    columns = {field.name: pa.array([row[field.name] for row in rows], field.type) for field in spec.schema}
+    columns = {
+        field.name: pa.array([row[field.name] for row in rows], field.type) for field in spec.schema
+    }
     firsts = pa.array(starts[:-1], pa.int64())
     own = {UNIT: table[UNIT].take(firsts), RIGHT: pa.nulls(len(rows), pa.bool_())}
     return pa.table(columns | own, schema=pa.schema([*spec.schema, *OWN_PARSED]))
@@ -128,7 +149,9 @@ def _ask(runner: RequestRunner, line: _Line) -> Asked:
 def _note(asked: Asked, number: int | None) -> str:
     """What of a line is to be known when its completions have come, as JSON."""
     known = {"custom_id": asked.custom_id, "line": number, "url": asked.url}
-    note = known | ({"body": asked.body} if asked.error is None else {"refused": _refused(asked.error)})
+    note = known | (
+        {"body": asked.body} if asked.error is None else {"refused": _refused(asked.error)}
+    )
     return json.dumps(note)
 
 
@@ -146,7 +169,10 @@ def _columns(
     known: Columns = {"row_key": note["custom_id"] or name, "attempts": 1}
     known |= {column: note[column] for column in ("custom_id", "line", "url")}
     done = [each for each in completions if isinstance(each, Completion)]
-    known |= {column: sum(getattr(each, column) for each in done) if done else None for column in TOKEN_COLUMNS}
+    known |= {
+        column: sum(getattr(each, column) for each in done) if done else None
+        for column in TOKEN_COLUMNS
+    }
     if "refused" in note:
         refused: Columns = note["refused"]
         return known | refused
@@ -157,7 +183,8 @@ def _columns(
         body = runner.answer(note["url"], note["body"], done)
     except ApiError as error:
         return known | _refused(error)
-    # What the answer says: a prompt that is echoed and gone on with is asked about twice and counts once.
+    # What the answer says: a prompt that is echoed and gone on with is asked about twice and counts
+    # once.
     usage = body["usage"]
     known |= {"prompt_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
     known |= {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]}
@@ -176,7 +203,11 @@ def _refused(error: RowError | ApiError) -> Columns:
     if isinstance(error, RowError):
         return columns | {"status_code": None, "response": None}
     code = error.code or f"http_{error.status}"
-    return columns | {"error_code": code, "status_code": error.status, "response": json_text(error.body())}
+    return columns | {
+        "error_code": code,
+        "status_code": error.status,
+        "response": json_text(error.body()),
+    }
 
 
 def json_text(value: Any) -> str:

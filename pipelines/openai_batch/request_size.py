@@ -1,6 +1,7 @@
 """How heavy a line of an OpenAI batch file is on its way: by what it holds and by what it asks for.
 
-A guess for the size of units, from the line alone. Knows nothing of what is right or wrong with a request.
+A guess for the size of units, from the line alone. Knows nothing of what is right or wrong with a
+request.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ NUMBER_BYTES = 24  # a number of a vector, as float32 and as JSON
 
 
 def answer_bytes(row: Row, hidden_size: int) -> int:
-    """What the answer may weigh: vectors of `hidden_size` numbers for texts to embed, tokens for what is written."""
+    """What the answer may weigh: vectors of `hidden_size` numbers for texts to embed, tokens for
+    what is written.
+    """
     body = row.get("body")
     if not isinstance(body, dict):
         return 0
     if row.get("url") == "/v1/embeddings":
         return _count(body.get("input")) * hidden_size * NUMBER_BYTES
     alternatives = max(_number(body.get("top_logprobs")), _number(body.get("logprobs")))
-    tokens = _number(body.get("max_completion_tokens")) or _number(body.get("max_tokens")) or ASSUMED_TOKENS
+    tokens = (
+        _number(body.get("max_completion_tokens"))
+        or _number(body.get("max_tokens"))
+        or ASSUMED_TOKENS
+    )
     choices = _count(body.get("prompt")) * max(_number(body.get("n")), 1)
     return choices * tokens * (8 + alternatives * ALTERNATIVE_BYTES)
 

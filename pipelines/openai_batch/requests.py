@@ -1,8 +1,10 @@
-"""RequestRunner: a line of an OpenAI batch file to engine requests, and their completions to the body of a response.
+"""RequestRunner: a line of an OpenAI batch file to engine requests, and their completions to the
+body of a response.
 
-What a request means is the server's business: glm_batch.glm_actors.serving checks the body, builds its task and writes the
-answer, so that all comes out as over HTTP. Owns the line around it (custom_id, method, url) and whose errors are whose.
-Importing this loads pydantic: do it inside functions. Knows nothing of tables, files or Ray.
+What a request means is the server's business: glm_actors.serving checks the body, builds its task
+and writes the answer, so that all comes out as over HTTP. Owns the line around it (custom_id,
+method, url) and whose errors are whose. Importing this loads pydantic: do it inside functions.
+Knows nothing of tables, files or Ray.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad, of_row, too_large, unknown_model
+from glm_batch.glm_actors.serving.openai.api_errors import (
+    ApiError,
+    bad,
+    of_row,
+    too_large,
+    unknown_model,
+)
 from glm_batch.glm_actors.serving.openai.api_tasks import build_task
 from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
 from glm_batch.glm_actors.serving.openai.protocol import (
@@ -52,8 +60,8 @@ OWN_FAULTS = ("worker_died", "internal_error", "aborted")
 class Asked:
     """What a line asks for: requests for the engine, or an error.
 
-    A RowError is the line's: there is no request that could have a response. An ApiError is the request's. `body` is
-    the request without its media as JSON, as much as `answer` needs of it.
+    A RowError is the line's: there is no request that could have a response. An ApiError is the
+    request's. `body` is the request without its media as JSON, as much as `answer` needs of it.
     """
 
     custom_id: str | None = None
@@ -92,8 +100,8 @@ class RequestRunner:
     def ask(self, row: Row | RowError, num_bytes: int, name: str) -> Asked:
         """What a line of `num_bytes` asks for. `name` is a text that no other row of the input has.
 
-        Requests are named after it, and a request without a seed gets one that follows from the custom_id: a rerun
-        draws the same.
+        Requests are named after it, and a request without a seed gets one that follows from the
+        custom_id: a rerun draws the same.
         """
         if isinstance(row, RowError):
             return Asked(error=row)
@@ -102,20 +110,28 @@ class RequestRunner:
         except RowError as error:
             return Asked(error=error)
         url = row.get("url")
-        known = Asked(custom_id=custom_id, url=url if isinstance(url, str) and url in ROUTES else None)
+        known = Asked(
+            custom_id=custom_id, url=url if isinstance(url, str) and url in ROUTES else None
+        )
         try:
             body = self._checked(row, num_bytes)
             if isinstance(body, Sampled) and body.seed is None:
                 body = body.model_copy(update={"seed": row_seed(self._seed, custom_id)})
-            task = build_task(body, self.prompter, self._schemas, self._limits, thinking=self._section.thinking)
+            task = build_task(
+                body, self.prompter, self._schemas, self._limits, thinking=self._section.thinking
+            )
             kept = json.dumps(_without_media(row["body"]))
         except RowError as error:
             return replace(known, error=of_row(error))
         except ApiError as error:
             return replace(known, error=error)
         except RecursionError:
-            return replace(known, error=ApiError(400, "the body is nested too deeply", "invalid_json"))
-        requests = [replace(request, id=f"{name}#{number}") for number, request in enumerate(task.requests)]
+            return replace(
+                known, error=ApiError(400, "the body is nested too deeply", "invalid_json")
+            )
+        requests = [
+            replace(request, id=f"{name}#{number}") for number, request in enumerate(task.requests)
+        ]
         return replace(known, body=kept, requests=requests)
 
     def answer(self, url: str, body: str, completions: Sequence[Completion]) -> Json:
@@ -124,7 +140,9 @@ class RequestRunner:
             if completion.error is not None and completion.error.code in OWN_FAULTS:
                 raise fault(completion.error)
         request = validated(ROUTES[url], json.loads(body))
-        task = build_task(request, self._again, _Passed(0.0), self._limits, thinking=self._section.thinking)
+        task = build_task(
+            request, self._again, _Passed(0.0), self._limits, thinking=self._section.thinking
+        )
         # Ids are new in each task, and the order is theirs.
         named = zip(task.requests, completions, strict=True)
         return task.answer([replace(completion, id=each.id) for each, completion in named])
@@ -134,7 +152,9 @@ class RequestRunner:
         return _AnsweredPrompter(self._model_dir, self._limits)
 
     def _checked(self, row: Row, num_bytes: int) -> Body:
-        """The body of a request that this job can answer. Raises ApiError, in the order in which the server would."""
+        """The body of a request that this job can answer. Raises ApiError, in the order in which
+        the server would.
+        """
         method, url = row.get("method"), row.get("url")
         if method != "POST":
             raise bad("method", f"it is {_shown(method)}; a line asks with POST")
@@ -159,7 +179,9 @@ def fault(error: RowError) -> ApiError:
 
 
 class _AnsweredPrompter(Prompter):
-    """For requests that the engine has answered: their conversations, and so their media, are not looked at again."""
+    """For requests that the engine has answered: their conversations, and so their media, are not
+    looked at again.
+    """
 
     def conversation(self, messages: Sequence[Any], **options: Any) -> Prompt:
         return Prompt(input_ids=())
@@ -177,7 +199,9 @@ def _custom_id(row: Row) -> str:
     if given is None:
         raise RowError("missing_custom_id", "custom_id is missing; give each line one of its own")
     if not isinstance(given, str) or not given or usable_key(given) is None:
-        raise RowError("bad_custom_id", f"custom_id is {_shown(given)}; it must be a text that is not empty")
+        raise RowError(
+            "bad_custom_id", f"custom_id is {_shown(given)}; it must be a text that is not empty"
+        )
     return given
 
 

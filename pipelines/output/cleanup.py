@@ -1,9 +1,9 @@
-"""Removes what does not count in an output: parts of attempts that died, came second or were retried, temporaries,
-the journal of units that are committed.
+"""Removes what does not count in an output: parts of attempts that died, came second or were
+retried, temporaries, the journal of units that are committed.
 
-A part may go when it can never be named any more: its unit has a record of its generation, or of a later one, that
-names another part. Parts of units that are not committed stay, as a worker may be about to commit them. Parts that the
-manifest names stay, too. Knows nothing of Ray.
+A part may go when it can never be named any more: its unit has a record of its generation, or of a
+later one, that names another part. Parts of units that are not committed stay, as a worker may be
+about to commit them. Parts that the manifest names stay, too. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Collected:
 
 
 def collect(output: Output, kept: Collection[str] = ()) -> Collected:
-    """Removes all of that but the parts `kept`. Raises ConfigError when there is no output, or a driver owns it."""
+    """Removes all of that but the parts `kept`. Raises ConfigError when there is no output, or a
+    driver owns it.
+    """
     output.standing_plan()
     temporaries = list(_files(output, TEMPORARY))  # later ones may be the lease's own
     with own(output.store) as lease:
@@ -57,5 +59,7 @@ def collect(output: Output, kept: Collection[str] = ()) -> Collected:
 
 
 def _files(output: Output, folder: str) -> Iterator[Entry]:
-    entries = [entry for page in output.store.pages(folder) for entry in page if entry.size is not None]
+    entries = [
+        entry for page in output.store.pages(folder) for entry in page if entry.size is not None
+    ]
     return iter(sorted(entries, key=lambda entry: entry.name))

@@ -5,12 +5,13 @@
     OUTPUT/commits/UNIT-gN.json           created once: which part counts for the unit; the highest N counts
     OUTPUT/manifest.json                  written last; readers open this and never list a directory
     OUTPUT/job.json                       the job as the last driver ran it, for `retry`
-    OUTPUT/lease/                         which driver owns the output: see glm_batch.pipelines.output.lease
-    OUTPUT/journal/                       answers of units that are still in work: see glm_batch.pipelines.output.journal
+    OUTPUT/lease/                         which driver owns the output: see pipelines.output.lease
+    OUTPUT/journal/                       answers of units that are still in work: see pipelines.output.journal
 
-"Created once" means that the second writer is told so, which is all the protocol asks of a store. A record of
-generation N + 1 is made by a retry of generation N's failed rows. Parts that no record names are leftovers of attempts
-that died or came second. Knows nothing of Ray, of tasks, or of what kind of store it writes to.
+"Created once" means that the second writer is told so, which is all the protocol asks of a store. A
+record of generation N + 1 is made by a retry of generation N's failed rows. Parts that no record
+names are leftovers of attempts that died or came second. Knows nothing of Ray, of tasks, or of what
+kind of store it writes to.
 """
 
 from __future__ import annotations
@@ -35,9 +36,23 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import StorageSection
 from glm_batch.pipelines.metrics.bottleneck import COMMITTING, summed
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.planning.plan import Identity, Plan, adds_files_only, differences, fingerprint, unit_id
+from glm_batch.pipelines.planning.plan import (
+    Identity,
+    Plan,
+    adds_files_only,
+    differences,
+    fingerprint,
+    unit_id,
+)
 from glm_batch.pipelines.storage.crash_points import reach
-from glm_batch.pipelines.storage.storage import TEMPORARY, S3Store, StorageError, Store, check_store, open_store
+from glm_batch.pipelines.storage.storage import (
+    TEMPORARY,
+    S3Store,
+    StorageError,
+    Store,
+    check_store,
+    open_store,
+)
 
 FORMAT = 1
 PLAN, JOB, MANIFEST = "plan.json", "job.json", "manifest.json"
@@ -53,9 +68,11 @@ PLAN_NAME = re.compile(r"plan(?:-(\d+))?\.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """What counts for one unit: `part` is a path below the output, `checksum` the SHA-256 of its bytes.
+    """What counts for one unit: `part` is a path below the output, `checksum` the SHA-256 of its
+    bytes.
 
-    For people only: `at` is when it was committed (UTC, as ISO 8601), `spent` where its seconds went until then.
+    For people only: `at` is when it was committed (UTC, as ISO 8601), `spent` where its seconds
+    went until then.
     """
 
     unit: int
@@ -69,7 +86,11 @@ class CommitRecord:
     spent: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        content = asdict(self) | {"format": FORMAT, "id": unit_id(self.unit), "counts": self.counts.to_json()}
+        content = asdict(self) | {
+            "format": FORMAT,
+            "id": unit_id(self.unit),
+            "counts": self.counts.to_json(),
+        }
         return json.dumps(content).encode()
 
     @classmethod
@@ -103,7 +124,9 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How far an output has come, by its plan and commit records. `spent` is what its LATEST units have taken."""
+    """How far an output has come, by its plan and commit records. `spent` is what its LATEST units
+    have taken.
+    """
 
     num_rows: int
     num_units: int
@@ -132,7 +155,9 @@ class Output:
     # ---- the plan
 
     def plan(self) -> Plan | None:
-        """The plan that counts here, None where no job has begun. Raises ConfigError for one that cannot be read."""
+        """The plan that counts here, None where no job has begun. Raises ConfigError for one that
+        cannot be read.
+        """
         try:
             number = max(self._plan_numbers(), default=0)
             return Plan.from_json(self.store.read(_plan_name(number))) if number else None
@@ -144,15 +169,21 @@ class Output:
     def adopt(self, identity: Identity, *, extend: bool = False) -> Plan | None:
         """The plan that stands here, if it is this job's; None where the place is free.
 
-        With `extend`, this job may have more input files than that plan. Raises ConfigError for another job's output,
-        with the differences, and for a place of other things.
+        With `extend`, this job may have more input files than that plan. Raises ConfigError for
+        another job's output, with the differences, and for a place of other things.
         """
         plan = self.plan()
         if plan is None:
             self._refuse_other_content()
-        elif plan.fingerprint != fingerprint(identity) and not (extend and adds_files_only(plan.identity, identity)):
+        elif plan.fingerprint != fingerprint(identity) and not (
+            extend and adds_files_only(plan.identity, identity)
+        ):
             lines = "\n  ".join(differences(plan.identity, identity))
-            hint = "; --extend takes up files that were added" if adds_files_only(plan.identity, identity) else ""
+            hint = (
+                "; --extend takes up files that were added"
+                if adds_files_only(plan.identity, identity)
+                else ""
+            )
             raise ConfigError(
                 f"output: {self.place} was begun by another job; use another output, remove this one, or undo the "
                 f"difference{hint} (there -> now):\n  {lines}"
@@ -160,9 +191,11 @@ class Output:
         return plan
 
     def begin(self, plan: Plan) -> Plan:
-        """Creates the output with this plan and returns the plan that counts: another driver's if it was first.
+        """Creates the output with this plan and returns the plan that counts: another driver's if
+        it was first.
 
-        Raises ConfigError when the place cannot be written, or cannot tell a second writer from the first.
+        Raises ConfigError when the place cannot be written, or cannot tell a second writer from the
+        first.
         """
         try:
             self.store.prepare(FOLDERS)
@@ -171,19 +204,27 @@ class Output:
             self.store.create(PLAN, plan.to_json())
             reach("after_plan")
         except OSError as error:
-            raise ConfigError(f"output: {self.place} cannot be written ({error}); choose another place") from error
+            raise ConfigError(
+                f"output: {self.place} cannot be written ({error}); choose another place"
+            ) from error
         standing = self.adopt(plan.identity)
         assert standing is not None
         return standing
 
     def take_over(self, plan: Plan, job: bytes) -> None:
-        """Says that this plan is what the output's owner works on: the one that stands, or one that extends it."""
+        """Says that this plan is what the output's owner works on: the one that stands, or one that
+        extends it.
+        """
         standing = self.standing_plan()
         if standing.fingerprint != plan.fingerprint:
             number = max(self._plan_numbers()) + 1
             reach("before_plan")
-            if standing.num_units > plan.num_units or not self.store.create(_plan_name(number), plan.to_json()):
-                raise ConfigError(f"output: {self.place} was extended by another driver meanwhile; run it again")
+            if standing.num_units > plan.num_units or not self.store.create(
+                _plan_name(number), plan.to_json()
+            ):
+                raise ConfigError(
+                    f"output: {self.place} was extended by another driver meanwhile; run it again"
+                )
             reach("after_plan")
         with self.writable():
             self.store.write(JOB, job)
@@ -195,18 +236,31 @@ class Output:
     # ---- units
 
     def commit(
-        self, unit: int, table: pa.Table, counts: Counts, generation: int = 1, spent: Mapping[str, float] | None = None
+        self,
+        unit: int,
+        table: pa.Table,
+        counts: Counts,
+        generation: int = 1,
+        spent: Mapping[str, float] | None = None,
     ) -> CommitRecord:
-        """Writes a unit's rows as a part and creates its commit record; returns the record that counts.
+        """Writes a unit's rows as a part and creates its commit record; returns the record that
+        counts.
 
-        `spent` are the unit's seconds so far. The record is an earlier attempt's when there is one, and then this
-        attempt's part is removed again. Raises StorageError when the store fails.
+        `spent` are the unit's seconds so far. The record is an earlier attempt's when there is one,
+        and then this attempt's part is removed again. Raises StorageError when the store fails.
         """
         with self.writable():
-            return self.record(unit, generation) or self._commit(unit, table, counts, generation, spent or {})
+            return self.record(unit, generation) or self._commit(
+                unit, table, counts, generation, spent or {}
+            )
 
     def _commit(
-        self, unit: int, table: pa.Table, counts: Counts, generation: int, spent: Mapping[str, float]
+        self,
+        unit: int,
+        table: pa.Table,
+        counts: Counts,
+        generation: int,
+        spent: Mapping[str, float],
     ) -> CommitRecord:
         begun = time.monotonic()
         data = _parquet_bytes(table)
@@ -260,7 +314,9 @@ class Output:
     def records(self, plan: Plan) -> Iterator[CommitRecord]:
         """The records that count, in the order of their units, some in memory at a time."""
         found = self.generations()
-        yield from self._read_records((unit, found[unit]) for unit in sorted(found) if unit < plan.num_units)
+        yield from self._read_records(
+            (unit, found[unit]) for unit in sorted(found) if unit < plan.num_units
+        )
 
     def _read_records(self, wanted: Iterator[tuple[int, int]]) -> Iterator[CommitRecord]:
         if not isinstance(self.store, S3Store):
@@ -292,20 +348,31 @@ class Output:
         return len(found) == plan.num_units and found == self.generations()
 
     def named_parts(self) -> set[str]:
-        """Every part that counts: by a record that no later generation replaces, or for readers of the manifest."""
+        """Every part that counts: by a record that no later generation replaces, or for readers of
+        the manifest.
+        """
         names = {record.part for record in self._read_records(iter(self.generations().items()))}
         content = self._manifest_content()
         return names | {each["part"] for each in content["parts"]} if content else names
 
     def finish(self, plan: Plan, schema: pa.Schema, facts: dict[str, Any]) -> Manifest:
-        """Writes the manifest, after every unit is committed. One that says the same is left as it is."""
+        """Writes the manifest, after every unit is committed. One that says the same is left as it
+        is.
+        """
         parts, counts = [], Counts()
         sizes = {entry.name: entry.size for page in self.store.pages(PARTS) for entry in page}
         for record in self.records(plan):
             part = part_of(record)
             if sizes.get(part.name) != part.num_bytes:
                 raise ConfigError(f"output: {_damage(self.place, part)}")
-            parts.append({"part": part.name, "rows": part.rows, "bytes": part.num_bytes, "sha256": part.checksum})
+            parts.append(
+                {
+                    "part": part.name,
+                    "rows": part.rows,
+                    "bytes": part.num_bytes,
+                    "sha256": part.checksum,
+                }
+            )
             counts += record.counts
         if len(parts) != plan.num_units or counts.rows != plan.num_rows:
             raise RuntimeError(
@@ -334,9 +401,16 @@ class Output:
         """Raises ConfigError when the output is not finished, or is none."""
         content = self._manifest_content()
         if content is None:
-            raise ConfigError(f"output: {self.place} has no {MANIFEST}: its job is not finished; run it again")
+            raise ConfigError(
+                f"output: {self.place} has no {MANIFEST}: its job is not finished; run it again"
+            )
         parts = tuple(
-            Part(name=each["part"], rows=each["rows"], num_bytes=each["bytes"], checksum=each["sha256"])
+            Part(
+                name=each["part"],
+                rows=each["rows"],
+                num_bytes=each["bytes"],
+                checksum=each["sha256"],
+            )
             for each in content["parts"]
         )
         return Manifest(
@@ -349,7 +423,9 @@ class Output:
         )
 
     def iter_tables(self) -> Iterator[pa.Table]:
-        """The committed tables in the order of the input, one part in memory at a time, checksums compared."""
+        """The committed tables in the order of the input, one part in memory at a time, checksums
+        compared.
+        """
         yield from map(self.read_part, self.manifest().parts)
 
     def status(self) -> Status:
@@ -375,8 +451,8 @@ class Output:
     def verify(self) -> Iterator[tuple[Part, str | None]]:
         """Every part that counts, in the order of the units, and what is wrong with it.
 
-        Reads all bytes: sizes and checksums against the commit records, row counts against the files, and the
-        manifest's word against both. Raises ConfigError when no job has begun here.
+        Reads all bytes: sizes and checksums against the commit records, row counts against the
+        files, and the manifest's word against both. Raises ConfigError when no job has begun here.
         """
         plan = self.standing_plan()
         content = self._manifest_content() if self.is_finished(plan) else None
@@ -386,20 +462,30 @@ class Output:
             while some := list(islice(wanted, 4 * VERIFIERS)):
                 for part, problem in zip(some, pool.map(self._problem, some), strict=True):
                     misnamed = named is not None and named.get(part.name) != part.checksum
-                    yield part, problem or (f"{MANIFEST} says something else of {part.name}" if misnamed else None)
+                    yield (
+                        part,
+                        problem
+                        or (f"{MANIFEST} says something else of {part.name}" if misnamed else None),
+                    )
 
     def _problem(self, part: Part) -> str | None:
         try:
             num_rows = self.read_part(part).num_rows
         except (ConfigError, OSError, pa.ArrowException) as error:
             return str(error).removeprefix("output: ")
-        return None if num_rows == part.rows else f"{part.name} holds {num_rows} rows, its record says {part.rows}"
+        return (
+            None
+            if num_rows == part.rows
+            else f"{part.name} holds {num_rows} rows, its record says {part.rows}"
+        )
 
     def standing_plan(self) -> Plan:
         """Raises ConfigError when no job has begun here."""
         plan = self.plan()
         if plan is None:
-            raise ConfigError(f"{self.place} holds no output of glm-batch (no {PLAN}); name a job's output")
+            raise ConfigError(
+                f"{self.place} holds no output of glm-batch (no {PLAN}); name a job's output"
+            )
         return plan
 
     @contextmanager
@@ -435,7 +521,9 @@ class Output:
 
     def _refuse_other_content(self) -> None:
         known = {*FOLDERS, JOB}  # a driver that died before it wrote its plan leaves these
-        strange = [entry.name for page in self.store.pages() for entry in page if entry.name not in known]
+        strange = [
+            entry.name for page in self.store.pages() for entry in page if entry.name not in known
+        ]
         if strange or any(self.store.pages(PARTS)):
             raise ConfigError(
                 f"output: {self.place} holds something else ({', '.join(strange[:5]) or 'parts without a plan'}); "
@@ -444,11 +532,15 @@ class Output:
 
 
 def part_of(record: CommitRecord) -> Part:
-    return Part(name=record.part, rows=record.rows, num_bytes=record.num_bytes, checksum=record.checksum)
+    return Part(
+        name=record.part, rows=record.rows, num_bytes=record.num_bytes, checksum=record.checksum
+    )
 
 
 def _kept_of_deleted(plan: Plan, parts: Sequence[str]) -> dict[str, Any]:
-    """What the manifest says of files that are no longer part of the input: the last parts are theirs."""
+    """What the manifest says of files that are no longer part of the input: the last parts are
+    theirs.
+    """
     entries, rest = [], list(parts)
     for planned in reversed(plan.deleted):
         first = len(rest) - -(-planned.num_rows // plan.unit_rows)
@@ -459,7 +551,9 @@ def _kept_of_deleted(plan: Plan, parts: Sequence[str]) -> dict[str, Any]:
 
 def _damage(place: str, part: Part) -> str:
     match = PART_NAME.fullmatch(part.name)
-    record = _record_name(int(match["unit"]), int(match["generation"])) if match else "its commit record"
+    record = (
+        _record_name(int(match["unit"]), int(match["generation"])) if match else "its commit record"
+    )
     return (
         f"the committed part {place}/{part.name} is gone or is not what was written; restore it, or remove "
         f"{record} there and run the job again"

@@ -1,10 +1,12 @@
-"""Answers of units that are still in work, so that a crash costs seconds of finished work and not whole units.
+"""Answers of units that are still in work, so that a crash costs seconds of finished work and not
+whole units.
 
     OUTPUT/journal/UNIT-gN-SHA256.arrow   what the engine said to some rows of a unit
 
-A unit that stays in the engine for longer than `every_seconds` puts aside what it has finished since the last time;
-whoever takes it up again finds that here, and its commit removes it. A file that is not what its name says counts for
-nothing: its rows are computed again. Knows nothing of engines or of what stands in the tables.
+A unit that stays in the engine for longer than `every_seconds` puts aside what it has finished
+since the last time; whoever takes it up again finds that here, and its commit removes it. A file
+that is not what its name says counts for nothing: its rows are computed again. Knows nothing of
+engines or of what stands in the tables.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from glm_batch.pipelines.storage.crash_points import reach
 from glm_batch.pipelines.storage.storage import Entry
 
 log = logging.getLogger(__name__)
-NAME = re.compile(rf"{JOURNAL}/(?P<key>unit-(?P<unit>\d+)-g(?P<generation>\d+))-[0-9a-f]{{64}}\.arrow")
+NAME = re.compile(
+    rf"{JOURNAL}/(?P<key>unit-(?P<unit>\d+)-g(?P<generation>\d+))-[0-9a-f]{{64}}\.arrow"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Journal:
-    """The journal of an output, as it travels to the workers. `generations`: which one each committed unit has."""
+    """The journal of an output, as it travels to the workers. `generations`: which one each
+    committed unit has.
+    """
 
     output: Output
     every_seconds: float
@@ -38,7 +44,9 @@ class Journal:
         data = _arrow_bytes(table)
         with self.output.writable():
             reach("before_journal")
-            self.output.store.write(f"{JOURNAL}/{self._key(unit)}-{hashlib.sha256(data).hexdigest()}.arrow", data)
+            self.output.store.write(
+                f"{JOURNAL}/{self._key(unit)}-{hashlib.sha256(data).hexdigest()}.arrow", data
+            )
             reach("after_journal")
 
     def read(self, unit: int) -> list[pa.Table]:
@@ -56,7 +64,11 @@ class Journal:
     def _names(self, unit: int) -> Iterator[str]:
         key = self._key(unit)
         entries = [entry for page in self.output.store.pages(JOURNAL) for entry in page]
-        return (entry.name for entry in entries if (match := NAME.fullmatch(entry.name)) and match["key"] == key)
+        return (
+            entry.name
+            for entry in entries
+            if (match := NAME.fullmatch(entry.name)) and match["key"] == key
+        )
 
     def _table(self, name: str) -> pa.Table | None:
         try:
@@ -70,7 +82,9 @@ class Journal:
 
 
 def leftovers(output: Output) -> Iterator[Entry]:
-    """What is put aside of units that are committed, because who committed them died before it removed this."""
+    """What is put aside of units that are committed, because who committed them died before it
+    removed this.
+    """
     generations = output.generations()
     entries = [entry for page in output.store.pages(JOURNAL) for entry in page]
     for entry in sorted(entries, key=lambda entry: entry.name):
@@ -87,7 +101,9 @@ def tidy(output: Output) -> None:
 
 def _arrow_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_file(
+        sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
         writer.write_table(table)
     data: bytes = sink.getvalue().to_pybytes()
     return data

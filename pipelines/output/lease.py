@@ -3,10 +3,11 @@
     OUTPUT/lease/epoch-N.json   created once by the driver that owns the output in its N-th epoch
     OUTPUT/lease/beat-N.json    written anew every BEAT_S seconds by that driver, and once more when it is done
 
-A driver counts as dead when its process is provably gone (the same boot and process namespace of the same machine), or
-when its beat has not changed for DEAD_AFTER_S on the clock of the one who looks: clocks are never compared. Whoever
-finds the next epoch taken has lost the output. Commit records stay safe without all this, as the first one wins; the
-lease keeps drivers from doing each other's work, and from replacing each other's manifests. Knows nothing of units.
+A driver counts as dead when its process is provably gone (the same boot and process namespace of
+the same machine), or when its beat has not changed for DEAD_AFTER_S on the clock of the one who
+looks: clocks are never compared. Whoever finds the next epoch taken has lost the output. Commit
+records stay safe without all this, as the first one wins; the lease keeps drivers from doing each
+other's work, and from replacing each other's manifests. Knows nothing of units.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class LeaseLostError(GlmBatchError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A driver that owns or owned an output. `boot`, `namespace` and `started` tell its process from all others."""
+    """A driver that owns or owned an output. `boot`, `namespace` and `started` tell its process
+    from all others.
+    """
 
     epoch: int
     id: str
@@ -116,7 +119,11 @@ class Lease:
         try:
             self._beat("released")
         except OSError as error:
-            log.warning("the lease of %s cannot be released (%s): the next driver will wait", self._store.place, error)
+            log.warning(
+                "the lease of %s cannot be released (%s): the next driver will wait",
+                self._store.place,
+                error,
+            )
 
     def _keep_beating(self) -> None:
         number = 0
@@ -128,7 +135,12 @@ class Lease:
                 self._last_beat = time.monotonic()
             except OSError as error:
                 silent_s = time.monotonic() - self._last_beat
-                log.warning("the lease of %s cannot be renewed for %.0f s: %s", self._store.place, silent_s, error)
+                log.warning(
+                    "the lease of %s cannot be renewed for %.0f s: %s",
+                    self._store.place,
+                    silent_s,
+                    error,
+                )
                 if silent_s > DEAD_AFTER_S - 2 * BEAT_S:  # before others take it over
                     self._lost = f"it was not to be reached for {silent_s:.0f} s ({error})"
 
@@ -152,7 +164,8 @@ def own(store: Store) -> Iterator[Lease]:
 
 
 def take(store: Store) -> Holder:
-    """Makes this process the owner; waits up to DEAD_AFTER_S for signs of life of an owner that may be dead.
+    """Makes this process the owner; waits up to DEAD_AFTER_S for signs of life of an owner that may
+    be dead.
 
     Raises BusyError when it is alive, or when a third one was quicker.
     """
@@ -163,9 +176,12 @@ def take(store: Store) -> Holder:
     reach("before_lease")
     created = store.create(_epoch_name(mine.epoch), json.dumps(asdict(mine)).encode())
     reach("after_lease")
-    # A slow taker may create an epoch whose successors have come and been tidied away: the highest one counts.
+    # A slow taker may create an epoch whose successors have come and been tidied away: the highest
+    # one counts.
     if not created or latest_epoch(store) != mine.epoch:
-        raise BusyError(f"output: another driver has just started on {store.place}; let it do the job")
+        raise BusyError(
+            f"output: another driver has just started on {store.place}; let it do the job"
+        )
     return mine
 
 
@@ -195,7 +211,12 @@ def _await_death(store: Store, epoch: int) -> None:
         return
     begun = time.monotonic()
     if alive is None:
-        log.warning("%s was left by %s: waiting up to %.0f s for a sign of life", store.place, holder, DEAD_AFTER_S)
+        log.warning(
+            "%s was left by %s: waiting up to %.0f s for a sign of life",
+            store.place,
+            holder,
+            DEAD_AFTER_S,
+        )
     while alive is None and time.monotonic() - begun < DEAD_AFTER_S:
         time.sleep(POLL_S)
         alive = True if _read(store, _beat_name(epoch)) != beat else None
@@ -254,7 +275,9 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in clock ticks since boot; None when it is gone, or dead and not yet buried."""
+    """When a process began, in clock ticks since boot; None when it is gone, or dead and not yet
+    buried.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,8 +1,8 @@
 """The plan of a job: its fingerprint, its input files and how they are cut into units.
 
-The plan decides everything that a rerun must find again, so it is written once and read back by every later run: unit
-ids, duplicate keys and carried types do not depend on what a rerun would compute. Knows nothing of Ray or tasks' inner
-workings.
+The plan decides everything that a rerun must find again, so it is written once and read back by
+every later run: unit ids, duplicate keys and carried types do not depend on what a rerun would
+compute. Knows nothing of Ray or tasks' inner workings.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from glm_batch.pipelines.tasks.prompts import input_columns
 FORMAT = 1
 MAX_UNIT_ROWS = 1000
 MIN_UNIT_ROWS = 16
-MANY_UNITS = 50_000  # more rows than this many full units: larger units, so that what is kept of each stays small
+# more rows than this many full units: larger units, so that what is kept of each stays small
+MANY_UNITS = 50_000
 MAX_UNIT_ROWS_OF_MANY = 20_000
 MAX_UNIT_BYTES = 16 << 20  # of input files, for such units
 WANTED_UNITS = 32  # fewer rows than this many full units: smaller units, for progress one can watch
@@ -50,7 +51,9 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One unit: the rows [rows.start, rows.stop) of file number `file` of the plan, committed together."""
+    """One unit: the rows [rows.start, rows.stop) of file number `file` of the plan, committed
+    together.
+    """
 
     index: int
     file: int
@@ -67,11 +70,13 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFile:
-    """An input file after it was opened once. `offsets` (JSONL) are the byte at which each unit starts, and the end.
+    """An input file after it was opened once. `offsets` (JSONL) are the byte at which each unit
+    starts, and the end.
 
-    `lines` (JSONL) are the numbers of the lines with which the units start, where empty lines make them other than the
-    rows' numbers. `longest_line` in bytes is known when the file has just been scanned. `digests`, where
-    glm_batch.pipelines.cron.changes has made them, tell each unit's rows from others.
+    `lines` (JSONL) are the numbers of the lines with which the units start, where empty lines make
+    them other than the rows' numbers. `longest_line` in bytes is known when the file has just been
+    scanned. `digests`, where pipelines.cron.changes has made them, tell each unit's rows from
+    others.
     """
 
     file: InputFile
@@ -84,9 +89,11 @@ class PlannedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What stands in plan.json. Units are a function of it, so a billion rows cost kilobytes, not row lists.
+    """What stands in plan.json. Units are a function of it, so a billion rows cost kilobytes, not
+    row lists.
 
-    The last `num_deleted` files are no longer part of the input: what was committed of them is kept.
+    The last `num_deleted` files are no longer part of the input: what was committed of them is
+    kept.
     """
 
     identity: Identity
@@ -134,16 +141,26 @@ class Plan:
                 start_byte, stop_byte = planned.offsets[k : k + 2] if planned.offsets else (0, 0)
                 stop = min(start + self.unit_rows, planned.num_rows)
                 line = planned.lines[k] if planned.lines else start + 1
-                rows = RowRange(start=start, stop=stop, start_byte=start_byte, stop_byte=stop_byte, start_line=line)
+                rows = RowRange(
+                    start=start,
+                    stop=stop,
+                    start_byte=start_byte,
+                    stop_byte=stop_byte,
+                    start_line=line,
+                )
                 yield Unit(index=index, file=number, rows=rows)
                 index += 1
 
     def duplicates_by_unit(self) -> dict[tuple[int, int], dict[int, str]]:
-        """(file, first row of the unit) -> row number in the unit -> the key of the row that came first."""
+        """(file, first row of the unit) -> row number in the unit -> the key of the row that came
+        first.
+        """
         found: dict[tuple[int, int], dict[int, str]] = {}
         for (file, row), (first_file, first_row) in self.duplicates.items():
             start = row - row % self.unit_rows
-            found.setdefault((file, start), {})[row - start] = row_key(self.files[first_file].file, first_row)
+            found.setdefault((file, start), {})[row - start] = row_key(
+                self.files[first_file].file, first_row
+            )
         return found
 
     def to_json(self) -> bytes:
@@ -192,7 +209,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class UnitSizes:
-    """How many rows each unit has: a few bytes for each file, for those who check units by their number."""
+    """How many rows each unit has: a few bytes for each file, for those who check units by their
+    number.
+    """
 
     unit_rows: int
     file_rows: tuple[int, ...]
@@ -215,13 +234,20 @@ def job_source(job: Job) -> Source:
 
 
 def make_plan(
-    job: Job, files: list[InputFile], identity: Identity, known: Plan | None = None, *, grows: bool = False
+    job: Job,
+    files: list[InputFile],
+    identity: Identity,
+    known: Plan | None = None,
+    *,
+    grows: bool = False,
 ) -> Plan:
-    """Opens every file once: footers of Parquet, newlines of JSONL, and the key column if there is one.
+    """Opens every file once: footers of Parquet, newlines of JSONL, and the key column if there is
+    one.
 
-    With a `known` plan, units are as large as there, and its files that are still the same are not counted again.
-    With `grows`, units are as large as for many rows, whatever there is now.
-    Raises ConfigError for anything wrong with a file as a whole, or with the columns that the job asks for.
+    With a `known` plan, units are as large as there, and its files that are still the same are not
+    counted again. With `grows`, units are as large as for many rows, whatever there is now. Raises
+    ConfigError for anything wrong with a file as a whole, or with the columns that the job asks
+    for.
     """
     check_formats(job, files)
     source = job_source(job)
@@ -233,12 +259,16 @@ def make_plan(
     if known is not None:
         unit_rows = known.unit_rows
     else:
-        estimates = [rows[file] if file in rows else _estimated_rows(source, file) for file in files]
+        estimates = [
+            rows[file] if file in rows else _estimated_rows(source, file) for file in files
+        ]
         num_bytes = sum(file.size for file in files)
         num_rows = max(sum(estimates), WANTED_UNITS * MAX_UNIT_ROWS if grows else 0)
         unit_rows = choose_unit_rows(job, num_rows, num_bytes, _row_bytes(job, source, files[0]))
     planned = tuple(
-        replace(counted[file.mark], file=file) if file.mark in counted else _planned_file(source, file, unit_rows, rows)
+        replace(counted[file.mark], file=file)
+        if file.mark in counted
+        else _planned_file(source, file, unit_rows, rows)
         for file in files
     )
     may_cut = known is None and job.asks_by_row and job.commit.unit_rows == "auto"
@@ -246,19 +276,25 @@ def make_plan(
         unit_rows = fewer
         planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
     duplicates = _duplicates(source, files, job.key_column)
-    return Plan(identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema)
+    return Plan(
+        identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema
+    )
 
 
 def shared_unit_rows(jobs: Sequence[Job], files: list[InputFile]) -> int:
     """Rows of a unit for jobs over the same files whose units of equal rows travel together.
 
-    All of them take the time of one unit, and media that they look at under several budgets are beside each other.
+    All of them take the time of one unit, and media that they look at under several budgets are
+    beside each other.
     """
     source = job_source(jobs[0])
     rows = source.all_parquet_rows(files)
     num_rows = sum(rows[file] if file in rows else _estimated_rows(source, file) for file in files)
     num_bytes = sum(file.size for file in files)
-    budgets = {repr((job.task.image, job.task.video, job.task.messages, job.preprocess)): job for job in jobs}
+    budgets = {
+        repr((job.task.image, job.task.video, job.task.messages, job.preprocess)): job
+        for job in jobs
+    }
     media_bytes = sum(_row_bytes(job, job_source(job), files[0]) for job in budgets.values())
     least = min(choose_unit_rows(job, num_rows, num_bytes) for job in jobs)
     alone = min(max(least // len(jobs), MIN_UNIT_ROWS), least)
@@ -266,7 +302,8 @@ def shared_unit_rows(jobs: Sequence[Job], files: list[InputFile]) -> int:
 
 
 def extended_plan(job: Job, plan: Plan, files: list[InputFile], identity: Identity) -> Plan:
-    """The plan with the files that were added to its input after the known ones, so that units keep their numbers.
+    """The plan with the files that were added to its input after the known ones, so that units keep
+    their numbers.
 
     Raises ConfigError when the new files would change the types of the output.
     """
@@ -300,15 +337,23 @@ def check_formats(job: Job, files: Sequence[InputFile]) -> None:
             )
 
 
-def _planned_file(source: Source, file: InputFile, unit_rows: int, rows: Mapping[InputFile, int]) -> PlannedFile:
-    return PlannedFile(file=file, num_rows=rows[file]) if file in rows else _scan_lines(source, file, unit_rows)
+def _planned_file(
+    source: Source, file: InputFile, unit_rows: int, rows: Mapping[InputFile, int]
+) -> PlannedFile:
+    return (
+        PlannedFile(file=file, num_rows=rows[file])
+        if file in rows
+        else _scan_lines(source, file, unit_rows)
+    )
 
 
 def choose_unit_rows(job: Job, num_rows: int, num_bytes: int = 0, row_bytes: float = 0.0) -> int:
-    """commit.unit_rows, or where it is "auto" as many rows as take `every_seconds`, by a guess at the speed.
+    """commit.unit_rows, or where it is "auto" as many rows as take `every_seconds`, by a guess at
+    the speed.
 
-    Few rows are cut into smaller units, so that progress shows, and very many of `num_bytes` in all into larger ones.
-    With `row_bytes` of media or requests in each row, HEAVY_UNIT_BYTES bound a unit's memory.
+    Few rows are cut into smaller units, so that progress shows, and very many of `num_bytes` in all
+    into larger ones. With `row_bytes` of media or requests in each row, HEAVY_UNIT_BYTES bound a
+    unit's memory.
     """
     if job.commit.unit_rows != "auto":
         return job.commit.unit_rows
@@ -321,16 +366,22 @@ def choose_unit_rows(job: Job, num_rows: int, num_bytes: int = 0, row_bytes: flo
     most = max(most, MIN_UNIT_ROWS)
     if num_rows > MANY_UNITS * most:
         bytes_each = max(num_bytes / num_rows, 1.0)
-        most = max(min(num_rows // MANY_UNITS, MAX_UNIT_ROWS_OF_MANY, int(MAX_UNIT_BYTES / bytes_each)), most)
+        most = max(
+            min(num_rows // MANY_UNITS, MAX_UNIT_ROWS_OF_MANY, int(MAX_UNIT_BYTES / bytes_each)),
+            most,
+        )
     return max(min(most, int(HEAVY_UNIT_BYTES / row_bytes)), 1) if row_bytes else most
 
 
 def _fewer_rows(planned: Sequence[PlannedFile], unit_rows: int) -> int | None:
-    """Rows of a unit where the heaviest unit of lines is too heavy for `unit_rows`; None where it is not.
+    """Rows of a unit where the heaviest unit of lines is too heavy for `unit_rows`; None where it
+    is not.
 
     A line that is too heavy by itself is a unit at worst, with what stands around it.
     """
-    heaviest = max((stop - start for file in planned for start, stop in pairwise(file.offsets)), default=0)
+    heaviest = max(
+        (stop - start for file in planned for start, stop in pairwise(file.offsets)), default=0
+    )
     allowed = max(HEAVY_UNIT_BYTES, 2 * max(file.longest_line for file in planned))
     if heaviest <= allowed or unit_rows == 1:
         return None
@@ -338,9 +389,11 @@ def _fewer_rows(planned: Sequence[PlannedFile], unit_rows: int) -> int | None:
 
 
 def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
-    """Everything that decides what the rows come out as: a rerun that differs in any of it is another job.
+    """Everything that decides what the rows come out as: a rerun that differs in any of it is
+    another job.
 
-    Limits that can only turn a row into an error are not in it (`media`): what failed can be tried again with others.
+    Limits that can only turn a row into an error are not in it (`media`): what failed can be tried
+    again with others.
     """
     engine = {name: getattr(job.engine, name) for name in ("kind", "dtype", "max_model_len")}
     preprocess = asdict(job.preprocess)
@@ -351,7 +404,8 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
             del task[name]  # outputs from before there was this key stay as they are
     del task["calibration"]
     if job.task.calibration is not None:
-        task["calibration"] = read_calibration(job.task.calibration).applied  # whatever the file's name is
+        # whatever the file's name is
+        task["calibration"] = read_calibration(job.task.calibration).applied
     content = {
         "model": model_digest(model_dir),
         "task": task,
@@ -363,7 +417,10 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
         "input": input_identity(files),
     }
     if job.asks_by_row:
-        content["requests"] = {"thinking": job.requests.thinking, "max_tokens": job.requests.limits.max_tokens}
+        content["requests"] = {
+            "thinking": job.requests.thinking,
+            "max_tokens": job.requests.limits.max_tokens,
+        }
     normal: Identity = json.loads(json.dumps(content))  # as it will be read back: tuples are lists
     return normal
 
@@ -394,7 +451,9 @@ def adds_files_only(planned: Identity, asked: Identity) -> bool:
 
 
 def _row_bytes(job: Job, source: Source, file: InputFile) -> float:
-    """Bytes of media in a row, by the first rows of the first file; 0 for text. Of a request, all that it weighs."""
+    """Bytes of media in a row, by the first rows of the first file; 0 for text. Of a request, all
+    that it weighs.
+    """
     if job.asks_by_row:
         return _request_bytes(job, source, file)
     if not reads_media(job, job.model):
@@ -415,7 +474,9 @@ def _request_bytes(job: Job, source: Source, file: InputFile) -> float:
     rows = [parse_line(line) for line in lines]
     config = load_config(job.model)
     media = media_row_bytes(job, rows[:SAMPLED_ROWS]) if config.vision is not None else 0.0
-    answers = sum(answer_bytes(row, config.hidden_size) for row in rows if not isinstance(row, RowError))
+    answers = sum(
+        answer_bytes(row, config.hidden_size) for row in rows if not isinstance(row, RowError)
+    )
     return media + (sum(map(len, lines)) + answers) / max(len(lines), 1)
 
 
@@ -435,8 +496,12 @@ def _duplicates(source: Source, files: list[InputFile], key: str | None) -> dict
 
 def _check_key_type(key: str, dtype: pa.DataType) -> None:
     value = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
-    if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_integer(value)):
-        raise ConfigError(f"key: column {key!r} has type {dtype}; a key is a column of text or integers")
+    if not (
+        pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_integer(value)
+    ):
+        raise ConfigError(
+            f"key: column {key!r} has type {dtype}; a key is a column of text or integers"
+        )
 
 
 def _estimated_rows(source: Source, file: InputFile) -> int:
@@ -473,7 +538,9 @@ def _scan_lines(source: Source, file: InputFile, unit_rows: int) -> PlannedFile:
 def _line_starts(
     block: bytes,
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Where the lines of a block begin, and which are rows: those that are empty or a lone "\\r" are not."""
+    """Where the lines of a block begin, and which are rows: those that are empty or a lone "\\r"
+    are not.
+    """
     data = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero(data == ord("\n"))
     if not block.endswith(b"\n"):

@@ -1,7 +1,8 @@
-"""What the answers of one task kind come to: labels, how sure they are, their lengths, whether they are right.
+"""What the answers of one task kind come to: labels, how sure they are, their lengths, whether they
+are right.
 
-One `Answers` takes an output part by part. Owns which columns mean what for each kind; scores against gold are
-glm_batch.pipelines.evaluation's. Knows nothing of files or pages.
+One `Answers` takes an output part by part. Owns which columns mean what for each kind; scores
+against gold are pipelines.evaluation's. Knows nothing of files or pages.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ import pyarrow.compute as pc
 
 from glm_batch.pipelines.evaluation.reliability import NUM_BINS, Reliability, bin_numbers
 from glm_batch.pipelines.evaluation.scoring import Rules, score_rows
-from glm_batch.pipelines.report.tallies import Floats, IntegerCounts, NumberRange, UnitHistogram, Values
+from glm_batch.pipelines.report.tallies import (
+    Floats,
+    IntegerCounts,
+    NumberRange,
+    UnitHistogram,
+    Values,
+)
 
 RIGHT, WRONG, UNJUDGED = 0, 1, 2
 JUDGED = ("choose", "classify", "generate", "extract")  # kinds with one right answer
@@ -32,7 +39,9 @@ OTHER_GOLD = "(other gold answers)"
 
 @dataclass(slots=True)
 class Gold:
-    """Answers against gold. `right` counts rows, `pairs` rows by (gold, answer); bins as in evaluation.calibration."""
+    """Answers against gold. `right` counts rows, `pairs` rows by (gold, answer); bins as in
+    evaluation.calibration.
+    """
 
     rows: int = 0
     right: float = 0.0
@@ -50,7 +59,9 @@ class Gold:
         if not rows.sum():
             return None
         each = np.maximum(rows, 1.0)
-        return Reliability(rows=rows.astype(np.int64), confidence=confidence / each, accuracy=right / each)
+        return Reliability(
+            rows=rows.astype(np.int64), confidence=confidence / each, accuracy=right / each
+        )
 
     def add_pairs(self, golds: Sequence[str], answers: Sequence[str | None]) -> None:
         for (gold, answer), rows in Counter(zip(golds, answers, strict=True)).items():
@@ -68,7 +79,9 @@ class Gold:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """A part's rows: `right` is RIGHT, WRONG or UNJUDGED for each; `margin` and `confidence` NaN where unknown."""
+    """A part's rows: `right` is RIGHT, WRONG or UNJUDGED for each; `margin` and `confidence` NaN
+    where unknown.
+    """
 
     right: npt.NDArray[np.int64]
     confidence: Floats
@@ -111,7 +124,9 @@ class Answers:
             return result
         self.gold = self.gold or Gold()
         rules = Rules(kind=self.kind, labels=self._labels_of(part))
-        rows = score_rows(rules, part.take(pa.array(places)), [golds[place] for place in places.tolist()])
+        rows = score_rows(
+            rules, part.take(pa.array(places)), [golds[place] for place in places.tolist()]
+        )
         accuracy = rows.values["accuracy"]
         self.gold.rows += len(places)
         self.gold.failed += int((~rows.answered).sum())
@@ -126,7 +141,9 @@ class Answers:
         return result
 
     def _labels_of(self, part: pa.Table) -> tuple[str, ...]:
-        """The labels in the order of their probabilities; numbers where the job does not tell their names."""
+        """The labels in the order of their probabilities; numbers where the job does not tell their
+        names.
+        """
         if self.labels or self.kind not in ("choose", "classify"):
             return self.labels
         scores = matrix(part["scores" if self.kind == "classify" else "label_probs"])
@@ -170,18 +187,23 @@ class Answers:
     def _count_fields(self, texts: pa.ChunkedArray) -> None:
         for text in texts.to_pylist():
             value = json.loads(text)
-            for name, item in value.items() if isinstance(value, dict) else [("(the whole value)", value)]:
+            for name, item in (
+                value.items() if isinstance(value, dict) else [("(the whole value)", value)]
+            ):
                 if name in self.fields or len(self.fields) < MAX_FIELDS:
                     shown = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-                    self.fields.setdefault(name, Values()).add([(shown if len(shown) <= MAX_TEXT else LONGER, 1)])
+                    self.fields.setdefault(name, Values()).add(
+                        [(shown if len(shown) <= MAX_TEXT else LONGER, 1)]
+                    )
 
 
 def sureness(kind: str, part: pa.Table) -> tuple[Floats, Floats]:
     """(confidence, margin) of each row, NaN where it has none.
 
-    Confidence is the probability of the answer; the margin is how far it is ahead of the next one. Of several labels
-    at once it is the distance of the nearest score from its threshold; of tags, the least sure token's score; of texts
-    with log-probabilities, the geometric mean of the tokens' probabilities.
+    Confidence is the probability of the answer; the margin is how far it is ahead of the next one.
+    Of several labels at once it is the distance of the nearest score from its threshold; of tags,
+    the least sure token's score; of texts with log-probabilities, the geometric mean of the tokens'
+    probabilities.
     """
     nothing = np.full(part.num_rows, np.nan)
     match kind:
@@ -192,7 +214,9 @@ def sureness(kind: str, part: pa.Table) -> tuple[Floats, Floats]:
             return scores.max(axis=1, initial=-np.inf) if scores.size else nothing, _lead(scores)
         case "classify" if pa.types.is_list(part["label"].type):
             scores = matrix(part["scores"])
-            return nothing, np.abs(scores - 0.5).min(axis=1, initial=np.inf) * 2 if scores.size else nothing
+            return nothing, np.abs(scores - 0.5).min(
+                axis=1, initial=np.inf
+            ) * 2 if scores.size else nothing
         case "tag":
             least = [_least(tokens) for tokens in part["tokens"].to_pylist()]
             return np.array(least, np.float64), np.array(least, np.float64)
@@ -218,8 +242,12 @@ def to_floats(column: pa.ChunkedArray) -> Floats:
     return np.asarray(column.to_numpy(), np.float64)
 
 
-def label_names(kind: str, labels: Sequence[str] | None, facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """The labels in the order of their probabilities, as far as the job and its manifest's facts tell them."""
+def label_names(
+    kind: str, labels: Sequence[str] | None, facts: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The labels in the order of their probabilities, as far as the job and its manifest's facts
+    tell them.
+    """
     return tuple(labels or ()) if kind == "choose" else tuple(facts.get("label_names", ()))
 
 
@@ -243,4 +271,6 @@ def _mean_probability(values: Any) -> float:
 
 def _counted(values: pa.Array | pa.ChunkedArray) -> list[tuple[str, int]]:
     found = pc.value_counts(values.drop_null())
-    return list(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True))
+    return list(
+        zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)
+    )

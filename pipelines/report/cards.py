@@ -1,4 +1,5 @@
-"""Rows as a person looks at them: what was asked, its pictures, what was answered, and whether that is right.
+"""Rows as a person looks at them: what was asked, its pictures, what was answered, and whether that
+is right.
 
 Reads the input rows behind the chosen output rows, once for the whole page. Knows nothing of HTML.
 """
@@ -23,7 +24,13 @@ from glm_batch.pipelines.report.input_rows import InputRows, Place
 from glm_batch.pipelines.report.tallies import Picked
 from glm_batch.pipelines.report.text import shown
 from glm_batch.pipelines.report.thumbnails import Picture, pictures
-from glm_batch.pipelines.tasks.prompts import Message, PromptTemplate, conversation, prompt_columns, uses_chat
+from glm_batch.pipelines.tasks.prompts import (
+    Message,
+    PromptTemplate,
+    conversation,
+    prompt_columns,
+    uses_chat,
+)
 
 PROMPT_SHOWN, ANSWER_SHOWN, MESSAGE_SHOWN, KEY_SHOWN, TOKENS_SHOWN = 600, 600, 400, 120, 40
 LABELS_SHOWN = 5
@@ -31,7 +38,9 @@ LABELS_SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """One row on the page. `scores` are (label, probability), the highest first; `verdict` is right, wrong or empty."""
+    """One row on the page. `scores` are (label, probability), the highest first; `verdict` is
+    right, wrong or empty.
+    """
 
     key: str
     prompt: str
@@ -46,7 +55,9 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a row asked: its prompt as text, its media, its gold answer; all empty where the input is gone."""
+    """What a row asked: its prompt as text, its media, its gold answer; all empty where the input
+    is gone.
+    """
 
     prompt: str = ""
     parts: tuple[MediaPart, ...] = ()
@@ -81,15 +92,22 @@ class Deck:
         gold = known.gold if known.gold is not None else columns.get(self.job.task.gold or "")
         error = None
         if columns["status"] != "ok":
-            error = (columns["error_code"] or columns["status"], shown(columns["error_message"] or "", MESSAGE_SHOWN))
+            error = (
+                columns["error_code"] or columns["status"],
+                shown(columns["error_message"] or "", MESSAGE_SHOWN),
+            )
         return Card(
             key=shown(str(columns["row_key"]), KEY_SHOWN),
             prompt=shown(known.prompt, PROMPT_SHOWN),
             pictures=self._pictures.get(place, ()),
-            answer=shown(answer_text(self.job.task.kind, columns), ANSWER_SHOWN) if error is None else "",
+            answer=shown(answer_text(self.job.task.kind, columns), ANSWER_SHOWN)
+            if error is None
+            else "",
             details=tuple(_details(self.job.task.kind, columns)) if error is None else (),
             scores=tuple(self._scores(columns)),
-            gold=None if gold is None else shown(gold if isinstance(gold, str) else _json(gold), ANSWER_SHOWN),
+            gold=None
+            if gold is None
+            else shown(gold if isinstance(gold, str) else _json(gold), ANSWER_SHOWN),
             verdict=self._verdict(columns, gold) if error is None else "",
             error=error,
         )
@@ -98,7 +116,9 @@ class Deck:
         scores = columns.get("label_probs") or columns.get("scores")
         if not scores or (columns.get("scores") and isinstance(columns.get("label"), float)):
             return []
-        labels = self.labels if len(self.labels) == len(scores) else tuple(map(str, range(len(scores))))
+        labels = (
+            self.labels if len(self.labels) == len(scores) else tuple(map(str, range(len(scores))))
+        )
         ranked = sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
         return [(shown(label, KEY_SHOWN), score) for label, score in ranked[:LABELS_SHOWN]]
 
@@ -147,17 +167,32 @@ def answer_text(kind: str, columns: Mapping[str, Any]) -> str:
             return ", ".join(label) or "(no label)" if isinstance(label, list) else str(label)
         case "generate":
             text = columns["text"]
-            return "\n".join(f"{k}. {each}" for k, each in enumerate(text, 1)) if isinstance(text, list) else text or ""
+            return (
+                "\n".join(f"{k}. {each}" for k, each in enumerate(text, 1))
+                if isinstance(text, list)
+                else text or ""
+            )
         case "extract":
             return json.dumps(json.loads(columns["json"]), indent=1, ensure_ascii=False)
         case "tag":
             tokens = columns["tokens"]
-            more = f" ... {len(tokens) - TOKENS_SHOWN:,} tokens more" if len(tokens) > TOKENS_SHOWN else ""
-            return "  ".join(f"{token['text'].strip()}/{token['label']}" for token in tokens[:TOKENS_SHOWN]) + more
+            more = (
+                f" ... {len(tokens) - TOKENS_SHOWN:,} tokens more"
+                if len(tokens) > TOKENS_SHOWN
+                else ""
+            )
+            return (
+                "  ".join(
+                    f"{token['text'].strip()}/{token['label']}" for token in tokens[:TOKENS_SHOWN]
+                )
+                + more
+            )
         case "requests":
             return str(columns["response"])
     vector = columns["vector"]
-    return f"[{', '.join(f'{value:.3g}' for value in vector[:6])}{', ...' if len(vector) > 6 else ''}]"
+    return (
+        f"[{', '.join(f'{value:.3g}' for value in vector[:6])}{', ...' if len(vector) > 6 else ''}]"
+    )
 
 
 def _details(kind: str, columns: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -176,13 +211,18 @@ def _details(kind: str, columns: Mapping[str, Any]) -> Iterable[tuple[str, str]]
 
 
 def _tokens(columns: Mapping[str, Any]) -> str:
-    told = f"{columns['prompt_tokens'] or 0:,} read, {columns['cached_tokens'] or 0:,} of them cached"
+    told = (
+        f"{columns['prompt_tokens'] or 0:,} read, {columns['cached_tokens'] or 0:,} of them cached"
+    )
     return told + (f", {columns['output_tokens']:,} written" if columns["output_tokens"] else "")
 
 
 def _transcript(messages: Sequence[Message]) -> str:
     """The conversation without its media; roles stand before what is not the only message."""
-    texts = [(str(message.get("role", "")), _message_text(message.get("content"))) for message in messages]
+    texts = [
+        (str(message.get("role", "")), _message_text(message.get("content")))
+        for message in messages
+    ]
     texts = [(role, text) for role, text in texts if text]
     asked_alone = len([role for role, _ in texts if role != "system"]) == 1
     if asked_alone:
@@ -194,7 +234,11 @@ def _message_text(content: Any) -> str:
     if isinstance(content, str):
         return content
     pieces = content if isinstance(content, list) else []
-    return "\n".join(str(piece.get("text", "")) for piece in pieces if isinstance(piece, dict) and "text" in piece)
+    return "\n".join(
+        str(piece.get("text", ""))
+        for piece in pieces
+        if isinstance(piece, dict) and "text" in piece
+    )
 
 
 def _cells(job: Job, row: Row) -> str:
@@ -208,7 +252,9 @@ def _cell(value: Any) -> str:
         value = value["bytes"]
     if isinstance(value, bytes):
         return f"{len(value):,} bytes, beginning with {value[:12]!r}"
-    return shown(value, PROMPT_SHOWN) if isinstance(value, str) else shown(_json(value), PROMPT_SHOWN)
+    return (
+        shown(value, PROMPT_SHOWN) if isinstance(value, str) else shown(_json(value), PROMPT_SHOWN)
+    )
 
 
 def _json(value: Any) -> str:

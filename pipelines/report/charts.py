@@ -1,8 +1,8 @@
 """Charts as inline SVG: small functions from numbers to markup, styled by the page's classes.
 
-Each has a title and a description for those who do not see it. Colours come from the stylesheet, so that they follow
-the page into the dark; nothing depends on colour alone. No attribute is a style: the page's policy forbids them. Knows
-nothing of jobs.
+Each has a title and a description for those who do not see it. Colours come from the stylesheet, so
+that they follow the page into the dark; nothing depends on colour alone. No attribute is a style:
+the page's policy forbids them. Knows nothing of jobs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ class Frame:
 
     def py(self, value: float) -> float:
         low, high = self.y
-        return self.height - BOTTOM - (value - low) / ((high - low) or 1.0) * (self.height - TOP - BOTTOM)
+        return (
+            self.height
+            - BOTTOM
+            - (value - low) / ((high - low) or 1.0) * (self.height - TOP - BOTTOM)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,13 @@ class Point:
 
 def bar(share: float, second: float | None = None) -> Markup:
     """A horizontal bar for a table's cell; `second` is a thinner one below it."""
-    body = _rect("bar", 0, 0 if second is not None else 2, 100 * _within(share), 7 if second is not None else 8)
+    body = _rect(
+        "bar",
+        0,
+        0 if second is not None else 2,
+        100 * _within(share),
+        7 if second is not None else 8,
+    )
     if second is not None:
         body += _rect("bar-gold", 0, 8, 100 * _within(second), 3.5)
     return Markup(
@@ -80,16 +90,27 @@ def interval(value: float, low: float, high: float, scale: tuple[float, float]) 
     """A value with its interval on a small line, for a table's cell."""
     span = (scale[1] - scale[0]) or 1.0
     at, start, stop = ((each - scale[0]) / span * 96 + 2 for each in (value, low, high))
-    body = _line("whisker", start, 6, stop, 6) + Markup('<circle class="dot" cx="{:.1f}" cy="6" r="3.4"/>').format(at)
-    return Markup('<svg class="intervalcell" viewBox="0 0 100 12" aria-hidden="true">{}</svg>').format(body)
+    body = _line("whisker", start, 6, stop, 6) + Markup(
+        '<circle class="dot" cx="{:.1f}" cy="6" r="3.4"/>'
+    ).format(at)
+    return Markup(
+        '<svg class="intervalcell" viewBox="0 0 100 12" aria-hidden="true">{}</svg>'
+    ).format(body)
 
 
 def histogram(
-    stacks: Sequence[Sequence[float]], edges: Sequence[float], *, title: str, x_name: str, width: int = 420
+    stacks: Sequence[Sequence[float]],
+    edges: Sequence[float],
+    *,
+    title: str,
+    x_name: str,
+    width: int = 420,
 ) -> Markup:
     """Bars over [edges]; `stacks` are the heights of right, wrong and other rows for each bar."""
     heights = [sum(stack) for stack in stacks]
-    frame = Frame(width=width, height=230, x=(edges[0], edges[-1]), y=(0, _ceiling(max(heights, default=1))))
+    frame = Frame(
+        width=width, height=230, x=(edges[0], edges[-1]), y=(0, _ceiling(max(heights, default=1)))
+    )
     body = _y_axis(frame, compact) + _x_axis(frame, x_name)
     for stack, low, high in zip(stacks, edges[:-1], edges[1:], strict=True):
         base = 0.0
@@ -99,16 +120,28 @@ def histogram(
             # What is there must be seen, however small.
             top, bottom = min(frame.py(base + value), frame.py(base) - 1.5), frame.py(base)
             gap = 1.0 if high - low < edges[-1] - edges[0] else 0.0
-            body += _rect(name, frame.px(low) + gap, top, frame.px(high) - frame.px(low) - 2 * gap, bottom - top)
+            body += _rect(
+                name,
+                frame.px(low) + gap,
+                top,
+                frame.px(high) - frame.px(low) - 2 * gap,
+                bottom - top,
+            )
             base += value
     told = f"{compact(sum(heights))} in {len(heights)} bars; the highest has {compact(max(heights, default=0))}."
     return _svg(frame, title, told, body)
 
 
-def reliability(points: Sequence[tuple[float, float, float, float, int]], *, title: str, width: int = 420) -> Markup:
-    """(confidence, accuracy, low, high, rows) of each bin against the diagonal of perfect calibration."""
+def reliability(
+    points: Sequence[tuple[float, float, float, float, int]], *, title: str, width: int = 420
+) -> Markup:
+    """(confidence, accuracy, low, high, rows) of each bin against the diagonal of perfect
+    calibration.
+    """
     frame = Frame(width=width, height=min(width, 340), x=(0, 1), y=(0, 1))
-    body = _y_axis(frame, lambda value: f"{value * 100:.0f} %") + _x_axis(frame, "confidence", percents=True)
+    body = _y_axis(frame, lambda value: f"{value * 100:.0f} %") + _x_axis(
+        frame, "confidence", percents=True
+    )
     body += _line("diagonal", frame.px(0), frame.py(0), frame.px(1), frame.py(1))
     most = max((rows for *_, rows in points), default=1)
     for confidence, accuracy, low, high, rows in points:
@@ -119,7 +152,10 @@ def reliability(points: Sequence[tuple[float, float, float, float, int]], *, tit
             x, frame.py(accuracy), 3 + 6 * math.sqrt(rows / most)
         )
     body += _text("axis-name", 4, 14, "accuracy", "start")
-    told = "; ".join(f"{rows} rows at {percent(sure)} are {percent(right)} right" for sure, right, _, _, rows in points)
+    told = "; ".join(
+        f"{rows} rows at {percent(sure)} are {percent(right)} right"
+        for sure, right, _, _, rows in points
+    )
     return _svg(frame, title, told or "No rows.", body)
 
 
@@ -134,29 +170,39 @@ def throughput(
     width: int = 860,
 ) -> Markup:
     """Rows per second over seconds of work. A pause is a line where it lies, a stall a shaded time."""
-    frame = Frame(width=width, height=250, x=(0, edges[-1]), y=(0, _ceiling(max(rates, default=1.0))))
+    frame = Frame(
+        width=width, height=250, x=(0, edges[-1]), y=(0, _ceiling(max(rates, default=1.0)))
+    )
     body = _y_axis(frame, compact)
     for start, stop in stalls:
         left, right = frame.px(start), frame.px(stop)
         body += _rect("stall", left, TOP, max(right - left, 2), frame.py(0) - TOP)
     steps = [f"M{frame.px(0):.1f},{frame.py(0):.1f}"]
     for low, high, rate in zip(edges[:-1], edges[1:], rates, strict=True):
-        steps.append(f"L{frame.px(low):.1f},{frame.py(rate):.1f}L{frame.px(high):.1f},{frame.py(rate):.1f}")
+        steps.append(
+            f"L{frame.px(low):.1f},{frame.py(rate):.1f}L{frame.px(high):.1f},{frame.py(rate):.1f}"
+        )
     steps.append(f"L{frame.px(edges[-1]):.1f},{frame.py(0):.1f}Z")
     body += Markup('<path class="area" d="{}"/>').format("".join(steps))
     body += _line("mean", frame.px(0), frame.py(mean), frame.px(edges[-1]), frame.py(mean))
-    body += _text("mean-name", frame.px(edges[-1]), frame.py(mean) - 5, f"mean {compact(mean)} rows/s", "end")
+    body += _text(
+        "mean-name", frame.px(edges[-1]), frame.py(mean) - 5, f"mean {compact(mean)} rows/s", "end"
+    )
     for place, name in pauses:
         x = frame.px(place)
         body += _line("pause", x, TOP, x, frame.py(0))
         body += _text(
-            "axis-name", *((x + 4, TOP + 10, name, "start") if x < width / 2 else (x - 4, TOP + 10, name, "end"))
+            "axis-name",
+            *(
+                (x + 4, TOP + 10, name, "start")
+                if x < width / 2
+                else (x - 4, TOP + 10, name, "end")
+            ),
         )
     body += _x_axis(frame, "time of work", seconds=True)
     body += _text("axis-name", 4, 14, "rows/s", "start")
-    told = (
-        f"Between {compact(min(rates, default=0))} and {compact(max(rates, default=0))} rows/s, mean {compact(mean)}."
-    )
+    least, most = compact(min(rates, default=0)), compact(max(rates, default=0))
+    told = f"Between {least} and {most} rows/s, mean {compact(mean)}."
     return _svg(frame, title, told, body)
 
 
@@ -170,7 +216,10 @@ def scatter(
     width: int = 860,
 ) -> Markup:
     """Points with intervals over a logarithmic x; `frontier` joins those that nothing beats."""
-    xs, ys = [point.x for point in points], [each for point in points for each in (point.low, point.high)]
+    xs, ys = (
+        [point.x for point in points],
+        [each for point in points for each in (point.low, point.high)],
+    )
     low, high = min(ys), max(ys)
     pad = max((high - low) * 0.08, 0.005)
     y = max(low - pad, 0.0), min(high + pad, 1.0)
@@ -181,7 +230,9 @@ def scatter(
         body += Markup('<path class="frontier" d="M{}"/>').format(path)
     for point in points:
         x, at = frame.px(point.x) + _aside(point, points), frame.py(point.y)
-        body += _line(f"whisker group-{point.group}", x, frame.py(point.low), x, frame.py(point.high))
+        body += _line(
+            f"whisker group-{point.group}", x, frame.py(point.low), x, frame.py(point.high)
+        )
         body += _marker(point.group, x, at)
     body += Markup().join(_names(frame, points))
     body += _text("axis-name", 4, 14, y_name, "start")
@@ -198,8 +249,14 @@ def _names(frame: Frame, points: Sequence[Point]) -> Iterable[Markup]:
     """Each point's name, moved aside where another one stands already."""
     taken: list[tuple[float, float]] = []
     for point in points:
-        x, y = frame.px(point.x) + 8 + BESIDE * max(each.group for each in points) / 2, frame.py(point.y) + 4
-        while any(abs(x - other[0]) < CHAR * (len(point.name) + 1) and abs(y - other[1]) < 12 for other in taken):
+        x, y = (
+            frame.px(point.x) + 8 + BESIDE * max(each.group for each in points) / 2,
+            frame.py(point.y) + 4,
+        )
+        while any(
+            abs(x - other[0]) < CHAR * (len(point.name) + 1) and abs(y - other[1]) < 12
+            for other in taken
+        ):
             x += CHAR * (len(point.name) + 1)
         taken.append((x, y))
         yield _text("point-name", x, y, point.name, "start")
@@ -209,9 +266,13 @@ def _marker(group: int, x: float, y: float) -> Markup:
     """A shape for each group, so that colour is not needed."""
     sides = (0, 4, 3, 5)[group % 4]
     if not sides:
-        return Markup('<circle class="dot group-{}" cx="{:.1f}" cy="{:.1f}" r="4.5"/>').format(group % 4, x, y)
+        return Markup('<circle class="dot group-{}" cx="{:.1f}" cy="{:.1f}" r="4.5"/>').format(
+            group % 4, x, y
+        )
     turns = [2 * math.pi * k / sides - math.pi / 2 for k in range(sides)]
-    corners = " ".join(f"{x + 5.5 * math.cos(turn):.1f},{y + 5.5 * math.sin(turn):.1f}" for turn in turns)
+    corners = " ".join(
+        f"{x + 5.5 * math.cos(turn):.1f},{y + 5.5 * math.sin(turn):.1f}" for turn in turns
+    )
     return Markup('<polygon class="dot group-{}" points="{}"/>').format(group % 4, corners)
 
 
@@ -245,10 +306,18 @@ def _x_axis(frame: Frame, name: str, *, percents: bool = False, seconds: bool = 
     bottom = frame.height - BOTTOM
     body = _line("axis", LEFT, bottom, frame.width - RIGHT, bottom)
     for value in _time_ticks(frame.x[1]) if seconds else ticks(*frame.x, wanted=5):
-        told = f"{value * 100:.0f} %" if percents else _clock(value, frame.x[1]) if seconds else compact(value)
+        told = (
+            f"{value * 100:.0f} %"
+            if percents
+            else _clock(value, frame.x[1])
+            if seconds
+            else compact(value)
+        )
         body += _text("tick", frame.px(value), bottom + 16, told, "middle")
     if name:
-        body += _text("axis-name", (LEFT + frame.width - RIGHT) / 2, frame.height - 6, name, "middle")
+        body += _text(
+            "axis-name", (LEFT + frame.width - RIGHT) / 2, frame.height - 6, name, "middle"
+        )
     return body
 
 
@@ -261,7 +330,9 @@ def _log_axis(frame: Frame, name: str) -> Markup:
     for value in (factor * 10.0**exponent for exponent in exponents for factor in factors):
         if low <= value <= high:
             body += _text("tick", frame.px(value), bottom + 16, compact(value), "middle")
-    return body + _text("axis-name", (LEFT + frame.width - RIGHT) / 2, frame.height - 6, name, "middle")
+    return body + _text(
+        "axis-name", (LEFT + frame.width - RIGHT) / 2, frame.height - 6, name, "middle"
+    )
 
 
 def _time_ticks(end: float) -> list[float]:
@@ -291,7 +362,9 @@ def _rect(name: str, x: float, y: float, width: float, height: float) -> Markup:
 
 
 def _line(name: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(name, x1, y1, x2, y2)
+    return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+        name, x1, y1, x2, y2
+    )
 
 
 def _text(name: str, x: float, y: float, text: str, anchor: str) -> Markup:

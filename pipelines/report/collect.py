@@ -65,7 +65,9 @@ class Found:
         self.mistakes.offer(unit, part, np.where(is_wrong, surest, np.nan))
         codes = np.array(part["error_code"].to_pylist(), object)
         for code in {code for code in codes.tolist() if code is not None}:
-            self.failed.setdefault(code, Lowest(OF_A_CODE)).offer(unit, part, np.where(codes == code, chance, np.nan))
+            self.failed.setdefault(code, Lowest(OF_A_CODE)).offer(
+                unit, part, np.where(codes == code, chance, np.nan)
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,11 @@ def collect(output: Output, job: Job) -> Collected:
     finished = output.is_finished(plan)
     facts = output.manifest().facts if finished else {}
     input_rows = InputRows(job, plan)
-    found = Found(answers=Answers(kind=job.task.kind, labels=label_names(job.task.kind, job.task.labels, facts)))
+    found = Found(
+        answers=Answers(
+            kind=job.task.kind, labels=label_names(job.task.kind, job.task.labels, facts)
+        )
+    )
     clock = Clock()
     for unit, record, part in parts(output, plan):
         clock.add(record)

@@ -40,7 +40,9 @@ FAILED, NO_GOLD, UNKNOWN_GOLD = "failed", "without_gold", "gold_outside_of_the_l
 
 
 def write_pred_probs(output: Output, job: Job, path: str) -> dict[str, Any]:
-    """Writes the files and returns what FILE.json says. Raises ConfigError for a job without such probabilities."""
+    """Writes the files and returns what FILE.json says. Raises ConfigError for a job without such
+    probabilities.
+    """
     file = Path(path)
     if file.suffix != ".npy":
         raise ConfigError(f"--pred-probs: {path}: name a file that ends in .npy")
@@ -49,7 +51,9 @@ def write_pred_probs(output: Output, job: Job, path: str) -> dict[str, Any]:
     with ExitStack() as stack:
         write_probs = stack.enter_context(npy_file(file, np.float64, (len(labels),)))
         write_given = (
-            stack.enter_context(npy_file(file.with_suffix(".labels.npy"), np.int64, ())) if job.task.gold else None
+            stack.enter_context(npy_file(file.with_suffix(".labels.npy"), np.int64, ()))
+            if job.task.gold
+            else None
         )
         keys = stack.enter_context(pq.ParquetWriter(file.with_suffix(".rows.parquet"), KEYS))
         for rows, numbers in usable_rows(output, job, plan, labels, left_out):
@@ -67,14 +71,18 @@ def write_pred_probs(output: Output, job: Job, path: str) -> dict[str, Any]:
         "output": output.place,
         "fingerprint": plan.fingerprint,
     }
-    file.with_suffix(".json").write_text(json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8")
+    file.with_suffix(".json").write_text(
+        json.dumps(said, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
     return said
 
 
 def usable_rows(
     output: Output, job: Job, plan: Plan, labels: Sequence[str], left_out: Counter[str]
 ) -> Iterator[tuple[pa.Table, npt.NDArray[np.int64]]]:
-    """Each part's rows that have probabilities, and a label that was given if any is; the others are counted."""
+    """Each part's rows that have probabilities, and a label that was given if any is; the others
+    are counted.
+    """
     codes = {label: number for number, label in enumerate(labels)}
     input_rows = InputRows(job, plan)
     for unit, _, part in parts(output, plan):
@@ -91,7 +99,9 @@ def usable_rows(
 
 @contextmanager
 def npy_file(path: Path, dtype: npt.DTypeLike, row_shape: tuple[int, ...]) -> Iterator[Write]:
-    """A function that takes rows [n, *row_shape] for an .npy file, whose number is known at its end only."""
+    """A function that takes rows [n, *row_shape] for an .npy file, whose number is known at its end
+    only.
+    """
     kind, num_rows = np.dtype(dtype), 0
     with tempfile.TemporaryFile(dir=path.absolute().parent) as data:
 
@@ -103,7 +113,11 @@ def npy_file(path: Path, dtype: npt.DTypeLike, row_shape: tuple[int, ...]) -> It
         yield write
         data.seek(0)
         shape = (num_rows, *row_shape)
-        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(kind),
+            "fortran_order": False,
+            "shape": shape,
+        }
         with path.open("wb") as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             shutil.copyfileobj(data, stream, 1 << 20)
@@ -115,11 +129,17 @@ def probability_labels(output: Output, job: Job) -> Sequence[str]:
     if job.task.kind == "choose" or facts.get("problem_type") == "single_label_classification":
         return label_names(job.task.kind, job.task.labels, facts)
     if job.task.kind == "classify" and not facts:
-        raise ConfigError(f"--pred-probs: {output.place} is not finished, so its labels are not known yet")
-    raise ConfigError("--pred-probs: only choose and single-label classify give one probability for each label")
+        raise ConfigError(
+            f"--pred-probs: {output.place} is not finished, so its labels are not known yet"
+        )
+    raise ConfigError(
+        "--pred-probs: only choose and single-label classify give one probability for each label"
+    )
 
 
-def _numbers(golds: Sequence[Any] | None, codes: dict[str, int], num_rows: int) -> npt.NDArray[np.int64]:
+def _numbers(
+    golds: Sequence[Any] | None, codes: dict[str, int], num_rows: int
+) -> npt.NDArray[np.int64]:
     """Each row's gold label; -1 for a row without one, -2 for one that is no label of the job."""
     found = golds if golds is not None else [None] * num_rows
     return np.array([-1 if gold is None else codes.get(str(gold), -2) for gold in found], np.int64)

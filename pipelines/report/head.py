@@ -1,4 +1,5 @@
-"""The head of an output's page: how far it is, its main numbers, and sentences about what stands out.
+"""The head of an output's page: how far it is, its main numbers, and sentences about what stands
+out.
 
 Owns their choice and their words. Knows nothing of HTML.
 """
@@ -36,7 +37,12 @@ class Tile:
 
 def state(collected: Collected) -> dict[str, Any]:
     done, planned = collected.found.counts.rows, collected.plan.num_rows
-    return {"finished": collected.finished, "share": done / planned if planned else 1.0, "rows": done, "of": planned}
+    return {
+        "finished": collected.finished,
+        "share": done / planned if planned else 1.0,
+        "rows": done,
+        "of": planned,
+    }
 
 
 def tiles(collected: Collected) -> Iterator[Tile]:
@@ -59,14 +65,24 @@ def tiles(collected: Collected) -> Iterator[Tile]:
         )
     if answers.confidence.rows:
         ece = answers.gold.reliability.ece if answers.gold and answers.gold.reliability else None
-        note = f"calibration error {ece * 100:.1f} points" if ece is not None else "of the answer given"
+        note = (
+            f"calibration error {ece * 100:.1f} points"
+            if ece is not None
+            else "of the answer given"
+        )
         yield Tile(name="Mean confidence", value=percent(answers.confidence.mean), note=note)
     if line.rows_per_s:
         yield Tile(
-            name="Rows per second", value=compact(line.rows_per_s), note=f"over {duration(line.active_s)} of work"
+            name="Rows per second",
+            value=compact(line.rows_per_s),
+            note=f"over {duration(line.active_s)} of work",
         )
     total = counts.prompt_tokens + counts.output_tokens
-    yield Tile(name="Tokens", value=compact(total), note=f"{percent(counts.cached_share)} of the prompts cached")
+    yield Tile(
+        name="Tokens",
+        value=compact(total),
+        note=f"{percent(counts.cached_share)} of the prompts cached",
+    )
 
 
 def notes(collected: Collected) -> Iterator[Note]:
@@ -109,7 +125,12 @@ def notes(collected: Collected) -> Iterator[Note]:
 
 def _quality_notes(answers: Answers) -> Iterator[Note]:
     gold = answers.gold
-    if gold is not None and gold.reliability is not None and gold.bins[0].sum() >= 100 and gold.reliability.ece > 0.05:
+    if (
+        gold is not None
+        and gold.reliability is not None
+        and gold.bins[0].sum() >= 100
+        and gold.reliability.ece > 0.05
+    ):
         rows, sure, right = gold.bins.sum(axis=1)
         how = "surer than it is right" if sure > right else "less sure than it could be"
         yield Note(
@@ -124,7 +145,11 @@ def _quality_notes(answers: Answers) -> Iterator[Note]:
             "answers outside of the labels: the prompt may not tell which ones there are.",
         )
     if gold is not None:
-        wrong = [(pair, rows) for pair, rows in gold.pairs.items() if pair[0] != pair[1] and pair[1] != NO_ANSWER]
+        wrong = [
+            (pair, rows)
+            for pair, rows in gold.pairs.items()
+            if pair[0] != pair[1] and pair[1] != NO_ANSWER
+        ]
         if wrong:
             (truth, given), rows = max(wrong, key=lambda item: (item[1], item[0]))
             if rows >= 3:
@@ -133,7 +158,9 @@ def _quality_notes(answers: Answers) -> Iterator[Note]:
                     text=f"The most frequent mistake: {short(truth, 40)} taken for {short(given, 40)}, {rows:,} rows.",
                 )
     never = (
-        [label for label in answers.labels if label not in answers.values.counts] if answers.kind == "choose" else []
+        [label for label in answers.labels if label not in answers.values.counts]
+        if answers.kind == "choose"
+        else []
     )
     if never and answers.values.total:
         yield Note(

@@ -1,4 +1,5 @@
-"""The input rows behind an output's rows: gold answers, prompts, media. They may be gone or changed by now.
+"""The input rows behind an output's rows: gold answers, prompts, media. They may be gone or changed
+by now.
 
 Owns the check that a file is still what the job read. Knows nothing of what a report says.
 """
@@ -31,7 +32,8 @@ class InputRows:
         self._checked: set[int] = set()
 
     def golds(self, unit: Unit, part: pa.Table) -> list[Any] | None:
-        """The gold answers of a unit's rows, None for a row without one; None where they cannot be had.
+        """The gold answers of a unit's rows, None for a row without one; None where they cannot be
+        had.
 
         Where the input is gone, the carried column stands in for it if there is one.
         """
@@ -44,7 +46,9 @@ class InputRows:
         return column_values(part[gold]) if gold in part.column_names else None
 
     def read(self, unit: Unit, columns: Sequence[str]) -> list[Row | RowError] | None:
-        """All rows of a unit, with these columns of Parquet files; None where the file cannot be read any more."""
+        """All rows of a unit, with these columns of Parquet files; None where the file cannot be
+        read any more.
+        """
         if not self._is_readable(unit.file):
             return None
         source = Source(storage=self._job.storage, columns=tuple(columns))

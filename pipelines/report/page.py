@@ -1,7 +1,8 @@
 """What was collected of an output becomes one HTML file that needs nothing else.
 
-Owns the order of the sections and how a page is put together; how it looks is the template's and style.css's. The page
-loads nothing: its policy allows its own style and script by their digests, and images that stand in it.
+Owns the order of the sections and how a page is put together; how it looks is the template's and
+style.css's. The page loads nothing: its policy allows its own style and script by their digests,
+and images that stand in it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def render_job(collected: Collected) -> str:
     deck = Deck(collected.job, collected.plan, collected.input_rows, found.answers.labels)
     every = [found.sampled, found.mistakes, found.unsure, *found.failed.values()]
     deck.gather(row for chosen in every for row in chosen.rows)
-    cards = {name: list(map(deck.card, getattr(found, name).rows)) for name in ("sampled", "mistakes", "unsure")}
+    cards = {
+        name: list(map(deck.card, getattr(found, name).rows))
+        for name in ("sampled", "mistakes", "unsure")
+    }
     return render(
         "job.html.jinja",
         title=short(collected.place.rstrip("/").rpartition("/")[2], 80),
@@ -100,7 +104,9 @@ def _calibration(collected: Collected) -> str | None:
 
 
 def render(template: str, **context: Any) -> str:
-    """A template with the page's style, script and policy. Everything in it that is no markup of ours is escaped."""
+    """A template with the page's style, script and policy. Everything in it that is no markup of
+    ours is escaped.
+    """
     style, script = _asset("style.css"), _asset("sort.js")
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
@@ -125,13 +131,22 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "compact": compact, "duration": duration, "short": short}
+    environment.filters |= {
+        "percent": percent,
+        "compact": compact,
+        "duration": duration,
+        "short": short,
+    }
     environment.globals["bar"] = charts.bar
     return environment
 
 
 def _asset(name: str) -> str:
-    return resources.files("glm_batch.pipelines.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return (
+        resources.files("glm_batch.pipelines.report")
+        .joinpath("assets", name)
+        .read_text(encoding="utf-8")
+    )
 
 
 def _digest(text: str) -> str:
@@ -163,23 +178,32 @@ def _time(collected: Collected) -> dict[str, Any]:
             ("Time of work", duration(line.active_s)),
             (
                 "Pauses",
-                f"{len(line.pauses)}, {duration(sum(b - a for a, b in line.pauses))} in all" if line.pauses else "none",
+                f"{len(line.pauses)}, {duration(sum(b - a for a, b in line.pauses))} in all"
+                if line.pauses
+                else "none",
             ),
             (
                 "Stalls",
-                f"{len(line.stalls)}, {duration(sum(b - a for a, b in line.stalls))} in all" if line.stalls else "none",
+                f"{len(line.stalls)}, {duration(sum(b - a for a, b in line.stalls))} in all"
+                if line.stalls
+                else "none",
             ),
             ("A unit in the engine", f"{duration(line.unit_s)} (median)"),
         ]
     again = sum(rows for attempts, rows in found.attempts.items() if attempts > 1)
     facts += [
-        ("Units", f"{found.parts:,} of {collected.plan.num_units:,}, {collected.plan.unit_rows:,} rows each at most"),
+        (
+            "Units",
+            f"{found.parts:,} of {collected.plan.num_units:,}, {collected.plan.unit_rows:,} rows each at most",
+        ),
         ("Rows processed again", f"{again:,} in {line.retried_units:,} units" if again else "none"),
         *_stages(found.spent),
     ]
     chart = None
     if line.known:
-        pauses = [(line.active(start), f"paused {duration(stop - start)}") for start, stop in line.pauses]
+        pauses = [
+            (line.active(start), f"paused {duration(stop - start)}") for start, stop in line.pauses
+        ]
         stalls = [(line.active(start), line.active(stop)) for start, stop in line.stalls]
         chart = [
             charts.throughput(
@@ -207,7 +231,10 @@ def _stages(spent: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     found = bottleneck(spent)
     if found is None:
         return
-    yield "Engine busy", f"{duration(spent.get(ENGINE_BUSY, 0.0))}, {percent(found.engine_share)} of its time"
+    yield (
+        "Engine busy",
+        f"{duration(spent.get(ENGINE_BUSY, 0.0))}, {percent(found.engine_share)} of its time",
+    )
     for stage in (*BEFORE_ENGINE, *AFTER_ENGINE):
         if spent.get(stage):
             yield f"{stage.capitalize()}", f"{duration(spent[stage])} of workers' time"
@@ -225,8 +252,13 @@ def _tokens(collected: Collected) -> dict[str, Any]:
     rows = max(counts.rows, 1)
     total = counts.prompt_tokens + counts.output_tokens
     return {
-        "bar": charts.stacked_bar([(name, value) for name, _, value in parts], "Tokens read, cached and written"),
-        "parts": [(name, told, value, value / total if total else 0.0, value / rows) for name, told, value in parts],
+        "bar": charts.stacked_bar(
+            [(name, value) for name, _, value in parts], "Tokens read, cached and written"
+        ),
+        "parts": [
+            (name, told, value, value / total if total else 0.0, value / rows)
+            for name, told, value in parts
+        ],
         "media": counts.media_tokens,
         "media_share": counts.media_tokens / counts.prompt_tokens if counts.prompt_tokens else 0.0,
         "total": total,
@@ -237,4 +269,8 @@ def _tokens(collected: Collected) -> dict[str, Any]:
 def _files(collected: Collected) -> dict[str, Any]:
     files = collected.plan.files
     shown_files = [(each.file.name, each.num_rows, each.file.size) for each in files[:FILES_SHOWN]]
-    return {"shown": shown_files, "more": max(len(files) - FILES_SHOWN, 0), "bytes": collected.found.num_bytes}
+    return {
+        "shown": shown_files,
+        "more": max(len(files) - FILES_SHOWN, 0),
+        "bytes": collected.found.num_bytes,
+    }

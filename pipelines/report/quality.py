@@ -1,4 +1,5 @@
-"""The parts of a page about answers: how they are distributed, how sure they are, and how they stand against gold.
+"""The parts of a page about answers: how they are distributed, how sure they are, and how they
+stand against gold.
 
 Numbers become charts and rows of tables here. Knows nothing of HTML beyond that.
 """
@@ -32,23 +33,40 @@ def answers_section(answers: Answers) -> dict[str, Any]:
     blocks = []
     if answers.values.total:
         names = {"generate": "Most frequent texts", "tag": "Tokens by label"}
-        blocks.append(_distribution(names.get(answers.kind, "Labels"), answers.values, answers.labels, gold_counts))
-    blocks += [_distribution(f"Field {shown(name, 60)}", values, (), {}) for name, values in answers.fields.items()]
+        blocks.append(
+            _distribution(
+                names.get(answers.kind, "Labels"), answers.values, answers.labels, gold_counts
+            )
+        )
+    blocks += [
+        _distribution(f"Field {shown(name, 60)}", values, (), {})
+        for name, values in answers.fields.items()
+    ]
     if answers.finished.total:
         blocks.append(_distribution("Ended by", answers.finished, (), {}))
     return {
         "blocks": blocks,
-        "confidence": _unit_histogram(answers.confidence, "Confidence", answers.gold is not None, answers.kind),
+        "confidence": _unit_histogram(
+            answers.confidence, "Confidence", answers.gold is not None, answers.kind
+        ),
         "off_set_mass": _unit_histogram(answers.off_set_mass, "off_set_mass", False, answers.kind),
-        "numbers": _numbers(answers.numbers, "Length of vectors" if answers.kind == "embed" else "Values"),
+        "numbers": _numbers(
+            answers.numbers, "Length of vectors" if answers.kind == "embed" else "Values"
+        ),
         "lengths": lengths_chart(answers.lengths.counts, _LENGTHS.get(answers.kind, "")),
     }
 
 
-_LENGTHS = {"generate": "Tokens of an answer", "tag": "Tokens of a row", "classify": "Labels of a row"}
+_LENGTHS = {
+    "generate": "Tokens of an answer",
+    "tag": "Tokens of a row",
+    "classify": "Labels of a row",
+}
 
 
-def _distribution(title: str, values: Values, order: Sequence[str], gold: Mapping[str, int]) -> dict[str, Any]:
+def _distribution(
+    title: str, values: Values, order: Sequence[str], gold: Mapping[str, int]
+) -> dict[str, Any]:
     """`order` lists values that are shown even if they do not occur."""
     listed = values.ranked()
     if not order and len(listed) > VALUES_SHOWN:
@@ -56,7 +74,10 @@ def _distribution(title: str, values: Values, order: Sequence[str], gold: Mappin
     ranked = listed + [(name, 0) for name in order if name not in values.counts]
     most = LABELS_SHOWN if order else VALUES_SHOWN
     total, num_gold = values.total, sum(gold.values())
-    highest = max([rows / total for _, rows in ranked[:1]] + [rows / num_gold for rows in gold.values()], default=1.0)
+    highest = max(
+        [rows / total for _, rows in ranked[:1]] + [rows / num_gold for rows in gold.values()],
+        default=1.0,
+    )
     rows = []
     for name, count in ranked[:most]:
         second = gold.get(name, 0) / num_gold if num_gold else None
@@ -66,15 +87,26 @@ def _distribution(title: str, values: Values, order: Sequence[str], gold: Mappin
                 "rows": count,
                 "share": count / total,
                 "gold": second,
-                "bar": charts.bar(count / total / highest, None if second is None else second / highest),
+                "bar": charts.bar(
+                    count / total / highest, None if second is None else second / highest
+                ),
             }
         )
     rest = total - sum(count for _, count in ranked[:most])
     different = f"{len(values.counts):,}" + ("+" if values.others else "")
-    return {"title": title, "rows": rows, "rest": rest, "total": total, "different": different, "gold": bool(num_gold)}
+    return {
+        "title": title,
+        "rows": rows,
+        "rest": rest,
+        "total": total,
+        "different": different,
+        "gold": bool(num_gold),
+    }
 
 
-def _unit_histogram(values: UnitHistogram, name: str, judged: bool, kind: str) -> dict[str, Any] | None:
+def _unit_histogram(
+    values: UnitHistogram, name: str, judged: bool, kind: str
+) -> dict[str, Any] | None:
     if not values.rows:
         return None
     right, wrong, other = values.bins
@@ -110,10 +142,16 @@ def _numbers(numbers: NumberRange, title: str) -> dict[str, Any] | None:
     if not numbers.rows:
         return None
     heights, edges = np.histogram(numbers.sample, BARS, (numbers.low, numbers.high))
-    sampled = f"; the bars show a sample of {len(numbers.sample):,}" if len(numbers.sample) < numbers.rows else ""
+    sampled = (
+        f"; the bars show a sample of {len(numbers.sample):,}"
+        if len(numbers.sample) < numbers.rows
+        else ""
+    )
     return {
         "title": title,
-        "chart": charts.histogram([(0, 0, int(rows)) for rows in heights], edges.tolist(), title=title, x_name=title),
+        "chart": charts.histogram(
+            [(0, 0, int(rows)) for rows in heights], edges.tolist(), title=title, x_name=title
+        ),
         "told": f"{numbers.low:.4g} to {numbers.high:.4g}, mean {numbers.mean:.4g}{sampled}",
     }
 
@@ -141,7 +179,9 @@ def lengths_chart(counts: Mapping[int, int], title: str) -> dict[str, Any] | Non
     told = f"{values[0]:,} to {values[-1]:,}, mean {mean:,.1f}"
     return {
         "title": title,
-        "chart": charts.histogram([(0, 0, rows) for rows in heights], edges, title=title, x_name=title.lower()),
+        "chart": charts.histogram(
+            [(0, 0, rows) for rows in heights], edges, title=title, x_name=title.lower()
+        ),
         "told": told + (f"; the last bar holds {longer:,} longer ones too" if longer else ""),
     }
 
@@ -179,13 +219,17 @@ def gold_section(answers: Answers) -> dict[str, Any] | None:
 
 
 def classes_of(gold: Gold, labels: Sequence[str]) -> dict[str, Any]:
-    """Confusion, and precision, recall and F1 of each label, the LABELS_SHOWN most frequent ones in their order."""
+    """Confusion, and precision, recall and F1 of each label, the LABELS_SHOWN most frequent ones in
+    their order.
+    """
     by_gold, by_answer = sums(gold)
     every = list(dict.fromkeys((*labels, *sorted(by_gold), *sorted(set(by_answer) - {NO_ANSWER}))))
     ranked = sorted(every, key=lambda name: -by_gold.get(name, 0) - by_answer.get(name, 0))
     kept = [name for name in every if name in ranked[:LABELS_SHOWN]]
     columns = [*kept, *([NO_ANSWER] if by_answer.get(NO_ANSWER) else [])]
-    counts = np.array([[gold.pairs[truth, given] for given in (*every, NO_ANSWER)] for truth in every], np.int64)
+    counts = np.array(
+        [[gold.pairs[truth, given] for given in (*every, NO_ANSWER)] for truth in every], np.int64
+    )
     per_label = [_label_row(name, gold, by_gold, by_answer) for name in kept]
     return {
         "labels": [shown(name, 40) for name in columns],
@@ -197,7 +241,9 @@ def classes_of(gold: Gold, labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _label_row(name: str, gold: Gold, by_gold: Mapping[str, int], by_answer: Mapping[str, int]) -> dict[str, Any]:
+def _label_row(
+    name: str, gold: Gold, by_gold: Mapping[str, int], by_answer: Mapping[str, int]
+) -> dict[str, Any]:
     right, truth, given = gold.pairs[name, name], by_gold.get(name, 0), by_answer.get(name, 0)
     return {
         "name": shown(name, 60),
@@ -215,7 +261,13 @@ def _matrix_row(name: str, columns: Sequence[str], gold: Gold, total: int) -> di
         rows = gold.pairs[name, given]
         share = rows / total if total else 0.0
         side = "hit" if given == name else "miss"
-        cells.append({"rows": rows, "share": share, "heat": f"{side}-{math.ceil(share * 5)}" if rows else "none"})
+        cells.append(
+            {
+                "rows": rows,
+                "share": share,
+                "heat": f"{side}-{math.ceil(share * 5)}" if rows else "none",
+            }
+        )
     return {"name": shown(name, 40), "cells": cells, "total": total}
 
 
@@ -224,7 +276,9 @@ def reliability_of(gold: Gold) -> dict[str, Any]:
     found = gold.reliability
     assert found is not None
     points = []
-    for rows, sure, right in zip(found.rows.tolist(), found.confidence.tolist(), found.accuracy.tolist(), strict=True):
+    for rows, sure, right in zip(
+        found.rows.tolist(), found.confidence.tolist(), found.accuracy.tolist(), strict=True
+    ):
         if rows:
             points.append((sure, right, *wilson(right * rows, rows), rows))
     return {

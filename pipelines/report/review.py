@@ -1,7 +1,9 @@
-"""The rows of an output or a sweep that are most worth a person's look, as a table with their prompts and media.
+"""The rows of an output or a sweep that are most worth a person's look, as a table with their
+prompts and media.
 
-A row is worth it for a small margin, a large off_set_mass, or because samples or cells disagree on it; the reasons take
-turns, so that each has its share of the rows. Rows that failed are not among them: the report lists these by code.
+A row is worth it for a small margin, a large off_set_mass, or because samples or cells disagree on
+it; the reasons take turns, so that each has its share of the rows. Rows that failed are not among
+them: the report lists these by code.
 """
 
 from __future__ import annotations
@@ -26,14 +28,25 @@ from glm_batch.pipelines.report.answers import sureness, to_floats
 from glm_batch.pipelines.report.cards import asked
 from glm_batch.pipelines.report.collect import parts
 from glm_batch.pipelines.report.input_rows import InputRows, Place
-from glm_batch.pipelines.report.sweep_page import SweepCell, answers_by_key, by_question, disagreement, scores_of
+from glm_batch.pipelines.report.sweep_page import (
+    SweepCell,
+    answers_by_key,
+    by_question,
+    disagreement,
+    scores_of,
+)
 from glm_batch.pipelines.report.tallies import Floats, Lowest, Picked
 from glm_batch.pipelines.tasks.prompts import prompt_columns
 from glm_batch.pipelines.tasks.schema import ROW_COLUMNS
 from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS
 
 PARQUET, JSONL = "review.parquet", "review.jsonl"
-MARGIN, MASS, SAMPLES, CELLS = "low margin", "large off_set_mass", "samples disagree", "cells disagree"
+MARGIN, MASS, SAMPLES, CELLS = (
+    "low margin",
+    "large off_set_mass",
+    "samples disagree",
+    "cells disagree",
+)
 MAGIC = {
     b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"BM": "image/bmp",
     b"\x1aE\xdf\xa3": "video/webm",
@@ -49,7 +62,9 @@ class Choice:
 
 
 def review_table(output: Output, job: Job, k: int) -> pa.Table:
-    """The k rows of one output, the most worthy first. Raises ConfigError for answers that tell nothing of doubt."""
+    """The k rows of one output, the most worthy first. Raises ConfigError for answers that tell
+    nothing of doubt.
+    """
     plan = output.standing_plan()
     lists = {name: Lowest(k) for name in (MARGIN, MASS, SAMPLES)}
     schema = None
@@ -81,7 +96,9 @@ def sweep_review_table(
 
 
 def to_jsonl(table: pa.Table) -> bytes:
-    """One object a line; bytes become data: URLs, which this program and labelling tools read as media."""
+    """One object a line; bytes become data: URLs, which this program and labelling tools read as
+    media.
+    """
     return b"".join(json.dumps(_plain(row)).encode() + b"\n" for row in table.to_pylist())
 
 
@@ -99,7 +116,10 @@ def _doubts(job: Job, part: pa.Table) -> dict[str, Floats]:
     if "off_set_mass" in part.column_names:
         found[MASS] = -to_floats(part["off_set_mass"])
     if job.task.kind == "generate" and pa.types.is_list(part["text"].type):
-        shares = [math.nan if texts is None else -disagreement(texts) for texts in part["text"].to_pylist()]
+        shares = [
+            math.nan if texts is None else -disagreement(texts)
+            for texts in part["text"].to_pylist()
+        ]
         found[SAMPLES] = np.array(shares, np.float64)
     return {name: np.where(failed, np.nan, scores) for name, scores in found.items()}
 
@@ -130,13 +150,21 @@ def _table(job: Job, plan: Plan, schema: pa.Schema, choices: Sequence[Choice]) -
         "margin": pa.array(margins, pa.float64(), from_pandas=True),
     }
     columns |= {
-        each.name: pa.array([row[each.name] for row in rows], each.type) for each in schema if each.name not in left_out
+        each.name: pa.array([row[each.name] for row in rows], each.type)
+        for each in schema
+        if each.name not in left_out
     }
-    return pa.table(columns | _input_columns(job, plan, [choice.picked for choice in choices], columns))
+    return pa.table(
+        columns | _input_columns(job, plan, [choice.picked for choice in choices], columns)
+    )
 
 
-def _input_columns(job: Job, plan: Plan, picked: Sequence[Picked], taken: Iterable[str]) -> dict[str, pa.Array]:
-    """Prompt, gold and the input's own cells, media among them; nothing of rows whose input is gone."""
+def _input_columns(
+    job: Job, plan: Plan, picked: Sequence[Picked], taken: Iterable[str]
+) -> dict[str, pa.Array]:
+    """Prompt, gold and the input's own cells, media among them; nothing of rows whose input is
+    gone.
+    """
     gold = job.task.gold
     names = tuple(dict.fromkeys((*prompt_columns(job.task), *((gold,) if gold else ()))))
     places = [(each.unit, each.row) for each in picked]
@@ -147,7 +175,9 @@ def _input_columns(job: Job, plan: Plan, picked: Sequence[Picked], taken: Iterab
     for name in names:
         values = [row.get(name) if isinstance(row, dict) else None for row in rows]
         if name not in taken:
-            columns[name if name not in columns else f"input.{name}"] = _typed(values, plan.schema.field(name).type)
+            columns[name if name not in columns else f"input.{name}"] = _typed(
+                values, plan.schema.field(name).type
+            )
     return columns
 
 
@@ -156,7 +186,9 @@ def _typed(values: list[Any], dtype: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, dtype)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError):
-        return pa.array([None if value is None else json.dumps(_plain(value)) for value in values], pa.string())
+        return pa.array(
+            [None if value is None else json.dumps(_plain(value)) for value in values], pa.string()
+        )
 
 
 # ---- sweeps
@@ -165,17 +197,27 @@ def _typed(values: list[Any], dtype: pa.DataType) -> pa.Array:
 def _sweep_doubts(
     output: Output, cells: Sequence[SweepCell], answers: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """For each row key its disagreement, mean confidence and mean off_set_mass, where the cells have them."""
+    """For each row key its disagreement, mean confidence and mean off_set_mass, where the cells
+    have them.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         table = scores_of(output, cell.name)
         for name in ("confidence", "off_set_mass"):
             if name in table.column_names:
-                for key, value in zip(table["row_key"].to_pylist(), table[name].to_pylist(), strict=True):
+                for key, value in zip(
+                    table["row_key"].to_pylist(), table[name].to_pylist(), strict=True
+                ):
                     if value is not None:
                         found.setdefault(key, {}).setdefault(name, []).append(value)
-    means = {key: {name: float(np.mean(each)) for name, each in values.items()} for key, values in found.items()}
-    return {key: {**means.get(key, {}), CELLS: disagreement(row["answers"].values())} for key, row in answers.items()}
+    means = {
+        key: {name: float(np.mean(each)) for name, each in values.items()}
+        for key, values in found.items()
+    }
+    return {
+        key: {**means.get(key, {}), CELLS: disagreement(row["answers"].values())}
+        for key, row in answers.items()
+    }
 
 
 def _sweep_table(
@@ -190,7 +232,9 @@ def _sweep_table(
     lists = {name: Lowest(k) for name in (CELLS, "low confidence", MASS)}
     nothing = (math.nan, math.nan, math.nan)
     for unit, _, part in parts(owner, plan):
-        scores = [_sweep_scores(doubts.get(key, {})) or nothing for key in part["row_key"].to_pylist()]
+        scores = [
+            _sweep_scores(doubts.get(key, {})) or nothing for key in part["row_key"].to_pylist()
+        ]
         for chosen, values in zip(lists.values(), np.array(scores, np.float64).T, strict=True):
             chosen.offer(unit.index, part, values)
     choices = _in_turns(lists, k)
@@ -206,11 +250,19 @@ def _sweep_table(
         "confidence": pa.array([doubts[key].get("confidence") for key in keys], pa.float64()),
         "off_set_mass": pa.array([doubts[key].get("off_set_mass") for key in keys], pa.float64()),
         "answers": pa.array(
-            [[{"cell": name, "answer": answer} for name, answer in answers[key]["answers"].items()] for key in keys],
+            [
+                [
+                    {"cell": name, "answer": answer}
+                    for name, answer in answers[key]["answers"].items()
+                ]
+                for key in keys
+            ],
             pa.list_(pa.struct({"cell": pa.string(), "answer": pa.string()})),
         ),
     }
-    return pa.table(columns | _input_columns(job, plan, [choice.picked for choice in choices], columns))
+    return pa.table(
+        columns | _input_columns(job, plan, [choice.picked for choice in choices], columns)
+    )
 
 
 def _sweep_scores(doubt: Mapping[str, float]) -> tuple[float, float, float] | None:
@@ -238,4 +290,7 @@ def _media_type(data: bytes) -> str:
         return "image/webp"
     if data[4:8] == b"ftyp":
         return "video/mp4"
-    return next((name for magic, name in MAGIC.items() if data.startswith(magic)), "application/octet-stream")
+    return next(
+        (name for magic, name in MAGIC.items() if data.startswith(magic)),
+        "application/octet-stream",
+    )

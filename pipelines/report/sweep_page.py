@@ -1,7 +1,8 @@
-"""The page of a sweep: a table of its cells with intervals, quality against cost, and rows on which cells disagree.
+"""The page of a sweep: a table of its cells with intervals, quality against cost, and rows on which
+cells disagree.
 
-Reads what `glm-batch evaluate` has kept: results.json and the scores of each cell. Knows nothing of how either came
-about.
+Reads what `glm-batch evaluate` has kept: results.json and the scores of each cell. Knows nothing of
+how either came about.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class SweepCell:
     @property
     def cost(self) -> float:
         """Tokens of a row: see tokens_per_row."""
-        return tokens_per_row(self.content["tokens"], self.content["rows"] + self.content["without_gold"])
+        return tokens_per_row(
+            self.content["tokens"], self.content["rows"] + self.content["without_gold"]
+        )
 
     def metric(self, name: str) -> dict[str, float] | None:
         found = self.content["metrics"].get(name)
@@ -91,13 +94,17 @@ def read_results(output: Output) -> dict[str, Any]:
         if content.get("format") != 1:
             raise ValueError(f"format {content.get('format')}")
     except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"{output.place}/{RESULTS} cannot be read ({error}): run evaluate again") from error
+        raise ConfigError(
+            f"{output.place}/{RESULTS} cannot be read ({error}): run evaluate again"
+        ) from error
     return content
 
 
 def sweep_cells(content: dict[str, Any]) -> list[SweepCell]:
     return [
-        SweepCell(mark=_mark(number), name=each["name"], coordinates=each["coordinates"], content=each)
+        SweepCell(
+            mark=_mark(number), name=each["name"], coordinates=each["coordinates"], content=each
+        )
         for number, each in enumerate(content["cells"])
     ]
 
@@ -108,8 +115,12 @@ def by_question(cells: Sequence[SweepCell]) -> list[list[SweepCell]]:
 
 
 def _group(output: Output, cells: list[SweepCell], against: dict[str, Any]) -> dict[str, Any]:
-    axes = [axis for axis in AXES if len({cell.coordinates.get(axis) for cell in cells}) > 1] or ["model"]
-    metrics = [name for name in MORE_METRICS if any(cell.metric(name) for cell in cells)][:MOST_METRICS]
+    axes = [axis for axis in AXES if len({cell.coordinates.get(axis) for cell in cells}) > 1] or [
+        "model"
+    ]
+    metrics = [name for name in MORE_METRICS if any(cell.metric(name) for cell in cells)][
+        :MOST_METRICS
+    ]
     known = [found for cell in cells if (found := cell.metric("accuracy"))]
     scale = _scale(known)
     best = max((found["value"] for found in known), default=math.nan)
@@ -119,7 +130,10 @@ def _group(output: Output, cells: list[SweepCell], against: dict[str, Any]) -> d
         "title": f"{shown(task, 60)} on {shown(dataset, 60)}",
         "axes": axes,
         "metrics": [MORE_METRICS[name] for name in metrics],
-        "rows": [_row(cell, axes, metrics, against.get(cell.name), baselines, scale, best) for cell in cells],
+        "rows": [
+            _row(cell, axes, metrics, against.get(cell.name), baselines, scale, best)
+            for cell in cells
+        ],
         "charts": _charts(cells),
         "details": [found for cell in cells if (found := _details(cell))],
         "models": _legend(cells),
@@ -198,7 +212,11 @@ def frontier(points: Sequence[charts.Point]) -> list[tuple[float, float]]:
 
 def _legend(cells: Sequence[SweepCell]) -> list[tuple[str, int]]:
     models = list(dict.fromkeys(cell.coordinates["model"] for cell in cells))
-    return [(shown(model, 60), number % 4) for number, model in enumerate(models)] if len(models) > 1 else []
+    return (
+        [(shown(model, 60), number % 4) for number, model in enumerate(models)]
+        if len(models) > 1
+        else []
+    )
 
 
 def _details(cell: SweepCell) -> dict[str, Any] | None:
@@ -228,7 +246,9 @@ def _details(cell: SweepCell) -> dict[str, Any] | None:
     }
 
 
-def disagreements(output: Output, cells: Sequence[SweepCell], most: int = DISAGREEMENTS) -> list[dict[str, Any]]:
+def disagreements(
+    output: Output, cells: Sequence[SweepCell], most: int = DISAGREEMENTS
+) -> list[dict[str, Any]]:
     """Rows to which cells give the most different answers, with each answer's cells."""
     answers = answers_by_key(output, cells)
     if len(cells) < 2 or not answers:
@@ -273,12 +293,16 @@ def scores_of(output: Output, cell: str) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(output.store.read(f"{SCORES}/{cell}.parquet")))
     except FileNotFoundError as error:
-        raise ConfigError(f"{output.place}/{SCORES} has no {cell}.parquet: run evaluate again") from error
+        raise ConfigError(
+            f"{output.place}/{SCORES} has no {cell}.parquet: run evaluate again"
+        ) from error
 
 
 def _tiles(cells: Sequence[SweepCell]) -> Iterator[Tile]:
     rows = sum(cell.content["rows"] for cell in cells)
-    tokens = sum(cell.content["tokens"]["prompt"] + cell.content["tokens"]["output"] for cell in cells)
+    tokens = sum(
+        cell.content["tokens"]["prompt"] + cell.content["tokens"]["output"] for cell in cells
+    )
     failed = sum(sum(cell.content["errors"].values()) for cell in cells)
     questions = len({cell.question for cell in cells})
     yield Tile(name="Cells", value=f"{len(cells):,}", note=f"{questions:,} tasks on data sets")
@@ -297,7 +321,11 @@ def _notes(cells: Sequence[SweepCell], against: dict[str, Any]) -> Iterator[Note
         best, cell = max(known, key=lambda pair: (pair[0], -pair[1].cost))
         rivals = [each.mark for value, each in known if value == best and each is not cell]
         task, dataset = cell.question
-        also = f"; {', '.join(rivals)} {'is' if len(rivals) == 1 else 'are'} as good at no lower cost" if rivals else ""
+        also = (
+            f"; {', '.join(rivals)} {'is' if len(rivals) == 1 else 'are'} as good at no lower cost"
+            if rivals
+            else ""
+        )
         sure = against.get(cell.name)
         told = ""
         if sure is not None and sure["p_adjusted"] is not None:

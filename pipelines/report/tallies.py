@@ -1,7 +1,8 @@
-"""Sums over rows that come part by part, in memory that does not grow with them: counts, histograms, chosen rows.
+"""Sums over rows that come part by part, in memory that does not grow with them: counts,
+histograms, chosen rows.
 
-What is kept depends on the rows and a fixed seed alone, never on how they are cut or when they come. Knows nothing of
-tasks or pages.
+What is kept depends on the rows and a fixed seed alone, never on how they are cut or when they
+come. Knows nothing of tasks or pages.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ NUMBERS_SAMPLED = 10_000
 
 @dataclass(slots=True)
 class Values:
-    """How often each value occurs: the first MAX_VALUES different ones by name, all further ones together."""
+    """How often each value occurs: the first MAX_VALUES different ones by name, all further ones
+    together.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     others: int = 0
@@ -48,7 +51,9 @@ class Values:
 
 @dataclass(slots=True)
 class UnitHistogram:
-    """Values in [0, 1] in UNIT_BINS equal bins, those of right, wrong and unjudged rows apart; sums are exact."""
+    """Values in [0, 1] in UNIT_BINS equal bins, those of right, wrong and unjudged rows apart; sums
+    are exact.
+    """
 
     bins: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, UNIT_BINS), np.int64))
     total: float = 0.0
@@ -118,7 +123,10 @@ class NumberRange:
         keys = np.random.default_rng([self.rows, len(values)]).random(len(values))
         self.rows += len(values)
         self.total += float(values.sum())
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+        self.low, self.high = (
+            min(self.low, float(values.min())),
+            max(self.high, float(values.max())),
+        )
         every, sample = np.concatenate([self._keys, keys]), np.concatenate([self.sample, values])
         kept = np.argsort(every, kind="stable")[:NUMBERS_SAMPLED]
         self._keys, self.sample = every[kept], sample[kept]
@@ -146,7 +154,9 @@ class Lowest:
     rows: list[Picked] = field(default_factory=list)
 
     def offer(self, unit: int, table: pa.Table, scores: Floats) -> None:
-        """`scores` [rows of the table]; rows with NaN are out of question. Only rows that win are made Python."""
+        """`scores` [rows of the table]; rows with NaN are out of question. Only rows that win are
+        made Python.
+        """
         worst = self.rows[-1].score if len(self.rows) == self.size else np.inf
         positions = np.flatnonzero(scores <= worst)  # false for NaN
         best = positions[np.argsort(scores[positions], kind="stable")][: self.size]
@@ -154,7 +164,10 @@ class Lowest:
             return
         taken = table.take(pa.array(best)).to_pylist()
         found = zip(best.tolist(), scores[best].tolist(), taken, strict=True)
-        self.rows += [Picked(unit=unit, row=row, score=score, columns=columns) for row, score, columns in found]
+        self.rows += [
+            Picked(unit=unit, row=row, score=score, columns=columns)
+            for row, score, columns in found
+        ]
         self.rows.sort(key=lambda each: (each.score, each.unit, each.row))
         del self.rows[self.size :]
 

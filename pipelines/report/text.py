@@ -1,6 +1,8 @@
-"""Text of users made fit for a page: no control characters, no marks that turn the writing around, not too long.
+"""Text of users made fit for a page: no control characters, no marks that turn the writing around,
+not too long.
 
-What is cut says so. Escaping for HTML is the template engine's business and comes after this. Knows nothing of pages.
+What is cut says so. Escaping for HTML is the template engine's business and comes after this. Knows
+nothing of pages.
 """
 
 from __future__ import annotations
@@ -16,19 +18,27 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def clean(value: object) -> object:
-    """A text that can stand anywhere on a page; what is no text, or markup of our own, stays as it is."""
+    """A text that can stand anywhere on a page; what is no text, or markup of our own, stays as it
+    is.
+    """
     if value is None:
         return ""
     return value if isinstance(value, Markup) or not isinstance(value, str) else shown(value)
 
 
 def shown(text: str, most: int = MOST) -> str:
-    """At most so many characters, with visible signs for what a browser would not show or would obey."""
+    """At most so many characters, with visible signs for what a browser would not show or would
+    obey.
+    """
     kept = text[:most]
     kept = _CONTROLS.sub(lambda match: _sign(match[0]), kept)
     kept = _TURNING.sub(lambda match: f"[U+{ord(match[0]):04X}]", kept)
     kept = _SURROGATES.sub("\ufffd", kept)
-    return kept if len(text) <= most else f"{kept}\u2026 [cut: {most:,} of {len(text):,} characters shown]"
+    return (
+        kept
+        if len(text) <= most
+        else f"{kept}\u2026 [cut: {most:,} of {len(text):,} characters shown]"
+    )
 
 
 def short(text: str, most: int) -> str:
@@ -50,7 +60,11 @@ def percent(share: float) -> str:
     """With as many digits as it takes to tell it from 0 and from all."""
     if share <= 0 or share >= 1 or 0.0995 <= share <= 0.9005:
         return f"{share * 100:.0f} %" if share in (0, 1) else f"{share * 100:.1f} %"
-    return f"{share * 100:.1f} %" if 0.0005 <= share <= 0.9995 else ("< 0.1 %" if share < 0.5 else "> 99.9 %")
+    return (
+        f"{share * 100:.1f} %"
+        if 0.0005 <= share <= 0.9995
+        else ("< 0.1 %" if share < 0.5 else "> 99.9 %")
+    )
 
 
 def duration(seconds: float) -> str:

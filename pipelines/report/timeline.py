@@ -1,8 +1,10 @@
-"""When an output's units were in work and were committed: throughput over time, stalls, pauses, retries.
+"""When an output's units were in work and were committed: throughput over time, stalls, pauses,
+retries.
 
-Reads the times that commit records hold. A pause is a time in which no unit was in any engine: between two runs of a
-job, while one starts, or while nothing came to the engines. A stall is a time in which units were in work and none was
-committed, much longer than between others. Knows nothing of rows.
+Reads the times that commit records hold. A pause is a time in which no unit was in any engine:
+between two runs of a job, while one starts, or while nothing came to the engines. A stall is a time
+in which units were in work and none was committed, much longer than between others. Knows nothing
+of rows.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ UNUSUAL = 8.0  # times the usual time between two commits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Times are Unix seconds. `edges` [bins + 1] and `rates` [bins] (rows/s) leave pauses out: see `active`.
+    """Times are Unix seconds. `edges` [bins + 1] and `rates` [bins] (rows/s) leave pauses out: see
+    `active`.
 
     `known` units have times in their records, `unknown` ones have not.
     """
@@ -60,7 +63,8 @@ class Timeline:
 class Clock:
     """Takes what is needed of each commit record, some dozen bytes."""
 
-    times: list[tuple[float, float, int]] = field(default_factory=list)  # begin in an engine, commit, rows
+    # begin in an engine, commit, rows
+    times: list[tuple[float, float, int]] = field(default_factory=list)
     unknown: int = 0
     retried_units: int = 0
 
@@ -70,12 +74,16 @@ class Clock:
             self.unknown += 1
         else:
             committed = float(calendar.timegm(time.strptime(record.at, "%Y-%m-%dT%H:%M:%SZ")))
-            self.times.append((committed - record.spent.get(IN_ENGINE, 0.0), committed, record.rows))
+            self.times.append(
+                (committed - record.spent.get(IN_ENGINE, 0.0), committed, record.rows)
+            )
 
     def timeline(self) -> Timeline:
         if not self.times:
             return Timeline(known=0, unknown=self.unknown, retried_units=self.retried_units)
-        begins, ends, rows = (np.array(values, np.float64) for values in zip(*sorted(self.times), strict=True))
+        begins, ends, rows = (
+            np.array(values, np.float64) for values in zip(*sorted(self.times), strict=True)
+        )
         commits = np.sort(ends)
         intervals = np.diff(commits)
         usual = float(np.median(intervals)) if len(intervals) else 0.0
@@ -122,7 +130,11 @@ def _gaps(begins: Floats, ends: Floats, least: float) -> Iterable[Span]:
 
 def _stalls(commits: Floats, pauses: tuple[Span, ...], least: float) -> Iterable[Span]:
     for begin, end in zip(commits[:-1].tolist(), commits[1:].tolist(), strict=True):
-        paused = sum(min(end, stop) - max(begin, start) for start, stop in pauses if start < end and stop > begin)
+        paused = sum(
+            min(end, stop) - max(begin, start)
+            for start, stop in pauses
+            if start < end and stop > begin
+        )
         if end - begin - paused >= least:
             yield begin, end
 

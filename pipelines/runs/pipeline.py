@@ -1,9 +1,11 @@
 """The pipeline on one screen: a job's rows from its input files to committed parts.
 
-    orders -> read, render, tokenize (CPU actors) -> infer (model actors) -> parse, commit (CPU actors)
+    orders -> read, render, tokenize (CPU actors) -> infer (model actors) -> parse, commit (CPU
+    actors)
 
-`run` does the whole job and can be called again after any crash; `build_dataset` gives the labelled rows as a Ray
-Dataset instead. Owns the order of things; each step lives in the module named after it.
+`run` does the whole job and can be called again after any crash; `build_dataset` gives the labelled
+rows as a Ray Dataset instead. Owns the order of things; each step lives in the module named after
+it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,14 @@ from glm_batch.pipelines.openai_batch.answer_files import export, exported_note,
 from glm_batch.pipelines.output.commit import CommitRecord, Manifest, Output
 from glm_batch.pipelines.output.journal import Journal, tidy
 from glm_batch.pipelines.output.lease import own
-from glm_batch.pipelines.planning.plan import Plan, Unit, extended_plan, identify, job_source, make_plan
+from glm_batch.pipelines.planning.plan import (
+    Plan,
+    Unit,
+    extended_plan,
+    identify,
+    job_source,
+    make_plan,
+)
 from glm_batch.pipelines.runs.progress import OnProgress, Work
 from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
 from glm_batch.pipelines.runs.watch import Watch, watched
@@ -47,7 +56,8 @@ if TYPE_CHECKING:
 WAVE_UNITS = 10_000
 EXECUTOR_END_S = 30.0
 T = TypeVar("T")
-RAY_ADVICE = "\nFailed to apply UDF transform"  # Ray Data adds a word on its own retries to the errors of a stage
+# Ray Data adds a word on its own retries to the errors of a stage
+RAY_ADVICE = "\nFailed to apply UDF transform"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +81,14 @@ def run(
     extend: bool = False,
     app: str | None = None,
 ) -> Result:
-    """Does what of the job is not committed yet, and finishes its output. Ray starts here if it is not running.
+    """Does what of the job is not committed yet, and finishes its output. Ray starts here if it is
+    not running.
 
-    With `stop`, signals end the run early in good order. With `extend`, files may have been added to the input of an
-    output that stands. With `app`, the replicas of this live application do the model's work. Raises ConfigError before
-    anything starts for a job that cannot run, EngineError when the engine gives up, StorageError when the output cannot
-    be written, InterruptedRunError or TooManyErrorsError when the run ended early on purpose.
+    With `stop`, signals end the run early in good order. With `extend`, files may have been added
+    to the input of an output that stands. With `app`, the replicas of this live application do the
+    model's work. Raises ConfigError before anything starts for a job that cannot run, EngineError
+    when the engine gives up, StorageError when the output cannot be written, InterruptedRunError or
+    TooManyErrorsError when the run ended early on purpose.
     """
     work = Work(on_progress)
     output = Output.at(job.output, job.storage)
@@ -102,10 +114,14 @@ def run(
 
 def is_done(job: Job, output: Output, plan: Plan) -> bool:
     """Whether nothing is left to do."""
-    return output.is_finished(plan) and (not job.asks_by_row or is_exported(output, output.manifest()))
+    return output.is_finished(plan) and (
+        not job.asks_by_row or is_exported(output, output.manifest())
+    )
 
 
-def finish(job: Job, output: Output, plan: Plan, schema: pa.Schema, facts: dict[str, Any]) -> Manifest:
+def finish(
+    job: Job, output: Output, plan: Plan, schema: pa.Schema, facts: dict[str, Any]
+) -> Manifest:
     """Writes what stands at the end of a job, after every unit is committed."""
     manifest = output.finish(plan, schema, facts)
     if job.asks_by_row and not is_exported(output, manifest):
@@ -116,7 +132,8 @@ def finish(job: Job, output: Output, plan: Plan, schema: pa.Schema, facts: dict[
 def build_dataset(job: Job) -> Dataset:
     """The job's labelled rows, in the output's schema, as a lazy Ray Dataset; nothing is committed.
 
-    Ray must be running, or starts with its own defaults. Raises ConfigError for a job that cannot run.
+    Ray must be running, or starts with its own defaults. Raises ConfigError for a job that cannot
+    run.
     """
     from glm_batch.pipelines.graph import stages
 
@@ -132,7 +149,9 @@ def build_dataset(job: Job) -> Dataset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A job that has been checked: its plan, what travels to the workers, what goes into the manifest."""
+    """A job that has been checked: its plan, what travels to the workers, what goes into the
+    manifest.
+    """
 
     plan: Plan
     spec: TaskSpec
@@ -140,7 +159,8 @@ class Prepared:
 
 
 def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepared:
-    """Checks everything that can be known before work starts; with an output, its plan is created or taken up.
+    """Checks everything that can be known before work starts; with an output, its plan is created
+    or taken up.
 
     Raises ConfigError.
     """
@@ -153,7 +173,11 @@ def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepare
     if standing is None:
         plan = make_plan(job, files, identity)
     else:
-        plan = standing if standing.identity == identity else extended_plan(job, standing, files, identity)
+        plan = (
+            standing
+            if standing.identity == identity
+            else extended_plan(job, standing, files, identity)
+        )
     schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
     if output is not None and standing is None:
         plan = output.begin(plan)
@@ -198,19 +222,24 @@ def committed(
     commit: Step,
     engine: EngineConfig | SharedModel | None = None,
 ) -> Dataset:
-    """The whole graph, as in the diagram above; `engine` is the job's own by default: see `engine_of`."""
+    """The whole graph, as in the diagram above; `engine` is the job's own by default: see
+    `engine_of`.
+    """
     from glm_batch.pipelines.graph import stages
 
     ledger = stages.start_ledger(plan)
     dataset = stages.order(plan, units, workers)
-    dataset = completed(dataset, read, spec, engine or engine_config(spec.job), workers, ledger, journal)
+    dataset = completed(
+        dataset, read, spec, engine or engine_config(spec.job), workers, ledger, journal
+    )
     return stages.commit(dataset, spec, commit, workers, ledger)
 
 
 def engine_config(job: Job) -> EngineConfig:
     """The job's engine section as the engine takes it."""
     engine = job.engine
-    kind = "torch" if job.asks_by_row and engine.kind == "auto" else engine.kind  # which takes any mixture of requests
+    # which takes any mixture of requests
+    kind = "torch" if job.asks_by_row and engine.kind == "auto" else engine.kind
     return EngineConfig(
         model=os.path.abspath(job.model),
         kind=kind,
@@ -224,7 +253,9 @@ def engine_config(job: Job) -> EngineConfig:
 
 
 def engine_of(job: Job, app: str | None) -> EngineConfig | SharedModel:
-    """Where the job's model runs: on workers of its own, or in the live application `app`. Raises ConfigError."""
+    """Where the job's model runs: on workers of its own, or in the live application `app`. Raises
+    ConfigError.
+    """
     if app is None:
         return engine_config(job)
     from glm_batch.pipelines.shared.app import shared_model
@@ -232,7 +263,9 @@ def engine_of(job: Job, app: str | None) -> EngineConfig | SharedModel:
     return shared_model(app, engine_config(job))
 
 
-def complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None = None) -> None:
+def complete(
+    job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None = None
+) -> None:
     """Commits every unit that is not committed yet."""
     pending = work.pending(prepared.plan)
     work.refuse_errors(job)
@@ -258,12 +291,16 @@ def complete(job: Job, prepared: Prepared, output: Output, work: Work, watch: Wa
 
 
 def waves(units: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Units that become one graph together. Ray's driver keeps some 10 KB for each block that it has ever seen."""
+    """Units that become one graph together. Ray's driver keeps some 10 KB for each block that it
+    has ever seen.
+    """
     for start in range(0, len(units), WAVE_UNITS):
         yield units[start : start + WAVE_UNITS]
 
 
-def follow(dataset: Dataset, watch: Watch, exporter: Exporter, on_record: Callable[[CommitRecord], None]) -> None:
+def follow(
+    dataset: Dataset, watch: Watch, exporter: Exporter, on_record: Callable[[CommitRecord], None]
+) -> None:
     """Runs a graph that ends in commits, and tells of each record; ends early when `watch` says so."""
     from ray.exceptions import ActorDiedError, RayError
 
@@ -280,18 +317,23 @@ def follow(dataset: Dataset, watch: Watch, exporter: Exporter, on_record: Callab
         if cause is not None:
             raise cause from error
         if isinstance(error, ActorDiedError):
-            raise EngineError(f"a worker's process died again and again; Ray's logs say why ({error})") from error
+            raise EngineError(
+                f"a worker's process died again and again; Ray's logs say why ({error})"
+            ) from error
         raise
     finally:
         _abandon(dataset)
 
 
 def _abandon(dataset: Dataset) -> None:
-    """Frees the workers of a graph: a cluster that outlives us must not go on with it. Ray has no public way."""
+    """Frees the workers of a graph: a cluster that outlives us must not go on with it. Ray has no
+    public way.
+    """
     executor: Any = getattr(dataset, "_current_executor", None)
     if executor is not None:
         executor.shutdown(force=True)
-        # Ray waits for its thread for 2 s only; one that is still in Ray's core when that ends aborts the process.
+        # Ray waits for its thread for 2 s only; one that is still in Ray's core when that ends
+        # aborts the process.
         executor.join(timeout=EXECUTOR_END_S)
 
 
@@ -300,7 +342,8 @@ def _own_error(error: BaseException | None) -> GlmBatchError | None:
     from ray.exceptions import RayError
 
     while error is not None:
-        # Ray's wrapper is an instance of the wrapped error's class too, but its text is a traceback.
+        # Ray's wrapper is an instance of the wrapped error's class too, but its text is a
+        # traceback.
         if isinstance(error, GlmBatchError) and not isinstance(error, RayError):
             text, advice, _ = str(error).partition(RAY_ADVICE)
             return type(error)(text) if advice else error

@@ -1,4 +1,5 @@
-"""Adds up what a run commits, tells it to whoever shows it, and says when too many rows have failed.
+"""Adds up what a run commits, tells it to whoever shows it, and says when too many rows have
+failed.
 
 Knows nothing of how rows are processed.
 """
@@ -88,7 +89,9 @@ class Work:
         )
 
     def add(self, counts: Counts, spent: Mapping[str, float]) -> None:
-        """Counts a unit. The first one to come says when the engine began to work: what was before is start-up."""
+        """Counts a unit. The first one to come says when the engine began to work: what was before
+        is start-up.
+        """
         if self._started is None:
             self._started = time.monotonic() - spent.get(IN_ENGINE, 0.0)
         self._counts += counts
@@ -101,8 +104,14 @@ class Work:
         self.refuse_errors(job)
 
     def refuse_errors(self, job: Job) -> None:
-        """Raises TooManyErrorsError under `fail_fast`, as soon as more rows failed than may fail of all of them."""
-        if job.fail_fast and self._counts.error_rows > job.max_error_rate * self._num_rows and not self.is_complete:
+        """Raises TooManyErrorsError under `fail_fast`, as soon as more rows failed than may fail of
+        all of them.
+        """
+        if (
+            job.fail_fast
+            and self._counts.error_rows > job.max_error_rate * self._num_rows
+            and not self.is_complete
+        ):
             codes = ", ".join(f"{code} {rows:,}" for code, rows in self._counts.errors.items())
             raise TooManyErrorsError(
                 f"{self._counts.error_rows:,} rows failed ({codes}), and max_error_rate allows "

@@ -1,9 +1,11 @@
 """Processes failed rows again and replaces their records: `glm-batch retry`.
 
-    orders -> a unit's failed rows -> render, infer, parse as ever -> merged with its good rows, commit
+    orders -> a unit's failed rows -> render, infer, parse as ever -> merged with its good rows,
+    commit
 
-A unit's good rows are copied, so that its next generation is whole; until its record is created, the old one counts.
-Which rows failed is read from the parts by the workers: the driver holds units. Owns nothing of how rows are processed.
+A unit's good rows are copied, so that its next generation is whole; until its record is created,
+the old one counts. Which rows failed is read from the parts by the workers: the driver holds units.
+Owns nothing of how rows are processed.
 """
 
 from __future__ import annotations
@@ -48,23 +50,40 @@ def retry_failed(
     stop: Stop | None = None,
     app: str | None = None,
 ) -> Summary:
-    """Recomputes the failed rows of all committed units, or those with one of `codes`; sums up the whole output.
+    """Recomputes the failed rows of all committed units, or those with one of `codes`; sums up the
+    whole output.
 
-    A finished output gets its manifest anew at the end. With `app`, the replicas of this live application do the
-    model's work. Raises ConfigError before anything starts, otherwise as pipelines.run does.
+    A finished output gets its manifest anew at the end. With `app`, the replicas of this live
+    application do the model's work. Raises ConfigError before anything starts, otherwise as
+    pipelines.run does.
     """
     work = Work(on_progress)
     work.tell("planning")
     plan = output.standing_plan()
     with own(output.store) as lease:
-        failed = {record.unit: record for record in output.records(plan) if num_failed(record.counts, codes)}
+        failed = {
+            record.unit: record
+            for record in output.records(plan)
+            if num_failed(record.counts, codes)
+        }
         readable = plan.units_of(plan.present)
         touched = {unit: record for unit, record in failed.items() if unit < readable}
         spec, facts = _checked(job, plan, touched)
         if touched:
-            work.expect(sum(num_failed(record.counts, codes) for record in touched.values()), len(touched))
+            work.expect(
+                sum(num_failed(record.counts, codes) for record in touched.values()), len(touched)
+            )
             work.tell("starting")
-            _process(spec, plan, output, touched, codes, work, Watch(lease=lease, stop=stop or Stop()), app)
+            _process(
+                spec,
+                plan,
+                output,
+                touched,
+                codes,
+                work,
+                Watch(lease=lease, stop=stop or Stop()),
+                app,
+            )
         counts = _finish(output, plan, spec, facts, lease)
     work.tell("done")
     return replace(work.summary(output), counts=counts, notes=tuple(_notes(failed, touched, codes)))
@@ -75,7 +94,9 @@ def _notes(
 ) -> Iterator[str]:
     if not failed:
         yield f"no row failed{' with ' + ', '.join(codes) if codes else ''}: nothing was left to do"
-    if gone := sum(num_failed(record.counts, codes) for unit, record in failed.items() if unit not in touched):
+    if gone := sum(
+        num_failed(record.counts, codes) for unit, record in failed.items() if unit not in touched
+    ):
         yield f"{gone:,} failed rows are of deleted input files and stay as they are"
 
 
@@ -84,7 +105,9 @@ def num_failed(counts: Counts, codes: Sequence[str]) -> int:
     return sum(rows for code, rows in counts.errors.items() if not codes or code in codes)
 
 
-def failed_positions(part: pa.Table, codes: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def failed_positions(
+    part: pa.Table, codes: Sequence[str]
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Where in a part the rows stand that failed, with one of `codes` if there are any."""
     found = pc.equal(part["status"], "error")
     if codes:
@@ -100,7 +123,9 @@ def merged(part: pa.Table, again: pa.Table, codes: Sequence[str]) -> pa.Table:
             f"{again.num_rows} rows came back for {len(positions)} failed ones: Ray split or merged units"
         )
     attempts = pc.add(again["attempts"], part["attempts"].take(positions))
-    again = again.set_column(again.schema.get_field_index("attempts"), "attempts", attempts).select(part.column_names)
+    again = again.set_column(again.schema.get_field_index("attempts"), "attempts", attempts).select(
+        part.column_names
+    )
     order = np.arange(part.num_rows)
     order[positions] = part.num_rows + np.arange(len(positions))
     return pa.concat_tables([part, again.cast(part.schema)]).take(order)
@@ -118,7 +143,9 @@ class ReadFailed:
     def num_rows(self, table: pa.Table) -> int:
         return self.read.num_rows(table)
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         (unit,) = table[UNIT].to_pylist()
         record = self.journal.output.known_record(unit, self.journal.generations[unit])
         positions = failed_positions(self.journal.output.read_part(part_of(record)), self.codes)
@@ -128,7 +155,9 @@ class ReadFailed:
 
 @dataclass(frozen=True, slots=True)
 class Recommit:
-    """Output columns of a unit's failed rows -> `committed_table`, once its next generation is committed."""
+    """Output columns of a unit's failed rows -> `committed_table`, once its next generation is
+    committed.
+    """
 
     journal: Journal
     spec: TaskSpec
@@ -138,7 +167,9 @@ class Recommit:
     def num_rows(self, table: pa.Table) -> int:
         return 1  # the unit is committed as a whole
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         (unit,) = table[UNIT].unique().to_pylist()
         if lost:
             raise EngineError(f"unit {unit} cannot be committed: {lost.message}")
@@ -155,8 +186,12 @@ class Recommit:
         return committed_table(record)
 
 
-def _checked(job: Job, plan: Plan, touched: Mapping[int, CommitRecord]) -> tuple[TaskSpec, dict[str, object]]:
-    """What travels to the workers, and what goes into the manifest. Raises ConfigError when the job is another now."""
+def _checked(
+    job: Job, plan: Plan, touched: Mapping[int, CommitRecord]
+) -> tuple[TaskSpec, dict[str, object]]:
+    """What travels to the workers, and what goes into the manifest. Raises ConfigError when the job
+    is another now.
+    """
     model_dir = os.path.abspath(job.model)
     identity = identify(job, [planned.file for planned in plan.files], model_dir)
     source = job_source(job)
@@ -166,7 +201,9 @@ def _checked(job: Job, plan: Plan, touched: Mapping[int, CommitRecord]) -> tuple
         identity["input"][planned.name] = {"size": now.size, "modified": now.stamp}
     if identity != plan.identity:
         lines = "\n  ".join(differences(plan.identity, identity))
-        raise ConfigError(f"this is another job now; undo the difference (there -> now):\n  {lines}")
+        raise ConfigError(
+            f"this is another job now; undo the difference (there -> now):\n  {lines}"
+        )
     config = load_config(model_dir)
     schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
     run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
@@ -186,7 +223,9 @@ def _process(
     app: str | None,
 ) -> None:
     generations = {unit: record.generation for unit, record in touched.items()}
-    journal = Journal(output=output, every_seconds=spec.job.commit.every_seconds, generations=generations)
+    journal = Journal(
+        output=output, every_seconds=spec.job.commit.every_seconds, generations=generations
+    )
     units = [unit for unit in plan.units() if unit.index in touched]
     with cluster(found=app is not None):
         from glm_batch.pipelines.graph import stages
@@ -197,21 +236,32 @@ def _process(
         exporter = Exporter(plan.fingerprint)
         read = ReadFailed(Read(job_source(spec.job)), journal, codes)
         for wave in waves(units):
-            dataset = committed(plan, wave, read, spec, workers, journal, Recommit(journal, spec, codes), engine)
-            follow(dataset, watch, exporter, lambda record: work.add(_recomputed(touched, record, codes), record.spent))
+            dataset = committed(
+                plan, wave, read, spec, workers, journal, Recommit(journal, spec, codes), engine
+            )
+            follow(
+                dataset,
+                watch,
+                exporter,
+                lambda record: work.add(_recomputed(touched, record, codes), record.spent),
+            )
             if watch.stop.is_asked:
                 break
     if watch.stop.signum is not None and not work.is_complete:
         raise InterruptedRunError(work.how_far(), watch.stop.signum)
 
 
-def _recomputed(touched: Mapping[int, CommitRecord], record: CommitRecord, codes: Sequence[str]) -> Counts:
+def _recomputed(
+    touched: Mapping[int, CommitRecord], record: CommitRecord, codes: Sequence[str]
+) -> Counts:
     """What to show of a unit: as many rows as were processed again."""
     before = touched[record.unit].counts
     return replace(record.counts, rows=num_failed(before, codes), ok=record.counts.ok - before.ok)
 
 
-def _finish(output: Output, plan: Plan, spec: TaskSpec, facts: dict[str, object], lease: Lease) -> Counts:
+def _finish(
+    output: Output, plan: Plan, spec: TaskSpec, facts: dict[str, object], lease: Lease
+) -> Counts:
     """Counts of the whole output; its manifest is written anew if it is complete."""
     records: Iterator[CommitRecord] = output.records(plan)
     counts = Counts()

@@ -1,4 +1,5 @@
-"""Ways for a run to end before its last row, all of them resumable: a signal, or too many failed rows.
+"""Ways for a run to end before its last row, all of them resumable: a signal, or too many failed
+rows.
 
 Owns the signal handlers and the grace period. Knows nothing of Ray or of what is being run.
 """
@@ -35,7 +36,8 @@ class TooManyErrorsError(GlmBatchError):
 
 
 class Stop:
-    """Whether someone asked the run to stop. The first signal asks, the second one ends the process at once.
+    """Whether someone asked the run to stop. The first signal asks, the second one ends the process
+    at once.
 
     With `seconds`, the time asks, too, once they are over.
     """
@@ -62,11 +64,16 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGINT and SIGTERM for the duration of the context; elsewhere than on the main thread, nothing."""
+        """Takes SIGINT and SIGTERM for the duration of the context; elsewhere than on the main
+        thread, nothing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            signum: signal.signal(signum, self._handle)
+            for signum in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
@@ -75,7 +82,9 @@ class Stop:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Makes SIGTERM what SIGINT is, a KeyboardInterrupt, wherever `listening` does not take it; keeps `signum`."""
+        """Makes SIGTERM what SIGINT is, a KeyboardInterrupt, wherever `listening` does not take it;
+        keeps `signum`.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -84,7 +93,9 @@ class Stop:
             self.ask(signum)
             raise KeyboardInterrupt
 
-        before = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:

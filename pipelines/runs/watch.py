@@ -20,10 +20,11 @@ T = TypeVar("T")
 
 
 def watched(items: Iterable[T], is_over: Callable[[], bool]) -> Iterator[T]:
-    """Gives the items as they come, from a thread of their own; ends when they do, or as soon as `is_over` says so.
+    """Gives the items as they come, from a thread of their own; ends when they do, or as soon as
+    `is_over` says so.
 
-    `is_over` is asked at least every LOOK_S seconds and after every item. What it raises, and what the items raise,
-    comes out here.
+    `is_over` is asked at least every LOOK_S seconds and after every item. What it raises, and what
+    the items raise, comes out here.
     """
     results: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
     abandoned = threading.Event()
@@ -56,7 +57,9 @@ def watched(items: Iterable[T], is_over: Callable[[], bool]) -> Iterator[T]:
 
 @dataclass(slots=True, kw_only=True)
 class Watch:
-    """Reasons to end a run early: a lost lease, and a signal once what the engines were at is committed."""
+    """Reasons to end a run early: a lost lease, and a signal once what the engines were at is
+    committed.
+    """
 
     lease: Lease
     stop: Stop

@@ -16,7 +16,9 @@ IDENTITY_S = 60.0
 
 
 def shared_model(app: str, engine: EngineConfig) -> SharedModel:
-    """The model of the running application that gives the answers which `engine` would give. Raises ConfigError."""
+    """The model of the running application that gives the answers which `engine` would give. Raises
+    ConfigError.
+    """
     wanted = ModelIdentity.of(engine)
     served = {name: _identity(app, name) for name in _deployments(app)}
     for name, identity in served.items():
@@ -64,5 +66,7 @@ def _identity(app: str, deployment: str) -> ModelIdentity:
         found: ModelIdentity = handle.identity.remote().result(timeout_s=IDENTITY_S)
     except (RayError, RayServeException, TimeoutError) as error:
         told = str(error).partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"--app {app}: its {deployment} does not answer ({told}); wait until it is up") from error
+        raise ConfigError(
+            f"--app {app}: its {deployment} does not answer ({told}); wait until it is up"
+        ) from error
     return found

@@ -1,7 +1,9 @@
-"""Where this process dies on purpose, so that tests can aim a SIGKILL at a step of the commit protocol.
+"""Where this process dies on purpose, so that tests can aim a SIGKILL at a step of the commit
+protocol.
 
-GLM_BATCH_CRASH_AT=POINT:N[@FILE] kills the process that reaches POINT for the N-th time; with FILE, only the first
-process that gets there. Nothing happens without the variable. The points, in the order of a run:
+GLM_BATCH_CRASH_AT=POINT:N[@FILE] kills the process that reaches POINT for the N-th time; with FILE,
+only the first process that gets there. Nothing happens without the variable. The points, in the
+order of a run:
 
     before_plan  after_plan           plan.json
     before_lease after_lease          the record of who owns the output

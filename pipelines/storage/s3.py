@@ -1,8 +1,10 @@
-"""Objects of an S3 store: whole and ranged reads, writes, conditional creation, listing in pages, deletion.
+"""Objects of an S3 store: whole and ranged reads, writes, conditional creation, listing in pages,
+deletion.
 
-Owns the retries: a call that a store or a network failed is repeated with growing pauses, each with its reason in the
-log, and what came back is measured before it is believed. The connection is made in the process that uses it, so that
-a description travels to workers. Knows nothing of outputs or rows. Every failure that stays is an OSError.
+Owns the retries: a call that a store or a network failed is repeated with growing pauses, each with
+its reason in the log, and what came back is measured before it is believed. The connection is made
+in the process that uses it, so that a description travels to workers. Knows nothing of outputs or
+rows. Every failure that stays is an OSError.
 """
 
 from __future__ import annotations
@@ -57,11 +59,17 @@ class S3:
 
     storage: StorageSection
 
-    def read(self, url: str, start: int | None = None, stop: int | None = None, etag: str | None = None) -> bytes:
-        """The object, or its bytes [start, stop). Raises ChangedError when it is not the one with `etag`."""
+    def read(
+        self, url: str, start: int | None = None, stop: int | None = None, etag: str | None = None
+    ) -> bytes:
+        """The object, or its bytes [start, stop). Raises ChangedError when it is not the one with
+        `etag`.
+        """
         if start is not None and start == stop:
             return b""
-        wanted = {} if start is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+        wanted = (
+            {} if start is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+        )
         wanted |= {} if etag is None else {"IfMatch": f'"{etag}"'}
         data: bytes = self._call("GET", url, _read_body, **wanted)
         return data
@@ -75,11 +83,15 @@ class S3:
         """Raises OSError when the object that was just written has another one."""
         held = self.look(url).size
         if held != size:
-            raise OSError(f"{url} has {held} bytes after {size} were written; is someone else writing there?")
+            raise OSError(
+                f"{url} has {held} bytes after {size} were written; is someone else writing there?"
+            )
 
     @contextmanager
     def replacing(self, url: str) -> Iterator[Upload]:
-        """As `write`, piece by piece: the object stands when the context ends, and not at all if by error."""
+        """As `write`, piece by piece: the object stands when the context ends, and not at all if by
+        error.
+        """
         upload = Upload(self, url)
         try:
             yield upload
@@ -91,7 +103,8 @@ class S3:
     def create(self, url: str, data: bytes) -> bool:
         """Makes the object unless one stands there. True when it holds `data` because of this call.
 
-        A reply that was lost looks like another writer's work, so what stands there is read: let `data` be unique.
+        A reply that was lost looks like another writer's work, so what stands there is read: let
+        `data` be unique.
         """
         try:
             self._call("PUT", url, _put, Body=data, IfNoneMatch="*")
@@ -113,7 +126,8 @@ class S3:
         self._call("DELETE", url, _delete)
 
     def pages(self, prefix: str, *, deep: bool) -> Iterator[tuple[list[Object], list[str]]]:
-        """Objects whose name begins with `prefix`, by name, a page at a time, and the folders among them.
+        """Objects whose name begins with `prefix`, by name, a page at a time, and the folders among
+        them.
 
         With `deep`, objects in folders are listed themselves.
         """
@@ -121,13 +135,24 @@ class S3:
         bucket, _ = _split(prefix)
         while True:
             reply = self._call(
-                "LIST", prefix, _list, MaxKeys=PAGE_KEYS, **token, **({} if deep else {"Delimiter": "/"})
+                "LIST",
+                prefix,
+                _list,
+                MaxKeys=PAGE_KEYS,
+                **token,
+                **({} if deep else {"Delimiter": "/"}),
             )
             found = [
-                Object(url=f"s3://{bucket}/{each['Key']}", size=int(each["Size"]), etag=each["ETag"].strip('"'))
+                Object(
+                    url=f"s3://{bucket}/{each['Key']}",
+                    size=int(each["Size"]),
+                    etag=each["ETag"].strip('"'),
+                )
                 for each in reply.get("Contents", [])
             ]
-            folders = [f"s3://{bucket}/{each['Prefix']}" for each in reply.get("CommonPrefixes", [])]
+            folders = [
+                f"s3://{bucket}/{each['Prefix']}" for each in reply.get("CommonPrefixes", [])
+            ]
             yield found, folders
             if not reply.get("IsTruncated"):
                 return
@@ -154,7 +179,9 @@ class S3:
 
 
 class Upload:
-    """An object that is written piece by piece: in one call if it is small, else in parts of PART_BYTES."""
+    """An object that is written piece by piece: in one call if it is small, else in parts of
+    PART_BYTES.
+    """
 
     def __init__(self, store: S3, url: str) -> None:
         self._store, self._url = store, url
@@ -189,7 +216,9 @@ class Upload:
 
     def _send(self, data: bytes) -> None:
         if self._id is None:
-            self._id = str(self._store.call("POST", self._url, "create_multipart_upload")["UploadId"])
+            self._id = str(
+                self._store.call("POST", self._url, "create_multipart_upload")["UploadId"]
+            )
         number = len(self._parts) + 1
         reply = self._call("upload_part", PartNumber=number, Body=data)
         self._parts.append({"PartNumber": number, "ETag": reply["ETag"]})
@@ -225,7 +254,10 @@ class ObjectFile(io.RawIOBase):
             return b""
         if not self._begin <= self._at <= stop <= self._begin + len(self._held):
             ahead = min(max(stop, self._at + READ_AHEAD_BYTES), self._size)
-            self._begin, self._held = self._at, self._store.read(self._url, self._at, ahead, self._etag)
+            self._begin, self._held = (
+                self._at,
+                self._store.read(self._url, self._at, ahead, self._etag),
+            )
         data = self._held[self._at - self._begin : stop - self._begin]
         self._at = stop
         return data
@@ -238,7 +270,9 @@ class ObjectFile(io.RawIOBase):
 
 @lru_cache(maxsize=4)
 def _files(storage: StorageSection, process: int) -> Any:
-    """This process's connection. Retries of the layers below are off: theirs are silent and blind to short reads."""
+    """This process's connection. Retries of the layers below are off: theirs are silent and blind
+    to short reads.
+    """
     from s3fs import S3FileSystem
 
     files = S3FileSystem(
@@ -294,8 +328,17 @@ def _patiently(what: str, attempt: Callable[[], T]) -> T:
             error = _translated(what, raised)
             if number == TRIES or not _may_pass(error):
                 raise error from error.__cause__
-            pause = min(FIRST_PAUSE_S * 2 ** (number - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
-            log.warning("%s: try %d of %d failed (%s); again in %.1f s", what, number, TRIES, _reason(error), pause)
+            pause = min(FIRST_PAUSE_S * 2 ** (number - 1), LONGEST_PAUSE_S) * random.uniform(
+                0.5, 1.0
+            )
+            log.warning(
+                "%s: try %d of %d failed (%s); again in %.1f s",
+                what,
+                number,
+                TRIES,
+                _reason(error),
+                pause,
+            )
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
@@ -312,7 +355,10 @@ def _translated(what: str, error: Exception) -> OSError:
         return _caused(FileNotFoundError(f"{what}: there is none"), error)
     if isinstance(error, NoCredentialsError):
         return _caused(
-            PermissionError(f"{what}: no credentials; set AWS_ACCESS_KEY_ID and such, or storage.anon"), error
+            PermissionError(
+                f"{what}: no credentials; set AWS_ACCESS_KEY_ID and such, or storage.anon"
+            ),
+            error,
         )
     if isinstance(error, OSError):
         return error

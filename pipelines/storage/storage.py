@@ -1,9 +1,11 @@
-"""Where an output lives: a directory or an s3:// prefix, as the few calls that the commit protocol needs.
+"""Where an output lives: a directory or an s3:// prefix, as the few calls that the commit protocol
+needs.
 
-    read, write (whole and durable, replacing; at once or piece by piece), create (whole and durable, the first writer
-    wins), copy, list, delete, size
+    read, write (whole and durable, replacing; at once or piece by piece), create (whole and
+    durable, the first writer wins), copy, list, delete, size
 
-Names are relative to the store, with "/" between folders. Failures are OSErrors. Knows nothing of what is written.
+Names are relative to the store, with "/" between folders. Failures are OSErrors. Knows nothing of
+what is written.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ REMOVERS = 32  # requests in flight to a store with long round trips
 
 
 class StorageError(GlmBatchError):
-    """A store failed and went on failing: a full disk, lost access. What is committed stays; rerun when it is well."""
+    """A store failed and went on failing: a full disk, lost access. What is committed stays; rerun
+    when it is well.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,9 @@ class Writer(Protocol):
 
 
 class Store(Protocol):
-    """What the commit protocol asks of a place. All are safe to call from several threads and processes."""
+    """What the commit protocol asks of a place. All are safe to call from several threads and
+    processes.
+    """
 
     @property
     def place(self) -> str:
@@ -62,25 +68,37 @@ class Store(Protocol):
         """Raises FileNotFoundError."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Makes or replaces `name`, durable; readers see the old or the new content, never a mixture."""
+        """Makes or replaces `name`, durable; readers see the old or the new content, never a
+        mixture.
+        """
 
     def replacing(self, name: str) -> AbstractContextManager[Writer]:
-        """As `write`, of what is too much for the memory. It counts when the context ends without an error."""
+        """As `write`, of what is too much for the memory. It counts when the context ends without
+        an error.
+        """
 
     def create(self, name: str, data: bytes) -> bool:
-        """Makes `name`, durable, unless it exists: True for the one writer that made it. `data` must be unique."""
+        """Makes `name`, durable, unless it exists: True for the one writer that made it. `data`
+        must be unique.
+        """
 
     def copy(self, source: str, name: str) -> None:
-        """Makes `name`, durable, of a file that never changes, without moving its bytes. Raises FileNotFoundError."""
+        """Makes `name`, durable, of a file that never changes, without moving its bytes. Raises
+        FileNotFoundError.
+        """
 
     def pages(self, folder: str = "") -> Iterator[list[Entry]]:
-        """The files and folders right below `folder`, some at a time, in any order. Nothing if there is none."""
+        """The files and folders right below `folder`, some at a time, in any order. Nothing if
+        there is none.
+        """
 
     def delete(self, name: str) -> None:
         """Removes a file; one that is gone already is no error."""
 
     def remove(self, folder: str) -> None:
-        """Removes a folder with all that is in it, in any order; one that is gone already is no error."""
+        """Removes a folder with all that is in it, in any order; one that is gone already is no
+        error.
+        """
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None when there is none."""
@@ -91,19 +109,29 @@ def open_store(path: str, storage: StorageSection) -> Store:
     if path.startswith("s3://"):
         return S3Store(path.rstrip("/"), storage)
     if "://" in path:
-        raise ConfigError(f"output: {path}: outputs are directories or s3:// prefixes; name one of these")
+        raise ConfigError(
+            f"output: {path}: outputs are directories or s3:// prefixes; name one of these"
+        )
     return LocalStore(Path(os.path.abspath(path)))
 
 
 def check_store(store: Store) -> None:
-    """Raises ConfigError unless the store tells a second writer from the first, which all promises rest upon."""
+    """Raises ConfigError unless the store tells a second writer from the first, which all promises
+    rest upon.
+    """
     name = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
     try:
         store.prepare([TEMPORARY])
-        told = store.create(name, b"first") and not store.create(name, b"second") and store.read(name) == b"first"
+        told = (
+            store.create(name, b"first")
+            and not store.create(name, b"second")
+            and store.read(name) == b"first"
+        )
         store.delete(name)
     except OSError as error:
-        raise ConfigError(f"output: {store.place} cannot be written ({error}); choose another place") from error
+        raise ConfigError(
+            f"output: {store.place} cannot be written ({error}); choose another place"
+        ) from error
     if not told:
         raise ConfigError(
             f"output: {store.place} lets a second writer replace a file that must be created once (a store without "
@@ -113,7 +141,9 @@ def check_store(store: Store) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalStore:
-    """A directory of a file system. Files appear under temporary names first, so that no reader sees half of one."""
+    """A directory of a file system. Files appear under temporary names first, so that no reader
+    sees half of one.
+    """
 
     root: Path
 

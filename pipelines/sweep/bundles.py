@@ -1,7 +1,8 @@
 """Bundles: a row range of a data set, and the cells whose units over it are still to be done.
 
-A bundle travels through the pipeline as one block, in which each row stands once for each cell. Owns how units of
-several plans become bundles, and how a bundle is told on its way. Knows nothing of Ray or of what is done to rows.
+A bundle travels through the pipeline as one block, in which each row stands once for each cell.
+Owns how units of several plans become bundles, and how a bundle is told on its way. Knows nothing
+of Ray or of what is done to rows.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def cells_of(table: pa.Table) -> list[tuple[int, int]]:
 
 
 def make_bundles(
-    datasets: Sequence[str], plans: Sequence[Plan], pending: Sequence[Collection[int]], cells: Iterable[int]
+    datasets: Sequence[str],
+    plans: Sequence[Plan],
+    pending: Sequence[Collection[int]],
+    cells: Iterable[int],
 ) -> list[Bundle]:
     """The pending units of these cells; the first three arguments go by a cell's number.
 
@@ -59,7 +63,9 @@ def make_bundles(
             if unit.index in pending[cell]:
                 place = (datasets.index(datasets[cell]), unit.file, unit.rows.start, unit.rows.stop)
                 earlier = duplicates.get((unit.file, unit.rows.start), {})
-                at = found.setdefault(place, _Found(plan.files[unit.file].file, unit.rows, earlier, []))
+                at = found.setdefault(
+                    place, _Found(plan.files[unit.file].file, unit.rows, earlier, [])
+                )
                 at.cells.append((cell, unit.index))
     return [
         Bundle(
@@ -80,7 +86,9 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleJournal:
-    """The cells' own journals as one, by the numbers of bundles. Requests are named by `request_id`."""
+    """The cells' own journals as one, by the numbers of bundles. Requests are named by
+    `request_id`.
+    """
 
     journals: Mapping[int, Journal]
     cells: Mapping[int, tuple[tuple[int, int], ...]]
@@ -92,7 +100,9 @@ class BundleJournal:
         for cell, unit in self.cells[bundle]:
             rows = [row for row, (owner, _) in enumerate(owners) if owner == cell]
             if rows:
-                self.journals[cell].write(unit, _with_keys(table.take(rows), [owners[row][1] for row in rows]))
+                self.journals[cell].write(
+                    unit, _with_keys(table.take(rows), [owners[row][1] for row in rows])
+                )
 
     def read(self, bundle: int) -> list[pa.Table]:
         return [
@@ -113,4 +123,6 @@ def cell_and_key(id: str) -> tuple[int, str]:
 
 
 def _with_keys(table: pa.Table, keys: Sequence[str]) -> pa.Table:
-    return table.set_column(table.schema.get_field_index("row_key"), "row_key", pa.array(keys, pa.string()))
+    return table.set_column(
+        table.schema.get_field_index("row_key"), "row_key", pa.array(keys, pa.string())
+    )

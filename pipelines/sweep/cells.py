@@ -19,7 +19,9 @@ BEST = "best"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSection:
-    """How answers are compared with gold: see glm_batch.pipelines.evaluation.scoring.Rules. For generate alone."""
+    """How answers are compared with gold: see pipelines.evaluation.scoring.Rules. For generate
+    alone.
+    """
 
     match: Match = "exact"
     extract: str | None = None
@@ -29,7 +31,9 @@ class ScoreSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One job of a sweep. `coordinates` hold its value on each of AXES; `name` is its folder, and unique."""
+    """One job of a sweep. `coordinates` hold its value on each of AXES; `name` is its folder, and
+    unique.
+    """
 
     name: str
     coordinates: Mapping[str, str]
@@ -47,7 +51,9 @@ class Cell:
 
     @property
     def question(self) -> tuple[str, str, str]:
-        """Cells in which this is equal answer the same rows with the same gold: they can be compared."""
+        """Cells in which this is equal answer the same rows with the same gold: they can be
+        compared.
+        """
         return self.dataset, self.coordinates["task"], self.job.task.gold or ""
 
     def rules(self, facts: Mapping[str, Any]) -> Rules:
@@ -65,13 +71,17 @@ class Cell:
 
 
 def tokens_per_row(tokens: Mapping[str, int], rows: int) -> float:
-    """Tokens of a cell's row, read and written; `rows` are all that it has, failed ones and those without gold too."""
+    """Tokens of a cell's row, read and written; `rows` are all that it has, failed ones and those
+    without gold too.
+    """
     return (tokens["prompt"] + tokens["output"]) / rows if rows else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """All cells, in the order of the grid. `baseline` names coordinates that the others are compared with, or BEST."""
+    """All cells, in the order of the grid. `baseline` names coordinates that the others are
+    compared with, or BEST.
+    """
 
     output: str
     cells: Sequence[Cell]

@@ -1,11 +1,13 @@
-"""The results of a finished sweep: a score for each cell, comparisons of cells, and the files that keep them.
+"""The results of a finished sweep: a score for each cell, comparisons of cells, and the files that
+keep them.
 
     OUTPUT/results.parquet     a row for each cell: coordinates, counts, metrics with their intervals
     OUTPUT/results.json        the same with confusion matrices, reliability and comparisons
     OUTPUT/scores/CELL.parquet a row for each row with a gold answer: what it was worth
 
-They depend on the committed rows alone: however often a sweep was killed on the way, they come out the same. What
-varies from run to run (seconds, shares of caches) is not in them. Knows nothing of Ray or of how cells were run.
+They depend on the committed rows alone: however often a sweep was killed on the way, they come out
+the same. What varies from run to run (seconds, shares of caches) is not in them. Knows nothing of
+Ray or of how cells were run.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ SCORED_COLUMNS = (
     "row_key", "status", "error_code", "label", "label_probs", "off_set_mass", "label_logprobs", "text", "json",
     "scores", "gold_logprob", "gold_num_tokens",
 )  # fmt: skip
-# A row's probabilities differ by some 1e-7 with the rows that it meets in a batch: what is kept must not show that.
+# A row's probabilities differ by some 1e-7 with the rows that it meets in a batch: what is kept
+# must not show that.
 DECIMALS = 4
 DIGITS = 6  # significant ones, of p-values: these depend on answers alone
 
@@ -62,7 +65,9 @@ class CellResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """How far the accuracy of `cell` is above that of `baseline` on their rows; `adjusted` is Holm's p-value."""
+    """How far the accuracy of `cell` is above that of `baseline` on their rows; `adjusted` is
+    Holm's p-value.
+    """
 
     cell: str
     baseline: str
@@ -77,7 +82,9 @@ class Results:
 
 
 def evaluate(sweep: Sweep, finished: Sequence[Finished]) -> Results:
-    """Scores every cell and compares it with its baseline. Raises ConfigError for a part that is damaged."""
+    """Scores every cell and compares it with its baseline. Raises ConfigError for a part that is
+    damaged.
+    """
     golds: dict[tuple[str, str, str], list[Any]] = {}
     cells = []
     for each in finished:
@@ -93,20 +100,28 @@ def cell_result(each: Finished, golds: Sequence[Any], confidence: float) -> Cell
     wanted = [name for name in each.manifest.schema.names if name in SCORED_COLUMNS]
     table = pa.concat_tables([part.select(wanted) for part in each.output.iter_tables()])
     if table.num_rows != len(golds):
-        raise ConfigError(f"{each.cell.name}: {table.num_rows} rows are committed and the input has {len(golds)} now")
+        raise ConfigError(
+            f"{each.cell.name}: {table.num_rows} rows are committed and the input has {len(golds)} now"
+        )
     rows, found = score(each.cell.rules(each.manifest.facts), table, golds, confidence)
     counts = each.manifest.counts
     return CellResult(
         cell=each.cell,
         score=found,
         rows=rows,
-        tokens={"prompt": counts.prompt_tokens, "output": counts.output_tokens, "media": counts.media_tokens},
+        tokens={
+            "prompt": counts.prompt_tokens,
+            "output": counts.output_tokens,
+            "media": counts.media_tokens,
+        },
         error_rate=counts.error_rate,
     )
 
 
 def gold_answers(each: Finished) -> Iterator[Any]:
-    """The gold column of the cell's input in the order of its rows; None for a row that has none or is unreadable."""
+    """The gold column of the cell's input in the order of its rows; None for a row that has none or
+    is unreadable.
+    """
     plan, gold = each.output.standing_plan(), each.cell.job.task.gold
     assert gold is not None
     source = Source(storage=each.cell.job.storage, columns=(gold,))
@@ -127,7 +142,9 @@ def _readable(source: Source, file: InputFile, rows: RowRange) -> list[Row | Row
 
 
 def compared(sweep: Sweep, cells: Sequence[CellResult]) -> list[Comparison]:
-    """Each cell with the baseline of those that answer the same question. All p-values are adjusted together."""
+    """Each cell with the baseline of those that answer the same question. All p-values are adjusted
+    together.
+    """
     pairs: list[tuple[CellResult, CellResult]] = []
     for question in dict.fromkeys(each.cell.question for each in cells):
         some = [each for each in cells if each.cell.question == question]
@@ -143,7 +160,8 @@ def compared(sweep: Sweep, cells: Sequence[CellResult]) -> list[Comparison]:
 
 
 def baseline_of(sweep: Sweep, cells: Sequence[CellResult]) -> CellResult | None:
-    """The first cell with the baseline's coordinates; for BEST the one with the highest accuracy, the first of equals.
+    """The first cell with the baseline's coordinates; for BEST the one with the highest accuracy,
+    the first of equals.
 
     A coordinate that none of these cells has says nothing about them.
     """
@@ -158,7 +176,9 @@ def baseline_of(sweep: Sweep, cells: Sequence[CellResult]) -> CellResult | None:
 
 def difference(one: CellResult, other: CellResult) -> Difference:
     """One's accuracy minus the other's on the rows of both, by their keys."""
-    return paired(one.rows.keys, one.rows.values["accuracy"], other.rows.keys, other.rows.values["accuracy"])
+    return paired(
+        one.rows.keys, one.rows.values["accuracy"], other.rows.keys, other.rows.values["accuracy"]
+    )
 
 
 def compare(output: str, one: str, other: str, sweep: Sweep) -> Difference:
@@ -169,7 +189,9 @@ def compare(output: str, one: str, other: str, sweep: Sweep) -> Difference:
     return paired(keys[0], values[0], keys[1], values[1])
 
 
-def paired(keys: Sequence[str], values: Any, other_keys: Sequence[str], other_values: Any) -> Difference:
+def paired(
+    keys: Sequence[str], values: Any, other_keys: Sequence[str], other_values: Any
+) -> Difference:
     """The difference of values that belong to equal keys; keys that one has alone do not count."""
     if list(keys) != list(other_keys):
         places = {key: place for place, key in enumerate(other_keys)}
@@ -187,7 +209,9 @@ def keep(sweep: Sweep, results: Results) -> None:
         for each in results.cells:
             output.store.write(f"{SCORES}/{each.cell.name}.parquet", _parquet(each.rows.to_table()))
         output.store.write(TABLE, _parquet(results_table(results)))
-        output.store.write(RESULTS, json.dumps(to_json(results), indent=1, ensure_ascii=False).encode())
+        output.store.write(
+            RESULTS, json.dumps(to_json(results), indent=1, ensure_ascii=False).encode()
+        )
 
 
 def results_table(results: Results) -> pa.Table:
@@ -203,7 +227,12 @@ def to_json(results: Results) -> dict[str, Any]:
         "format": FORMAT,
         "cells": [_cell_json(each) for each in results.cells],
         "comparisons": [
-            {"cell": each.cell, "baseline": each.baseline, "metric": "accuracy", "p_adjusted": rounded_p(each.adjusted)}
+            {
+                "cell": each.cell,
+                "baseline": each.baseline,
+                "metric": "accuracy",
+                "p_adjusted": rounded_p(each.adjusted),
+            }
             | {name: rounded(value) for name, value in asdict(each.difference).items()}
             | {"p_value": rounded_p(each.difference.p_value)}
             for each in results.comparisons
@@ -225,8 +254,15 @@ def rounded_p(value: float) -> float | None:
 
 def _flat(each: CellResult, against: Comparison | None) -> dict[str, Any]:
     found = each.score
-    row: dict[str, Any] = {"cell": each.cell.name, **{axis: each.cell.coordinates[axis] for axis in AXES}}
-    row |= {"rows": found.rows, "errors": sum(found.errors.values()), "without_gold": found.without_gold}
+    row: dict[str, Any] = {
+        "cell": each.cell.name,
+        **{axis: each.cell.coordinates[axis] for axis in AXES},
+    }
+    row |= {
+        "rows": found.rows,
+        "errors": sum(found.errors.values()),
+        "without_gold": found.without_gold,
+    }
     row |= {f"{name}_tokens": count for name, count in each.tokens.items()}
     for name, estimate in found.metrics.items():
         row |= {name: rounded(estimate.value)}
@@ -234,8 +270,14 @@ def _flat(each: CellResult, against: Comparison | None) -> dict[str, Any]:
     row |= {name: rounded(value) for name, value in found.quantiles.items()}
     if against is not None:
         row |= {"baseline": against.baseline, "difference": rounded(against.difference.value)}
-        row |= {"difference_low": rounded(against.difference.low), "difference_high": rounded(against.difference.high)}
-        row |= {"p_value": rounded_p(against.difference.p_value), "p_adjusted": rounded_p(against.adjusted)}
+        row |= {
+            "difference_low": rounded(against.difference.low),
+            "difference_high": rounded(against.difference.high),
+        }
+        row |= {
+            "p_value": rounded_p(against.difference.p_value),
+            "p_adjusted": rounded_p(against.adjusted),
+        }
     return row
 
 
@@ -253,7 +295,10 @@ def _cell_json(each: CellResult) -> dict[str, Any]:
         "quantiles": {name: rounded(value) for name, value in found.quantiles.items()},
     }
     if found.confusion is not None:
-        content["confusion"] = {"labels": found.confusion.labels, "counts": found.confusion.counts.tolist()}
+        content["confusion"] = {
+            "labels": found.confusion.labels,
+            "counts": found.confusion.counts.tolist(),
+        }
     if found.reliability is not None:
         content["reliability"] = {
             name: [rounded(value) for value in getattr(found.reliability, name).tolist()]

@@ -1,9 +1,11 @@
-"""Runs a sweep: every cell's unfinished units, model after model, each model's cells on one set of replicas.
+"""Runs a sweep: every cell's unfinished units, model after model, each model's cells on one set of
+replicas.
 
-    bundles -> read once, render for each cell (CPU actors) -> infer (model actors) -> parse, commit by cell
+    bundles -> read once, render for each cell (CPU actors) -> infer (model actors) -> parse, commit
+    by cell
 
-Each cell has its own output with the ordinary commit protocol, so that a sweep resumes cell by cell and unit by unit.
-One lease covers them all. Knows nothing of metrics.
+Each cell has its own output with the ordinary commit protocol, so that a sweep resumes cell by cell
+and unit by unit. One lease covers them all. Knows nothing of metrics.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """A sweep that was run to its end: `resumed_rows` were there before. Seconds as in glm_batch.pipelines.metrics.counts.Summary."""
+    """A sweep that was run to its end: `resumed_rows` were there before. Seconds as in
+    pipelines.metrics.counts.Summary.
+    """
 
     cells: tuple[Finished, ...]
     counts: Counts
@@ -84,10 +88,13 @@ class _Open:
         return self.prepared.plan
 
 
-def run_sweep(sweep: Sweep, on_progress: OnProgress | None = None, *, stop: Stop | None = None) -> Ran:
-    """Does what is not committed yet of every cell, and finishes their outputs. Ray starts if there is anything to do.
+def run_sweep(
+    sweep: Sweep, on_progress: OnProgress | None = None, *, stop: Stop | None = None
+) -> Ran:
+    """Does what is not committed yet of every cell, and finishes their outputs. Ray starts if there
+    is anything to do.
 
-    Raises what glm_batch.pipelines.runs.pipeline.run raises; a ConfigError names the cell that it is about.
+    Raises what pipelines.runs.pipeline.run raises; a ConfigError names the cell that it is about.
     """
     tally = _Tally(on_progress)
     tally.tell("planning")
@@ -106,7 +113,8 @@ def run_sweep(sweep: Sweep, on_progress: OnProgress | None = None, *, stop: Stop
 
 
 def with_shared_units(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with one `commit.unit_rows` for each data set, where it is "auto": equal ranges can be shared.
+    """The cells with one `commit.unit_rows` for each data set, where it is "auto": equal ranges can
+    be shared.
 
     Raises ConfigError for input that cannot be listed.
     """
@@ -115,7 +123,10 @@ def with_shared_units(cells: Sequence[Cell]) -> list[Cell]:
         jobs = [cell.job for cell in cells if cell.dataset == name]
         found[name] = shared_unit_rows(jobs, job_source(jobs[0]).list_files(jobs[0].input))
     return [
-        replace(cell, job=replace(cell.job, commit=replace(cell.job.commit, unit_rows=found[cell.dataset])))
+        replace(
+            cell,
+            job=replace(cell.job, commit=replace(cell.job.commit, unit_rows=found[cell.dataset])),
+        )
         if cell.job.commit.unit_rows == "auto"
         else cell
         for cell in cells
@@ -156,7 +167,9 @@ def _complete(cells: Sequence[_Open], tally: _Tally, watch: Watch) -> None:
         raise InterruptedRunError(tally.how_far(), watch.stop.signum)
 
 
-def _run_together(cells: Sequence[_Open], numbers: Sequence[int], tally: _Tally, watch: Watch) -> None:
+def _run_together(
+    cells: Sequence[_Open], numbers: Sequence[int], tally: _Tally, watch: Watch
+) -> None:
     """The pending units of cells that share their engines."""
     from glm_batch.pipelines.graph import stages
 
@@ -176,22 +189,33 @@ def _run_together(cells: Sequence[_Open], numbers: Sequence[int], tally: _Tally,
             break
 
 
-def _graph(cells: Sequence[_Open], numbers: Sequence[int], bundles: Sequence[Bundle], workers: Workers) -> Dataset:
+def _graph(
+    cells: Sequence[_Open], numbers: Sequence[int], bundles: Sequence[Bundle], workers: Workers
+) -> Dataset:
     """The whole graph, as in the diagram above."""
     from glm_batch.pipelines.graph import stages
 
     specs = [each.spec for each in cells]
     every_seconds = min(cells[number].cell.job.commit.every_seconds for number in numbers)
-    journals = {number: Journal(output=cells[number].output, every_seconds=every_seconds) for number in numbers}
+    journals = {
+        number: Journal(output=cells[number].output, every_seconds=every_seconds)
+        for number in numbers
+    }
     journal = BundleJournal(
-        journals=journals, cells={each.number: each.cells for each in bundles}, every_seconds=every_seconds
+        journals=journals,
+        cells={each.number: each.cells for each in bundles},
+        every_seconds=every_seconds,
     )
-    commit = CommitBundle(journals, {number: cells[number].plan.unit_sizes for number in numbers}, specs)
+    commit = CommitBundle(
+        journals, {number: cells[number].plan.unit_sizes for number in numbers}, specs
+    )
     ledger = stages.start_ledger(cells[numbers[0]].plan)
     dataset = stages.order_all(bundles, workers)
     render = partial(build_renderer, specs, numbers, _sources(cells, numbers))
     dataset = stages.preprocess(dataset, render, workers, ledger)
-    dataset = stages.infer(dataset, engine_config(cells[numbers[0]].cell.job), workers, ledger, journal)
+    dataset = stages.infer(
+        dataset, engine_config(cells[numbers[0]].cell.job), workers, ledger, journal
+    )
     return stages.finish(dataset, partial(build_committer, specs, numbers, commit), workers, ledger)
 
 
@@ -216,9 +240,16 @@ def _finished(each: _Open) -> Finished:
 
 
 def _refuse_job(output: Output) -> None:
-    held = [entry.name for page in output.store.pages() for entry in page if os.path.basename(entry.name) in OF_JOBS]
+    held = [
+        entry.name
+        for page in output.store.pages()
+        for entry in page
+        if os.path.basename(entry.name) in OF_JOBS
+    ]
     if held:
-        raise ConfigError(f"output: {output.place} holds a job's output ({', '.join(held)}); name another place")
+        raise ConfigError(
+            f"output: {output.place} holds a job's output ({', '.join(held)}); name another place"
+        )
 
 
 class _Tally:

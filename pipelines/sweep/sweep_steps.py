@@ -1,8 +1,10 @@
-"""What is done to a bundle on the workers: its rows are read once, rendered for each cell, and committed by cell.
+"""What is done to a bundle on the workers: its rows are read once, rendered for each cell, and
+committed by cell.
 
-Steps of glm_batch.glm_actors.units.row_worker, as glm_batch.pipelines.graph.steps has them for one job, and made of those. Rows stand in the order of
-the input, and those of the cells beside each other, so that equal prompts and media meet in the engine. Owns how cells
-are told apart on the way. Knows nothing of Ray.
+Steps of glm_actors.units.row_worker, as pipelines.graph.steps has them for one job, and made of
+those. Rows stand in the order of the input, and those of the cells beside each other, so that equal
+prompts and media meet in the engine. Owns how cells are told apart on the way. Knows nothing of
+Ray.
 """
 
 from __future__ import annotations
@@ -26,9 +28,23 @@ from glm_batch.pipelines.input.values import Row
 from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARING, READING
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.planning.plan import UnitSizes
-from glm_batch.pipelines.sweep.bundles import CELL, CELLS, DATASET, cell_and_key, cells_of, request_id
+from glm_batch.pipelines.sweep.bundles import (
+    CELL,
+    CELLS,
+    DATASET,
+    cell_and_key,
+    cells_of,
+    request_id,
+)
 from glm_batch.pipelines.tasks.affinity import with_prefix_key
-from glm_batch.pipelines.tasks.rows import UNIT, Rendered, TaskSpec, parse_unit, render_rows, task_runner
+from glm_batch.pipelines.tasks.rows import (
+    UNIT,
+    Rendered,
+    TaskSpec,
+    parse_unit,
+    render_rows,
+    task_runner,
+)
 from glm_batch.pipelines.tasks.tasks import Prompt, TaskRunner
 
 PARSED = "#parsed"
@@ -45,7 +61,9 @@ class ReadBundle:
         rows = Order.from_table(table).rows
         return rows.stop - rows.start
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         rows = Read(self.sources[table[DATASET][0].as_py()])(table, start, stop, lost)
         return rows.append_column(CELLS, _constant(table[CELLS][0].as_py(), rows.num_rows))
 
@@ -63,7 +81,9 @@ class RenderBundle:
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows * len(cells_of(table)) if table.num_rows else 0
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         cells = [cell for cell, _ in cells_of(table)]
         prompts: dict[object, Sequence[Prompt | RowError]] = {}
         owners: list[tuple[int, int]] = []  # row and place of each pair, cell after cell
@@ -73,17 +93,29 @@ class RenderBundle:
             if first < last:
                 owners += [(row, place) for row in range(first, last)]
                 find = partial(_prompts, prompts, (first, last))
-                rendered.append(render_rows(self.specs[cell], table.slice(first, last - first), lost, find))
+                rendered.append(
+                    render_rows(self.specs[cell], table.slice(first, last - first), lost, find)
+                )
         order = sorted(range(len(owners)), key=owners.__getitem__)
         ids = [
-            request_id(cells[place], key) for (_, place), key in zip(owners, _chained(rendered, "keys"), strict=True)
+            request_id(cells[place], key)
+            for (_, place), key in zip(owners, _chained(rendered, "keys"), strict=True)
         ]
-        named = [_named(request, id) for request, id in zip(_chained(rendered, "requests"), ids, strict=True)]
+        named = [
+            _named(request, id)
+            for request, id in zip(_chained(rendered, "requests"), ids, strict=True)
+        ]
         result = request_table([ids[i] for i in order], [named[i] for i in order])
-        result = result.append_column(UNIT, _constant(table[UNIT][0].as_py(), len(order), pa.int32()))
+        result = result.append_column(
+            UNIT, _constant(table[UNIT][0].as_py(), len(order), pa.int32())
+        )
         result = result.append_column(CELLS, _constant(table[CELLS][0].as_py(), len(order)))
-        result = result.append_column(CELL, pa.array([cells[owners[i][1]] for i in order], pa.int32()))
-        beside = pa.concat_tables([pa.table(each.beside) for each in rendered], promote_options="default").take(order)
+        result = result.append_column(
+            CELL, pa.array([cells[owners[i][1]] for i in order], pa.int32())
+        )
+        beside = pa.concat_tables(
+            [pa.table(each.beside) for each in rendered], promote_options="default"
+        ).take(order)
         for name in beside.column_names:
             result = result.append_column(name, beside[name])
         return with_prefix_key(result)
@@ -91,7 +123,8 @@ class RenderBundle:
 
 @dataclass(frozen=True, slots=True)
 class ParseBundle:
-    """Completions -> one row for each cell among them, with its output columns as Arrow bytes in PARSED.
+    """Completions -> one row for each cell among them, with its output columns as Arrow bytes in
+    PARSED.
 
     Cells' columns differ, so that they fit into no table together.
     """
@@ -102,11 +135,16 @@ class ParseBundle:
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         pairs = table.slice(start, stop - start)
         present = np.unique(pairs[CELL].to_numpy()).tolist()
         units = dict(cells_of(table))
-        parsed = [self._cell(cell, units[cell], pairs.filter(pc.equal(pairs[CELL], cell)), lost) for cell in present]
+        parsed = [
+            self._cell(cell, units[cell], pairs.filter(pc.equal(pairs[CELL], cell)), lost)
+            for cell in present
+        ]
         return pa.table(
             {
                 UNIT: _constant(table[UNIT][0].as_py(), len(present), pa.int32()),
@@ -134,12 +172,19 @@ class CommitBundle:
     def num_rows(self, table: pa.Table) -> int:
         return 1  # the bundle is committed as a whole
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         if lost:
-            raise EngineError(f"bundle {table[UNIT][0].as_py()} cannot be committed: {lost.message}")
+            raise EngineError(
+                f"bundle {table[UNIT][0].as_py()} cannot be committed: {lost.message}"
+            )
         records, cells = [], cells_of(table)
-        # A cell has its share of what went into the bundle; all of them were in the engine as long as it was.
-        share = {what: s if what == IN_ENGINE else s / len(cells) for what, s in spent(table).items()}
+        # A cell has its share of what went into the bundle; all of them were in the engine as long
+        # as it was.
+        share = {
+            what: s if what == IN_ENGINE else s / len(cells) for what, s in spent(table).items()
+        }
         for cell, _ in cells:
             pieces = table.filter(pc.equal(table[CELL], cell))[PARSED]
             rows = pa.concat_tables([_from_bytes(piece.as_buffer()) for piece in pieces])
@@ -148,14 +193,20 @@ class CommitBundle:
         return pa.concat_tables(records)
 
 
-def build_renderer(specs: Sequence[TaskSpec], cells: Sequence[int], sources: Mapping[str, Source]) -> list[Any]:
-    """The steps of a preprocessing worker; tokenizers are loaded and decoders started while it starts."""
+def build_renderer(
+    specs: Sequence[TaskSpec], cells: Sequence[int], sources: Mapping[str, Source]
+) -> list[Any]:
+    """The steps of a preprocessing worker; tokenizers are loaded and decoders started while it
+    starts.
+    """
     for cell in cells:
         task_runner(specs[cell]).start()
     return [ReadBundle(sources), RenderBundle(specs)]
 
 
-def build_committer(specs: Sequence[TaskSpec], cells: Sequence[int], commit: CommitBundle) -> list[Any]:
+def build_committer(
+    specs: Sequence[TaskSpec], cells: Sequence[int], commit: CommitBundle
+) -> list[Any]:
     """The steps of a committing worker."""
     for cell in cells:
         task_runner(specs[cell])
@@ -163,7 +214,10 @@ def build_committer(specs: Sequence[TaskSpec], cells: Sequence[int], commit: Com
 
 
 def _prompts(
-    known: dict[object, Sequence[Prompt | RowError]], rows: object, runner: TaskRunner, good: list[Row]
+    known: dict[object, Sequence[Prompt | RowError]],
+    rows: object,
+    runner: TaskRunner,
+    good: list[Row],
 ) -> Sequence[Prompt | RowError]:
     """The prompts of these rows, made once for all cells that ask in the same words."""
     key = (rows, runner.prompt_key)

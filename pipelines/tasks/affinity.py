@@ -1,7 +1,8 @@
 """Affinity: units whose prompts begin alike go to a replica that has that beginning in its cache.
 
-Owns what a unit's beginning is, and the choice among replicas: a unit leaves the least busy one only for a replica that
-has at most AHEAD units more. Pure: glm_batch.pipelines.graph.dispatch brings it into Ray Data.
+Owns what a unit's beginning is, and the choice among replicas: a unit leaves the least busy one
+only for a replica that has at most AHEAD units more. Pure: pipelines.graph.dispatch brings it into
+Ray Data.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 
-PREFIX_KEY = b"glm-batch.prefix"  # in the metadata of a table's schema, which Ray's driver sees without the table
+# in the metadata of a table's schema, which Ray's driver sees without the table
+PREFIX_KEY = b"glm-batch.prefix"
 SAMPLED_ROWS = 16
 GRAIN = 64  # tokens
 AHEAD = 2
@@ -23,13 +25,18 @@ Replica = TypeVar("Replica", bound=Hashable)
 
 
 def with_prefix_key(table: pa.Table) -> pa.Table:
-    """A table of requests, its schema marked with a digest of the tokens with which all its prompts begin.
+    """A table of requests, its schema marked with a digest of the tokens with which all its prompts
+    begin.
 
-    Some rows evenly spread stand for all. Whole GRAINs count, so that a word which two questions on a document happen
-    to share changes nothing; without one, nothing is marked.
+    Some rows evenly spread stand for all. Whole GRAINs count, so that a word which two questions on
+    a document happen to share changes nothing; without one, nothing is marked.
     """
     prompts = table["input_ids"].combine_chunks()
-    spread = np.unique(np.linspace(0, len(prompts) - 1, SAMPLED_ROWS, dtype=np.int64)) if len(prompts) else ()
+    spread = (
+        np.unique(np.linspace(0, len(prompts) - 1, SAMPLED_ROWS, dtype=np.int64))
+        if len(prompts)
+        else ()
+    )
     sampled = [prompts[int(row)].values.to_numpy() for row in spread if prompts[int(row)].is_valid]
     shared = _shared(sampled)
     shared -= shared % GRAIN
@@ -53,7 +60,9 @@ class Affinity(Generic[Replica]):
         self._hosted: Counter[Replica] = Counter()
 
     def choose(self, key: bytes, units: Mapping[Replica, int], most: int) -> Replica | None:
-        """The replica for a unit, given how many units each has and the most that one may have. None: all are full."""
+        """The replica for a unit, given how many units each has and the most that one may have.
+        None: all are full.
+        """
         least_busy = min(units, key=units.__getitem__, default=None)
         if least_busy is None or units[least_busy] >= most:
             return None

@@ -1,6 +1,7 @@
 """Media of a job: where they may come from, their budgets, and how many bytes a row of them is.
 
-Owns how the `media:` and `preprocess:` sections become a loader. Knows nothing of prompts, decoding or Ray.
+Owns how the `media:` and `preprocess:` sections become a loader. Knows nothing of prompts, decoding
+or Ray.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from typing import Any, TypeVar
 
 from glm_batch.glm_actors.media.media_loader import MediaLoader, MediaRules
 from glm_batch.models.checkpoint.config_reader import load_config
-from glm_batch.models.checkpoint.media_config import NUM_CHANNELS, ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.checkpoint.media_config import (
+    NUM_CHANNELS,
+    ImageProcessorConfig,
+    VideoProcessorConfig,
+)
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.budget import image_grid, video_grid
 from glm_batch.models.processing.messages import MediaPart, media_parts
@@ -21,13 +26,18 @@ from glm_batch.pipelines.job import Job, PreprocessSection
 from glm_batch.pipelines.tasks.prompts import PromptTemplate, Row, conversation, media_columns
 
 Config = TypeVar("Config", ImageProcessorConfig, VideoProcessorConfig)
-ASSUMED_IMAGE = 1080, 1920  # height and width of what cannot be looked at without fetching or decoding it
+# height and width of what cannot be looked at without fetching or decoding it
+ASSUMED_IMAGE = 1080, 1920
 ASSUMED_CLIP = 32, 480, 640
 
 
 def reads_media(job: Job, model_dir: str) -> bool:
-    """Whether rows may hold images or videos: by the job's columns, or in messages to a model that takes them."""
-    in_messages = (job.asks_by_row or job.task.messages is not None) and load_config(model_dir).vision is not None
+    """Whether rows may hold images or videos: by the job's columns, or in messages to a model that
+    takes them.
+    """
+    in_messages = (job.asks_by_row or job.task.messages is not None) and load_config(
+        model_dir
+    ).vision is not None
     return bool(media_columns(job.task)) or in_messages
 
 
@@ -41,27 +51,41 @@ def media_rules(job: Job) -> MediaRules:
     media = asdict(job.media)
     root = media.pop("root")
     hosts, private = tuple(media.pop("hosts")), tuple(media.pop("private_hosts"))
-    return MediaRules(root=root and os.path.abspath(root), hosts=hosts, private_hosts=private, **media)
+    return MediaRules(
+        root=root and os.path.abspath(root), hosts=hosts, private_hosts=private, **media
+    )
 
 
-def media_budgets(preprocess: PreprocessSection, model_dir: str) -> tuple[ImageProcessorConfig, VideoProcessorConfig]:
-    """The checkpoint's processors under the job's budgets. Raises ConfigError for one that no image fits."""
-    image, video = ImageProcessorConfig.from_dir(model_dir), VideoProcessorConfig.from_dir(model_dir)
-    # The published budget counts temporal_patch_size frames for an image; the job's counts its pixels once.
+def media_budgets(
+    preprocess: PreprocessSection, model_dir: str
+) -> tuple[ImageProcessorConfig, VideoProcessorConfig]:
+    """The checkpoint's processors under the job's budgets. Raises ConfigError for one that no image
+    fits.
+    """
+    image, video = (
+        ImageProcessorConfig.from_dir(model_dir),
+        VideoProcessorConfig.from_dir(model_dir),
+    )
+    # The published budget counts temporal_patch_size frames for an image; the job's counts its
+    # pixels once.
     image = _with_budget(image, preprocess, image.temporal_patch_size)
     video = _with_budget(video, preprocess, 1)
     return image, video if preprocess.fps is None else replace(video, fps=preprocess.fps)
 
 
 def media_row_bytes(job: Job, rows: Sequence[Row | RowError]) -> float:
-    """The mean bytes of media of these rows between two stages, from headers alone; 0 without media.
+    """The mean bytes of media of these rows between two stages, from headers alone; 0 without
+    media.
 
     A row weighs what it holds when it is read or what becomes of it, whichever is more.
     """
     image, video = media_budgets(job.preprocess, job.model)
     template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
     sizes = [
-        sum(max(_encoded_bytes(part), _patch_bytes(part, image, video)) for part in _row_parts(job, template, row))
+        sum(
+            max(_encoded_bytes(part), _patch_bytes(part, image, video))
+            for part in _row_parts(job, template, row)
+        )
         for row in rows
     ]
     return sum(sizes) / len(sizes) if sizes else 0.0
@@ -77,7 +101,9 @@ def _with_budget(config: Config, preprocess: PreprocessSection, copies: int) -> 
                 f"give at least {smallest}"
             )
     if least is not None and most is not None and least > most:
-        raise ConfigError(f"preprocess.min_pixels: it is {least}, above preprocess.max_pixels, {most}; lower it")
+        raise ConfigError(
+            f"preprocess.min_pixels: it is {least}, above preprocess.max_pixels, {most}; lower it"
+        )
     max_pixels = config.max_pixels if most is None else most * copies
     min_pixels = config.min_pixels if least is None else least * copies
     # A bound that the job sets moves the checkpoint's other one out of its way.
@@ -114,7 +140,11 @@ def _encoded_bytes(part: MediaPart) -> int:
 def _patch_bytes(part: MediaPart, image: ImageProcessorConfig, video: VideoProcessorConfig) -> int:
     try:
         if part.kind == "video":
-            return math.prod(video_grid(*ASSUMED_CLIP, video)) * video.temporal_patch_size * _frame_values(video)
+            return (
+                math.prod(video_grid(*ASSUMED_CLIP, video))
+                * video.temporal_patch_size
+                * _frame_values(video)
+            )
         return math.prod(image_grid(*_image_size(part, image), image)) * _frame_values(image)
     except RowError:
         return 0
@@ -130,7 +160,9 @@ def _image_size(part: MediaPart, config: ImageProcessorConfig) -> tuple[int, int
 
     data = _inline(part)
     return (
-        read_image_size(data, max_source_pixels=config.max_source_pixels) if isinstance(data, bytes) else ASSUMED_IMAGE
+        read_image_size(data, max_source_pixels=config.max_source_pixels)
+        if isinstance(data, bytes)
+        else ASSUMED_IMAGE
     )
 
 

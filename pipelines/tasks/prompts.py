@@ -1,7 +1,7 @@
 """Prompts: what a row says to the model, as a text or as a conversation with images and videos.
 
-Owns prompt templates, the reading of cells and messages, and which columns a job reads. Rows are plain dicts, media
-stay what the cell held. Knows nothing of tokens, models, or what is asked for.
+Owns prompt templates, the reading of cells and messages, and which columns a job reads. Rows are
+plain dicts, media stay what the cell held. Knows nothing of tokens, models, or what is asked for.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class PromptTemplate:
 
     @classmethod
     def parse(cls, text: str) -> PromptTemplate:
-        """Raises ConfigError for stray braces and for fields that are more than a plain column name."""
+        """Raises ConfigError for stray braces and for fields that are more than a plain column
+        name.
+        """
         try:
             parsed = list(string.Formatter().parse(text))
         except ValueError as error:
-            raise ConfigError(f"task.prompt: {error}; write {{{{ and }}}} for literal braces") from error
+            raise ConfigError(
+                f"task.prompt: {error}; write {{{{ and }}}} for literal braces"
+            ) from error
         for _, field, spec, conversion in parsed:
             if field is not None and (spec or conversion or not _COLUMN_NAME.fullmatch(field)):
                 raise ConfigError(
@@ -54,11 +58,19 @@ class PromptTemplate:
         return tuple(dict.fromkeys(column for _, column in self.parts if column is not None))
 
     def format(self, row: Row) -> str:
-        """The prompt of one row. Raises RowError for a value that cannot stand in a text, or if all are blank."""
+        """The prompt of one row. Raises RowError for a value that cannot stand in a text, or if all
+        are blank.
+        """
         values = {column: cell_text(row, column) for column in self.columns}
         if values and not any(value.strip() for value in values.values()):
-            raise RowError("empty_text", f"nothing but white space in {_quoted(values)}: there is nothing to ask about")
-        return "".join(literal + (values[column] if column is not None else "") for literal, column in self.parts)
+            raise RowError(
+                "empty_text",
+                f"nothing but white space in {_quoted(values)}: there is nothing to ask about",
+            )
+        return "".join(
+            literal + (values[column] if column is not None else "")
+            for literal, column in self.parts
+        )
 
 
 def conversation(task: TaskConfig, template: PromptTemplate | None, row: Row) -> list[Message]:
@@ -69,12 +81,16 @@ def conversation(task: TaskConfig, template: PromptTemplate | None, row: Row) ->
         assert template is not None, "a task has a prompt or messages"
         media = list(_media_parts(task, row))
         text = template.format(row)
-        given = [{"role": "user", "content": [*media, {"type": "text", "text": text}] if media else text}]
+        given = [
+            {"role": "user", "content": [*media, {"type": "text", "text": text}] if media else text}
+        ]
     return given if task.system is None else _with_system(task.system, given)
 
 
 def cell_text(row: Row, column: str) -> str:
-    """A cell as prompt text. Text, numbers, booleans, dates and UTF-8 bytes have one; anything else is a RowError."""
+    """A cell as prompt text. Text, numbers, booleans, dates and UTF-8 bytes have one; anything else
+    is a RowError.
+    """
     value = _cell(row, column)
     match value:
         case None:
@@ -84,13 +100,16 @@ def cell_text(row: Row, column: str) -> str:
         case bytes():
             return _decoded(value, column)
         case float() if not math.isfinite(value):
-            raise RowError("not_a_number", f"column {column!r} is {value}: a prompt needs a finite number")
+            raise RowError(
+                "not_a_number", f"column {column!r} is {value}: a prompt needs a finite number"
+            )
         case bool() | int() | float() | decimal.Decimal():
             return str(value)
         case datetime.date() | datetime.time():
             return value.isoformat()
     raise RowError(
-        "wrong_type", f"column {column!r} holds {type(value).__name__}; a prompt takes text, numbers and dates"
+        "wrong_type",
+        f"column {column!r} holds {type(value).__name__}; a prompt takes text, numbers and dates",
     )
 
 
@@ -100,13 +119,16 @@ def media_columns(task: TaskConfig) -> tuple[str, ...]:
 
 
 def input_columns(job: Job) -> tuple[str, ...]:
-    """Every input column that the job reads, each once: prompt or messages, media, key, carried columns, gold.
+    """Every input column that the job reads, each once: prompt or messages, media, key, carried
+    columns, gold.
 
     Lines of an OpenAI batch file are read whole.
     """
     if job.asks_by_row:
         return ()
-    return tuple(dict.fromkeys((*prompt_columns(job.task), *_single(job.task.gold, job.key), *job.carry)))
+    return tuple(
+        dict.fromkeys((*prompt_columns(job.task), *_single(job.task.gold, job.key), *job.carry))
+    )
 
 
 def prompt_columns(task: TaskConfig) -> tuple[str, ...]:
@@ -116,8 +138,12 @@ def prompt_columns(task: TaskConfig) -> tuple[str, ...]:
 
 
 def uses_chat(task: TaskConfig) -> bool:
-    """True where the prompt goes through the chat template; classification, tags and vectors take raw text."""
-    is_conversation = task.system is not None or task.messages is not None or bool(media_columns(task))
+    """True where the prompt goes through the chat template; classification, tags and vectors take
+    raw text.
+    """
+    is_conversation = (
+        task.system is not None or task.messages is not None or bool(media_columns(task))
+    )
     return task.kind in CHAT_KINDS or is_conversation
 
 
@@ -127,9 +153,13 @@ def _media_parts(task: TaskConfig, row: Row) -> Iterator[Message]:
             value = _cell(row, column)
             values = value if isinstance(value, list) else [value]
             if not values:
-                raise RowError("null_media", f"column {column!r} is an empty list: the prompt needs its {kind}")
+                raise RowError(
+                    "null_media", f"column {column!r} is an empty list: the prompt needs its {kind}"
+                )
             if any(each is None or each == {"bytes": None, "path": None} for each in values):
-                raise RowError("null_media", f"column {column!r} is null: the prompt needs its {kind}")
+                raise RowError(
+                    "null_media", f"column {column!r} is null: the prompt needs its {kind}"
+                )
             yield from ({"type": kind, kind: each} for each in values)
 
 
@@ -152,7 +182,8 @@ def _valid_text(value: str, column: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            "not_utf8", f"column {column!r} holds a lone surrogate at character {error.start}: it is no valid text"
+            "not_utf8",
+            f"column {column!r} holds a lone surrogate at character {error.start}: it is no valid text",
         ) from error
     return value
 
@@ -161,7 +192,9 @@ def _decoded(value: bytes, column: str) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as error:
-        raise RowError("not_utf8", f"column {column!r} is not UTF-8 at byte {error.start}") from error
+        raise RowError(
+            "not_utf8", f"column {column!r} is not UTF-8 at byte {error.start}"
+        ) from error
 
 
 def _messages_cell(row: Row, column: str) -> list[Message]:
@@ -173,16 +206,21 @@ def _messages_cell(row: Row, column: str) -> list[Message]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError("bad_messages", f"column {column!r} is text but not JSON: {error}") from error
+            raise RowError(
+                "bad_messages", f"column {column!r} is text but not JSON: {error}"
+            ) from error
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise RowError("bad_messages", f"column {column!r} must hold a list of messages with role and content")
+        raise RowError(
+            "bad_messages", f"column {column!r} must hold a list of messages with role and content"
+        )
     return value
 
 
 def _with_system(system: str, messages: list[Message]) -> list[Message]:
     if messages and messages[0].get("role") == "system":
         raise RowError(
-            "bad_messages", "the messages begin with a system message and the job sets task.system: keep one of them"
+            "bad_messages",
+            "the messages begin with a system message and the job sets task.system: keep one of them",
         )
     return [{"role": "system", "content": system}, *messages]
 

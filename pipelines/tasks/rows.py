@@ -1,9 +1,11 @@
 """The work on one unit's table: rows to requests, and completions to output columns.
 
-Pure functions of tables, for whatever runs them. Owns what is done with keys, carried columns and gold answers; the
-prompt and the answer belong to glm_batch.pipelines.tasks.tasks. Knows nothing of Ray or files.
+Pure functions of tables, for whatever runs them. Owns what is done with keys, carried columns and
+gold answers; the prompt and the answer belong to pipelines.tasks.tasks. Knows nothing of Ray or
+files.
 
-Names in travelling tables: "#..." are our own, "in...." are the input's columns, the rest is the actors' contract.
+Names in travelling tables: "#..." are our own, "in...." are the input's columns, the rest is the
+actors' contract.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from glm_batch.models.engine.api.request import Completion, Request
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.scores import Scaling
 from glm_batch.pipelines.input.listing import InputFile
-from glm_batch.pipelines.input.values import LINE, Row, column_values, decode_rows, key_text, parse_line, row_key
+from glm_batch.pipelines.input.values import (
+    LINE,
+    Row,
+    column_values,
+    decode_rows,
+    key_text,
+    parse_line,
+    row_key,
+)
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.tasks.affinity import with_prefix_key
@@ -39,10 +49,11 @@ INPUT_LINE = INPUT + LINE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSpec:
-    """A job's task as it travels to the workers; `run_id` names the run there. `schema` is the output's.
+    """A job's task as it travels to the workers; `run_id` names the run there. `schema` is the
+    output's.
 
-    Several jobs that run together have the same `run_id`, and names of their own. `scaling` is what the job's
-    calibration held when its plan was made: workers read no such file.
+    Several jobs that run together have the same `run_id`, and names of their own. `scaling` is what
+    the job's calibration held when its plan was made: workers read no such file.
     """
 
     job: Job
@@ -66,11 +77,15 @@ _loaders: dict[str, MediaLoader] = {}  # of all these runners
 
 def task_runner(spec: TaskSpec) -> TaskRunner:
     """The runner of this process for this job."""
-    return kept_runner(spec, lambda job, model_dir: TaskRunner(job, model_dir, _loaders, spec.scaling))
+    return kept_runner(
+        spec, lambda job, model_dir: TaskRunner(job, model_dir, _loaders, spec.scaling)
+    )
 
 
 def kept_runner(spec: TaskSpec, build: Callable[[Job, str], R]) -> R:
-    """What `build` makes of this job, once; a process that goes on to another run forgets those of the first."""
+    """What `build` makes of this job, once; a process that goes on to another run forgets those of
+    the first.
+    """
     key = (spec.run_id, spec.name)
     if key not in _runners:
         if any(run_id != spec.run_id for run_id, _ in _runners):
@@ -83,11 +98,13 @@ def kept_runner(spec: TaskSpec, build: Callable[[Job, str], R]) -> R:
     return kept
 
 
-def unit_table(table: pa.Table, unit: int, file: InputFile, start: int, earlier: Mapping[int, str]) -> pa.Table:
+def unit_table(
+    table: pa.Table, unit: int, file: InputFile, start: int, earlier: Mapping[int, str]
+) -> pa.Table:
     """What was read of a unit, as it travels: with the unit's number and each row's default key.
 
-    `start` is the row of the file with which the table begins. `earlier` names, for a row of the table whose key an
-    earlier row has, that row.
+    `start` is the row of the file with which the table begins. `earlier` names, for a row of the
+    table whose key an earlier row has, that row.
     """
     num_rows = table.num_rows
     own = {
@@ -130,7 +147,10 @@ Prompts = Callable[[TaskRunner, list[Row]], Sequence[Prompt | RowError]]
 
 
 def render_rows(
-    spec: TaskSpec, table: pa.Table, lost: RowError | None = None, prompts: Prompts = TaskRunner.prompts
+    spec: TaskSpec,
+    table: pa.Table,
+    lost: RowError | None = None,
+    prompts: Prompts = TaskRunner.prompts,
 ) -> Rendered:
     """As `render_unit`; `prompts` makes prompts of rows, or finds those that another job has made."""
     runner = task_runner(spec)
@@ -150,22 +170,32 @@ def render_rows(
 
 
 def parse_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
-    """Completions to the job's output columns and OWN_PARSED; RIGHT says whether a row agrees with its gold answer.
+    """Completions to the job's output columns and OWN_PARSED; RIGHT says whether a row agrees with
+    its gold answer.
 
     With `lost` these rows get that error, whatever their completions say.
     """
     runner = task_runner(spec)
-    completions: list[Completion | RowError] = [lost] * table.num_rows if lost else to_completions(table)
+    completions: list[Completion | RowError] = (
+        [lost] * table.num_rows if lost else to_completions(table)
+    )
     golds = _from_json(table, GOLD)
     prompts = _from_json(table, PROMPT)
-    gold_tokens = table[GOLD_TOKENS].to_pylist() if GOLD_TOKENS in table.column_names else [None] * table.num_rows
+    gold_tokens = (
+        table[GOLD_TOKENS].to_pylist()
+        if GOLD_TOKENS in table.column_names
+        else [None] * table.num_rows
+    )
     outputs: list[dict[str, Any]] = []
     for completion, prompt, scored in zip(completions, prompts, gold_tokens, strict=True):
         if isinstance(completion, RowError):
             outputs.append(runner.error_columns(completion))
         else:
             outputs.append(runner.to_columns(completion, prompt or {}, scored))
-    right = [None if gold is None else runner.is_right(row, gold) for row, gold in zip(outputs, golds, strict=True)]
+    right = [
+        None if gold is None else runner.is_right(row, gold)
+        for row, gold in zip(outputs, golds, strict=True)
+    ]
     given = {"row_key": table["row_key"], "attempts": pa.array([1] * table.num_rows, pa.int32())}
     given |= {name: table[INPUT + name] for name in spec.job.carry}
     columns = {
@@ -207,7 +237,9 @@ def _checked(
         if job.key is not None:
             key = key_text(row, job.key)
         if first is not None:
-            raise RowError("duplicate_key", f"{job.key} {key!r} is the key of an earlier row: {first}")
+            raise RowError(
+                "duplicate_key", f"{job.key} {key!r} is the key of an earlier row: {first}"
+            )
         if misfit is not None:
             raise misfit
         return key, row
@@ -216,9 +248,13 @@ def _checked(
 
 
 def _requests(
-    runner: TaskRunner, rows: Sequence[tuple[str, Row | RowError]], good: Sequence[Prompt | RowError]
+    runner: TaskRunner,
+    rows: Sequence[tuple[str, Row | RowError]],
+    good: Sequence[Prompt | RowError],
 ) -> tuple[list[Request | RowError], list[Sequence[int] | None]]:
-    """A request for each row, and what to score beside it; `good` are the prompts of those without an error."""
+    """A request for each row, and what to score beside it; `good` are the prompts of those without
+    an error.
+    """
     prompts = iter(good)
     requests: list[Request | RowError] = []
     continuations: list[Sequence[int] | None] = []
@@ -266,20 +302,30 @@ def _rows(job: Job, table: pa.Table) -> list[Row | RowError]:
 
 
 def _beside(job: Job, rows: Sequence[Row | RowError]) -> dict[str, pa.Array]:
-    """What the parse stage needs of the rows, as JSON texts: gold answers, and for tag the prompt's cells."""
+    """What the parse stage needs of the rows, as JSON texts: gold answers, and for tag the prompt's
+    cells.
+    """
     columns = {}
     if (gold := job.task.gold) is not None:
         values = [None if isinstance(row, RowError) else row.get(gold) for row in rows]
-        columns[GOLD] = pa.array([None if value is None else _json_text(value) for value in values], pa.string())
+        columns[GOLD] = pa.array(
+            [None if value is None else _json_text(value) for value in values], pa.string()
+        )
     if job.task.kind == "tag":
-        columns[PROMPT] = pa.array([_cells(row, prompt_columns(job.task)) for row in rows], pa.string())
+        columns[PROMPT] = pa.array(
+            [_cells(row, prompt_columns(job.task)) for row in rows], pa.string()
+        )
     return columns
 
 
 def _cells(row: Row | RowError, columns: Sequence[str]) -> str | None:
     """The prompt's cells as texts: the template makes the same prompt of them as of the row."""
     try:
-        return None if isinstance(row, RowError) else json.dumps({name: cell_text(row, name) for name in columns})
+        return (
+            None
+            if isinstance(row, RowError)
+            else json.dumps({name: cell_text(row, name) for name in columns})
+        )
     except RowError:
         return None
 
@@ -297,7 +343,9 @@ def _json_text(value: Any) -> str:
 def _carried(
     spec: TaskSpec, table: pa.Table, rows: Sequence[Row | RowError]
 ) -> tuple[dict[str, pa.Array], list[RowError | None]]:
-    """The carried columns in the output's types, and for each row what could not be carried (null stands for it)."""
+    """The carried columns in the output's types, and for each row what could not be carried (null
+    stands for it).
+    """
     misfits: list[RowError | None] = [None] * table.num_rows
     columns: dict[str, pa.Array] = {}
     for name in spec.job.carry:
@@ -310,17 +358,28 @@ def _carried(
     return columns, misfits
 
 
-def _typed(values: list[Any], dtype: pa.DataType, name: str, misfits: list[RowError | None]) -> pa.Array:
-    """JSON values as an Arrow column. A column of text takes any value, as JSON text where it is none."""
+def _typed(
+    values: list[Any], dtype: pa.DataType, name: str, misfits: list[RowError | None]
+) -> pa.Array:
+    """JSON values as an Arrow column. A column of text takes any value, as JSON text where it is
+    none.
+    """
     if pa.types.is_string(dtype):
-        values = [value if value is None or isinstance(value, str) else _json_text(value) for value in values]
+        values = [
+            value if value is None or isinstance(value, str) else _json_text(value)
+            for value in values
+        ]
     try:
         return pa.array(values, dtype)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError):
-        return pa.array([_fitting(values, index, dtype, name, misfits) for index in range(len(values))], dtype)
+        return pa.array(
+            [_fitting(values, index, dtype, name, misfits) for index in range(len(values))], dtype
+        )
 
 
-def _fitting(values: list[Any], index: int, dtype: pa.DataType, name: str, misfits: list[RowError | None]) -> Any:
+def _fitting(
+    values: list[Any], index: int, dtype: pa.DataType, name: str, misfits: list[RowError | None]
+) -> Any:
     try:
         pa.array([values[index]], dtype)
     except UnicodeEncodeError:
@@ -330,7 +389,9 @@ def _fitting(values: list[Any], index: int, dtype: pa.DataType, name: str, misfi
         return None
     except (pa.ArrowException, OverflowError):
         held = type(values[index]).__name__
-        misfits[index] = RowError("wrong_type", f"the carried column {name!r} holds {held} where others hold {dtype}")
+        misfits[index] = RowError(
+            "wrong_type", f"the carried column {name!r} holds {held} where others hold {dtype}"
+        )
         return None
     return values[index]
 

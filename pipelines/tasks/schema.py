@@ -1,7 +1,8 @@
 """The Arrow schema of a job's output.
 
-Owns column names, types and their order. The schema depends on the job and its checkpoint's configuration alone,
-never on the rows: a part in which every row failed has the same columns and types. Knows nothing of files.
+Owns column names, types and their order. The schema depends on the job and its checkpoint's
+configuration alone, never on the rows: a part in which every row failed has the same columns and
+types. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ ROW_COLUMNS: dict[str, pa.DataType] = {
     "attempts": pa.int32(),
 }
 TOKEN = pa.struct(
-    {"text": pa.string(), "start": pa.int32(), "end": pa.int32(), "label": pa.string(), "score": pa.float64()}
+    {
+        "text": pa.string(),
+        "start": pa.int32(),
+        "end": pa.int32(),
+        "label": pa.string(),
+        "score": pa.float64(),
+    }
 )
 
 ON_DEMAND: dict[str, pa.DataType] = {
@@ -36,8 +43,8 @@ ON_DEMAND: dict[str, pa.DataType] = {
 def output_schema(job: Job, config: ModelConfig, carried: Mapping[str, pa.DataType]) -> pa.Schema:
     """Row columns, the task's columns, token counts, then the carried columns in the job's order.
 
-    `carried` holds the input's types of the columns in `job.carry`. Raises ConfigError when a carried column's name
-    is taken by an output column.
+    `carried` holds the input's types of the columns in `job.carry`. Raises ConfigError when a
+    carried column's name is taken by an output column.
     """
     own = ROW_COLUMNS | task_types(job, config) | dict.fromkeys(TOKEN_COLUMNS, pa.int32())
     for column in job.carry:
@@ -66,7 +73,10 @@ def _types(job: Job, config: ModelConfig) -> tuple[pa.DataType, ...]:
         case "extract":
             return (pa.string(),)
         case "classify":
-            label = {"regression": pa.float64(), "multi_label_classification": pa.list_(pa.string())}
+            label = {
+                "regression": pa.float64(),
+                "multi_label_classification": pa.list_(pa.string()),
+            }
             return pa.list_(pa.float64()), label.get(config.inferred_problem_type, pa.string())
         case "tag":
             return (pa.list_(TOKEN),)

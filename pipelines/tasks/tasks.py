@@ -1,7 +1,7 @@
 """Tasks: what a row becomes for the model, and what the model's answer becomes for the reader.
 
-Owns the Request of each task kind and the typed output columns of its Completion. Rows are plain dicts. Knows nothing
-of Ray, files or where an engine runs.
+Owns the Request of each task kind and the typed output columns of its Completion. Rows are plain
+dicts. Knows nothing of Ray, files or where an engine runs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ from glm_batch.models.processing.scores import Scaling, class_scores, label_scor
 from glm_batch.models.processing.tokenizer import Tokenizer
 from glm_batch.pipelines.calibration.calibration import Calibration, read_calibration
 from glm_batch.pipelines.job import Job, TaskConfig
-from glm_batch.pipelines.tasks.job_media import media_budgets, media_loader, media_rules, reads_media
+from glm_batch.pipelines.tasks.job_media import (
+    media_budgets,
+    media_loader,
+    media_rules,
+    reads_media,
+)
 from glm_batch.pipelines.tasks.prompts import Message, PromptTemplate, Row, conversation, uses_chat
 
 TASK_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -68,7 +73,9 @@ def columns_on_demand(task: TaskConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A row ready for the engine: token ids, and with images or videos their patches in the prompt's order."""
+    """A row ready for the engine: token ids, and with images or videos their patches in the
+    prompt's order.
+    """
 
     input_ids: list[int]
     media: Media | None = None
@@ -84,34 +91,51 @@ class _Draft:
 
 
 class TaskRunner:
-    """One job's task on one worker: built once from the job and its checkpoint, then asked unit by unit.
+    """One job's task on one worker: built once from the job and its checkpoint, then asked unit by
+    unit.
 
-    The labels' continuations, the constraint and the token limit are computed here, once. Media are decoded in a
-    process of their own, which starts with `start` or when the first is asked for; runners that are given the same
-    `loaders` share it where they load media in the same way. The file that `task.calibration` names is read and checked
-    here, unless what it holds is given as `scaling`.
+    The labels' continuations, the constraint and the token limit are computed here, once. Media are
+    decoded in a process of their own, which starts with `start` or when the first is asked for;
+    runners that are given the same `loaders` share it where they load media in the same way. The
+    file that `task.calibration` names is read and checked here, unless what it holds is given as
+    `scaling`.
     """
 
     def __init__(
-        self, job: Job, model_dir: str, loaders: dict[str, MediaLoader] | None = None, scaling: Scaling | None = None
+        self,
+        job: Job,
+        model_dir: str,
+        loaders: dict[str, MediaLoader] | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         self._job = job
         self._loaders = {} if loaders is None else loaders
         self._task = job.task
         self._config = load_config(model_dir)
         self._problem_type = self._config.inferred_problem_type
-        self._template = PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
+        self._template = (
+            PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
+        )
         self._chat = Chat.from_dir(model_dir) if uses_chat(job.task) else None
-        self._tokenizer = self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
+        self._tokenizer = (
+            self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
+        )
         self._model_dir = model_dir
         self.reads_media = reads_media(job, model_dir)
         if self.reads_media:
-            _ = self._media_prompts, self._loader  # what is wrong with either should be known before rows come
+            # what is wrong with either should be known before rows come
+            _ = self._media_prompts, self._loader
         if self._task.gold_logprobs:
             self._check_gold_logprobs()
         self.work: Work = self._build_work()
-        self.calibration = self._read_calibration() if scaling is None and job.task.calibration is not None else None
-        self._scaling = scaling if self.calibration is None else self.calibration.scaling(self._labels)
+        self.calibration = (
+            self._read_calibration()
+            if scaling is None and job.task.calibration is not None
+            else None
+        )
+        self._scaling = (
+            scaling if self.calibration is None else self.calibration.scaling(self._labels)
+        )
         limit = job.engine.max_model_len
         self._max_model_len = self._config.longest_context if limit == "auto" else limit
         self._reserved = self._tokens_after_prompt()
@@ -132,13 +156,17 @@ class TaskRunner:
     @property
     def prompt_key(self) -> str:
         """Runners of one checkpoint in which this is equal make equal prompts of a row."""
-        task = replace(self._task, gold=None, label_logprobs=False, gold_logprobs=False, calibration=None)
+        task = replace(
+            self._task, gold=None, label_logprobs=False, gold_logprobs=False, calibration=None
+        )
         return repr((task, self._job.preprocess, self._job.media, self._max_model_len))
 
     def text(self, row: Row) -> str:
         """The row's filled-in prompt template. Raises RowError."""
         if self._template is None:
-            raise ConfigError("task.prompt is not set: this task takes its conversation from task.messages")
+            raise ConfigError(
+                "task.prompt is not set: this task takes its conversation from task.messages"
+            )
         return self._template.format(row)
 
     def messages(self, row: Row) -> list[Message]:
@@ -146,7 +174,9 @@ class TaskRunner:
         return conversation(self._task, self._template, row)
 
     def render(self, row: Row) -> str:
-        """What the model reads, as text for people; one placeholder stands for each image. Raises RowError."""
+        """What the model reads, as text for people; one placeholder stands for each image. Raises
+        RowError.
+        """
         if self._chat is None:
             return self.text(row)
         return self._chat.render(self.messages(row), thinking=self._task.thinking)
@@ -159,9 +189,13 @@ class TaskRunner:
         drafts = [self._draft(row) for row in rows]
         parts = [part for draft in drafts if isinstance(draft, _Draft) for part in draft.parts]
         with timed(MEDIA):
-            loaded = iter(self._loader.load([(part.kind, part.source) for part in parts]) if parts else ())
+            loaded = iter(
+                self._loader.load([(part.kind, part.source) for part in parts]) if parts else ()
+            )
         return [
-            self._prompt(draft, list(islice(loaded, len(draft.parts)))) if isinstance(draft, _Draft) else draft
+            self._prompt(draft, list(islice(loaded, len(draft.parts))))
+            if isinstance(draft, _Draft)
+            else draft
             for draft in drafts
         ]
 
@@ -169,15 +203,23 @@ class TaskRunner:
         """The request for a prompt. Sampling draws from a seed of the row's own: see `row_seed`."""
         work = self.work
         if isinstance(work, Generate) and work.sampling.temperature > 0:
-            work = replace(work, sampling=replace(work.sampling, seed=row_seed(work.sampling.seed, row_key)))
+            work = replace(
+                work, sampling=replace(work.sampling, seed=row_seed(work.sampling.seed, row_key))
+            )
         return Request(id=row_key, input_ids=prompt.input_ids, work=work, media=prompt.media)
 
     def gold_ids(self, row: Row, prompt: Prompt) -> tuple[int, ...] | None:
-        """What `task.gold_logprobs` scores after the prompt: the gold answer's token ids, None where there is none.
+        """What `task.gold_logprobs` scores after the prompt: the gold answer's token ids, None
+        where there is none.
 
-        An answer of white space is none. Raises RowError for one that does not fit behind the prompt.
+        An answer of white space is none. Raises RowError for one that does not fit behind the
+        prompt.
         """
-        gold = row.get(self._task.gold) if self._task.gold_logprobs and self._task.gold is not None else None
+        gold = (
+            row.get(self._task.gold)
+            if self._task.gold_logprobs and self._task.gold is not None
+            else None
+        )
         if gold is None or not str(gold).strip():
             return None
         assert self._chat is not None
@@ -190,10 +232,14 @@ class TaskRunner:
             )
         return ids
 
-    def to_columns(self, completion: Completion, row: Row, gold_tokens: int | None = None) -> Columns:
-        """The row's output: status, error, task columns and token counts. Never raises RowError: it records it.
+    def to_columns(
+        self, completion: Completion, row: Row, gold_tokens: int | None = None
+    ) -> Columns:
+        """The row's output: status, error, task columns and token counts. Never raises RowError: it
+        records it.
 
-        `row` is read by tag alone, whose tokens carry the prompt's text and offsets. `gold_tokens` counts `gold_ids`.
+        `row` is read by tag alone, whose tokens carry the prompt's text and offsets. `gold_tokens`
+        counts `gold_ids`.
         """
         counts = {
             "prompt_tokens": completion.prompt_tokens,
@@ -209,10 +255,17 @@ class TaskRunner:
 
     def error_columns(self, error: RowError) -> Columns:
         """The record of a row that failed: the same columns as a good one, null but for the error."""
-        return {"status": "error", "error_code": error.code, "error_message": error.message, **self._null_columns}
+        return {
+            "status": "error",
+            "error_code": error.code,
+            "error_message": error.message,
+            **self._null_columns,
+        }
 
     def is_right(self, columns: Columns, gold: object) -> bool | None:
-        """Whether an output agrees with the gold value; a failed row does not. None where there is no gold value."""
+        """Whether an output agrees with the gold value; a failed row does not. None where there is
+        no gold value.
+        """
         if gold is None:
             return None
         if columns["status"] != "ok":
@@ -226,20 +279,31 @@ class TaskRunner:
             case "extract":
                 return _same_json(columns["json"], gold)
             case "classify" if self._problem_type == "multi_label_classification":
-                return isinstance(gold, list | tuple) and set(columns["label"]) == {str(label) for label in gold}
+                return isinstance(gold, list | tuple) and set(columns["label"]) == {
+                    str(label) for label in gold
+                }
             case "classify" if self._problem_type == "single_label_classification":
                 return bool(columns["label"] == str(gold))
-        raise ConfigError(f"task.gold: task.kind {self._task.kind} has no single right answer to compare with")
+        raise ConfigError(
+            f"task.gold: task.kind {self._task.kind} has no single right answer to compare with"
+        )
 
     @property
     def facts(self) -> dict[str, Any]:
         """What was decided for this job and belongs into its manifest."""
         found: dict[str, Any] = {}
         if isinstance(self.work, Choose):
-            found = {"label_token_ids": [list(ids) for ids in self.work.choices], "end_counted": self.work.count_end}
+            found = {
+                "label_token_ids": [list(ids) for ids in self.work.choices],
+                "end_counted": self.work.count_end,
+            }
         if self._task.kind == "classify":
             found = {"problem_type": self._problem_type, "label_names": list(self._config.id2label)}
-        return found if self.calibration is None else found | {"calibration": self.calibration.to_json()}
+        return (
+            found
+            if self.calibration is None
+            else found | {"calibration": self.calibration.to_json()}
+        )
 
     @property
     def _labels(self) -> Sequence[str]:
@@ -273,8 +337,13 @@ class TaskRunner:
         match task.kind:
             case "choose":
                 assert self._chat is not None
-                choices = self._chat.label_continuations(list(task.labels or ()), thinking=task.thinking)
-                return Choose(choices=tuple(choices), count_end=self._chat.count_end(choices, task.end_of_label))
+                choices = self._chat.label_continuations(
+                    list(task.labels or ()), thinking=task.thinking
+                )
+                return Choose(
+                    choices=tuple(choices),
+                    count_end=self._chat.count_end(choices, task.end_of_label),
+                )
             case "generate":
                 return Generate(sampling=self._job.sampling)
             case "extract":
@@ -292,7 +361,9 @@ class TaskRunner:
             case "embed":
                 return Embed(pooling=task.pooling, normalize=task.normalize)
             case "requests":
-                raise ConfigError("task: it is missing; every job needs one, but for input_format: openai_batch")
+                raise ConfigError(
+                    "task: it is missing; every job needs one, but for input_format: openai_batch"
+                )
 
     def _tokens_after_prompt(self) -> int:
         match self.work:
@@ -320,10 +391,16 @@ class TaskRunner:
             messages = self.messages(row)
             parts = media_parts(messages)
             if parts and self._config.vision is None:
-                raise RowError("unsupported_media", f"{self._config.architecture} reads text only: leave out its media")
-            # The grammar of a JSON text begins at "{": what the template puts before an answer must stand already.
+                raise RowError(
+                    "unsupported_media",
+                    f"{self._config.architecture} reads text only: leave out its media",
+                )
+            # The grammar of a JSON text begins at "{": what the template puts before an answer must
+            # stand already.
             start_answer = self._task.kind == "extract"
-            ids = self._chat.prompt_ids(messages, thinking=self._task.thinking, start_answer=start_answer)
+            ids = self._chat.prompt_ids(
+                messages, thinking=self._task.thinking, start_answer=start_answer
+            )
             return _Draft(input_ids=ids, parts=parts)
         except RowError as error:
             return error
@@ -333,7 +410,11 @@ class TaskRunner:
         try:
             for number, media in enumerate(loaded, start=1):
                 if isinstance(media, RowError):
-                    which = f"{draft.parts[number - 1].kind} {number} of {len(loaded)}: " if len(loaded) > 1 else ""
+                    which = (
+                        f"{draft.parts[number - 1].kind} {number} of {len(loaded)}: "
+                        if len(loaded) > 1
+                        else ""
+                    )
                     raise RowError(media.code, which + media.message)
             if not patches:
                 self._check_length(len(draft.input_ids))
@@ -348,7 +429,9 @@ class TaskRunner:
         most = self._max_model_len - self._reserved
         if num_tokens > most:
             kept = f", {self._reserved} of them kept for the answer" if self._reserved else ""
-            media = f", {of_media} of them for media: lower preprocess.max_pixels" if of_media else ""
+            media = (
+                f", {of_media} of them for media: lower preprocess.max_pixels" if of_media else ""
+            )
             raise RowError(
                 "prompt_too_long",
                 f"the prompt has {num_tokens} tokens{media}; at most {most} fit "
@@ -364,11 +447,15 @@ class TaskRunner:
             case "choose":
                 return self._choose_columns(completion)
             case "generate":
-                return self._generate_columns(completion.outputs) | self._gold_columns(completion, gold_tokens)
+                return self._generate_columns(completion.outputs) | self._gold_columns(
+                    completion, gold_tokens
+                )
             case "extract":
                 return self._extract_columns(completion.outputs[0])
             case "classify":
-                return self._classify_columns(_finite(completion.array, (len(self._config.id2label),)))
+                return self._classify_columns(
+                    _finite(completion.array, (len(self._config.id2label),))
+                )
             case "tag":
                 return self._tag_columns(completion, row)
             case "embed":
@@ -376,7 +463,9 @@ class TaskRunner:
         raise AssertionError(f"a task of kind {self._task.kind} is no TaskRunner's")
 
     def _choose_columns(self, completion: Completion) -> Columns:
-        """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1 - their sum."""
+        """The formulas of the public contract: softmax over the labels' joint log-probabilities, 1
+        - their sum.
+        """
         found = label_scores(completion.choice_logprobs or (), self._scaling)
         columns: Columns = {
             "label": (self._task.labels or [])[found.best],
@@ -390,12 +479,17 @@ class TaskRunner:
 
     def _generate_columns(self, outputs: tuple[Output, ...]) -> Columns:
         assert self._chat is not None
-        parts = [self._chat.split_reasoning(output.text, thinking=self._task.thinking) for output in outputs]
+        parts = [
+            self._chat.split_reasoning(output.text, thinking=self._task.thinking)
+            for output in outputs
+        ]
         columns: dict[str, list[Any]] = {
             "text": [answer for _, answer in parts],
             "reasoning": [reasoning for reasoning, _ in parts],
             "finish_reason": [output.finish_reason for output in outputs],
-            "logprobs": [None if output.logprobs is None else list(output.logprobs) for output in outputs],
+            "logprobs": [
+                None if output.logprobs is None else list(output.logprobs) for output in outputs
+            ],
         }
         if self._job.sampling.n > 1:
             return columns
@@ -407,10 +501,15 @@ class TaskRunner:
         if gold_tokens is None:
             return {"gold_logprob": None, "gold_num_tokens": None}
         if completion.choice_logprobs is None:
-            raise RowError("not_scored", "the scoring of the gold answer was ended before it was done")
+            raise RowError(
+                "not_scored", "the scoring of the gold answer was ended before it was done"
+            )
         (logprob,) = completion.choice_logprobs
         if not math.isfinite(logprob):
-            raise RowError("not_finite", f"the gold answer's log-probability is {logprob}: try engine.dtype float32")
+            raise RowError(
+                "not_finite",
+                f"the gold answer's log-probability is {logprob}: try engine.dtype float32",
+            )
         return {"gold_logprob": logprob, "gold_num_tokens": gold_tokens}
 
     def _extract_columns(self, output: Output) -> Columns:
@@ -425,11 +524,15 @@ class TaskRunner:
         return {"json": text}
 
     def _classify_columns(self, logits: NDArray[np.float64]) -> Columns:
-        scores, label = class_scores(logits, self._config.id2label, self._problem_type, self._scaling)
+        scores, label = class_scores(
+            logits, self._config.id2label, self._problem_type, self._scaling
+        )
         return {"scores": scores, "label": label}
 
     def _tag_columns(self, completion: Completion, row: Row) -> Columns:
-        """One entry for each token of the text; the tokenizer's own special tokens are no part of the text."""
+        """One entry for each token of the text; the tokenizer's own special tokens are no part of
+        the text.
+        """
         text = self.text(row)
         ids, offsets = self._tokenizer.encode_raw_with_offsets(text)
         names = self._config.id2label
@@ -444,7 +547,9 @@ class TaskRunner:
                 "label": names[label],
                 "score": float(row_scores[label]),
             }
-            for token_id, (start, end), label, row_scores in zip(ids, offsets, best.tolist(), scores, strict=True)
+            for token_id, (start, end), label, row_scores in zip(
+                ids, offsets, best.tolist(), scores, strict=True
+            )
             if token_id not in special
         ]
         return {"tokens": tokens}
@@ -458,7 +563,9 @@ TOKEN_COLUMNS = ("prompt_tokens", "cached_tokens", "output_tokens", "media_token
 
 
 class JsonValidator:
-    """Checks a text against a JSON schema, byte by byte, with the library that constrains the decoding."""
+    """Checks a text against a JSON schema, byte by byte, with the library that constrains the
+    decoding.
+    """
 
     def __init__(self, schema: dict[str, Any]) -> None:
         import llguidance
@@ -473,9 +580,12 @@ class JsonValidator:
         try:
             json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise RowError("invalid_json", f"the output is not JSON: {error}; it began {text[:80]!r}") from error
+            raise RowError(
+                "invalid_json", f"the output is not JSON: {error}; it began {text[:80]!r}"
+            ) from error
         matcher = llguidance.LLMatcher(self._tokenizer, self._grammar)
-        spelled = text.replace("\x7f", "\\u007f").encode()  # which the library takes for a control character
+        # which the library takes for a control character
+        spelled = text.replace("\x7f", "\\u007f").encode()
         data = list(spelled)
         accepted = matcher.validate_tokens(data)
         if accepted < len(data):
@@ -483,14 +593,18 @@ class JsonValidator:
             raise RowError("invalid_json", f"the output leaves task.schema after {place[-80:]!r}")
         matcher.consume_tokens(data)
         if not matcher.is_accepting():
-            raise RowError("invalid_json", f"the output ends before task.schema is satisfied: {text[-80:]!r}")
+            raise RowError(
+                "invalid_json", f"the output ends before task.schema is satisfied: {text[-80:]!r}"
+            )
 
 
 def check_schema(schema: dict[str, Any]) -> None:
     """Raises ConfigError when the constrained decoder cannot follow this JSON schema."""
     import llguidance
 
-    problem = llguidance.LLMatcher.validate_grammar(llguidance.grammar_from("json_schema", json.dumps(schema)))
+    problem = llguidance.LLMatcher.validate_grammar(
+        llguidance.grammar_from("json_schema", json.dumps(schema))
+    )
     if problem:
         reason = " ".join(problem.split())
         raise ConfigError(f"task.schema: not a JSON schema that decoding can follow: {reason}")
@@ -505,14 +619,21 @@ def row_seed(seed: int, row_key: str) -> int:
 def _finite(array: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArray[np.float64]:
     if array is None or array.shape != shape:
         got = None if array is None else array.shape
-        raise RowError("wrong_shape", f"the engine answered with shape {got} where the checkpoint's head has {shape}")
+        raise RowError(
+            "wrong_shape",
+            f"the engine answered with shape {got} where the checkpoint's head has {shape}",
+        )
     if not np.isfinite(array).all():
-        raise RowError("not_finite", "the model's output holds NaN or infinity: try engine.dtype float32")
+        raise RowError(
+            "not_finite", "the model's output holds NaN or infinity: try engine.dtype float32"
+        )
     return array.astype(np.float64)
 
 
 def _same_json(text: str, gold: object) -> bool:
-    """Equal as JSON values; a gold text is read as JSON too. Null and an absent key are not the same."""
+    """Equal as JSON values; a gold text is read as JSON too. Null and an absent key are not the
+    same.
+    """
     try:
         expected = json.loads(gold) if isinstance(gold, str) else gold
     except ValueError:

@@ -2,10 +2,11 @@
 
     from glm_batch import Job, run, build_dataset, load
 
-The four packages lie at the top level of the repository and are linked from here, so that one layout
-serves wheels, editable installs, Ray's workers and type checkers: `models` (the networks and the
-engine), `glm_actors` (Ray actors around them), `pipelines` (jobs over tables) and `jobs` (the command
-line). Each may import those named before it. Names are loaded when they are first asked for.
+The four packages lie at the top level of the repository and are linked from here, so that one
+layout serves wheels, editable installs, Ray's workers and type checkers: `models` (the networks and
+the engine), `glm_actors` (Ray actors around them), `pipelines` (jobs over tables) and `jobs` (the
+command line). Each may import those named before it. Names are loaded when they are first asked
+for.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def test_first_row_goes_alone_and_each_pass_has_rows_of_its_own(tmp_path: Path) 
     assert 5.0 <= report["ready_s"] <= report["first_result_s"] <= report["end_to_end_s"]
 
 
-def test_a_system_that_cannot_tell_its_first_result_gets_one_pass_and_no_such_time(tmp_path: Path) -> None:
+def test_a_system_that_cannot_tell_its_first_result_gets_one_pass_and_no_such_time(
+    tmp_path: Path,
+) -> None:
     system = FakeSystem(first_result="unknown")
     report = report_of(system, tmp_path, num_passes=0)
     assert len(system.calls) == 1
@@ -75,7 +77,9 @@ def test_a_system_that_cannot_tell_its_first_result_gets_one_pass_and_no_such_ti
     assert report["steady_s"] == []
 
 
-@pytest.mark.parametrize(("fault", "message"), [("drop", "not one for each"), ("short", "incomplete answer")])
+@pytest.mark.parametrize(
+    ("fault", "message"), [("drop", "not one for each"), ("short", "incomplete answer")]
+)
 def test_a_system_that_leaves_something_out_fails(tmp_path: Path, fault: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         report_of(FakeSystem(fault=fault), tmp_path)
@@ -113,7 +117,9 @@ def test_summary_puts_ratios_the_right_way_round() -> None:
     assert ours["steady_median_s"] == 10.0
     assert ours["times_vllm_steady"] == 2.0
     assert ours["times_vllm_end_to_end"] == 5.0
-    assert ours["share_of_gemm_limit"] == pytest.approx(arithmetic("choose", 512).prefill / 4e11 / 10.0)
+    assert ours["share_of_gemm_limit"] == pytest.approx(
+        arithmetic("choose", 512).prefill / 4e11 / 10.0
+    )
     assert systems["vllm"]["agreement"] == "dlogprob 0.250"
 
 

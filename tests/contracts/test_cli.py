@@ -18,7 +18,10 @@ COMMANDS = {
     "plan": (["job"], ["--debug", "--set"]),
     "label": (["job"], ["--app", "--debug", "--extend", "--set"]),
     "evaluate": (["sweep"], ["--compare", "--debug", "--set"]),
-    "cron": (["job"], ["--changed-job", "--debug", "--drop-deleted", "--max-units", "--set", "--until"]),
+    "cron": (
+        ["job"],
+        ["--changed-job", "--debug", "--drop-deleted", "--max-units", "--set", "--until"],
+    ),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
     "report": (["output"], ["--debug", "--endpoint-url", "--pred-probs", "--review", "--to"]),
     "retry": (["output"], ["--app", "--code", "--debug", "--endpoint-url", "--set"]),
@@ -32,7 +35,9 @@ COMMANDS = {
 
 def command_surface(command: click.Command) -> tuple[list[str], list[str]]:
     arguments = [each.name or "" for each in command.params if each.param_type_name == "argument"]
-    options = [flag for each in command.params if each.param_type_name == "option" for flag in each.opts]
+    options = [
+        flag for each in command.params if each.param_type_name == "option" for flag in each.opts
+    ]
     return arguments, sorted(options)
 
 
@@ -70,13 +75,23 @@ def test_errors_become_exit_codes_and_short_text(
     assert "Traceback" not in captured.err
 
 
-def test_a_workers_traceback_is_shortened_and_debug_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
-    error = RuntimeError("\n".join(["in the worker", *(f"frame {n}" for n in range(50)), "NameError: x"]))
+def test_a_workers_traceback_is_shortened_and_debug_shows_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = RuntimeError(
+        "\n".join(["in the worker", *(f"frame {n}" for n in range(50)), "NameError: x"])
+    )
     with pytest.raises(SystemExit), cli.errors_for_people(debug=False):
         raise error
     lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
     assert lines[1:3] == ["in the worker", "... 47 lines more ..."]
-    assert lines[3:] == ["frame 47", "frame 48", "frame 49", "NameError: x", "(--debug shows the traceback)"]
+    assert lines[3:] == [
+        "frame 47",
+        "frame 48",
+        "frame 49",
+        "NameError: x",
+        "(--debug shows the traceback)",
+    ]
     with pytest.raises(SystemExit), cli.errors_for_people(debug=True):
         raise error
     assert "frame 20" in capsys.readouterr().err
@@ -84,7 +99,9 @@ def test_a_workers_traceback_is_shortened_and_debug_shows_it(capsys: pytest.Capt
 
 @pytest.mark.parametrize("code", [0, 3, 130])
 def test_label_decides_the_exit_code(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glm_batch.jobs.commands.label.label", lambda path, overrides, **options: code)
+    monkeypatch.setattr(
+        "glm_batch.jobs.commands.label.label", lambda path, overrides, **options: code
+    )
     assert CliRunner().invoke(cli.app, ["label", "job.yaml"]).exit_code == code
 
 

@@ -1,6 +1,8 @@
-"""What every engine promises: exactly one completion for each request, whatever it asks and whatever happens to it.
+"""What every engine promises: exactly one completion for each request, whatever it asks and
+whatever happens to it.
 
-The first half holds for all engines alike; the second is about generated text, which only a model can say.
+The first half holds for all engines alike; the second is about generated text, which only a model
+can say.
 """
 
 from __future__ import annotations
@@ -56,16 +58,22 @@ def build_torch(path: Path, **config: Any) -> TorchEngine:
 
 
 def build_echo(path: Path) -> EchoEngine:
-    return EchoEngine(max_model_len=MAX_MODEL_LEN, tokenizer=Tokenizer.from_dir(str(path)), hidden_size=256)
+    return EchoEngine(
+        max_model_len=MAX_MODEL_LEN, tokenizer=Tokenizer.from_dir(str(path)), hidden_size=256
+    )
 
 
 def build_vllm(path: Path, **config: Any) -> Engine:
-    """The vLLM engine of the session, or a new one for another checkpoint or configuration: it takes seconds."""
+    """The vLLM engine of the session, or a new one for another checkpoint or configuration: it
+    takes seconds.
+    """
     key = (path, *sorted(config.items()))
     if key not in _vllm_engines:
         close_vllm()
         small = {"max_model_len": MAX_MODEL_LEN, "kv_cache_tokens": 4096}
-        _vllm_engines[key] = build_engine(EngineConfig(model=str(path), kind="vllm", **(small | config)))
+        _vllm_engines[key] = build_engine(
+            EngineConfig(model=str(path), kind="vllm", **(small | config))
+        )
     return _vllm_engines[key]
 
 
@@ -85,7 +93,8 @@ def release(engine: Engine) -> None:
 _vllm_engines: dict[Any, Engine] = {}
 WITH_VLLM: dict[str, Callable[..., Engine]] = {"vllm": build_vllm} if is_installed() else {}
 ENGINES: dict[str, Callable[..., Engine]] = {"torch": build_torch, "echo": build_echo} | WITH_VLLM
-WRITERS: dict[str, Callable[..., Any]] = {"torch": build_torch} | WITH_VLLM  # those that have a model
+# those that have a model
+WRITERS: dict[str, Callable[..., Any]] = {"torch": build_torch} | WITH_VLLM
 
 
 @pytest.fixture(params=ENGINES)
@@ -112,7 +121,9 @@ def torch_engine(make_checkpoint: MakeCheckpoint) -> TorchEngine:
 
 def able(engine: Engine, name: str) -> str:
     """The name of the work, or of another one where an engine has to refuse it."""
-    return "hidden" if name in ("logits", "score") and type(engine).__name__ == "VllmEngine" else name
+    return (
+        "hidden" if name in ("logits", "score") and type(engine).__name__ == "VllmEngine" else name
+    )
 
 
 def drain(engine: Engine) -> dict[str, Completion]:
@@ -147,7 +158,9 @@ def generate(**sampling: Any) -> Generate:
 def request(id: str, work: Work, length: int = 20) -> Request:
     """Prompts of one length share their first half."""
     shared = length // 2
-    return Request(id=id, input_ids=random_ids(1, shared) + random_ids(hash_of(id), length - shared), work=work)
+    return Request(
+        id=id, input_ids=random_ids(1, shared) + random_ids(hash_of(id), length - shared), work=work
+    )
 
 
 def hash_of(text: str) -> int:
@@ -175,7 +188,9 @@ WORKS: dict[str, Work] = {
 
 def test_every_work_in_one_batch(engine: Engine) -> None:
     requests = [
-        request(f"{name}-{length}", work, length) for length in (1, 20, 40) for name, work in works(engine).items()
+        request(f"{name}-{length}", work, length)
+        for length in (1, 20, 40)
+        for name, work in works(engine).items()
     ]
     done = run(engine, requests)
     for asked in requests:
@@ -210,7 +225,11 @@ def assert_answers(asked: Request, got: Completion) -> None:
             assert got.scores is not None
             assert len(got.scores.logprobs) == len(asked.input_ids) - 1
             if len(asked.input_ids) > 1:
-                assert got.scores.top_ids.shape == got.scores.top_logprobs.shape == (len(asked.input_ids) - 1, top)
+                assert (
+                    got.scores.top_ids.shape
+                    == got.scores.top_logprobs.shape
+                    == (len(asked.input_ids) - 1, top)
+                )
         case Inspect():
             assert got.array is not None
             assert len(got.array) == len(asked.input_ids)
@@ -225,20 +244,40 @@ def assert_array(got: Completion, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize(
     ("length", "code"),
-    [(0, "empty_prompt"), (MAX_MODEL_LEN + 1, "prompt_too_long"), (MAX_MODEL_LEN * 40, "prompt_too_long")],
+    [
+        (0, "empty_prompt"),
+        (MAX_MODEL_LEN + 1, "prompt_too_long"),
+        (MAX_MODEL_LEN * 40, "prompt_too_long"),
+    ],
 )
-def test_a_prompt_that_cannot_run_ends_in_an_error(engine: Engine, work: str, length: int, code: str) -> None:
+def test_a_prompt_that_cannot_run_ends_in_an_error(
+    engine: Engine, work: str, length: int, code: str
+) -> None:
     asked = WORKS[able(engine, work)]
-    done = run(engine, [request("before", asked), request("bad", asked, length), request("after", generate())])
+    done = run(
+        engine,
+        [request("before", asked), request("bad", asked, length), request("after", generate())],
+    )
     bad = done["bad"]
-    assert (bad.finish_reason, bad.prompt_tokens, bad.outputs, bad.array) == ("error", length, (), None)
+    assert (bad.finish_reason, bad.prompt_tokens, bad.outputs, bad.array) == (
+        "error",
+        length,
+        (),
+        None,
+    )
     assert bad.error is not None
     assert bad.error.code == code
     assert done["before"].error is done["after"].error is None
 
 
 def test_output_needs_room_for_one_token(engine: Engine) -> None:
-    done = run(engine, [request("full", generate(), MAX_MODEL_LEN), request("room", generate(), MAX_MODEL_LEN - 1)])
+    done = run(
+        engine,
+        [
+            request("full", generate(), MAX_MODEL_LEN),
+            request("room", generate(), MAX_MODEL_LEN - 1),
+        ],
+    )
     assert done["full"].error is not None
     assert done["full"].error.code == "prompt_too_long"
     assert done["room"].error is None
@@ -261,8 +300,12 @@ def test_aborted_requests_come_back_once(engine: Engine) -> None:
 
 @pytest.mark.parametrize("steps", range(1, 8))
 def test_abort_in_the_middle_of_work(engine: Engine, steps: int) -> None:
-    """Some are prefilling, some decoding, some waiting, some done: each still comes back exactly once."""
-    engine.submit([request(f"{name}-{i}", work, 30) for i in range(3) for name, work in works(engine).items()])
+    """Some are prefilling, some decoding, some waiting, some done: each still comes back exactly
+    once.
+    """
+    engine.submit(
+        [request(f"{name}-{i}", work, 30) for i in range(3) for name, work in works(engine).items()]
+    )
     done: dict[str, Completion] = {}
     for _ in range(steps):
         done |= {completion.id: completion for completion in engine.step()}
@@ -308,7 +351,9 @@ def test_a_finished_id_may_be_used_again(engine: Engine, work: str) -> None:
 
 def assert_same_answer(first: Completion, second: Completion) -> None:
     """Cached prefixes may change the last bits."""
-    assert [output.token_ids for output in first.outputs] == [output.token_ids for output in second.outputs]
+    assert [output.token_ids for output in first.outputs] == [
+        output.token_ids for output in second.outputs
+    ]
     assert [output.text for output in first.outputs] == [output.text for output in second.outputs]
     np.testing.assert_allclose(first.choice_logprobs or [], second.choice_logprobs or [], atol=1e-4)
     if first.array is not None:
@@ -348,7 +393,9 @@ def test_work_can_be_added_while_other_work_runs(engine: Engine) -> None:
 
 def test_batch_requests_are_answered_as_online_ones_are(engine: Engine) -> None:
     online = [request(f"{name}-online", work, 20) for name, work in works(engine).items()]
-    batch = [replace(each, id=each.id.replace("online", "batch"), priority=BATCH) for each in online]
+    batch = [
+        replace(each, id=each.id.replace("online", "batch"), priority=BATCH) for each in online
+    ]
     engine.submit([each for pair in zip(batch, online, strict=True) for each in pair])
     done = drain(engine)
     for mine, other in zip(batch, online, strict=True):
@@ -379,7 +426,9 @@ def test_close_ends_everything(make_checkpoint: MakeCheckpoint, name: str) -> No
 
 SHOWN = make_prompt([5, (1, 4, 6), 3, [(3, 2, 4)], 4])
 MEDIA_ENGINES: dict[str, Callable[[Path], Engine]] = {
-    name: lambda path, name=name: build_engine(EngineConfig(model=str(path), kind=name, kv_cache_tokens=1024))
+    name: lambda path, name=name: build_engine(
+        EngineConfig(model=str(path), kind=name, kv_cache_tokens=1024)
+    )
     for name in ("torch", "echo")
 } | WITH_VLLM
 
@@ -430,12 +479,18 @@ def outputs(engine: Any, work: Generate, length: int = 20) -> tuple[Output, ...]
 
 
 def says(text: str, **sampling: Any) -> Generate:
-    """A constraint that leaves the model exactly one thing to say, byte by byte (the tokenizer has no merges)."""
+    """A constraint that leaves the model exactly one thing to say, byte by byte (the tokenizer has
+    no merges).
+    """
     sampling = {"max_tokens": 40, "logprobs": 1} | sampling
-    return Generate(sampling=SamplingParams(**sampling), constraint=Constraint(kind="regex", text=re.escape(text)))
+    return Generate(
+        sampling=SamplingParams(**sampling),
+        constraint=Constraint(kind="regex", text=re.escape(text)),
+    )
 
 
-@pytest.mark.parametrize("logprobs", [0, 1])  # with 0, forced tokens are not sampled but appended at once
+# with 0, forced tokens are not sampled but appended at once
+@pytest.mark.parametrize("logprobs", [0, 1])
 @pytest.mark.parametrize(
     ("stop", "text", "reason"),
     [
@@ -490,7 +545,9 @@ def test_min_tokens_put_the_end_off(writer: Any, min_tokens: int) -> None:
     (free,) = outputs(writer, generate(**PAST_ANY_END))
     end = free.token_ids[0]
     writer.tokenizer.eos_token_ids = (end,)
-    (output,) = outputs(writer, generate(min_tokens=min_tokens, stop_token_ids=(free.token_ids[1],)))
+    (output,) = outputs(
+        writer, generate(min_tokens=min_tokens, stop_token_ids=(free.token_ids[1],))
+    )
     assert min_tokens <= len(output.token_ids) <= 8
     assert not {end, free.token_ids[1]} & set(output.token_ids[: min_tokens - 1])
 
@@ -510,16 +567,21 @@ def test_seeds_give_the_same_tokens_in_a_crowd(make_checkpoint: MakeCheckpoint, 
     alone = run(WRITERS[name](path), [mine])["mine"].outputs
     assert alone[0].token_ids != alone[1].token_ids
     crowd = [
-        Request(id=f"c{i}", input_ids=random_ids(i % 3, 25), work=generate(seed=99 + i, **sampling)) for i in range(12)
+        Request(id=f"c{i}", input_ids=random_ids(i % 3, 25), work=generate(seed=99 + i, **sampling))
+        for i in range(12)
     ]
     for max_step_tokens in (7, 300):
         engine = WRITERS[name](path, max_step_tokens=max_step_tokens)
         together = run(engine, [*crowd[:6], mine, *crowd[6:]])
         assert together["mine"].outputs == alone
-        assert len({completion.outputs[0].token_ids for completion in together.values()}) == len(together)
+        assert len({completion.outputs[0].token_ids for completion in together.values()}) == len(
+            together
+        )
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.3, "n": 2}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.3, "n": 2}]
+)
 def test_logprobs_are_the_oracles_log_softmax(
     make_checkpoint: MakeCheckpoint, writer: Any, sampling: dict[str, Any]
 ) -> None:
@@ -535,7 +597,9 @@ def test_logprobs_are_the_oracles_log_softmax(
         values, best = expected[:, : writer.tokenizer.vocab_size].topk(4)
         assert output.top_logprobs is not None
         assert [[top.token_id for top in tops] for tops in output.top_logprobs] == best.tolist()
-        np.testing.assert_allclose([[top.logprob for top in tops] for tops in output.top_logprobs], values, atol=1e-4)
+        np.testing.assert_allclose(
+            [[top.logprob for top in tops] for tops in output.top_logprobs], values, atol=1e-4
+        )
 
 
 SCHEMA = {
@@ -552,11 +616,16 @@ SCHEMA = {
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("logprobs", [0, 1])
-def test_constrained_outputs_match(make_checkpoint: MakeCheckpoint, name: str, logprobs: int) -> None:
+def test_constrained_outputs_match(
+    make_checkpoint: MakeCheckpoint, name: str, logprobs: int
+) -> None:
     engine = WRITERS[name](make_checkpoint("glm4"), max_model_len=512)
     sampling = SamplingParams(temperature=1.0, seed=2, n=3, max_tokens=400, logprobs=logprobs)
     pattern = r"[A-Z]{2}-[0-9]{4}(, (yes|nein))?"
-    schema, regex = Constraint(kind="json_schema", text=json.dumps(SCHEMA)), Constraint(kind="regex", text=pattern)
+    schema, regex = (
+        Constraint(kind="json_schema", text=json.dumps(SCHEMA)),
+        Constraint(kind="regex", text=pattern),
+    )
     requests = [
         request(f"{constraint.kind}-{i}", Generate(sampling=sampling, constraint=constraint))
         for i in range(3)
@@ -571,9 +640,13 @@ def test_constrained_outputs_match(make_checkpoint: MakeCheckpoint, name: str, l
             assert output.finish_reason == "stop" or id == "free"
 
 
-@pytest.mark.parametrize("constraint", [Constraint(kind="regex", text="("), Constraint(kind="json_schema", text="{")])
+@pytest.mark.parametrize(
+    "constraint", [Constraint(kind="regex", text="("), Constraint(kind="json_schema", text="{")]
+)
 def test_an_unusable_constraint_is_its_requests_error(writer: Any, constraint: Constraint) -> None:
-    done = run(writer, [request("bad", Generate(constraint=constraint)), request("good", generate())])
+    done = run(
+        writer, [request("bad", Generate(constraint=constraint)), request("good", generate())]
+    )
     assert done["bad"].error is not None
     assert done["bad"].error.code == "invalid_constraint"
     assert done["good"].error is None
@@ -595,7 +668,9 @@ def test_an_unusable_constraint_is_its_requests_error(writer: Any, constraint: C
         ("ForTokenClassification", generate()),
     ],
 )
-def test_a_head_that_the_checkpoint_lacks(make_checkpoint: MakeCheckpoint, head: str, work: Work) -> None:
+def test_a_head_that_the_checkpoint_lacks(
+    make_checkpoint: MakeCheckpoint, head: str, work: Work
+) -> None:
     engine = build_torch(make_checkpoint("glm4", head=head))
     done = run(engine, [request("bad", work), request("good", Embed())])
     assert done["bad"].error is not None
@@ -622,7 +697,9 @@ def test_ids_outside_the_vocabulary(writer: Any, token: int) -> None:
 
 
 @pytest.mark.parametrize("work", ["mean", "hidden", "logits", "choose"])
-def test_a_half_computed_prompt_that_loses_its_cache_is_right(make_checkpoint: MakeCheckpoint, work: str) -> None:
+def test_a_half_computed_prompt_that_loses_its_cache_is_right(
+    make_checkpoint: MakeCheckpoint, work: str
+) -> None:
     path = make_checkpoint("glm4")
     engine = build_torch(path, kv_cache_tokens=60, block_size=4, max_step_tokens=4)
     asked = request("late", WORKS[work], 40)
@@ -639,10 +716,16 @@ def test_a_half_computed_prompt_that_loses_its_cache_is_right(make_checkpoint: M
 @pytest.fixture(params=[False, True], ids=["alone", "crowded"])
 def crowd(request: pytest.FixtureRequest) -> list[Request]:
     """Others beside the request at hand, so that steps fall elsewhere and caches are lost."""
-    return [globals()["request"](f"x{i}", generate(max_tokens=20), 30) for i in range(6)] if request.param else []
+    return (
+        [globals()["request"](f"x{i}", generate(max_tokens=20), 30) for i in range(6)]
+        if request.param
+        else []
+    )
 
 
-def run_streaming(engine: Engine, requests: list[Request]) -> tuple[dict[str, Completion], list[Delta]]:
+def run_streaming(
+    engine: Engine, requests: list[Request]
+) -> tuple[dict[str, Completion], list[Delta]]:
     engine.submit(requests)
     done: dict[str, Completion] = {}
     gained: list[Delta] = []
@@ -663,7 +746,9 @@ def assert_deltas_are_the_outputs(completion: Completion, gained: list[Delta]) -
         assert sum((delta.token_ids for delta in mine), ()) == output.token_ids
         assert sum((delta.logprobs for delta in mine), ()) == (output.logprobs or ())
         assert sum((delta.top_logprobs for delta in mine), ()) == (output.top_logprobs or ())
-        assert [delta.finish_reason for delta in mine] == [None] * (len(mine) - 1) + [output.finish_reason]
+        assert [delta.finish_reason for delta in mine] == [None] * (len(mine) - 1) + [
+            output.finish_reason
+        ]
 
 
 STREAMED: dict[str, Generate] = {
@@ -684,7 +769,10 @@ def test_deltas_joined_are_the_outputs(engine: Engine, work: str, crowd: list[Re
 
 
 def test_requests_that_fail_or_do_not_decode_stream_nothing(engine: Engine) -> None:
-    asked = [replace(request("embed", Embed()), stream=True), replace(request("bad", generate(), 0), stream=True)]
+    asked = [
+        replace(request("embed", Embed()), stream=True),
+        replace(request("bad", generate(), 0), stream=True),
+    ]
     done, gained = run_streaming(engine, asked)
     assert (set(done), gained) == ({"embed", "bad"}, [])
 
@@ -709,12 +797,17 @@ def test_an_abort_ends_the_stream(engine: Engine, steps: int) -> None:
 
 
 @pytest.mark.parametrize("logprobs", [0, 1])
-@pytest.mark.parametrize("stop", [(), ("你好",), ("🙂", "好"), ("ende", "d!"), ("ch 你?", "h 你好 x", "Zürz")])
+@pytest.mark.parametrize(
+    "stop", [(), ("你好",), ("🙂", "好"), ("ende", "d!"), ("ch 你?", "h 你好 x", "Zürz")]
+)
 def test_a_stream_shows_no_stop_string_and_no_half_character(
     torch_engine: TorchEngine, logprobs: int, stop: tuple[str, ...]
 ) -> None:
     asked = Request(
-        id="r", input_ids=random_ids(1, 9), work=says("Zürich 你好 🙂 end", stop=stop, logprobs=logprobs), stream=True
+        id="r",
+        input_ids=random_ids(1, 9),
+        work=says("Zürich 你好 🙂 end", stop=stop, logprobs=logprobs),
+        stream=True,
     )
     done, gained = run_streaming(torch_engine, [asked])
     assert_deltas_are_the_outputs(done["r"], gained)

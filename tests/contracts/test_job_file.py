@@ -1,4 +1,6 @@
-"""The job file, frozen: every key, its type and its default. A change here is a change for every user."""
+"""The job file, frozen: every key, its type and its default. A change here is a change for every
+user.
+"""
 
 from __future__ import annotations
 
@@ -102,14 +104,21 @@ SECTIONS = {
 
 
 def test_keys_types_and_defaults() -> None:
-    known = {name: (describe(key.type), key.default) for name, key in job_keys().items() if name not in SECTIONS}
+    known = {
+        name: (describe(key.type), key.default)
+        for name, key in job_keys().items()
+        if name not in SECTIONS
+    }
     limits = {name for name in known if name.startswith("requests.limits.")}
-    assert limits == {f"requests.limits.{field.name}" for field in fields(Caps)}  # as in a server's configuration
+    # as in a server's configuration
+    assert limits == {f"requests.limits.{field.name}" for field in fields(Caps)}
     assert {name: known[name] for name in known.keys() - limits} == KEYS
 
 
 def test_sections_may_be_left_out() -> None:
-    assert {name for name, key in job_keys().items() if name in SECTIONS and key.default != "required"} == SECTIONS
+    assert {
+        name for name, key in job_keys().items() if name in SECTIONS and key.default != "required"
+    } == SECTIONS
 
 
 def test_the_readme_shows_every_key_with_its_default() -> None:

@@ -24,7 +24,12 @@ BEFORE = [
     ("row_key", "string"), ("status", "string"), ("error_code", "string"), ("error_message", "string"),
     ("attempts", "int32"),
 ]  # fmt: skip
-AFTER = [("prompt_tokens", "int32"), ("cached_tokens", "int32"), ("output_tokens", "int32"), ("media_tokens", "int32")]
+AFTER = [
+    ("prompt_tokens", "int32"),
+    ("cached_tokens", "int32"),
+    ("output_tokens", "int32"),
+    ("media_tokens", "int32"),
+]
 TOKEN = "struct<text: string, start: int32, end: int32, label: string, score: double>"
 TASK = {
     "choose": [
@@ -42,10 +47,14 @@ TASK = {
 
 
 def job(kind: Any, **changes: Any) -> Job:
-    return Job(model="m", input=["i"], output="o", task=TaskConfig(kind=kind, prompt="{x}"), **changes)
+    return Job(
+        model="m", input=["i"], output="o", task=TaskConfig(kind=kind, prompt="{x}"), **changes
+    )
 
 
-def columns(a_job: Job, config: ModelConfig = CONFIG, **carried: pa.DataType) -> list[tuple[str, str]]:
+def columns(
+    a_job: Job, config: ModelConfig = CONFIG, **carried: pa.DataType
+) -> list[tuple[str, str]]:
     return [(field.name, str(field.type)) for field in output_schema(a_job, config, carried)]
 
 
@@ -55,8 +64,13 @@ def test_columns_of_each_kind(kind: str) -> None:
 
 
 def test_log_probabilities_of_labels_come_on_demand() -> None:
-    asked = replace(job("choose"), task=TaskConfig(kind="choose", prompt="{x}", label_logprobs=True))
-    assert columns(asked) == BEFORE + TASK["choose"] + [("label_logprobs", "list<item: double>")] + AFTER
+    asked = replace(
+        job("choose"), task=TaskConfig(kind="choose", prompt="{x}", label_logprobs=True)
+    )
+    assert (
+        columns(asked)
+        == BEFORE + TASK["choose"] + [("label_logprobs", "list<item: double>")] + AFTER
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -82,11 +96,16 @@ def test_several_outputs_make_lists() -> None:
         (None, 2, "string"),
     ],
 )
-def test_the_label_of_classify_goes_by_problem_type(problem_type: Any, num_labels: int, dtype: str) -> None:
+def test_the_label_of_classify_goes_by_problem_type(
+    problem_type: Any, num_labels: int, dtype: str
+) -> None:
     config = replace(CONFIG, problem_type=problem_type, num_labels=num_labels)
     assert ("label", dtype) in columns(job("classify"), config)
 
 
 def test_carried_columns_come_last_with_the_inputs_types() -> None:
     a_job = job("extract", carry=["day", "id"])
-    assert columns(a_job, id=pa.int64(), day=pa.date32())[-2:] == [("day", "date32[day]"), ("id", "int64")]
+    assert columns(a_job, id=pa.int64(), day=pa.date32())[-2:] == [
+        ("day", "date32[day]"),
+        ("id", "int64"),
+    ]

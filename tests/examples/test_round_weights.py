@@ -1,4 +1,6 @@
-"""The rounded checkpoint of the shipped sweep: few values in each group, near the old ones, the same every time."""
+"""The rounded checkpoint of the shipped sweep: few values in each group, near the old ones, the
+same every time.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def test_each_group_keeps_few_values_near_the_old_ones() -> None:
     for before, after in zip(weight.reshape(-1, 16), found.reshape(-1, 16), strict=True):
         assert len(after.unique()) <= 8
         assert (after - before).abs().max() <= (before.max() - before.min()) / 7 / 2 + 1e-6
-        torch.testing.assert_close(torch.stack([after.min(), after.max()]), torch.stack([before.min(), before.max()]))
+        torch.testing.assert_close(
+            torch.stack([after.min(), after.max()]), torch.stack([before.min(), before.max()])
+        )
 
 
 def test_matrices_of_layers_alone_are_rounded_and_always_the_same(tmp_path: Path) -> None:
@@ -29,6 +33,8 @@ def test_matrices_of_layers_alone_are_rounded_and_always_the_same(tmp_path: Path
     assert files.keys() == {path.name for path in TINY.iterdir()}
     before, after = (load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "a"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if before[name].dim() == 2 and any(part in name for part in LAYERS)}
+    assert changed == {
+        name for name in before if before[name].dim() == 2 and any(part in name for part in LAYERS)
+    }
     assert count == sum(before[name].numel() for name in changed)
     assert all(weight.dtype == before[name].dtype for name, weight in after.items())

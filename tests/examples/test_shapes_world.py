@@ -1,4 +1,6 @@
-"""Pictures and clips show what their gold answers say, and the shipped shards hold what the job files promise."""
+"""Pictures and clips show what their gold answers say, and the shipped shards hold what the job
+files promise.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,16 @@ def take_clips(split: Split, number: int, seed: int = 0) -> list[Clip]:
 
 def figure_pixels(scene: Scene) -> np.ndarray:
     """bool [height, width]: where the picture differs clearly from its background."""
-    with_figures, without = (np.asarray(picture, np.int32) for picture in (draw(scene), draw_background(scene)))
+    with_figures, without = (
+        np.asarray(picture, np.int32) for picture in (draw(scene), draw_background(scene))
+    )
     return np.abs(with_figures - without).sum(axis=2) > 60
 
 
 def count_components(mask: np.ndarray) -> int:
-    """Euler's number of figures without holes, whose pixels may touch at corners: counted over windows of 2 x 2."""
+    """Euler's number of figures without holes, whose pixels may touch at corners: counted over
+    windows of 2 x 2.
+    """
     padded = np.pad(mask, 1).astype(int)
     a, b, c, d = padded[1:, 1:], padded[1:, :-1], padded[:-1, 1:], padded[:-1, :-1]
     filled, diagonal = a + b + c + d, (a == d) & (b == c) & (a != b)
@@ -66,7 +72,9 @@ def count_components(mask: np.ndarray) -> int:
 
 
 def shape_of(mask: np.ndarray) -> str:
-    """By the waves of the outline's distance from its centre: three for a triangle, four, five, or none."""
+    """By the waves of the outline's distance from its centre: three for a triangle, four, five, or
+    none.
+    """
     y, x = np.nonzero(mask)
     dy, dx = y - y.mean(), x - x.mean()
     bins = ((np.arctan2(dy, dx) + np.pi) / (2 * np.pi) * 60).astype(int) % 60
@@ -84,11 +92,15 @@ def test_same_seed_gives_the_same_pictures_and_clips() -> None:
 
 
 def test_train_and_eval_share_no_picture() -> None:
-    drawn = {split: {s for seed in range(3) for s in take_scenes(split, 300, seed)} for split in ("train", "eval")}
+    drawn = {
+        split: {s for seed in range(3) for s in take_scenes(split, 300, seed)}
+        for split in ("train", "eval")
+    }
     assert len(drawn["train"]) == len(drawn["eval"]) == 900
     assert not drawn["train"] & drawn["eval"]
     moving = {
-        split: {c.scene for seed in range(3) for c in take_clips(split, 300, seed)} for split in ("train", "eval")
+        split: {c.scene for seed in range(3) for c in take_clips(split, 300, seed)}
+        for split in ("train", "eval")
     }
     assert not moving["train"] & moving["eval"]
 
@@ -145,7 +157,10 @@ def test_a_clip_moves_as_it_says() -> None:
         background = np.asarray(draw_background(clip.scene), np.int32)
         moments = [0, clip.num_frames // 2, clip.num_frames - 1]
         frames = [np.asarray(frame, np.int32) for frame in clip.draw(moments)]
-        centres = [np.argwhere(np.abs(frame - background).sum(axis=2) > 60).mean(axis=0) for frame in frames]
+        centres = [
+            np.argwhere(np.abs(frame - background).sum(axis=2) > 60).mean(axis=0)
+            for frame in frames
+        ]
         dx, dy = MOTIONS[clip.motion]
         for before, after in itertools.pairwise(centres):
             moved_y, moved_x = after - before
@@ -176,9 +191,13 @@ def test_a_trained_clip_is_what_the_jobs_make_of_its_file() -> None:
     processor, rng = VideoProcessor(VIDEOS), random.Random(0)
     for clip in take_clips("eval", 12, seed=5):
         trained = show_clip(clip, rng).patches
-        shipped = processor.from_bytes(media_files.encode_clip(clip.draw(list(range(clip.num_frames))), clip.fps))
+        shipped = processor.from_bytes(
+            media_files.encode_clip(clip.draw(list(range(clip.num_frames))), clip.fps)
+        )
         assert trained.grid == shipped.grid
-        assert [int(second) for second in trained.timestamps] == [int(second) for second in shipped.timestamps]
+        assert [int(second) for second in trained.timestamps] == [
+            int(second) for second in shipped.timestamps
+        ]
         assert np.abs(trained.patches.astype(np.int32) - shipped.patches).mean() < 8
 
 
@@ -190,7 +209,9 @@ def test_hints_stand_where_the_figures_are() -> None:
         assert len(shown.hints) == len(shown.patches.patches) // IMAGES.merge_size**2
         if "motion" in shown.answers:
             assert centres.sum() == frames
-            assert set(shown.hints[centres == 1, 3]) == {list(MOTIONS).index(shown.answers["motion"])}
+            assert set(shown.hints[centres == 1, 3]) == {
+                list(MOTIONS).index(shown.answers["motion"])
+            }
         else:
             assert 1 <= centres.sum() <= int(shown.answers["count"])
             assert set(shown.hints[centres == 1, 1]) == {SHAPES.index(shown.answers["shape"])}
@@ -198,7 +219,12 @@ def test_hints_stand_where_the_figures_are() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [("truncated JPEG", "bad_image"), ("text", "bad_image"), ("zero bytes", "bad_image"), ("bomb", "media_too_large")],
+    [
+        ("truncated JPEG", "bad_image"),
+        ("text", "bad_image"),
+        ("zero bytes", "bad_image"),
+        ("bomb", "media_too_large"),
+    ],
 )
 def test_broken_images_are_refused(kind: str, code: str) -> None:
     data = media_files.broken_image(kind, draw(make_scene(random.Random(0))))
@@ -217,7 +243,11 @@ def test_broken_clips_are_refused(kind: str) -> None:
 
 
 def read_rows(name: str) -> list[Row]:
-    return [row for path in sorted((ROOT / "examples" / name).iterdir()) for row in pq.read_table(path).to_pylist()]
+    return [
+        row
+        for path in sorted((ROOT / "examples" / name).iterdir())
+        for row in pq.read_table(path).to_pylist()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +270,11 @@ def test_media_shards_hold_the_promised_columns_and_stay_small() -> None:
         assert all(pq.read_schema(path).equals(schema) for path in paths)
         ids = [row["id"] for row in read_rows(name)]
         assert len(set(ids)) == len(ids)
-    total = sum(path.stat().st_size for name in ("shapes", "clips") for path in (ROOT / "examples" / name).iterdir())
+    total = sum(
+        path.stat().st_size
+        for name in ("shapes", "clips")
+        for path in (ROOT / "examples" / name).iterdir()
+    )
     assert total < 6_000_000
 
 
@@ -279,13 +313,19 @@ def test_gold_is_null_exactly_where_a_clip_is_broken(clip_rows: list[Row]) -> No
 
 
 def test_the_generator_writes_the_shipped_images(image_rows: list[Row]) -> None:
-    """Other versions of the encoders may write other bytes: what counts are the answers and the decoded picture."""
-    for made, shipped in zip(make_shards.make_image_rows(len(image_rows), make_shards.SEED), image_rows, strict=True):
+    """Other versions of the encoders may write other bytes: what counts are the answers and the
+    decoded picture.
+    """
+    for made, shipped in zip(
+        make_shards.make_image_rows(len(image_rows), make_shards.SEED), image_rows, strict=True
+    ):
         assert {k: v for k, v in shipped.items() if k != "image" and v is not None} == {
             k: v for k, v in made.items() if k != "image" and v is not None
         }
         if shipped["gold_shape"] is not None:
-            pictures = [decode_image(row["image"], max_source_pixels=1 << 26) for row in (made, shipped)]
+            pictures = [
+                decode_image(row["image"], max_source_pixels=1 << 26) for row in (made, shipped)
+            ]
             assert np.abs(pictures[0].astype(np.int32) - pictures[1]).mean() < 2
 
 
@@ -296,7 +336,10 @@ def test_the_generator_writes_the_shipped_clips(clip_rows: list[Row]) -> None:
     for new, shipped in itertools.islice(zip(made, clip_rows, strict=True), 25):
         assert (new["id"], new["gold_motion"]) == (shipped["id"], shipped["gold_motion"])
         if shipped["gold_motion"] is not None:
-            patches = [processor.from_bytes(row["video"]).patches.astype(np.int32) for row in (new, shipped)]
+            patches = [
+                processor.from_bytes(row["video"]).patches.astype(np.int32)
+                for row in (new, shipped)
+            ]
             assert np.abs(patches[0] - patches[1]).mean() < 3
 
 

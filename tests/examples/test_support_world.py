@@ -57,14 +57,18 @@ def test_each_label_has_its_own_sentences(split: Split) -> None:
     assert tuple(split.problems) == LABELS
     counts = Counter(sentence for sentences in split.problems.values() for sentence in sentences)
     assert max(counts.values()) == 1
-    assert min(len(sentences) for sentences in split.problems.values()) >= (30 if split is TRAIN else 12)
+    assert min(len(sentences) for sentences in split.problems.values()) >= (
+        30 if split is TRAIN else 12
+    )
 
 
 @SPLITS
 def test_a_ticket_is_filled_and_names_exactly_its_order(split: Split) -> None:
     for ticket in take(split, 2000):
         assert not re.search(r"[{}|()]", ticket.text), ticket.text
-        assert ORDER_ID.findall(ticket.text) == ([ticket.order_id] if ticket.order_id else []), ticket.text
+        assert ORDER_ID.findall(ticket.text) == ([ticket.order_id] if ticket.order_id else []), (
+            ticket.text
+        )
 
 
 def test_labels_and_orders_come_in_fair_shares() -> None:
@@ -88,7 +92,9 @@ def test_control_strings_are_inserted_and_nothing_else_changes() -> None:
     for ticket in take(EVAL, 100):
         typed = with_control_strings(ticket, rng)
         assert any(control in typed.text for control in CONTROL_STRINGS)
-        assert [word for word in typed.text.split(" ") if word not in CONTROL_STRINGS] == ticket.text.split(" ")
+        assert [
+            word for word in typed.text.split(" ") if word not in CONTROL_STRINGS
+        ] == ticket.text.split(" ")
         assert (typed.label, typed.order_id) == (ticket.label, ticket.order_id)
 
 
@@ -96,31 +102,44 @@ def test_the_generator_writes_the_shipped_shards(
     tmp_path: Path, shards: dict[Path, list[dict[str, str | None]]]
 ) -> None:
     written = make_shards.write_shards(tmp_path)
-    assert {path.name: read_rows(path) for path in written} == {path.name: part for path, part in shards.items()}
+    assert {path.name: read_rows(path) for path in written} == {
+        path.name: part for path, part in shards.items()
+    }
 
 
 def test_shards_hold_the_promised_files_columns_and_rows(
     shards: dict[Path, list[dict[str, str | None]]], rows: list[dict[str, str | None]]
 ) -> None:
     assert Counter(path.suffix for path in shards) == {".parquet": 3, ".jsonl": 2}
-    assert all(pq.read_schema(path).equals(make_shards.SCHEMA) for path in shards if path.suffix == ".parquet")
+    assert all(
+        pq.read_schema(path).equals(make_shards.SCHEMA)
+        for path in shards
+        if path.suffix == ".parquet"
+    )
     assert all(list(row) == make_shards.SCHEMA.names for row in rows)
     assert len(rows) == len({row["id"] for row in rows}) == 2400
     assert sum(path.stat().st_size for path in shards) < 1_500_000
 
 
-def test_every_file_holds_bad_rows_and_only_those_lack_gold(shards: dict[Path, list[dict[str, str | None]]]) -> None:
+def test_every_file_holds_bad_rows_and_only_those_lack_gold(
+    shards: dict[Path, list[dict[str, str | None]]],
+) -> None:
     kinds: Counter[str] = Counter()
     for part in shards.values():
         for row in part:
             text, gold = row["text"], [row["gold_label"], row["gold_order"], row["gold_reply"]]
-            overlong, empty = len(text or "") > make_shards.OVERLONG_CHARS, text is not None and not text.strip()
+            overlong, empty = (
+                len(text or "") > make_shards.OVERLONG_CHARS,
+                text is not None and not text.strip(),
+            )
             must_fail = text is None or overlong or empty
             assert gold == [None] * 3 if must_fail else None not in gold, row["id"]
             kinds["null"] += text is None
             kinds["overlong"] += overlong
             kinds["empty"] += empty
-            kinds["control"] += text is not None and any(control in text for control in CONTROL_STRINGS)
+            kinds["control"] += text is not None and any(
+                control in text for control in CONTROL_STRINGS
+            )
         assert any(row["gold_label"] is None for row in part)
     assert kinds == {
         "null": make_shards.NUM_NULL,

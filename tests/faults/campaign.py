@@ -1,7 +1,8 @@
-"""Campaigns: jobs whose processes are killed at seeded random moments, and rerun until they are finished.
+"""Campaigns: jobs whose processes are killed at seeded random moments, and rerun until they are
+finished.
 
-Owns the schedule of the kills, the reruns, and the figures that come of them. What is expected of the outputs lies in
-tests.faults.checks, how processes are found and killed in tests.faults.places.
+Owns the schedule of the kills, the reruns, and the figures that come of them. What is expected of
+the outputs lies in tests.faults.checks, how processes are found and killed in tests.faults.places.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from tests.faults.places import ROLES, ROOT, Place, driver_command, kill
 POLL_S = 0.05
 MAX_DELAY_S = 1.5
 STALLED_S = 150.0  # without a commit or the driver's end: a job that hangs
-# A worker's death is held against the rows it had in flight. So that no row is ever held guilty of ours, no role dies
-# more often than this before the suspects of earlier deaths can have been cleared: when CALM more units are committed.
+# A worker's death is held against the rows it had in flight. So that no row is ever held guilty of
+# ours, no role dies more often than this before the suspects of earlier deaths can have been
+# cleared: when CALM more units are committed.
 BURST, CALM = 2, 12
 GIVEN_UP = 2  # drivers of a campaign that may end of themselves
 
@@ -38,7 +40,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aim:
-    """A kill to come: of what, how long after it can be met; `early` ones may hit a driver before its first commit."""
+    """A kill to come: of what, how long after it can be met; `early` ones may hit a driver before
+    its first commit.
+    """
 
     target: str
     delay_s: float
@@ -47,7 +51,9 @@ class Aim:
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What a campaign has come to. `recovered_s` are the seconds from each kill to the next commit after it."""
+    """What a campaign has come to. `recovered_s` are the seconds from each kill to the next commit
+    after it.
+    """
 
     name: str
     kills: Counter[str] = field(default_factory=Counter)
@@ -79,13 +85,25 @@ def schedule(seed: int, name: str, targets: Sequence[str]) -> Iterator[Aim]:
     chance = random.Random(f"{seed} {name}")
     while True:
         for target in chance.sample(targets, len(targets)):
-            yield Aim(target=target, delay_s=chance.uniform(0.0, MAX_DELAY_S), early=chance.random() < 0.25)
+            yield Aim(
+                target=target,
+                delay_s=chance.uniform(0.0, MAX_DELAY_S),
+                early=chance.random() < 0.25,
+            )
 
 
 def run_campaign(
-    name: str, place: Place, workload: Workload, targets: Sequence[str], wanted: int, seed: int, folder: Path
+    name: str,
+    place: Place,
+    workload: Workload,
+    targets: Sequence[str],
+    wanted: int,
+    seed: int,
+    folder: Path,
 ) -> Tally:
-    """Runs jobs to their ends, each on an output of its own, until so many kills have hit; checks every output."""
+    """Runs jobs to their ends, each on an output of its own, until so many kills have hit; checks
+    every output.
+    """
     tally, begun = Tally(name=name), time.monotonic()
     aims = schedule(seed, name, targets)
     chance = random.Random(f"{seed} {name} nodes")
@@ -94,7 +112,9 @@ def run_campaign(
         if before >= wanted:
             break
         Siege(place, workload, aims, chance, folder / f"{name}-{number}").run(tally, wanted)
-        assert tally.kills.total() > before, f"nothing was hit in a whole job; next was to be {targets}"
+        assert tally.kills.total() > before, (
+            f"nothing was hit in a whole job; next was to be {targets}"
+        )
     tally.seconds = time.monotonic() - begun
     return tally
 
@@ -103,7 +123,12 @@ class Siege:
     """One job, run and rerun under fire until its driver exits with 0."""
 
     def __init__(
-        self, place: Place, workload: Workload, aims: Iterator[Aim], chance: random.Random, folder: Path
+        self,
+        place: Place,
+        workload: Workload,
+        aims: Iterator[Aim],
+        chance: random.Random,
+        folder: Path,
     ) -> None:
         folder.mkdir(parents=True)
         self.place, self.workload, self.chance, self.folder = place, workload, chance, folder
@@ -111,10 +136,13 @@ class Siege:
         self.aims, self.aim = aims, next(aims)
 
     def run(self, tally: Tally, wanted: int) -> None:
-        """Until the job is finished; no more kills once the tally has as many as are wanted. Checks the output."""
+        """Until the job is finished; no more kills once the tally has as many as are wanted. Checks
+        the output.
+        """
         command, killed_at = self._command(), list[float]()
         while (code := self._drive(command, killed_at, tally, wanted)) != 0:
-            # A cluster that has lost much may give the job up: that is no loss of rows, but it must stay rare.
+            # A cluster that has lost much may give the job up: that is no loss of rows, but it must
+            # stay rare.
             tally.given_up += code == 1
             assert code == -signal.SIGKILL or (code == 1 and tally.given_up <= GIVEN_UP), (
                 f"exit code {code} of itself:\n{self.log()}"
@@ -134,12 +162,16 @@ class Siege:
     def _command(self) -> list[str]:
         job = self.folder / "job.yaml"
         job.write_text(yaml.safe_dump(self.workload.job | {"output": str(self.output)}))
-        return driver_command(replace(self.workload.pace, folder=str(self.folder)).to_json(), "label", str(job))
+        return driver_command(
+            replace(self.workload.pace, folder=str(self.folder)).to_json(), "label", str(job)
+        )
 
     def _drive(self, command: list[str], killed_at: list[float], tally: Tally, wanted: int) -> int:
         """One driver's life; its exit code."""
         with (self.folder / "driver.log").open("ab") as log:
-            driver = subprocess.Popen(command, cwd=ROOT, env=self.place.environment(), stdout=log, stderr=log)
+            driver = subprocess.Popen(
+                command, cwd=ROOT, env=self.place.environment(), stdout=log, stderr=log
+            )
         fire = _Fire(self, driver)
         try:
             while driver.poll() is None:
@@ -199,10 +231,14 @@ class _Fire:
     def _kill_node(self, aim: Aim) -> bool:
         self._until(lambda: self._workers("model"))
         self._pause(aim.delay_s)
-        return self._driver.poll() is None and self._place.kill_node(self._driver, self._siege.chance)
+        return self._driver.poll() is None and self._place.kill_node(
+            self._driver, self._siege.chance
+        )
 
     def _workers(self, role: str) -> list[psutil.Process]:
-        return [each for each in self._place.workers(self._driver, role) if each not in self._not_ours]
+        return [
+            each for each in self._place.workers(self._driver, role) if each not in self._not_ours
+        ]
 
     def _calm_down(self, target: str) -> None:
         if self._recent[target] + self._recent["node"] < BURST:
@@ -215,7 +251,9 @@ class _Fire:
         self._until(lambda: False, seconds)
 
     def _until(self, condition: Callable[[], T], at_most_s: float | None = None) -> T | None:
-        """What the condition gives once it is true; None when the driver has ended before, or the time is over."""
+        """What the condition gives once it is true; None when the driver has ended before, or the
+        time is over.
+        """
         begun = moved = time.monotonic()
         commits = self._siege.commits()
         while self._driver.poll() is None:
@@ -226,7 +264,9 @@ class _Fire:
                 return None
             if self._siege.commits() != commits:
                 commits, moved = self._siege.commits(), now
-            assert now - moved < STALLED_S, f"nothing was committed for {STALLED_S:.0f} s:\n{self._siege.log()}"
+            assert now - moved < STALLED_S, (
+                f"nothing was committed for {STALLED_S:.0f} s:\n{self._siege.log()}"
+            )
             time.sleep(POLL_S)
         return None
 

@@ -1,4 +1,5 @@
-"""What must hold of an output after any number of kills: the rows of an undisturbed run, and nothing else.
+"""What must hold of an output after any number of kills: the rows of an undisturbed run, and
+nothing else.
 
 Owns the jobs that are run and what their undisturbed outputs were. Knows nothing of kills.
 """
@@ -17,7 +18,8 @@ from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
 from tests.faults.driver import Pace
 
-# How a row was batched with others shows in these: in how much of it was cached, and in the last bits of a sum.
+# How a row was batched with others shows in these: in how much of it was cached, and in the last
+# bits of a sum.
 DEPENDS_ON_COMPANY = ["cached_tokens"]
 TOLERANCE = 1e-4
 
@@ -38,7 +40,9 @@ def read_records(folder: Path) -> pa.Table:
 
 
 def check_output(folder: Path, workload: Workload) -> None:
-    """Every row once, in order, as undisturbed; nothing damaged; no orphan named, and none left by `gc`."""
+    """Every row once, in order, as undisturbed; nothing damaged; no orphan named, and none left by
+    `gc`.
+    """
     output = Output.at(str(folder))
     records = read_records(folder)
     assert records["row_key"].to_pylist() == list(workload.keys)

@@ -1,6 +1,7 @@
 """The cluster that is killed, the seed, and the table of what the kills came to.
 
-Tests with the mark `faults` take long: they run where `-m faults` asks for them, as `make test-faults` does.
+Tests with the mark `faults` take long: they run where `-m faults` asks for them, as `make
+test-faults` does.
 """
 
 from __future__ import annotations

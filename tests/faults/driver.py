@@ -1,7 +1,9 @@
-"""A `glm-batch` driver whose workers take their time and count the rows they finish; all else is the real thing.
+"""A `glm-batch` driver whose workers take their time and count the rows they finish; all else is
+the real thing.
 
-Run as: python -m tests.faults.driver PACE ARGUMENT ..., where PACE is a Pace as JSON and the rest is for glm-batch.
-Owns how slow the workers are. What this module defines travels to them by value, as it is the main module.
+Run as: python -m tests.faults.driver PACE ARGUMENT ..., where PACE is a Pace as JSON and the rest
+is for glm-batch. Owns how slow the workers are. What this module defines travels to them by value,
+as it is the main module.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ COMPLETED, HURRY = "completed", "hurry"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """Seconds that the workers sleep: for each unit, and for each step of the engine, which takes `step_rows` rows.
+    """Seconds that the workers sleep: for each unit, and for each step of the engine, which takes
+    `step_rows` rows.
 
-    In `folder` a byte is added to COMPLETED for each row that an engine has finished. Where there is HURRY, nobody
-    sleeps any more.
+    In `folder` a byte is added to COMPLETED for each row that an engine has finished. Where there
+    is HURRY, nobody sleeps any more.
     """
 
     folder: str
@@ -81,7 +84,7 @@ class Paced:
 
 
 def paced_workers(pace: Pace) -> dict[str, type]:
-    """Stand-ins for the classes of the same names in glm_batch.pipelines.graph.stages."""
+    """Stand-ins for the classes of the same names in pipelines.graph.stages."""
     from glm_batch.glm_actors.units import model_actor as model
     from glm_batch.pipelines.graph import stages
 

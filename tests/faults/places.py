@@ -1,7 +1,9 @@
-"""Where jobs are run to be killed: a Ray cluster of several nodes on this machine, or the driver's own local Ray.
+"""Where jobs are run to be killed: a Ray cluster of several nodes on this machine, or the driver's
+own local Ray.
 
-Owns finding a stage's workers among this place's processes, by the titles that Ray gives them, and killing for real:
-a kill counts only where the process was there to be hit. Touches no process of any other Ray.
+Owns finding a stage's workers among this place's processes, by the titles that Ray gives them, and
+killing for real: a kill counts only where the process was there to be hit. Touches no process of
+any other Ray.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ import psutil
 ROOT = Path(__file__).parents[2]
 ROLES = {  # by titles like "ray::MapWorker(ReadUnits->MapBatches(Preprocessor)).submit"
     role: re.compile(rf"ray::MapWorker\(.*\({name}\)")
-    for role, name in {"preprocessor": "Preprocessor", "model": "ModelActor", "committer": "Committer"}.items()
+    for role, name in {
+        "preprocessor": "Preprocessor",
+        "model": "ModelActor",
+        "committer": "Committer",
+    }.items()
 }
 NODE_CPUS, OBJECT_STORE = 3, 100 << 20
 # Ray's own values take 15 s and more to find a dead node.
@@ -41,10 +47,14 @@ class Place(Protocol):
         """What a driver must be told to run here."""
 
     def workers(self, driver: subprocess.Popen[bytes], role: str) -> list[psutil.Process]:
-        """The living processes that have this role in a stage, of this driver's job or an earlier one's."""
+        """The living processes that have this role in a stage, of this driver's job or an earlier
+        one's.
+        """
 
     def kill_node(self, driver: subprocess.Popen[bytes], chance: random.Random) -> bool:
-        """SIGKILLs a node that has a stage's worker, all its processes, and adds another. False: there was none."""
+        """SIGKILLs a node that has a stage's worker, all its processes, and adds another. False:
+        there was none.
+        """
 
 
 class Laptop:
@@ -61,7 +71,9 @@ class Laptop:
 
 
 class Farm:
-    """A head node without CPUs, to which drivers connect, and worker nodes that can be killed. A context."""
+    """A head node without CPUs, to which drivers connect, and worker nodes that can be killed. A
+    context.
+    """
 
     def __init__(self, num_nodes: int = 2, object_store: int = OBJECT_STORE) -> None:
         self._num_nodes, self._object_store = num_nodes, object_store
@@ -73,14 +85,18 @@ class Farm:
         with patch("ray._private.utils.write_ray_address"):
             head = {"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK_TO_NOTICE}
             self._cluster: Any = Cluster(
-                initialize_head=True, head_node_args=head | {"object_store_memory": self._object_store}
+                initialize_head=True,
+                head_node_args=head | {"object_store_memory": self._object_store},
             )
         for _ in range(self._num_nodes):
             self._add_node()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._cluster.shutdown()
 
@@ -88,10 +104,18 @@ class Farm:
         return _environment(self._cluster.address)
 
     def workers(self, driver: subprocess.Popen[bytes], role: str) -> list[psutil.Process]:
-        return [each for node in self._nodes() for each in _with_title(_family(_raylet(node)), ROLES[role])]
+        return [
+            each
+            for node in self._nodes()
+            for each in _with_title(_family(_raylet(node)), ROLES[role])
+        ]
 
     def kill_node(self, driver: subprocess.Popen[bytes], chance: random.Random) -> bool:
-        nodes = [node for node in self._nodes() if any(_with_title(_family(_raylet(node)), *ROLES.values()))]
+        nodes = [
+            node
+            for node in self._nodes()
+            if any(_with_title(_family(_raylet(node)), *ROLES.values()))
+        ]
         if not nodes:
             return False
         node = chance.choice(nodes)
@@ -101,9 +125,15 @@ class Farm:
         return hits[0]
 
     def spilled_mib(self) -> int:
-        """What has gone through the disk so far because an object store was full, by the words of Ray's logs."""
+        """What has gone through the disk so far because an object store was full, by the words of
+        Ray's logs.
+        """
         logs = Path(self._cluster.head_node.get_session_dir_path(), "logs").glob("raylet*.out")
-        return sum(int(spilled) for log in logs for spilled in re.findall(r"Spilled (\d+) MiB", log.read_text())[-1:])
+        return sum(
+            int(spilled)
+            for log in logs
+            for spilled in re.findall(r"Spilled (\d+) MiB", log.read_text())[-1:]
+        )
 
     def _nodes(self) -> list[Any]:
         return sorted(self._cluster.worker_nodes, key=_raylet)
@@ -136,7 +166,9 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _with_title(processes: Iterable[psutil.Process], *titles: re.Pattern[str]) -> Iterator[psutil.Process]:
+def _with_title(
+    processes: Iterable[psutil.Process], *titles: re.Pattern[str]
+) -> Iterator[psutil.Process]:
     for process in processes:
         try:
             title = " ".join(process.cmdline())
@@ -147,8 +179,14 @@ def _with_title(processes: Iterable[psutil.Process], *titles: re.Pattern[str]) -
 
 
 def _environment(address: str | None) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONFAULTHANDLER": "1"}
-    return own | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"} | ({"RAY_ADDRESS": address} if address else {})
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "PYTHONFAULTHANDLER": "1"
+    }
+    return (
+        own
+        | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+        | ({"RAY_ADDRESS": address} if address else {})
+    )
 
 
 def driver_command(pace: str, *arguments: str) -> list[str]:

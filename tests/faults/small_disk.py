@@ -1,8 +1,10 @@
-"""A job whose disk fills up in the middle, and that is run again once there is room; tells what happened as JSON.
+"""A job whose disk fills up in the middle, and that is run again once there is room; tells what
+happened as JSON.
 
-Run as: python -m tests.faults.small_disk FOLDER HOW, with a job.yaml in FOLDER. HOW is "mount", in a process that may
-mount: the output then lies on a file system of SIZE bytes, which gets filled. Elsewhere it is "limit": the kernel
-refuses every larger write of the job's processes. The finished output is copied to FOLDER/finished.
+Run as: python -m tests.faults.small_disk FOLDER HOW, with a job.yaml in FOLDER. HOW is "mount", in
+a process that may mount: the output then lies on a file system of SIZE bytes, which gets filled.
+Elsewhere it is "limit": the kernel refuses every larger write of the job's processes. The finished
+output is copied to FOLDER/finished.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def main(folder: Path, how: str) -> None:
     disk = folder / "disk"
     disk.mkdir()
     if how == "mount":
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)], check=True
+        )
     job = yaml.safe_load((folder / "job.yaml").read_text())
     (folder / "job.yaml").write_text(yaml.safe_dump(job | {"output": str(disk / "out")}))
 
@@ -54,11 +58,20 @@ def main(folder: Path, how: str) -> None:
     print(json.dumps({"first": first, "then": then, "second": second}))
 
 
-def _run(folder: Path, output: Path, when_at_work: Callable[[subprocess.Popen[str]], None]) -> dict[str, Any]:
+def _run(
+    folder: Path, output: Path, when_at_work: Callable[[subprocess.Popen[str]], None]
+) -> dict[str, Any]:
     """A driver's exit code and what it said."""
-    command = driver_command(replace(ECHO_PACE, folder=str(folder)).to_json(), "label", str(folder / "job.yaml"))
+    command = driver_command(
+        replace(ECHO_PACE, folder=str(folder)).to_json(), "label", str(folder / "job.yaml")
+    )
     driver = subprocess.Popen(
-        command, cwd=ROOT, env=Laptop().environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=Laptop().environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while driver.poll() is None and len(list((output / "commits").glob("*"))) < COMMITS_BEFORE:
         time.sleep(0.05)

@@ -23,7 +23,11 @@ def test_the_schedule_follows_from_the_seed() -> None:
 def records(
     text: str = "a", probability: float | None = 0.5, probabilities: tuple[float, ...] = (0.5, 0.5)
 ) -> pa.Table:
-    columns = {"text": ["b", text], "probability": [0.1, probability], "label_probs": [None, list(probabilities)]}
+    columns = {
+        "text": ["b", text],
+        "probability": [0.1, probability],
+        "label_probs": [None, list(probabilities)],
+    }
     return pa.table({"row_key": ["1", "2"]} | columns)
 
 

@@ -1,4 +1,6 @@
-"""An object store that cannot hold what a job has in flight: blocks go through the disk, and every row arrives."""
+"""An object store that cannot hold what a job has in flight: blocks go through the disk, and every
+row arrives.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,15 @@ def cramped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Farm]:
         yield farm
 
 
-def test_a_full_object_store_loses_no_row(echo_checkpoint: Path, cramped: Farm, tmp_path: Path) -> None:
+def test_a_full_object_store_loses_no_row(
+    echo_checkpoint: Path, cramped: Farm, tmp_path: Path
+) -> None:
     texts = [f"{row:02d}" * (TEXT // 2) for row in range(NUM_ROWS)]
-    pq.write_table(pa.table({"id": list(range(NUM_ROWS)), "long": texts}), tmp_path / "in.parquet", row_group_size=6)
+    pq.write_table(
+        pa.table({"id": list(range(NUM_ROWS)), "long": texts}),
+        tmp_path / "in.parquet",
+        row_group_size=6,
+    )
     job = {
         "model": str(echo_checkpoint),
         "input": [str(tmp_path / "in.parquet")],
@@ -45,7 +53,13 @@ def test_a_full_object_store_loses_no_row(echo_checkpoint: Path, cramped: Farm, 
     pace = Pace(folder=str(tmp_path), commit_s=0.5)  # so that blocks pile up before the commit
     command = driver_command(pace.to_json(), "label", str(tmp_path / "job.yaml"))
     done = subprocess.run(
-        command, cwd=ROOT, env=cramped.environment(), capture_output=True, text=True, check=False, timeout=250
+        command,
+        cwd=ROOT,
+        env=cramped.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     assert cramped.spilled_mib() > 0

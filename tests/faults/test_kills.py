@@ -1,4 +1,5 @@
-"""SIGKILL at random moments, of everything that a job consists of: nothing is lost, nothing comes twice.
+"""SIGKILL at random moments, of everything that a job consists of: nothing is lost, nothing comes
+twice.
 
 The kills follow from a seed: GLM_BATCH_FAULTS_SEED. Where exactly they hit depends on the machine.
 """
@@ -28,7 +29,9 @@ LONG = [pytest.mark.faults, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="session")
-def echo_workload(echo_checkpoint: Path, farm: Farm, tmp_path_factory: pytest.TempPathFactory) -> Workload:
+def echo_workload(
+    echo_checkpoint: Path, farm: Farm, tmp_path_factory: pytest.TempPathFactory
+) -> Workload:
     folder = tmp_path_factory.mktemp("echo")
     return undisturbed(echo_job(echo_checkpoint, folder, 2500), ECHO_PACE, farm, folder)
 
@@ -68,7 +71,9 @@ def test_kills_on_a_cluster(
 def test_kills_in_long_units(
     echo_checkpoint: Path, farm: Farm, tallies: list[Tally], seed: int, tmp_path: Path
 ) -> None:
-    """Units that are in the engine for longer than commit.every_seconds, so that the journal has its part in it."""
+    """Units that are in the engine for longer than commit.every_seconds, so that the journal has
+    its part in it.
+    """
     job = echo_job(echo_checkpoint, tmp_path, 2500, unit_rows=25, every_seconds=0.3)
     workload = undisturbed(job, ECHO_PACE, farm, tmp_path / "undisturbed")
     tallies.append(run_campaign("long units", farm, workload, EVERYTHING, 20, seed, tmp_path))
@@ -76,7 +81,9 @@ def test_kills_in_long_units(
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
-def test_kills_on_a_laptop(echo_workload: Workload, tallies: list[Tally], seed: int, tmp_path: Path) -> None:
+def test_kills_on_a_laptop(
+    echo_workload: Workload, tallies: list[Tally], seed: int, tmp_path: Path
+) -> None:
     targets = ["driver", *WORKERS]
     tallies.append(run_campaign("laptop", Laptop(), echo_workload, targets, 16, seed, tmp_path))
 
@@ -84,7 +91,9 @@ def test_kills_on_a_laptop(echo_workload: Workload, tallies: list[Tally], seed: 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["choose", "generate"])
-def test_kills_with_real_weights(kind: str, farm: Farm, tallies: list[Tally], seed: int, tmp_path: Path) -> None:
+def test_kills_with_real_weights(
+    kind: str, farm: Farm, tallies: list[Tally], seed: int, tmp_path: Path
+) -> None:
     """Greedy choices, and texts that are sampled with a seed."""
     job = tiny_choose_job() if kind == "choose" else tiny_generate_job()
     workload = undisturbed(job, TINY_PACE, farm, tmp_path / "undisturbed")

@@ -1,4 +1,5 @@
-"""The jobs that are killed: many small units of EchoEngine, and the shipped tiny checkpoint with its real weights.
+"""The jobs that are killed: many small units of EchoEngine, and the shipped tiny checkpoint with
+its real weights.
 
 Owns their inputs, their pace, and the undisturbed runs that give what their records must be.
 """
@@ -32,7 +33,12 @@ def echo_job(
     (folder / "in").mkdir(parents=True)
     for number, start in enumerate(range(0, num_rows, -(-num_rows // 3))):
         rows = range(start, min(start + -(-num_rows // 3), num_rows))
-        table = pa.table({"id": [f"r{row}" for row in rows], "shape": [f"shape {row:x} {row % 7}" for row in rows]})
+        table = pa.table(
+            {
+                "id": [f"r{row}" for row in rows],
+                "shape": [f"shape {row:x} {row % 7}" for row in rows],
+            }
+        )
         pq.write_table(table, folder / "in" / f"{number}.parquet")
     return {
         "model": str(checkpoint),
@@ -57,8 +63,13 @@ def tiny_generate_job() -> dict[str, Any]:
 
 
 def _of_tickets(job: dict[str, Any], files: list[str]) -> dict[str, Any]:
-    """In float32: with bfloat16, whom a row is batched with shows in the third digit of its probabilities."""
-    input_files = {"input": [str(TICKETS / file) for file in files], "model": str(ROOT / job["model"])}
+    """In float32: with bfloat16, whom a row is batched with shows in the third digit of its
+    probabilities.
+    """
+    input_files = {
+        "input": [str(TICKETS / file) for file in files],
+        "model": str(ROOT / job["model"]),
+    }
     return job | input_files | {"commit": {"unit_rows": 5}, "engine": {"dtype": "float32"}}
 
 
@@ -69,7 +80,9 @@ def undisturbed(job: dict[str, Any], pace: Pace, place: Place, folder: Path) -> 
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job | {"output": str(folder / "out")}))
     command = driver_command(replace(pace, folder=str(folder)).to_json(), "label", str(path))
-    done = subprocess.run(command, cwd=ROOT, env=place.environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=place.environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stderr}"
     return _workload(job, pace, folder / "out", completed_rows(folder))
 
@@ -87,5 +100,9 @@ def undisturbed_here(job: dict[str, Any], folder: Path) -> Workload:
 def _workload(job: dict[str, Any], pace: Pace, output: Path, rows_for_engine: int) -> Workload:
     records = read_records(output)
     return Workload(
-        job=job, pace=pace, keys=records["row_key"].to_pylist(), records=records, rows_for_engine=rows_for_engine
+        job=job,
+        pace=pace,
+        keys=records["row_key"].to_pylist(),
+        records=records,
+        rows_for_engine=rows_for_engine,
     )

@@ -1,4 +1,6 @@
-"""A small world for the command line: a checkpoint with a real tokenizer and empty weights, input files, a job file."""
+"""A small world for the command line: a checkpoint with a real tokenizer and empty weights, input
+files, a job file.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,21 @@ JOB: dict[str, Any] = {
     "output": "out",
     "key": "id",
     "carry": ["id"],
-    "task": {"kind": "choose", "prompt": "Team? {text}", "labels": ["red", "green"], "gold": "team"},
+    "task": {
+        "kind": "choose",
+        "prompt": "Team? {text}",
+        "labels": ["red", "green"],
+        "gold": "team",
+    },
     "engine": {"kind": "echo"},
 }
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """A directory with everything a job needs, and ways to change the job and to run commands in it."""
+    """A directory with everything a job needs, and ways to change the job and to run commands in
+    it.
+    """
 
     root: Path
 
@@ -57,18 +66,24 @@ class Workplace:
         (self.root / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG | changes))
 
     def run(self, *arguments: str) -> Done:
-        """`glm-batch` with these arguments in a process of its own; `cpu_s` is what it cost, waiting apart."""
+        """`glm-batch` with these arguments in a process of its own; `cpu_s` is what it cost,
+        waiting apart.
+        """
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-X", "importtime", "-m", "glm_batch.jobs", *arguments]
         environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "COLUMNS": "80"}
-        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=240
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         lines = done.stderr.splitlines()
         return Done(
             code=done.returncode,
             out=done.stdout,
             err="\n".join(line for line in lines if not line.startswith("import time:")),
-            imported={line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")},
+            imported={
+                line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")
+            },
             cpu_s=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         )
 
@@ -95,9 +110,17 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = root / "data"
     data.mkdir()
     texts = ["hello", "world", None, "", "x" * 500]
-    table = {"id": list(range(5)), "text": texts, "team": ["red", "green", "red", None, "red"], "score": [1.5] * 5}
+    table = {
+        "id": list(range(5)),
+        "text": texts,
+        "team": ["red", "green", "red", None, "red"],
+        "score": [1.5] * 5,
+    }
     pq.write_table(pa.table(table), data / "a.parquet")
-    lines = [{"id": 5, "text": "more", "team": "green", "score": 2.5}, {"id": 6, "text": "again", "team": "red"}]
+    lines = [
+        {"id": 5, "text": "more", "team": "green", "score": 2.5},
+        {"id": 6, "text": "again", "team": "red"},
+    ]
     (data / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "not json\n")
     return root
 

@@ -158,8 +158,12 @@ BAD: list[tuple[str, Change, list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "said"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_a_bad_job_is_refused_with_place_and_remedy(work: Any, change: Change, said: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
+def test_a_bad_job_is_refused_with_place_and_remedy(
+    work: Any, change: Change, said: list[str]
+) -> None:
     message = refusal(work, change)
     for text in said:
         assert text in message, message
@@ -173,8 +177,14 @@ def test_the_good_job_is_good(work: Any) -> None:
 
 
 def test_all_problems_are_told_at_once(work: Any) -> None:
-    message = refusal(work, lambda job: (task(prompt="{texd}")(job), top(carry=["day"], model="mdl")(job)))
-    assert [line.split(": ")[1] for line in message.splitlines()] == ["model", "task.prompt", "carry"]
+    message = refusal(
+        work, lambda job: (task(prompt="{texd}")(job), top(carry=["day"], model="mdl")(job))
+    )
+    assert [line.split(": ")[1] for line in message.splitlines()] == [
+        "model",
+        "task.prompt",
+        "carry",
+    ]
 
 
 # ---- the job file itself
@@ -209,7 +219,10 @@ def test_a_missing_or_binary_job_file(work: Any) -> None:
     ("override", "said"),
     [
         ("engine.knd=echo", "--set engine.knd: unknown key; did you mean engine.kind?"),
-        ("sampling.max_tokens=many", '--set sampling.max_tokens: it is "many", but it must be a whole number'),
+        (
+            "sampling.max_tokens=many",
+            '--set sampling.max_tokens: it is "many", but it must be a whole number',
+        ),
         ("sampling.max_tokens", "write it as key=value"),
         ("model.x=1", "model is not a section"),
         ("task.labels=[a", "not valid YAML"),
@@ -222,7 +235,9 @@ def test_a_bad_override_is_named(work: Any, override: str, said: str) -> None:
 
 def test_overrides_replace_and_add_keys(work: Any) -> None:
     path = work.write_job()
-    job, _ = load_job(path.name, ["sampling.seed=7", "task.labels=[a, b]", "key=null", "engine.device=cpu"])
+    job, _ = load_job(
+        path.name, ["sampling.seed=7", "task.labels=[a, b]", "key=null", "engine.device=cpu"]
+    )
     assert (job.sampling.seed, job.task.labels, job.key) == (7, ["a", "b"], None)
     assert (job.engine.kind, job.engine.device) == ("echo", "cpu")
 
@@ -238,7 +253,9 @@ def test_overrides_replace_and_add_keys(work: Any) -> None:
         ("task.prompt=null", None),
     ],
 )
-def test_an_override_of_a_text_needs_no_quotes(work: Any, override: str, prompt: str | None) -> None:
+def test_an_override_of_a_text_needs_no_quotes(
+    work: Any, override: str, prompt: str | None
+) -> None:
     """A prompt's braces once were read as a YAML mapping."""
     job, _ = load_job(work.write_job().name, [override])
     assert job.task.prompt == prompt
@@ -263,7 +280,9 @@ def test_weights_only_as_pickle_are_refused_with_the_reason(work: Any) -> None:
         (lambda data: b"\xff" * 64, "not a safetensors file"),
     ],
 )
-def test_broken_weights_are_noticed_by_their_headers(work: Any, cut: Callable[[bytes], bytes], said: str) -> None:
+def test_broken_weights_are_noticed_by_their_headers(
+    work: Any, cut: Callable[[bytes], bytes], said: str
+) -> None:
     path = Path("model/model.safetensors")
     path.write_bytes(cut(path.read_bytes()))
     message = refusal(work, top(engine={"kind": "torch"}))
@@ -291,7 +310,9 @@ def test_a_missing_shard_is_named(work: Any) -> None:
         ("chat_template.jinja", "{% if %}", "chat_template.jinja, line 1"),
     ],
 )
-def test_an_unreadable_checkpoint_names_the_file(work: Any, file: str, content: str | None, said: str) -> None:
+def test_an_unreadable_checkpoint_names_the_file(
+    work: Any, file: str, content: str | None, said: str
+) -> None:
     path = Path("model") / file
     if content is None:
         path.unlink()
@@ -302,7 +323,9 @@ def test_an_unreadable_checkpoint_names_the_file(work: Any, file: str, content: 
     assert said in message
 
 
-def test_cuda_is_refused_where_there_is_no_such_device(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_where_there_is_no_such_device(
+    work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("glm_batch.jobs.checks.checks.has_cuda_device", lambda: False)
     message = refusal(work, top(engine={"device": "cuda"}))
@@ -312,7 +335,9 @@ def test_cuda_is_refused_where_there_is_no_such_device(work: Any, monkeypatch: p
 def test_extract_needs_to_know_how_an_answer_ends(work: Any) -> None:
     work.write_config(eos_token_id=None)
     tokenizer_config = json.loads(Path("model/tokenizer_config.json").read_text())
-    Path("model/tokenizer_config.json").write_text(json.dumps(tokenizer_config | {"eos_token": None}))
+    Path("model/tokenizer_config.json").write_text(
+        json.dumps(tokenizer_config | {"eos_token": None})
+    )
     message = refusal(work, task(kind="extract", labels=None, schema={"type": "object"}))
     assert "eos_token_id" in message
 
@@ -346,7 +371,13 @@ def test_column_types_that_do_not_go_together_are_named(work: Any) -> None:
 
 # ---- as a process: exit code, time, and what is never loaded
 
-PROCESS_CASES = ["unknown key", "labels absent", "template column absent", "model absent", "input matches nothing"]
+PROCESS_CASES = [
+    "unknown key",
+    "labels absent",
+    "template column absent",
+    "model absent",
+    "input matches nothing",
+]
 
 
 @pytest.mark.parametrize("name", PROCESS_CASES)

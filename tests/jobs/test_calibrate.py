@@ -1,4 +1,6 @@
-"""`glm-batch calibrate` and `task.calibration`: fitted on one half of the rows, applied to the other."""
+"""`glm-batch calibrate` and `task.calibration`: fitted on one half of the rows, applied to the
+other.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def world(work: Any) -> tuple[Path, Job]:
         model="model", input=[str(root / "in.parquet")], output=str(root / "out"), key="id", task=task,
         engine=EngineSection(kind="echo"),
     )  # fmt: skip
-    rows = pa.table({"id": list(map(str, range(ROWS))), "text": ["x"] * ROWS, "gold": [None, *gold[1:]]})
+    rows = pa.table(
+        {"id": list(map(str, range(ROWS))), "text": ["x"] * ROWS, "gold": [None, *gold[1:]]}
+    )
     pq.write_table(rows, job.input[0])
     identity = identify(job, job_source(job).list_files(job.input), "model")
     told = [chosen(label_scores(row).probabilities, LABELS) for row in logprobs.tolist()]
@@ -74,7 +78,9 @@ def labelled(job: Job, logprobs: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
-def test_calibrated_probabilities_of_other_rows_mean_what_they_say(world: tuple[Path, Job], capsys: Any) -> None:
+def test_calibrated_probabilities_of_other_rows_mean_what_they_say(
+    world: tuple[Path, Job], capsys: Any
+) -> None:
     root, job = world
     path = fit(root)
     said = capsys.readouterr().out
@@ -90,7 +96,9 @@ def test_calibrated_probabilities_of_other_rows_mean_what_they_say(world: tuple[
     errors = []
     for rows in (plain, scaled):
         table = pa.Table.from_pylist(rows)
-        errors.append(score(Rules(kind="choose", labels=tuple(LABELS)), table, gold)[1].metrics["ece"].value)
+        errors.append(
+            score(Rules(kind="choose", labels=tuple(LABELS)), table, gold)[1].metrics["ece"].value
+        )
     assert errors[0] > 0.2
     assert errors[1] < errors[0] / 3
     for before, after in zip(plain, scaled, strict=True):
@@ -99,7 +107,8 @@ def test_calibrated_probabilities_of_other_rows_mean_what_they_say(world: tuple[
         assert after["probability"] == max(after["label_probs"])
         assert sum(after["label_probs"]) == pytest.approx(1.0)
     np.testing.assert_array_equal(
-        [row["label_probs"] for row in plain], [label_scores(row).probabilities for row in logprobs.tolist()]
+        [row["label_probs"] for row in plain],
+        [label_scores(row).probabilities for row in logprobs.tolist()],
     )
 
 
@@ -121,13 +130,25 @@ def with_calibration(job: Job, path: str) -> Job:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"labels": ["red", "green"]}, "fitted for the labels red, green, blue, and the task has red, green; run"),
-        ({"prompt": "What? {text}"}, r'fitted with task.prompt "Which\? {text}", and here it is "What\? {text}"'),
+        (
+            {"labels": ["red", "green"]},
+            "fitted for the labels red, green, blue, and the task has red, green; run",
+        ),
+        (
+            {"prompt": "What? {text}"},
+            r'fitted with task.prompt "Which\? {text}", and here it is "What\? {text}"',
+        ),
         ({"system": "Be brief."}, 'fitted with task.system null, and here it is "Be brief."'),
-        ({"kind": "generate", "labels": None}, "task.calibration: only choose or classify takes it"),
+        (
+            {"kind": "generate", "labels": None},
+            "task.calibration: only choose or classify takes it",
+        ),
         ({"calibration": "nowhere.json"}, "task.calibration: nowhere.json cannot be read"),
         ({"calibration": "job.yaml"}, "task.calibration: job.yaml is no JSON text"),
-        ({"calibration": "model/config.json"}, "task.calibration: model/config.json is no calibration"),
+        (
+            {"calibration": "model/config.json"},
+            "task.calibration: model/config.json is no calibration",
+        ),
     ],
 )
 def test_a_calibration_of_something_else_is_refused(
@@ -136,7 +157,9 @@ def test_a_calibration_of_something_else_is_refused(
     root, job = world
     work.write_job()
     with pytest.raises(ConfigError, match=message):
-        check_job(replace(job, task=replace(job.task, **({"calibration": fit(root)} | task))), NOWHERE)
+        check_job(
+            replace(job, task=replace(job.task, **({"calibration": fit(root)} | task))), NOWHERE
+        )
 
 
 def test_another_checkpoint_is_refused(world: tuple[Path, Job], work: Any) -> None:
@@ -153,7 +176,8 @@ def test_what_it_holds_is_part_of_the_job(world: tuple[Path, Job]) -> None:
     files = job_source(job).list_files(job.input)
     path = fit(root)
     identities = [identify(each, files, "model") for each in (job, with_calibration(job, path))]
-    assert "calibration" not in identities[0]["task"]  # outputs from before there was this key stay as they are
+    # outputs from before there was this key stay as they are
+    assert "calibration" not in identities[0]["task"]
     (changed, *_) = differences(*identities)
     assert "task.calibration" in changed
     Path(path).rename(root / "renamed.json")
@@ -195,7 +219,9 @@ def test_calibrated_probabilities_are_not_fitted_again(world: tuple[Path, Job]) 
         calibrate(str(root / "again"))
 
 
-def test_the_file_lies_beside_the_model_and_never_in_it(world: tuple[Path, Job], capsys: Any) -> None:
+def test_the_file_lies_beside_the_model_and_never_in_it(
+    world: tuple[Path, Job], capsys: Any
+) -> None:
     root, _ = world
     calibrate(str(root / "out"))
     beside = root / "model.out.calibration.json"

@@ -16,13 +16,41 @@ def test_label_status_and_a_rerun(work: Any) -> None:
     path = work.write_job()
     done = work.run("label", path.name, "--set", "max_error_rate=0.5")
     assert done.code == EXIT_OK, done.err
-    for part in ("rows", "8", "null_prompt", "empty_text", "prompt_too_long", "bad_json", "accuracy", "out"):
+    for part in (
+        "rows",
+        "8",
+        "null_prompt",
+        "empty_text",
+        "prompt_too_long",
+        "bad_json",
+        "accuracy",
+        "out",
+    ):
         assert part in done.out
     assert "starting the workers" in done.err
     assert "Traceback" not in done.err
-    rows = [row for part in json.loads(Path("out/manifest.json").read_text())["parts"] for row in read(part["part"])]
-    assert sorted(row["row_key"] for row in rows) == ["0", "1", "2", "3", "4", "5", "6", "data/b.jsonl:2"]
-    assert {row["error_code"] for row in rows} == {None, "null_prompt", "empty_text", "prompt_too_long", "bad_json"}
+    rows = [
+        row
+        for part in json.loads(Path("out/manifest.json").read_text())["parts"]
+        for row in read(part["part"])
+    ]
+    assert sorted(row["row_key"] for row in rows) == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+        "data/b.jsonl:2",
+    ]
+    assert {row["error_code"] for row in rows} == {
+        None,
+        "null_prompt",
+        "empty_text",
+        "prompt_too_long",
+        "bad_json",
+    }
 
     status = work.run("status", "out")
     assert status.code == EXIT_OK
@@ -65,7 +93,9 @@ def test_inspect_names_the_source_of_each_value(work: Any) -> None:
     assert "torch" not in done.imported
 
 
-@pytest.mark.parametrize(("file", "said"), [("config.json", "config.json"), ("model.safetensors", "no weights")])
+@pytest.mark.parametrize(
+    ("file", "said"), [("config.json", "config.json"), ("model.safetensors", "no weights")]
+)
 def test_inspect_refuses_a_broken_checkpoint(work: Any, file: str, said: str) -> None:
     (Path("model") / file).unlink()
     done = work.run("inspect", "model")
@@ -83,6 +113,16 @@ def test_doctor_is_content_with_the_machine_that_runs_the_tests(work: Any) -> No
 def test_help_lists_commands_and_exit_codes(work: Any) -> None:
     done = work.run("--help")
     assert done.code == EXIT_OK
-    for part in ("plan", "label", "status", "calibrate", "retry", "gc", "inspect", "doctor", "bad configuration"):
+    for part in (
+        "plan",
+        "label",
+        "status",
+        "calibrate",
+        "retry",
+        "gc",
+        "inspect",
+        "doctor",
+        "bad configuration",
+    ):
         assert part in done.out
     assert not done.imported & {"ray", "torch", "pyarrow", "pydantic"}

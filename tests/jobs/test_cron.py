@@ -1,4 +1,6 @@
-"""`glm-batch cron` as schedulers see it: one line of JSON, exit codes, a webhook, nights without work."""
+"""`glm-batch cron` as schedulers see it: one line of JSON, exit codes, a webhook, nights without
+work.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ from tests.pipelines.cron.cron_world import complete_here
 @pytest.fixture
 def nightly(work: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", complete_here)
-    work.write_job(lambda job: job.update({"max_error_rate": 1.0, "input": ["data"], "commit": {"unit_rows": 2}}))
+    work.write_job(
+        lambda job: job.update(
+            {"max_error_rate": 1.0, "input": ["data"], "commit": {"unit_rows": 2}}
+        )
+    )
     return work
 
 
@@ -43,15 +49,26 @@ def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return line
 
 
-def test_a_run_says_what_it_did_in_one_line(nightly: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_says_what_it_did_in_one_line(
+    nightly: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cron("job.yaml", []) == 0
     line = said(capsys)
-    assert (line["state"], line["exit_code"], line["rows"], line["processed_rows"]) == ("finished", 0, 8, 8)
+    assert (line["state"], line["exit_code"], line["rows"], line["processed_rows"]) == (
+        "finished",
+        0,
+        8,
+        8,
+    )
     assert line["files"] == {"new": 2, "changed": 0, "unchanged": 0, "deleted": 0}
     (nightly.root / "data" / "b.jsonl").unlink()
     assert cron("job.yaml", []) == 0
     line = said(capsys)
-    assert (line["deleted"], line["deleted_rows"], line["processed_rows"]) == (["data/b.jsonl"], 3, 0)
+    assert (line["deleted"], line["deleted_rows"], line["processed_rows"]) == (
+        ["data/b.jsonl"],
+        3,
+        0,
+    )
     assert (line["rows"], line["adopted_units"]) == (8, 5)
     manifest = json.loads((nightly.root / "out" / "manifest.json").read_text())
     assert [(each["file"], each["rows"], len(each["parts"])) for each in manifest["deleted"]] == [
@@ -59,12 +76,22 @@ def test_a_run_says_what_it_did_in_one_line(nightly: Any, capsys: pytest.Capture
     ]
 
 
-def test_bounds_end_a_run_and_the_next_goes_on(nightly: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bounds_end_a_run_and_the_next_goes_on(
+    nightly: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cron("job.yaml", [], max_units=2) == 0
     line = said(capsys)
-    assert (line["state"], line["processed_units"], line["left_units"], line["version"]) == ("bounded", 2, 3, None)
+    assert (line["state"], line["processed_units"], line["left_units"], line["version"]) == (
+        "bounded",
+        2,
+        3,
+        None,
+    )
     assert cron("job.yaml", [], until="0s") == 0
-    assert (said(capsys)["state"], (nightly.root / "out" / "manifest.json").exists()) == ("bounded", False)
+    assert (said(capsys)["state"], (nightly.root / "out" / "manifest.json").exists()) == (
+        "bounded",
+        False,
+    )
     assert cron("job.yaml", []) == 0
     line = said(capsys)
     assert (line["state"], line["processed_units"], line["adopted_units"]) == ("finished", 3, 0)
@@ -85,7 +112,9 @@ def test_row_errors_and_another_job_have_the_exit_codes_of_the_contract(
     assert said(capsys)["processed_rows"] == 8
 
 
-def test_a_second_run_leaves_the_work_to_the_first(nightly: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_leaves_the_work_to_the_first(
+    nightly: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = LocalStore(nightly.root / "out")
     store.prepare(["versions", "lease", "tmp"])
     with own(store):
@@ -98,7 +127,9 @@ def test_a_failed_run_leaves_the_last_manifest_in_force(
 ) -> None:
     cron("job.yaml", [])
     before = (nightly.root / "out" / "manifest.json").read_bytes()
-    (nightly.root / "data" / "c.jsonl").write_text('{"id": 99, "text": "new", "team": "red", "score": 1.0}\n')
+    (nightly.root / "data" / "c.jsonl").write_text(
+        '{"id": 99, "text": "new", "team": "red", "score": 1.0}\n'
+    )
 
     def fail(*_: Any) -> None:
         raise OSError("the device is lost")
@@ -117,20 +148,28 @@ def test_a_failed_run_leaves_the_last_manifest_in_force(
 def test_a_signal_before_the_work_ends_the_run_with_its_line(
     nightly: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While input is listed and compared, say, or Ray starts; and the next run need not wait for the lease."""
+    """While input is listed and compared, say, or Ray starts; and the next run need not wait for
+    the lease.
+    """
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("glm_batch.pipelines.cron.incremental.complete", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(
+            "glm_batch.pipelines.cron.incremental.complete",
+            lambda *_: os.kill(os.getpid(), signal.SIGTERM),
+        )
         assert cron("job.yaml", []) == 128 + signal.SIGTERM
     assert (said(capsys)["state"], signal.getsignal(signal.SIGTERM)) == ("interrupted", before)
     assert cron("job.yaml", []) == 0
     assert said(capsys)["state"] == "finished"
 
 
-def test_a_pattern_whose_files_are_all_gone_is_reported(nightly: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pattern_whose_files_are_all_gone_is_reported(
+    nightly: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     patterns = 'input=["data/*.parquet", "data/b.jsonl"]'
     with pytest.raises(ConfigError, match=r"'data/c\.jsonl' matches no"):
-        cron("job.yaml", [patterns.replace("b.jsonl", "c.jsonl")])  # before the first version, it is a slip
+        # before the first version, it is a slip
+        cron("job.yaml", [patterns.replace("b.jsonl", "c.jsonl")])
     capsys.readouterr()
     assert cron("job.yaml", [patterns]) == 0
     capsys.readouterr()
@@ -150,7 +189,10 @@ def test_fail_fast_keeps_bad_rows_out_until_their_file_is_mended(
 ) -> None:
     fast = ["fail_fast=true", "max_error_rate=0.0"]
     assert cron("job.yaml", fast) == 3
-    assert (said(capsys)["state"], (nightly.root / "out" / "manifest.json").exists()) == ("too_many_errors", False)
+    assert (said(capsys)["state"], (nightly.root / "out" / "manifest.json").exists()) == (
+        "too_many_errors",
+        False,
+    )
     rows = [{"id": number, "text": "hello", "team": "red", "score": 1.0} for number in range(5)]
     pq.write_table(pa.Table.from_pylist(rows), nightly.root / "data" / "a.parquet")
     (nightly.root / "data" / "b.jsonl").write_text(json.dumps(rows[0] | {"id": 9}) + "\n")
@@ -168,13 +210,17 @@ def test_units_are_as_large_as_for_many_rows(nightly: Any) -> None:
 def test_a_night_without_news_starts_nothing(nightly: Any) -> None:
     """In a process of its own: neither Ray nor torch is imported, and it costs a second."""
     cron("job.yaml", [])
-    before = {path: path.read_bytes() for path in (nightly.root / "out" / "versions").rglob("*.json")}
+    before = {
+        path: path.read_bytes() for path in (nightly.root / "out" / "versions").rglob("*.json")
+    }
     done = nightly.run("cron", "job.yaml")
     assert done.code == 0, done.err
     assert json.loads(done.out)["state"] == "unchanged"
     assert not {"ray", "torch", "av"} & done.imported
     assert done.cpu_s < 5
-    assert {path: path.read_bytes() for path in (nightly.root / "out" / "versions").rglob("*.json")} == before
+    assert {
+        path: path.read_bytes() for path in (nightly.root / "out" / "versions").rglob("*.json")
+    } == before
 
 
 @pytest.fixture
@@ -218,7 +264,9 @@ def test_a_webhook_gets_the_line_and_decides_nothing(
 def test_a_webhook_that_hangs_holds_no_run(
     nightly: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes the connection, and sends a byte of its answer now and then: each one in time, and never the last."""
+    """It takes the connection, and sends a byte of its answer now and then: each one in time, and
+    never the last.
+    """
     monkeypatch.setattr("glm_batch.jobs.cron.cron.WEBHOOK_TIMEOUT_S", 0.3)
     done = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -232,7 +280,10 @@ def test_a_webhook_that_hangs_holds_no_run(
 
         threading.Thread(target=drip, daemon=True).start()
         begun = time.monotonic()
-        assert cron("job.yaml", [f"cron.webhook=http://127.0.0.1:{listener.getsockname()[1]}/secret"]) == 0
+        assert (
+            cron("job.yaml", [f"cron.webhook=http://127.0.0.1:{listener.getsockname()[1]}/secret"])
+            == 0
+        )
         assert time.monotonic() - begun < 5
         done.set()
     out = capsys.readouterr()

@@ -1,4 +1,6 @@
-"""The shipped examples for schedulers: each parses, fits its schema, names commands that exist, and exposes nothing."""
+"""The shipped examples for schedulers: each parses, fits its schema, names commands that exist, and
+exposes nothing.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,20 @@ QUANTITY = {"type": "string", "pattern": r"^[0-9]+(m|[KMGT]i?)?$"}
 
 def section(required: tuple[str, ...] = (), **keys: Any) -> dict[str, Any]:
     """An object with these keys and no others."""
-    return {"type": "object", "properties": keys, "required": list(required), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": keys,
+        "required": list(required),
+        "additionalProperties": False,
+    }
 
 
 def listed(item: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": item, "minItems": 1}
 
 
-# What the examples use of the schemas of Kubernetes 1.31 and KubeRay 1.5.1; a key that is spelled wrongly is unknown.
+# What the examples use of the schemas of Kubernetes 1.31 and KubeRay 1.5.1; a key that is spelled
+# wrongly is unknown.
 METADATA = section(name=TEXT, generateName=TEXT)
 SECRET = section(("secretKeyRef",), secretKeyRef=section(("name", "key"), name=TEXT, key=TEXT))
 CONTAINER = section(
@@ -52,11 +60,18 @@ CONTAINER = section(
     env=listed(section(("name",), name=TEXT, value=TEXT, valueFrom=SECRET)),
     resources={
         "type": "object",
-        "properties": {name: {"type": "object", "additionalProperties": QUANTITY} for name in ("requests", "limits")},
+        "properties": {
+            name: {"type": "object", "additionalProperties": QUANTITY}
+            for name in ("requests", "limits")
+        },
         "additionalProperties": False,
     },
-    securityContext=section(allowPrivilegeEscalation={"type": "boolean"}, capabilities=section(drop=listed(TEXT))),
-    volumeMounts=listed(section(("name", "mountPath"), name=TEXT, mountPath=TEXT, readOnly={"type": "boolean"})),
+    securityContext=section(
+        allowPrivilegeEscalation={"type": "boolean"}, capabilities=section(drop=listed(TEXT))
+    ),
+    volumeMounts=listed(
+        section(("name", "mountPath"), name=TEXT, mountPath=TEXT, readOnly={"type": "boolean"})
+    ),
 )
 VOLUME = section(
     ("name",),
@@ -73,12 +88,18 @@ POD = section(
     automountServiceAccountToken={"type": "boolean"},
     terminationGracePeriodSeconds=COUNT,
     securityContext=section(
-        runAsNonRoot={"type": "boolean"}, runAsUser=COUNT, fsGroup=COUNT, seccompProfile=section(type=TEXT)
+        runAsNonRoot={"type": "boolean"},
+        runAsUser=COUNT,
+        fsGroup=COUNT,
+        seccompProfile=section(type=TEXT),
     ),
 )
 TEMPLATE = section(("spec",), spec=POD)
 EXIT_CODES = section(
-    ("operator", "values"), containerName=TEXT, operator={"enum": ["In", "NotIn"]}, values=listed(COUNT)
+    ("operator", "values"),
+    containerName=TEXT,
+    operator={"enum": ["In", "NotIn"]},
+    values=listed(COUNT),
 )
 CRON_JOB = section(
     ("schedule", "jobTemplate"),
@@ -94,7 +115,9 @@ CRON_JOB = section(
             ("template",),
             backoffLimit=COUNT,
             podFailurePolicy=section(
-                rules=listed(section(("action",), action={"enum": ["FailJob"]}, onExitCodes=EXIT_CODES))
+                rules=listed(
+                    section(("action",), action={"enum": ["FailJob"]}, onExitCodes=EXIT_CODES)
+                )
             ),
             template=TEMPLATE,
         ),
@@ -105,7 +128,9 @@ RAY_CLUSTER = section(
     ("headGroupSpec",),
     rayVersion=TEXT,
     authOptions=section(mode={"enum": ["token", "disabled"]}, secretName=TEXT),
-    headGroupSpec=section(("template",), serviceType={"enum": ["ClusterIP"]}, rayStartParams=PARAMS, template=TEMPLATE),
+    headGroupSpec=section(
+        ("template",), serviceType={"enum": ["ClusterIP"]}, rayStartParams=PARAMS, template=TEMPLATE
+    ),
     workerGroupSpecs=listed(
         section(
             ("groupName", "template", "minReplicas", "maxReplicas"),
@@ -128,7 +153,9 @@ RAY_JOB = section(
     backoffLimit=COUNT,
     rayClusterSpec=RAY_CLUSTER,
 )
-RAY_SERVICE = section(("serveConfigV2", "rayClusterConfig"), serveConfigV2=TEXT, rayClusterConfig=RAY_CLUSTER)
+RAY_SERVICE = section(
+    ("serveConfigV2", "rayClusterConfig"), serveConfigV2=TEXT, rayClusterConfig=RAY_CLUSTER
+)
 KINDS = {
     "cronjob.yaml": ("batch/v1", "CronJob", CRON_JOB),
     "rayjob.yaml": ("ray.io/v1", "RayJob", RAY_JOB),
@@ -196,8 +223,11 @@ def test_the_ray_jobs_command_is_valid() -> None:
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "rayservice.yaml"])
 def test_ray_asks_for_a_token_and_nothing_is_exposed(name: str) -> None:
-    (cluster,) = [spec for key in ("rayClusterSpec", "rayClusterConfig") for spec in every(load(name), key)]
-    # KubeRay then gives each container the token, and asks with it itself, too; variables alone would lock it out.
+    (cluster,) = [
+        spec for key in ("rayClusterSpec", "rayClusterConfig") for spec in every(load(name), key)
+    ]
+    # KubeRay then gives each container the token, and asks with it itself, too; variables alone
+    # would lock it out.
     assert cluster["authOptions"] == {"mode": "token"}
     assert not re.search("RAY_AUTH_", (DEPLOY / name).read_text())
     text = (DEPLOY / name).read_text()
@@ -218,7 +248,9 @@ def check_schedule(text: str) -> None:
     """Five fields of a crontab, each within its range."""
     fields = text.split()
     assert len(fields) == 5
-    for field, (low, high) in zip(fields, [(0, 59), (0, 23), (1, 31), (1, 12), (0, 7)], strict=True):
+    for field, (low, high) in zip(
+        fields, [(0, 59), (0, 23), (1, 31), (1, 12), (0, 7)], strict=True
+    ):
         for part in field.split(","):
             match = re.fullmatch(r"(\*|(\d+)(?:-(\d+))?)(?:/(\d+))?", part)
             assert match, field
@@ -226,7 +258,11 @@ def check_schedule(text: str) -> None:
 
 
 def test_the_crontab_is_valid() -> None:
-    lines = [line for line in (DEPLOY / "crontab").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (DEPLOY / "crontab").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     (entry,) = [line for line in lines if not re.match(r"[A-Z]+=", line)]
     *schedule, command = entry.split(maxsplit=5)
     check_schedule(" ".join(schedule))
@@ -244,7 +280,8 @@ def test_the_systemd_units_are_valid(tmp_path: Path) -> None:
     assert "OnCalendar=" in timer
     if (analyze := shutil.which("systemd-analyze")) is None:
         return
-    # The check looks for the command and the user, which only a machine with glm-batch installed has.
+    # The check looks for the command and the user, which only a machine with glm-batch installed
+    # has.
     service = service.replace(command.split()[0], shutil.which("true") or "/bin/true")
     (tmp_path / "glm-batch.service").write_text(service.replace("User=glm-batch", "User=root"))
     (tmp_path / "glm-batch.timer").write_text(timer)
@@ -258,7 +295,9 @@ def test_the_systemd_units_are_valid(tmp_path: Path) -> None:
 
 @pytest.fixture
 def token_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A Ray head with token authentication and a job server on loopback; gives the environment of its users."""
+    """A Ray head with token authentication and a job server on loopback; gives the environment of
+    its users.
+    """
     (tmp_path / "bin").mkdir()
     shim = tmp_path / "bin" / "glm-batch"
     shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m glm_batch.jobs "$@"\n')
@@ -266,7 +305,8 @@ def token_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     ports = [free_port() for _ in range(4)]
     paths = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-        "PATH": ":".join(paths), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1",
+        "PATH": ":".join(paths), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1",
         "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_JOB_SERVER": f"http://127.0.0.1:{ports[0]}",
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(Path("/tmp") / f"ray-{secrets.token_hex(4)}"),
     }  # fmt: skip
@@ -285,7 +325,8 @@ def token_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         family = psutil.Process(head.pid).children(recursive=True)
-        for process in [psutil.Process(head.pid), *family]:  # asked to end, it would wait half a minute for its agents
+        # asked to end, it would wait half a minute for its agents
+        for process in [psutil.Process(head.pid), *family]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         head.wait(timeout=60)
@@ -307,7 +348,9 @@ def await_job_server(environment: dict[str, str], head: subprocess.Popen[bytes],
     deadline = time.monotonic() + 180
     while True:
         try:
-            if httpx.get(f"{environment['RAY_JOB_SERVER']}/api/jobs/", headers=headers, timeout=5).is_success:
+            if httpx.get(
+                f"{environment['RAY_JOB_SERVER']}/api/jobs/", headers=headers, timeout=5
+            ).is_success:
                 return
         except httpx.HTTPError:
             pass
@@ -317,8 +360,12 @@ def await_job_server(environment: dict[str, str], head: subprocess.Popen[bytes],
 
 
 @pytest.mark.slow
-def test_a_run_can_be_submitted_to_a_cluster_with_a_token(work: Any, token_cluster: dict[str, str]) -> None:
-    """The RayJob's entrypoint and submit.sh as they stand, on a real cluster; strangers are turned away."""
+def test_a_run_can_be_submitted_to_a_cluster_with_a_token(
+    work: Any, token_cluster: dict[str, str]
+) -> None:
+    """The RayJob's entrypoint and submit.sh as they stand, on a real cluster; strangers are turned
+    away.
+    """
     import httpx
 
     work.write_job()

@@ -88,7 +88,9 @@ def test_the_summary_says_every_number_within_80_columns() -> None:
 
 def test_the_next_step_depends_on_the_error_rate() -> None:
     assert "`glm-batch retry out`" in next_step(COUNTS, "out", 0.001)
-    assert "0.37% of the rows failed, max_error_rate allows 0.10%" in next_step(COUNTS, "out", 0.001)
+    assert "0.37% of the rows failed, max_error_rate allows 0.10%" in next_step(
+        COUNTS, "out", 0.001
+    )
     assert next_step(COUNTS, "out", 0.004) == "read the parts that out/manifest.json lists"
 
 
@@ -100,7 +102,10 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then() -> None:
         show(RUNNING)
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
-    assert [line.split(" ", 1)[1].split(",")[0] for line in lines] == ["job: listing the input", "job: 1"]
+    assert [line.split(" ", 1)[1].split(",")[0] for line in lines] == [
+        "job: listing the input",
+        "job: 1",
+    ]
     assert lines[1].endswith("errors 4,567, cached 75%, engine 61%, ETA 2:23")
     assert "\x1b" not in console.file.getvalue()
 
@@ -114,11 +119,15 @@ def test_log_lines_repeat_after_the_interval() -> None:
     assert len(console.file.getvalue().splitlines()) == 2
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(None, "-:--"), (0.4, "0:00"), (59.6, "1:00"), (3723, "1:02:03")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "-:--"), (0.4, "0:00"), (59.6, "1:00"), (3723, "1:02:03")]
+)
 def test_clock_time(seconds: float | None, text: str) -> None:
     assert clock_time(seconds) == text
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0"), (9876.4, "9,876"), (98_765, "98.8k"), (1_234_567, "1.2M")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (9876.4, "9,876"), (98_765, "98.8k"), (1_234_567, "1.2M")]
+)
 def test_short(number: float, text: str) -> None:
     assert short(number) == text

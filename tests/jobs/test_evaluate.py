@@ -1,4 +1,6 @@
-"""`glm-batch evaluate` and `plan` on sweep files: refusals, the grid, and a sweep that is killed on its way."""
+"""`glm-batch evaluate` and `plan` on sweep files: refusals, the grid, and a sweep that is killed on
+its way.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def write(work: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 
 def test_the_grid_is_laid_out(write: Any, work: Any) -> None:
-    sweep, place = load_sweep(write(baseline={"prompt": "long"}), ["tasks.team.prompts.third=Team {text}"])
+    sweep, place = load_sweep(
+        write(baseline={"prompt": "long"}), ["tasks.team.prompts.third=Team {text}"]
+    )
     assert [cell.name for cell in sweep.cells] == [
         "small-texts-team-short-default-default-default",
         "small-texts-team-long-default-default-default",
@@ -70,7 +74,12 @@ def test_the_grid_is_laid_out(write: Any, work: Any) -> None:
         "small-texts-say-default-warm-1-default",
     ]
     job = sweep.cells[6].job
-    assert (job.sampling.seed, job.sampling.n, job.task.prompt, job.key) == (1, 2, "Say {text}", "id")
+    assert (job.sampling.seed, job.sampling.n, job.task.prompt, job.key) == (
+        1,
+        2,
+        "Say {text}",
+        "id",
+    )
     assert job.output == f"out/sweep/cells/{sweep.cells[6].name}"
     assert sweep.cells[2].job.task.prompt == "Team {text}"
     assert sweep.cells[2].job.task.label_logprobs
@@ -110,14 +119,18 @@ def test_the_grid_is_laid_out(write: Any, work: Any) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_bad_sweeps_are_refused_at_their_key(write: Any, changes: dict[str, Any], message: str) -> None:
+def test_bad_sweeps_are_refused_at_their_key(
+    write: Any, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         check_sweep(*load_sweep(write(**changes)))
 
 
 def test_what_is_wrong_with_many_cells_is_told_once(write: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_sweep(*load_sweep(write(tasks__team__task__gold="nothing", tasks__say__task__gold="nothing")))
+        check_sweep(
+            *load_sweep(write(tasks__team__task__gold="nothing", tasks__say__task__gold="nothing"))
+        )
     assert len(str(caught.value).splitlines()) == 2
 
 
@@ -169,7 +182,9 @@ def evaluate(folder: Path, kill_at: int | None = None) -> int:
     command = [sys.executable, "-m", "glm_batch.jobs", "evaluate", "sweep.yaml"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     with (folder / "log").open("a") as log:
-        driver = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        driver = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     while kill_at is not None and driver.poll() is None and commits(folder) < kill_at:
         time.sleep(0.01)
     if kill_at is not None:
@@ -184,7 +199,9 @@ def commits(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_killed_sweep_comes_to_the_same_results(tmp_path: Path) -> None:
-    """Seeded SIGKILLs of the driver, each somewhere on the way; what is committed stays, and the table is the same."""
+    """Seeded SIGKILLs of the driver, each somewhere on the way; what is committed stays, and the
+    table is the same.
+    """
     folders = [tmp_path / "undisturbed", tmp_path / "killed"]
     for folder in folders:
         folder.mkdir()
@@ -202,8 +219,11 @@ def test_a_killed_sweep_comes_to_the_same_results(tmp_path: Path) -> None:
     for undisturbed, killed in zip(*tables, strict=True):
         assert list(killed) == list(undisturbed)
         differing = {name for name in killed if killed[name] != undisturbed[name]}
-        # What depends on answers is the same; probabilities may fall to either side of the last digit kept.
+        # What depends on answers is the same; probabilities may fall to either side of the last
+        # digit kept.
         assert all(name.startswith(OF_PROBABILITIES) for name in differing), differing
         assert all(abs(killed[name] - undisturbed[name]) < 1.01e-4 for name in differing), differing
-    comparisons = [json.loads((folder / "out/results.json").read_bytes())["comparisons"] for folder in folders]
+    comparisons = [
+        json.loads((folder / "out/results.json").read_bytes())["comparisons"] for folder in folders
+    ]
     assert comparisons[1] == comparisons[0]

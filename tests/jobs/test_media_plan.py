@@ -1,4 +1,6 @@
-"""What images cost in a plan, and what they would under smaller budgets, against the published resizing by hand."""
+"""What images cost in a plan, and what they would under smaller budgets, against the published
+resizing by hand.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import numpy as np
 import pytest
 
 from glm_batch.jobs.plans.job_plan import told_apart
-from glm_batch.jobs.plans.media_plan import MediaSize, media_lines, media_note, media_tokens, smaller_budgets
+from glm_batch.jobs.plans.media_plan import (
+    MediaSize,
+    media_lines,
+    media_note,
+    media_tokens,
+    smaller_budgets,
+)
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.request import Media, MediaItem
 from glm_batch.models.processing.patches import MediaPatches
@@ -27,7 +35,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("glm4v")
     hub = {"shortest_edge": 12544, "longest_edge": 9633792}
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": hub}))
-    return Job(model=str(folder), input=["x"], output="o", task=TaskConfig(kind="choose", image="photo", prompt="?"))
+    return Job(
+        model=str(folder),
+        input=["x"],
+        output="o",
+        task=TaskConfig(kind="choose", image="photo", prompt="?"),
+    )
 
 
 def test_tokens_are_those_of_the_published_sizes(job: Job) -> None:
@@ -35,7 +48,9 @@ def test_tokens_are_those_of_the_published_sizes(job: Job) -> None:
 
 
 def test_smaller_budgets_are_shares_of_the_largest_in_whole_tokens(job: Job) -> None:
-    assert smaller_budgets(job, [PHOTO]) == [round(17 * 23 * share) * 784 for share in (1 / 2, 1 / 4, 1 / 8)]
+    assert smaller_budgets(job, [PHOTO]) == [
+        round(17 * 23 * share) * 784 for share in (1 / 2, 1 / 4, 1 / 8)
+    ]
     assert smaller_budgets(job, [PHOTO, CLIP])[0] == 400 * 784  # a clip's budget counts every frame
 
 
@@ -58,21 +73,32 @@ def test_nothing_is_told_of_a_text_job_or_of_budgets_that_save_nothing(job: Job)
 
 def test_a_note_names_what_a_placeholder_stands_for() -> None:
     patches = MediaPatches(
-        kind="video", patches=np.zeros((4, 1176), np.uint8), grid=CLIP.grid, digest="", source=CLIP.source
+        kind="video",
+        patches=np.zeros((4, 1176), np.uint8),
+        grid=CLIP.grid,
+        digest="",
+        source=CLIP.source,
     )
     assert media_note(patches) == ", video 280x280 (8 frames taken)"
 
 
 def test_prompts_about_different_images_share_only_what_comes_before(tmp_path: Path) -> None:
     config = {"architectures": ["Glm4vForConditionalGeneration"], "model_type": "glm4v"} | IDS
-    config |= {"text_config": TEXT | {"model_type": "glm4v_text"}, "vision_config": VISION | {"in_channels": 3}}
+    config |= {
+        "text_config": TEXT | {"model_type": "glm4v_text"},
+        "vision_config": VISION | {"in_channels": 3},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_config(tmp_path)
 
     def prompt(digest: bytes) -> Prompt:
-        item = MediaItem(kind="image", patches=np.zeros((8, 12), np.uint8), grid_thw=(1, 2, 4), digest=digest)
+        item = MediaItem(
+            kind="image", patches=np.zeros((8, 12), np.uint8), grid_thw=(1, 2, 4), digest=digest
+        )
         ids = [1, 2, IMAGE, IMAGE, 3]
-        return Prompt(input_ids=ids, media=Media(items=(item,), positions=np.zeros((3, 5), np.int64)))
+        return Prompt(
+            input_ids=ids, media=Media(items=(item,), positions=np.zeros((3, 5), np.int64))
+        )
 
     one, same, other = (told_apart(prompt(digest), model) for digest in (b"a", b"a", b"b"))
     assert one == same != other

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from glm_batch.jobs.checks.checks import check_job
 from glm_batch.jobs.checks.cluster_plan import cluster_lines
 from glm_batch.jobs.files.job_file import load_job
-from glm_batch.jobs.plans.job_plan import estimate_job, excerpt, measure_gemm, plan, shared_prefix_share, take_sample
+from glm_batch.jobs.plans.job_plan import (
+    estimate_job,
+    excerpt,
+    measure_gemm,
+    plan,
+    shared_prefix_share,
+    take_sample,
+)
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.request import Choose, Embed, Generate, SamplingParams
 from glm_batch.models.errors import ConfigError
@@ -41,9 +48,15 @@ def test_the_estimate_counts_weights_attention_and_projection(work: Any) -> None
     layer_weights = config.num_parameters - 2 * 320 * 8
     per_token = 2 * layer_weights + 4 * 2 * 4 * 10 / 2  # one layer, 2 heads of width 4, 10 tokens
     embed = estimate_job(config, [Embed()], [10, 10], 0.0, 100)
-    assert (embed.prompt_tokens, embed.computed_prompt_tokens, embed.output_tokens) == (1000, 1000, 0)
+    assert (embed.prompt_tokens, embed.computed_prompt_tokens, embed.output_tokens) == (
+        1000,
+        1000,
+        0,
+    )
     assert embed.flops == pytest.approx(100 * 10 * per_token)
-    half = estimate_job(config, [Generate(sampling=SamplingParams(max_tokens=6, n=2))], [10], 0.5, 1)
+    half = estimate_job(
+        config, [Generate(sampling=SamplingParams(max_tokens=6, n=2))], [10], 0.5, 1
+    )
     assert (half.computed_prompt_tokens, half.output_tokens) == (5, 12)
     assert half.flops == pytest.approx(17 * per_token + 2 * 320 * 8 * 13)
     tree = estimate_job(config, [Choose(choices=((1, 2), (1, 3), (4,)))], [10], 0.0, 1)
@@ -57,7 +70,12 @@ def test_the_sample_holds_good_rows_and_typed_errors(work: Any) -> None:
     sample = take_sample(checked, checked.runner, make_plan(job, checked.files, {}))
     assert sample.rows == 8
     assert len(sample.ids) == 4
-    assert [error.code for _, error in sample.errors] == ["null_prompt", "empty_text", "prompt_too_long", "bad_json"]
+    assert [error.code for _, error in sample.errors] == [
+        "null_prompt",
+        "empty_text",
+        "prompt_too_long",
+        "bad_json",
+    ]
     assert sample.errors[-1][0] == "data/b.jsonl, row 2"
     assert [where for where, _ in sample.prompts] == [
         "data/a.parquet, row 0",
@@ -66,7 +84,9 @@ def test_the_sample_holds_good_rows_and_typed_errors(work: Any) -> None:
     ]
 
 
-def test_plan_prints_files_prompts_tokens_and_errors(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_files_prompts_tokens_and_errors(
+    work: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan(work.write_job().name, [])
     text = capsys.readouterr().out
     for part in (
@@ -82,8 +102,18 @@ def test_plan_of_an_openai_batch_file(work: Any, capsys: pytest.CaptureFixture[s
     body = {"model": "model", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
     lines = [
         {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body},
-        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {**body, "model": "other"}},
-        {"custom_id": "b", "method": "POST", "url": "/v1/embeddings", "body": {"model": "model", "input": ["x", "y"]}},
+        {
+            "custom_id": "a",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {**body, "model": "other"},
+        },
+        {
+            "custom_id": "b",
+            "method": "POST",
+            "url": "/v1/embeddings",
+            "body": {"model": "model", "input": ["x", "y"]},
+        },
     ]
     Path("requests.jsonl").write_text("\n" + "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -111,7 +141,12 @@ def test_plan_of_a_sample_without_a_good_row(work: Any, capsys: pytest.CaptureFi
 def test_plan_for_a_cluster_that_is_not_here(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def describe(job: dict[str, Any]) -> None:
         job["cluster"] = {"nodes": 2, "cpus": 64, "gpus": 8}
-        job["engine"] = {"kind": "torch", "device": "cuda", "tensor_parallel_size": 2, "replicas": [2, 7]}
+        job["engine"] = {
+            "kind": "torch",
+            "device": "cuda",
+            "tensor_parallel_size": 2,
+            "replicas": [2, 7],
+        }
 
     plan(work.write_job(describe).name, [])
     text = " ".join(capsys.readouterr().out.split())

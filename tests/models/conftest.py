@@ -1,7 +1,7 @@
 """Random tiny GLM checkpoints in the Hugging Face layout, with weights that make bugs visible.
 
-The library's own initialisation (std 0.02, norms 1, biases 0) hides swapped norms and lost biases; here weights are
-N(0, 1/fan_in), norm weights 1 + 0.1 N, biases 0.1 N.
+The library's own initialisation (std 0.02, norms 1, biases 0) hides swapped norms and lost biases;
+here weights are N(0, 1/fan_in), norm weights 1 + 0.1 N, biases 0.1 N.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as bpe
 
 VOCAB_SIZE = 512
-SPECIALS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+SPECIALS = [
+    "<|endoftext|>",
+    "[gMASK]",
+    "<sop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+]
 CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-FAMILIES = {
-    "glm": (transformers.GlmConfig, "Glm"),
-    "glm4": (transformers.Glm4Config, "Glm4"),
-}
+FAMILIES = {"glm": (transformers.GlmConfig, "Glm"), "glm4": (transformers.Glm4Config, "Glm4")}
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa4": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 256},
     "mha": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128, "hidden_size": 192,
@@ -41,12 +46,18 @@ MakeCheckpoint = Callable[..., Path]
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """256 byte tokens without merges, then GLM's specials: any text can be encoded, ids stay below 263."""
+    """256 byte tokens without merges, then GLM's specials: any text can be encoded, ids stay below
+    263.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(bpe.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer = tokenizers.Tokenizer(
+        bpe.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIALS]
+    )
     return tokenizer
 
 
@@ -90,13 +101,17 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     ) -> Path:
         key = repr((family, shape, head, save, sorted(config.items(), key=str)))
         if key not in made:
-            made[key] = _make(tmp_path_factory.mktemp("checkpoint"), family, shape, head, save or {}, config)
+            made[key] = _make(
+                tmp_path_factory.mktemp("checkpoint"), family, shape, head, save or {}, config
+            )
         return made[key]
 
     return make
 
 
-def _make(folder: Path, family: str, shape: str, head: str, save: dict[str, Any], config: dict[str, Any]) -> Path:
+def _make(
+    folder: Path, family: str, shape: str, head: str, save: dict[str, Any], config: dict[str, Any]
+) -> Path:
     config_class, prefix = FAMILIES[family]
     fields = {
         "vocab_size": VOCAB_SIZE,
@@ -117,7 +132,9 @@ def _make(folder: Path, family: str, shape: str, head: str, save: dict[str, Any]
 def load_oracle(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The checkpoint in transformers, by its own architecture."""
     architecture = json.loads((path / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, architecture).from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    model = getattr(transformers, architecture).from_pretrained(
+        path, dtype=dtype, attn_implementation="eager"
+    )
     return model.eval()
 
 

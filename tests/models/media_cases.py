@@ -1,4 +1,5 @@
-"""Random tiny GLM-4.1V checkpoints and prompts with images and videos, and what transformers makes of them.
+"""Random tiny GLM-4.1V checkpoints and prompts with images and videos, and what transformers makes
+of them.
 
 Positions come from a plain walk over the prompt, token by token, written for these tests alone.
 """
@@ -66,22 +67,37 @@ def randomize_glm4v(model: torch.nn.Module, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def make_glm4v(tmp_path_factory: pytest.TempPathFactory) -> MakeGlm4v:
-    """make_glm4v(text={...}, vision={...}, num_labels=3) -> directory; with num_labels a classifier."""
+    """make_glm4v(text={...}, vision={...}, num_labels=3) -> directory; with num_labels a
+    classifier.
+    """
     made: dict[str, Path] = {}
 
     def make(
-        text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, num_labels: int = 0, **config: Any
+        text: dict[str, Any] | None = None,
+        vision: dict[str, Any] | None = None,
+        num_labels: int = 0,
+        **config: Any,
     ) -> Path:
         key = repr((text, vision, num_labels, config))
         if key not in made:
-            made[key] = _make(tmp_path_factory.mktemp("glm4v"), text or {}, vision or {}, num_labels, config)
+            made[key] = _make(
+                tmp_path_factory.mktemp("glm4v"), text or {}, vision or {}, num_labels, config
+            )
         return made[key]
 
     return make
 
 
-def _make(folder: Path, text: dict[str, Any], vision: dict[str, Any], num_labels: int, config: dict[str, Any]) -> Path:
-    hf_config = transformers.Glm4vConfig(text_config=TEXT | text, vision_config=VISION | vision, **(IDS | config))
+def _make(
+    folder: Path,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    num_labels: int,
+    config: dict[str, Any],
+) -> Path:
+    hf_config = transformers.Glm4vConfig(
+        text_config=TEXT | text, vision_config=VISION | vision, **(IDS | config)
+    )
     torch.manual_seed(0)
     model = transformers.Glm4vForConditionalGeneration(hf_config)
     randomize_glm4v(model, seed=3)
@@ -104,11 +120,15 @@ def _make_classifier(model: Any, folder: Path, num_labels: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def make_item(seed: int, grid: tuple[int, int, int], kind: str = "image", *, patch: int = PATCH) -> MediaItem:
+def make_item(
+    seed: int, grid: tuple[int, int, int], kind: str = "image", *, patch: int = PATCH
+) -> MediaItem:
     """Random patches; equal seeds and grids are equal items."""
     copies = 1 if kind == "image" else TEMPORAL
     t, h, w = grid
-    patches = np.random.default_rng(seed).integers(0, 256, (t * h * w, CHANNELS * copies * patch**2), dtype=np.uint8)
+    patches = np.random.default_rng(seed).integers(
+        0, 256, (t * h * w, CHANNELS * copies * patch**2), dtype=np.uint8
+    )
     digest = hashlib.blake2b(patches.tobytes(), digest_size=16).digest()
     return MediaItem(kind=kind, patches=patches, grid_thw=grid, digest=digest)  # type: ignore[arg-type]
 
@@ -117,7 +137,9 @@ def pixel_values(item: MediaItem) -> torch.Tensor:
     """What transformers' processors would hand over: normalised float32, an image's frame twice."""
     copies = 1 if item.kind == "image" else TEMPORAL
     values = torch.from_numpy(item.patches).double().view(len(item.patches), CHANNELS, copies, -1)
-    mean, std = (torch.tensor(x).double().view(1, -1, 1, 1) for x in (NORMALIZATION.mean, NORMALIZATION.std))
+    mean, std = (
+        torch.tensor(x).double().view(1, -1, 1, 1) for x in (NORMALIZATION.mean, NORMALIZATION.std)
+    )
     values = (values * NORMALIZATION.rescale_factor - mean) / std
     return values.expand(-1, -1, TEMPORAL, -1).reshape(len(values), -1).float()
 
@@ -140,7 +162,9 @@ class Prompt:
 
 
 def make_prompt(parts: list[Part], *, seed: int = 0, merge: int = 2, patch: int = PATCH) -> Prompt:
-    """A number is that many text tokens, a triple an image of that grid, a list with one triple a video."""
+    """A number is that many text tokens, a triple an image of that grid, a list with one triple a
+    video.
+    """
     rng = np.random.default_rng(seed)
     ids: list[int] = []
     types: list[int] = []
@@ -200,7 +224,9 @@ def load_glm4v(path: Path) -> Any:
             path, config=config, dtype=torch.float32, attn_implementation="eager"
         )
     else:
-        model = getattr(transformers, name).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        model = getattr(transformers, name).from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        )
     return model.eval()
 
 

@@ -17,7 +17,9 @@ from glm_batch.models.network.layers.parallel import Rendezvous, join
 @contextmanager
 def parallel_engine(path: Path, size: int, **config: Any) -> Iterator[TorchEngine]:
     """A TorchEngine on `size` ranks; every thread must end with it and without an exception."""
-    setup = EngineConfig(model=str(path), tensor_parallel_size=size, **({"kv_cache_tokens": 4096} | config))
+    setup = EngineConfig(
+        model=str(path), tensor_parallel_size=size, **({"kv_cache_tokens": 4096} | config)
+    )
     if size == 1:
         yield TorchEngine.from_checkpoint(setup)
         return
@@ -31,7 +33,9 @@ def parallel_engine(path: Path, size: int, **config: Any) -> Iterator[TorchEngin
             failures.append(error)
             raise
 
-    threads = [threading.Thread(target=follow, args=(rank,), daemon=True) for rank in range(1, size)]
+    threads = [
+        threading.Thread(target=follow, args=(rank,), daemon=True) for rank in range(1, size)
+    ]
     for thread in threads:
         thread.start()
     engine = TorchEngine.from_checkpoint(setup, meeting.join(size, "gloo"))

@@ -23,13 +23,17 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def fused_engine(path: Path, limits: dict[str, Any]) -> TorchEngine:
     """An engine with the fused kernels, on the CPU too."""
     if DEVICE.type == "cuda":
-        return TorchEngine.from_checkpoint(EngineConfig(model=str(path), cuda_kernels=True, **limits))
+        return TorchEngine.from_checkpoint(
+            EngineConfig(model=str(path), cuda_kernels=True, **limits)
+        )
     plain = TorchEngine.from_checkpoint(EngineConfig(model=str(path), device="cpu", **limits))
     config = plain.config
     fused: Limits = replace(
-        plain.limits, tile_queries=TILE_ROWS // (config.num_attention_heads // config.num_key_value_heads)
+        plain.limits,
+        tile_queries=TILE_ROWS // (config.num_attention_heads // config.num_key_value_heads),
     )
-    with mock.patch("glm_batch.models.network.registry.can_pack", return_value=False):  # packed weights are for CPUs
+    # packed weights are for CPUs
+    with mock.patch("glm_batch.models.network.registry.can_pack", return_value=False):
         model = build_model(path, dtype=getattr(torch, limits["dtype"]), device=DEVICE)
     encoder = None
     if model.vision:

@@ -1,7 +1,8 @@
-"""Lets a torchvision that was built for CUDA be imported beside a CPU torch; `make test-vllm` puts this on the path.
+"""Lets a torchvision that was built for CUDA be imported beside a CPU torch; `make test-vllm` puts
+this on the path.
 
-vLLM's GLM-4.1V imports torchvision's Python code, also in a process of its own that inspects the model. The compiled
-operators, which such a build cannot load, are declared and never called.
+vLLM's GLM-4.1V imports torchvision's Python code, also in a process of its own that inspects the
+model. The compiled operators, which such a build cannot load, are declared and never called.
 """
 
 import importlib.abc

@@ -1,7 +1,8 @@
 """Border: what every HTTP request must pass before anything looks at what it says.
 
-Owns the token, the size of a body and the time it may take to arrive, and the refusal of new work once the server
-ends. Plain ASGI: answers in OpenAI's form by itself. Knows nothing of routes but those that are open to anybody.
+Owns the token, the size of a body and the time it may take to arrive, and the refusal of new work
+once the server ends. Plain ASGI: answers in OpenAI's form by itself. Knows nothing of routes but
+those that are open to anybody.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from glm_batch.glm_actors.serving.openai.api_errors import HEAD_BYTES, ApiError, head_too_large, too_large, unavailable
+from glm_batch.glm_actors.serving.openai.api_errors import (
+    HEAD_BYTES,
+    ApiError,
+    head_too_large,
+    too_large,
+    unavailable,
+)
 from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 
 Message = MutableMapping[str, Any]
@@ -30,7 +37,8 @@ def digest_of(token: str) -> bytes:
 
 
 class Border:
-    """Wraps an ASGI app. `token_digest` None lets everybody in. Set `draining` to refuse what is new.
+    """Wraps an ASGI app. `token_digest` None lets everybody in. Set `draining` to refuse what is
+    new.
 
     `num_active` requests are being answered.
     """
@@ -56,7 +64,11 @@ class Border:
             if self.draining:
                 raise unavailable()
             if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-                raise ApiError(415, "Content-Encoding: send the body as it is, not compressed", "unsupported_encoding")
+                raise ApiError(
+                    415,
+                    "Content-Encoding: send the body as it is, not compressed",
+                    "unsupported_encoding",
+                )
             body = await self._read(headers.get(b"content-length"), receive)
         except ApiError as error:
             await refuse(error, send)
@@ -96,7 +108,9 @@ class Border:
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self._caps.body_s:g} s", "timeout") from None
+            raise ApiError(
+                408, f"the body did not arrive within {self._caps.body_s:g} s", "timeout"
+            ) from None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -116,7 +130,11 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 async def refuse(error: ApiError, send: Send) -> None:
     """Answers instead of the application, which has not read the body, and never will."""
     body = json.dumps(error.body()).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+    }
     headers |= error.headers
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})

@@ -1,6 +1,8 @@
-"""Connection: uvicorn's reading of HTTP, with bounds for a request's head: how large it is and when it must be there.
+"""Connection: uvicorn's reading of HTTP, with bounds for a request's head: how large it is and when
+it must be there.
 
-Owns also that what is no HTTP gets OpenAI's form of an error. What a head says and what follows it are the border's.
+Owns also that what is no HTTP gets OpenAI's form of an error. What a head says and what follows it
+are the border's.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ HEAD_S = 15.0
 
 
 class BoundedHead(HttpToolsProtocol):
-    """A connection whose next request's head must be there within HEAD_S, and not be larger than HEAD_BYTES.
+    """A connection whose next request's head must be there within HEAD_S, and not be larger than
+    HEAD_BYTES.
 
-    Without it, what sends headers without end or does not finish them holds memory or a connection for ever.
+    Without it, what sends headers without end or does not finish them holds memory or a connection
+    for ever.
     """
 
     _alarm: asyncio.TimerHandle | None = None
@@ -34,7 +38,8 @@ class BoundedHead(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        begun = self._open_head_bytes is not None  # what ends another request as well does not count
+        # what ends another request as well does not count
+        begun = self._open_head_bytes is not None
         super().data_received(data)
         if begun and self._open_head_bytes is not None:
             self._open_head_bytes += len(data)
@@ -59,9 +64,14 @@ class BoundedHead(HttpToolsProtocol):
 
     def _end_late(self) -> None:
         if self._open_head_bytes:
-            self._refuse(ApiError(408, f"the request's headers did not arrive within {HEAD_S:g} s", "timeout"))
+            self._refuse(
+                ApiError(
+                    408, f"the request's headers did not arrive within {HEAD_S:g} s", "timeout"
+                )
+            )
         else:
-            self.transport.close()  # a client that has opened a connection and asked nothing expects no answer
+            # a client that has opened a connection and asked nothing expects no answer
+            self.transport.close()
 
     def _end_head(self) -> None:
         self._open_head_bytes = None
@@ -76,7 +86,10 @@ class BoundedHead(HttpToolsProtocol):
             return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = json.dumps(error.body())
-            lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "Content-Type: application/json"]
+            lines = [
+                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+                "Content-Type: application/json",
+            ]
             lines += [f"Content-Length: {len(body)}", "Connection: close", "", body]
             self.transport.write("\r\n".join(lines).encode())
         self.transport.close()

@@ -1,7 +1,8 @@
-"""Document: what the HTTP interface says of itself, as an OpenAPI document (/openapi.json) and a page (/docs).
+"""Document: what the HTTP interface says of itself, as an OpenAPI document (/openapi.json) and a
+page (/docs).
 
-Owns which statuses each route may answer with. Fields and their ranges come from the protocol by way of FastAPI, the
-limits from the configuration. Knows nothing of what routes do.
+Owns which statuses each route may answer with. Fields and their ranges come from the protocol by
+way of FastAPI, the limits from the configuration. Knows nothing of what routes do.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ ERROR: Json = {
 
 
 def describe(app: FastAPI, caps: Caps) -> None:
-    """Gives an application with all its routes the document and the page, both made when they are first asked for."""
+    """Gives an application with all its routes the document and the page, both made when they are
+    first asked for.
+    """
 
     @cache
     def document() -> Json:
@@ -79,7 +82,8 @@ def _document(app: FastAPI, caps: Caps) -> Json:
     found = get_openapi(title=app.title, version=app.version, description=ABOUT, routes=app.routes)
     components = found.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
-    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form of errors, which is not ours
+    # FastAPI's own form of errors, which is not ours
+    for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     schemas["Error"] = ERROR
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -92,13 +96,24 @@ def _document(app: FastAPI, caps: Caps) -> Json:
 
 
 def _responses(path: str, method: str) -> Json:
-    kinds = [NOT_JSON.get(path, "application/json"), *(["text/event-stream"] if path in STREAMING else [])]
-    schemas = {kind: {"schema": {"type": "object"} if kind == "application/json" else {}} for kind in kinds}
-    statuses = {*OF_ALL, *(() if path in OPEN_PATHS else (401,)), *(OF_POSTS if method == "post" else ())}
+    kinds = [
+        NOT_JSON.get(path, "application/json"),
+        *(["text/event-stream"] if path in STREAMING else []),
+    ]
+    schemas = {
+        kind: {"schema": {"type": "object"} if kind == "application/json" else {}} for kind in kinds
+    }
+    statuses = {
+        *OF_ALL,
+        *(() if path in OPEN_PATHS else (401,)),
+        *(OF_POSTS if method == "post" else ()),
+    }
     if "{" in path:
         statuses |= {400, 404}
     refused = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    errors = {str(each): {"description": STATUSES[each], "content": refused} for each in sorted(statuses)}
+    errors = {
+        str(each): {"description": STATUSES[each], "content": refused} for each in sorted(statuses)
+    }
     if path == "/health":
         errors["503"]["content"] = {"application/json": {"schema": {"type": "object"}}}
     return {"200": {"description": "The answer.", "content": schemas}, **errors}

@@ -62,7 +62,9 @@ def _operation(name: str, operation: Json, schemas: Json) -> Iterator[str]:
             for field, schema in body["properties"].items()
         ]
         yield _table(("field", "what it takes", ""), rows)
-    answers = [(status, answer.get("description", "")) for status, answer in operation["responses"].items()]
+    answers = [
+        (status, answer.get("description", "")) for status, answer in operation["responses"].items()
+    ]
     yield "<h3>Answers</h3>" + _table(("status", "meaning"), answers)
 
 
@@ -86,7 +88,13 @@ def type_text(schema: Json, schemas: Json) -> str:
     if name == "array":
         name = f"list of ({type_text(schema.get('items', {}), schemas)})"
     elif "properties" in schema:
-        name = "{" + ", ".join(f"{key}: {type_text(each, schemas)}" for key, each in schema["properties"].items()) + "}"
+        name = (
+            "{"
+            + ", ".join(
+                f"{key}: {type_text(each, schemas)}" for key, each in schema["properties"].items()
+            )
+            + "}"
+        )
     bounds = [text.format(_number(schema[key])) for key, text in BOUNDS.items() if key in schema]
     return " ".join([name, *bounds])
 

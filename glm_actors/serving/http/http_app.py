@@ -1,6 +1,7 @@
 """The HTTP interface: OpenAI's routes and our own as a FastAPI application over a Backend.
 
-Owns routes, server-sent events, the form of errors and the counting of requests. Knows neither models nor Ray.
+Owns routes, server-sent events, the form of errors and the counting of requests. Knows neither
+models nor Ray.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from starlette.exceptions import HTTPException
 from glm_batch.glm_actors.serving.http.border import Border
 from glm_batch.glm_actors.serving.http.document import describe
 from glm_batch.glm_actors.serving.http.http_metrics import Metrics
-from glm_batch.glm_actors.serving.openai.api_errors import MAX_MESSAGE, ApiError, internal, of_problems, unknown_model
+from glm_batch.glm_actors.serving.openai.api_errors import (
+    MAX_MESSAGE,
+    ApiError,
+    internal,
+    of_problems,
+    unknown_model,
+)
 from glm_batch.glm_actors.serving.openai.pieces import Piece
 from glm_batch.glm_actors.serving.openai.protocol import (
     Body,
@@ -42,7 +49,9 @@ CREATED = 0  # of a model: OpenAI wants a time, a checkpoint has none
 
 
 class Backend(Protocol):
-    """Where the models are. `answer` and `stream` raise ApiError, and end their work when they are cancelled."""
+    """Where the models are. `answer` and `stream` raise ApiError, and end their work when they are
+    cancelled.
+    """
 
     @property
     def models(self) -> list[str]: ...
@@ -70,7 +79,11 @@ class JsonResponse(Response):
 def build_app(backend: Backend, caps: Caps, token_digest: bytes | None) -> Border:
     """The application, behind its border."""
     app = FastAPI(
-        title="glm-batch", docs_url=None, redoc_url=None, default_response_class=JsonResponse, redirect_slashes=False
+        title="glm-batch",
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=JsonResponse,
+        redirect_slashes=False,
     )
     _add_errors(app)
     _Routes(backend).add_to(app)
@@ -108,7 +121,9 @@ class _Routes:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def list_models(self) -> Response:
-        return JsonResponse({"object": "list", "data": [_model_card(name) for name in self._backend.models]})
+        return JsonResponse(
+            {"object": "list", "data": [_model_card(name) for name in self._backend.models]}
+        )
 
     async def show_model(self, model: str) -> Response:
         return JsonResponse(_model_card(self._known(model)))
@@ -131,10 +146,17 @@ class _Routes:
     async def tokenize(self, body: TokenizeRequest, request: Request) -> Response:
         return await self._answer("tokenize", body, request)
 
-    async def _generate(self, route: str, body: ChatRequest | CompletionRequest, request: Request) -> Response:
+    async def _generate(
+        self, route: str, body: ChatRequest | CompletionRequest, request: Request
+    ) -> Response:
         if not body.stream:
             if body.stream_options is not None:
-                raise ApiError(400, "stream_options: it goes with stream: true", "invalid_value", "stream_options")
+                raise ApiError(
+                    400,
+                    "stream_options: it goes with stream: true",
+                    "invalid_value",
+                    "stream_options",
+                )
             return await self._answer(route, body, request)
         return await self._stream(route, body, request)
 
@@ -146,7 +168,9 @@ class _Routes:
         return JsonResponse(found)
 
     async def _stream(self, route: str, body: Sampled, request: Request) -> Response:
-        """Begins to answer once there is something to say: what fails before that has a status of its own."""
+        """Begins to answer once there is something to say: what fails before that has a status of
+        its own.
+        """
         model = self._known(body.model)
         events = self._events(model, route, body)
         try:
@@ -155,10 +179,14 @@ class _Routes:
             await events.aclose()
             raise
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_rest(first, events), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(
+            _rest(first, events), media_type="text/event-stream", headers=headers
+        )
 
     async def _events(self, model: str, route: str, body: Sampled) -> AsyncGenerator[bytes, None]:
-        """The stream as server-sent events. Raises ApiError before the first, and tells of it in an event later."""
+        """The stream as server-sent events. Raises ApiError before the first, and tells of it in an
+        event later.
+        """
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         begun = last = time.monotonic()
         started = False
@@ -175,7 +203,9 @@ class _Routes:
                             continue
                         now = time.monotonic()
                         if started:
-                            self._metrics.between_tokens.labels(model).observe((now - last) / max(piece.num_tokens, 1))
+                            self._metrics.between_tokens.labels(model).observe(
+                                (now - last) / max(piece.num_tokens, 1)
+                            )
                         else:
                             self._metrics.first_token.labels(model).observe(now - begun)
                         started, last, envelope = True, now, piece.chunks[-1]
@@ -203,7 +233,9 @@ class _Routes:
         except (asyncio.CancelledError, GeneratorExit):
             status = "gone"
             raise
-        except Exception as error:  # the border of a request: the client hears that it was not its fault
+        except (
+            Exception
+        ) as error:  # the border of a request: the client hears that it was not its fault
             status = "500"
             traceback.print_exception(error, file=sys.stderr)
             raise internal() from error
@@ -243,7 +275,9 @@ async def _gone(request: Request) -> None:
 
 
 def _event(content: Json) -> bytes:
-    return b"data: " + json.dumps(content, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    return (
+        b"data: " + json.dumps(content, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+    )
 
 
 def _model_card(name: str) -> Json:
@@ -263,8 +297,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused_by_router(_: Request, error: HTTPException) -> Response:
-        code = "invalid_json" if error.status_code == 400 else None  # which only the parser of a body raises
-        answer = await refused(_, ApiError(error.status_code, str(error.detail)[:MAX_MESSAGE], code))
+        # which only the parser of a body raises
+        code = "invalid_json" if error.status_code == 400 else None
+        answer = await refused(
+            _, ApiError(error.status_code, str(error.detail)[:MAX_MESSAGE], code)
+        )
         answer.headers.update(error.headers or {})  # with 405: what is allowed
         return answer
 

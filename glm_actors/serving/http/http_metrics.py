@@ -27,8 +27,12 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         model = ["model"]
-        self.requests = Counter("glm_requests", "Requests by outcome.", ["model", "route", "status"], registry=registry)
-        self.in_flight = Gauge("glm_requests_in_flight", "Requests being answered.", model, registry=registry)
+        self.requests = Counter(
+            "glm_requests", "Requests by outcome.", ["model", "route", "status"], registry=registry
+        )
+        self.in_flight = Gauge(
+            "glm_requests_in_flight", "Requests being answered.", model, registry=registry
+        )
         self.first_token = Histogram(
             "glm_time_to_first_token_seconds", "From a streaming request to its first chunk.", model,
             buckets=LATENCIES, registry=registry,
@@ -45,7 +49,11 @@ class Metrics:
             field: Counter(name, text, model, registry=registry)
             for field, name, text in (
                 ("prompt_tokens", "glm_prompt_tokens", "Tokens of prompts."),
-                ("cached_tokens", "glm_cached_prompt_tokens", "Those of them that were in the cache."),
+                (
+                    "cached_tokens",
+                    "glm_cached_prompt_tokens",
+                    "Those of them that were in the cache.",
+                ),
                 ("completion_tokens", "glm_output_tokens", "Tokens that were written."),
             )
         }

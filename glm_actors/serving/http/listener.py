@@ -14,7 +14,8 @@ import uvicorn
 from glm_batch.glm_actors.serving.http.connection import BoundedHead
 
 POLL_S = 0.01
-KEEP_ALIVE_S = 75  # idle connections live longer than those of usual clients, so that none is closed as it is used
+# idle connections live longer than those of usual clients, so that none is closed as it is used
+KEEP_ALIVE_S = 75
 
 
 class Listener:
@@ -22,10 +23,13 @@ class Listener:
 
     def __init__(self, app: Any, host: str, port: int) -> None:
         """Raises OSError when the address cannot be used."""
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         self._socket = socket.socket(family, kind, protocol)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # with the one that this one replaces
+        # with the one that this one replaces
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             self._socket.bind(address)
         except OSError:

@@ -26,7 +26,9 @@ MAX_MESSAGE = 500  # characters of what is wrong with a field
 
 
 class ApiError(Exception):
-    """`status` is HTTP's, `code` a short stable name, `param` the request's field. It survives a pickle."""
+    """`status` is HTTP's, `code` a short stable name, `param` the request's field. It survives a
+    pickle.
+    """
 
     def __init__(
         self,
@@ -45,8 +47,17 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """{"error": {"message", "type", "param", "code"}}"""
-        type_ = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": type_, "param": self.param, "code": self.code}}
+        type_ = TYPES.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return {
+            "error": {
+                "message": self.message,
+                "type": type_,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     @property
     def headers(self) -> dict[str, str]:
@@ -66,13 +77,24 @@ def bad(param: str, message: str) -> ApiError:
 
 
 def of_problems(problems: Sequence[Any]) -> ApiError:
-    """The first problem that pydantic names of a body, each with its place below "body"; values are not repeated."""
-    kind, path = problems[0]["type"], [str(part)[:80] for part in problems[0]["loc"] if part != "body"]
+    """The first problem that pydantic names of a body, each with its place below "body"; values are
+    not repeated.
+    """
+    kind, path = (
+        problems[0]["type"],
+        [str(part)[:80] for part in problems[0]["loc"] if part != "body"],
+    )
     if kind == "json_invalid":
         return ApiError(400, "the body is not valid JSON", "invalid_json")
     if not path:
-        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json", "invalid_json")
-    if len(problems) > 1 and all(len(each["loc"]) > 2 and each["loc"][:2] == ("body", path[0]) for each in problems):
+        return ApiError(
+            400,
+            "the body must be a JSON object, sent as Content-Type: application/json",
+            "invalid_json",
+        )
+    if len(problems) > 1 and all(
+        len(each["loc"]) > 2 and each["loc"][:2] == ("body", path[0]) for each in problems
+    ):
         return bad(path[0], "it has none of the forms that it may have; the API's page shows them")
     message = "unknown field; remove it" if kind == "extra_forbidden" else str(problems[0]["msg"])
     return bad(".".join(path), message[:MAX_MESSAGE])
@@ -92,7 +114,13 @@ def busy() -> ApiError:
 
 
 def unavailable() -> ApiError:
-    return ApiError(503, "the model is not available at the moment; try again", "unavailable", None, RETRY_AFTER_S)
+    return ApiError(
+        503,
+        "the model is not available at the moment; try again",
+        "unavailable",
+        None,
+        RETRY_AFTER_S,
+    )
 
 
 def timed_out(seconds: float) -> ApiError:
@@ -104,4 +132,6 @@ def internal() -> ApiError:
 
 
 def head_too_large() -> ApiError:
-    return ApiError(431, f"the request's headers have more than {HEAD_BYTES:,} bytes", "headers_too_large")
+    return ApiError(
+        431, f"the request's headers have more than {HEAD_BYTES:,} bytes", "headers_too_large"
+    )

@@ -1,7 +1,8 @@
 """Tasks: a request's work for the engine, and what becomes of the engine's answer.
 
-`build_task` chooses. A task has the engine's requests and turns their completions into OpenAI's objects; one that
-streams turns each delta into chunks as well. Built in a worker thread; knows nothing of HTTP or of other requests.
+`build_task` chooses. A task has the engine's requests and turns their completions into OpenAI's
+objects; one that streams turns each delta into chunks as well. Built in a worker thread; knows
+nothing of HTTP or of other requests.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Task(Protocol):
 
 
 class StreamTask(Task, Protocol):
-    """A task whose answer can come in chunks. `first` are those of its requests whose completions come before all."""
+    """A task whose answer can come in chunks. `first` are those of its requests whose completions
+    come before all.
+    """
 
     first: Sequence[Request]
 
@@ -66,7 +69,9 @@ class StreamTask(Task, Protocol):
         ...
 
 
-def build_task(body: Body, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool) -> Task:
+def build_task(
+    body: Body, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool
+) -> Task:
     """The task of a request. `thinking` is the model's default. Raises ApiError and RowError."""
     match body:
         case ChatRequest():
@@ -88,15 +93,26 @@ class EmbeddingTask:
     def __init__(self, body: EmbeddingRequest, prompter: Prompter, caps: Caps) -> None:
         self._model, self._as_text = body.model, body.encoding_format == "base64"
         prompts = raw_prompts(body.input, prompter, caps, "input")
-        self.requests = requests_of(new_id("embd"), prompts, Embed(pooling=body.pooling, normalize=body.normalize))
+        self.requests = requests_of(
+            new_id("embd"), prompts, Embed(pooling=body.pooling, normalize=body.normalize)
+        )
 
     def answer(self, completions: Sequence[Completion]) -> Json:
         data = []
         for index, completion in enumerate(checked(completions)):
             vector = _finite(completion)
-            shown: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode() if self._as_text else vector.tolist()
+            shown: Any = (
+                base64.b64encode(vector.astype("<f4").tobytes()).decode()
+                if self._as_text
+                else vector.tolist()
+            )
             data.append({"object": "embedding", "index": index, "embedding": shown})
-        return {"object": "list", "model": self._model, "data": data, "usage": usage_of(completions)}
+        return {
+            "object": "list",
+            "model": self._model,
+            "data": data,
+            "usage": usage_of(completions),
+        }
 
 
 class ScoreTask:
@@ -114,11 +130,15 @@ class ScoreTask:
         if body.system is not None:
             messages = [{"role": "system", "content": body.system}, *messages]
         choices = prompter.choices(body.labels)
-        work = Choose(choices=choices, count_end=prompter.chat.count_end(choices, body.end_of_label))
+        work = Choose(
+            choices=choices, count_end=prompter.chat.count_end(choices, body.end_of_label)
+        )
         self.requests = [request_of(new_id("score"), prompter.conversation(messages), work)]
 
     def answer(self, completions: Sequence[Completion]) -> Json:
-        """softmax over the labels' joint log-probabilities; `off_set_mass` is 1 - the sum of what they stand for."""
+        """softmax over the labels' joint log-probabilities; `off_set_mass` is 1 - the sum of what
+        they stand for.
+        """
         (completion,) = checked(completions)
         try:
             found = label_scores(completion.choice_logprobs or ())
@@ -144,7 +164,10 @@ class ClassifyTask:
         self.requests = requests_of(new_id("cls"), prompts, Classify())
 
     def answer(self, completions: Sequence[Completion]) -> Json:
-        data = [{"index": i} | self._scores(_finite(each)) for i, each in enumerate(checked(completions))]
+        data = [
+            {"index": i} | self._scores(_finite(each))
+            for i, each in enumerate(checked(completions))
+        ]
         labels = list(self._config.id2label)
         return {
             "object": "list",

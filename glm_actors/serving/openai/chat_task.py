@@ -1,4 +1,5 @@
-"""ChatTask: a conversation's answer, whole or in chunks, with its reasoning and its calls of functions apart.
+"""ChatTask: a conversation's answer, whole or in chunks, with its reasoning and its calls of
+functions apart.
 
 Knows nothing of HTTP, of other requests or of how media become tokens.
 """
@@ -30,10 +31,18 @@ class ChatTask:
     first: Sequence[Request] = ()
 
     def __init__(
-        self, body: ChatRequest, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool
+        self,
+        body: ChatRequest,
+        prompter: Prompter,
+        schemas: SchemaChecker,
+        caps: Caps,
+        *,
+        thinking: bool,
     ) -> None:
         id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._envelope = envelope(id, "chat.completion.chunk" if body.stream else "chat.completion", body.model)
+        self._envelope = envelope(
+            id, "chat.completion.chunk" if body.stream else "chat.completion", body.model
+        )
         self._tokenizer, self._chat = prompter.tokenizer, prompter.chat
         self._gives_ids, self._alternatives = bool(body.return_token_ids), body.top_logprobs or 0
         self._tools = tools_of(body)
@@ -43,12 +52,15 @@ class ChatTask:
         prompt = prompter.conversation(
             body.messages,
             thinking=self._thinking,
-            start_answer=formatted is not None,  # which a call is not: it follows the prompt at once
+            # which a call is not: it follows the prompt at once
+            start_answer=formatted is not None,
             tools=self._tools.for_template(),
         )
         sampling = chat_sampling(body, caps)
         if self._tools.one_call and NEXT_CALL in self._tokenizer.control_tokens:
-            sampling = replace(sampling, stop_token_ids=tuple(self._tokenizer.encode_control(NEXT_CALL)))
+            sampling = replace(
+                sampling, stop_token_ids=tuple(self._tokenizer.encode_control(NEXT_CALL))
+            )
         work = Generate(sampling=sampling, constraint=constraint)
         self.requests = [request_of(id, prompt, work, stream=bool(body.stream))]
         self._streams: dict[int, tuple[ReasoningStream, CallStream]] = {}
@@ -74,14 +86,26 @@ class ChatTask:
         message |= {"reasoning_content": reasoning} if reasoning else {}
         message |= {"content": content} if content else {}
         if calls:
-            message["tool_calls"] = [{"index": number} | call.shown() for number, call in enumerate(calls)]
+            message["tool_calls"] = [
+                {"index": number} | call.shown() for number, call in enumerate(calls)
+            ]
         reason = "tool_calls" if calls else delta.finish_reason
-        choice: Json = {"index": delta.index, "delta": message, "finish_reason": reason, "logprobs": None}
+        choice: Json = {
+            "index": delta.index,
+            "delta": message,
+            "finish_reason": reason,
+            "logprobs": None,
+        }
         if delta.logprobs:
             choice["logprobs"] = chat_logprobs(delta, self._tokenizer, self._alternatives)
         if self._gives_ids:
             choice["token_ids"] = list(delta.token_ids)
-        if not message and not delta.logprobs and not self._gives_ids and delta.finish_reason is None:
+        if (
+            not message
+            and not delta.logprobs
+            and not self._gives_ids
+            and delta.finish_reason is None
+        ):
             return []
         return [self._envelope | {"choices": [choice]}]
 
@@ -92,7 +116,12 @@ class ChatTask:
         message |= {"reasoning_content": reasoning} if reasoning else {}
         message |= {"tool_calls": [call.shown() for call in calls]} if calls else {}
         reason = "tool_calls" if calls else output.finish_reason
-        choice: Json = {"index": index, "message": message, "finish_reason": reason, "logprobs": None}
+        choice: Json = {
+            "index": index,
+            "message": message,
+            "finish_reason": reason,
+            "logprobs": None,
+        }
         if output.logprobs is not None:
             choice["logprobs"] = chat_logprobs(output, self._tokenizer, self._alternatives)
         if self._gives_ids:
@@ -105,10 +134,16 @@ def _thinks(body: ChatRequest, default: bool, *, constrained: bool) -> bool:
     asked = None
     if body.thinking is not None:
         asked = body.thinking.type == "enabled"
-    if body.chat_template_kwargs is not None and body.chat_template_kwargs.enable_thinking is not None:
+    if (
+        body.chat_template_kwargs is not None
+        and body.chat_template_kwargs.enable_thinking is not None
+    ):
         if asked not in (None, body.chat_template_kwargs.enable_thinking):
             raise bad("thinking", "it contradicts chat_template_kwargs.enable_thinking")
         asked = body.chat_template_kwargs.enable_thinking
     if asked and constrained:
-        raise bad("thinking", "an answer that is held to a schema is written without reasoning; leave one of them out")
+        raise bad(
+            "thinking",
+            "an answer that is held to a schema is written without reasoning; leave one of them out",
+        )
     return (default if asked is None else asked) and not constrained

@@ -1,4 +1,5 @@
-"""CompletionTask: what follows raw prompts, whole or in chunks, on request after the prompts themselves.
+"""CompletionTask: what follows raw prompts, whole or in chunks, on request after the prompts
+themselves.
 
 Knows nothing of HTTP, of other requests or of chat.
 """
@@ -18,7 +19,14 @@ from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
 from glm_batch.glm_actors.serving.openai.protocol import CompletionRequest
 from glm_batch.glm_actors.serving.openai.sampling import completion_sampling
 from glm_batch.glm_actors.serving.openai.serve_settings import Caps
-from glm_batch.glm_actors.serving.openai.work import Json, checked, envelope, raw_prompts, request_of, usage_of
+from glm_batch.glm_actors.serving.openai.work import (
+    Json,
+    checked,
+    envelope,
+    raw_prompts,
+    request_of,
+    usage_of,
+)
 from glm_batch.models.engine.api.request import Completion, Delta, Generate, Output, Request, Score
 from glm_batch.models.errors import RowError
 
@@ -29,8 +37,9 @@ NOTHING = Delta(id="", index=0, token_ids=(), text="", finish_reason="length")
 class CompletionTask:
     """POST /v1/completions: each of the prompts has n choices, in the prompts' order.
 
-    With `echo` a choice begins with its prompt, and so does its stream. The engine scores the prompt's tokens in a
-    request of its own; the one that writes comes after it and finds the prompt in the cache.
+    With `echo` a choice begins with its prompt, and so does its stream. The engine scores the
+    prompt's tokens in a request of its own; the one that writes comes after it and finds the prompt
+    in the cache.
     """
 
     def __init__(self, body: CompletionRequest, prompter: Prompter, caps: Caps) -> None:
@@ -58,13 +67,24 @@ class CompletionTask:
         self._shown: dict[int, int] = {}  # characters that a choice's chunks have shown
 
     def _check_size(self, caps: Caps) -> None:
-        """An answer must fit into memory: it has some numbers for each token of its prompts, once for each choice."""
-        count = sum(len(prompt.input_ids) for prompt in self._prompts) * (1 + self._alternatives) * self._n
+        """An answer must fit into memory: it has some numbers for each token of its prompts, once
+        for each choice.
+        """
+        count = (
+            sum(len(prompt.input_ids) for prompt in self._prompts)
+            * (1 + self._alternatives)
+            * self._n
+        )
         if count > caps.max_prompt_logprobs:
             most = f"{caps.max_prompt_logprobs:,}"
-            raise bad("logprobs", f"the answer would hold {count:,} of the prompts' tokens; this server gives {most}")
+            raise bad(
+                "logprobs",
+                f"the answer would hold {count:,} of the prompts' tokens; this server gives {most}",
+            )
 
-    def _requests(self, id: str, prompt: Prompt, work: Generate, *, stream: bool) -> Iterator[Request]:
+    def _requests(
+        self, id: str, prompt: Prompt, work: Generate, *, stream: bool
+    ) -> Iterator[Request]:
         if self._scores:
             yield request_of(f"{id}-prompt", prompt, Score(top=self._alternatives))
         if self._writes:
@@ -97,21 +117,36 @@ class CompletionTask:
     def chunks(self, delta: Delta) -> list[Json]:
         number = self._number[delta.id]
         index = number * self._n + delta.index
-        echo = self._prompt_text(self._prompts[number]) if self._echo and index not in self._shown else ""
+        echo = (
+            self._prompt_text(self._prompts[number])
+            if self._echo and index not in self._shown
+            else ""
+        )
         if not (echo or delta.text or delta.logprobs or self._gives_ids or delta.finish_reason):
             return []
         start = self._shown.get(index, len(echo))
         self._shown[index] = start + len(delta.text)
         return [self._envelope | {"choices": [self._choice(index, delta, start, echo, None)]}]
 
-    def _choice(self, index: int, output: Output | Delta, start: int, echo: str, prompt_logprobs: Lists | None) -> Json:
-        """`start` is where the output's own text begins; `echo` comes before it, and so do its log-probabilities."""
+    def _choice(
+        self,
+        index: int,
+        output: Output | Delta,
+        start: int,
+        echo: str,
+        prompt_logprobs: Lists | None,
+    ) -> Json:
+        """`start` is where the output's own text begins; `echo` comes before it, and so do its
+        log-probabilities.
+        """
         text, reason = echo + output.text, output.finish_reason
         choice: Json = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
         if output.logprobs or prompt_logprobs:
             own = completion_logprobs(output, self._tokenizer, self._alternatives, start)
             before = prompt_logprobs or {}
-            choice["logprobs"] = {name: [*before.get(name, []), *values] for name, values in own.items()}
+            choice["logprobs"] = {
+                name: [*before.get(name, []), *values] for name, values in own.items()
+            }
         if self._gives_ids:
             choice["token_ids"] = list(output.token_ids)
         return choice
@@ -126,8 +161,12 @@ class CompletionTask:
             return None
         scores = completion.scores
         if scores is None or not np.isfinite(scores.logprobs).all():
-            raise of_row(RowError("not_finite", "the log-probabilities of the prompt are not finite"))
-        return prompt_logprobs(prompt.input_ids, scores, self._tokenizer, shows_special=prompt.text is None)
+            raise of_row(
+                RowError("not_finite", "the log-probabilities of the prompt are not finite")
+            )
+        return prompt_logprobs(
+            prompt.input_ids, scores, self._tokenizer, shows_special=prompt.text is None
+        )
 
     def _usage(self, scored: list[Completion], written: list[Completion]) -> Json:
         """The prompt counts once, as what was asked first found it."""

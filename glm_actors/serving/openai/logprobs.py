@@ -1,4 +1,6 @@
-"""Log-probabilities in OpenAI's two forms: chat's list of tokens, and completions' parallel lists, prompts included."""
+"""Log-probabilities in OpenAI's two forms: chat's list of tokens, and completions' parallel lists,
+prompts included.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,16 @@ from glm_batch.models.processing.tokenizer import IncrementalDetokenizer, Tokeni
 LOWEST = -9999.0  # JSON has no minus infinity; the number that OpenAI's own interface gives instead
 
 
-def chat_logprobs(output: Output | Delta, tokenizer: Tokenizer, alternatives: int) -> dict[str, Any]:
+def chat_logprobs(
+    output: Output | Delta, tokenizer: Tokenizer, alternatives: int
+) -> dict[str, Any]:
     """{"content": one entry for each token, with as many alternatives as were asked for}"""
     entries = []
     for token_id, logprob, tops in _tokens(output):
         entry = _entry(token_id, logprob, tokenizer)
-        entry["top_logprobs"] = [_entry(top.token_id, top.logprob, tokenizer) for top in tops[:alternatives]]
+        entry["top_logprobs"] = [
+            _entry(top.token_id, top.logprob, tokenizer) for top in tops[:alternatives]
+        ]
         entries.append(entry)
     return {"content": entries, "refusal": None}
 
@@ -26,7 +32,12 @@ def completion_logprobs(
     output: Output | Delta, tokenizer: Tokenizer, alternatives: int, start: int
 ) -> dict[str, list[Any]]:
     """`start` is where the output's text begins in the whole; half characters count as one each."""
-    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    found: dict[str, list[Any]] = {
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
+        "text_offset": [],
+    }
     for token_id, logprob, tops in _tokens(output):
         text = token_text(token_id, tokenizer)
         found["tokens"].append(text)
@@ -41,9 +52,11 @@ def completion_logprobs(
 def prompt_logprobs(
     ids: Sequence[int], scores: PromptScores, tokenizer: Tokenizer, *, shows_special: bool
 ) -> dict[str, list[Any]]:
-    """As of an output, of a whole prompt; the first token has nothing before it, and null where others have numbers.
+    """As of an output, of a whole prompt; the first token has nothing before it, and null where
+    others have numbers.
 
-    `shows_special`: whether special tokens stand in the prompt's text, as they do where it was given as ids.
+    `shows_special`: whether special tokens stand in the prompt's text, as they do where it was
+    given as ids.
     """
     tops = zip(scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True)
     return {
@@ -75,7 +88,11 @@ def _offsets(ids: Sequence[int], tokenizer: Tokenizer, *, shows_special: bool) -
 def token_text(token_id: int, tokenizer: Tokenizer) -> str:
     """What people see of a token; bytes that are no character become U+FFFD."""
     data = tokenizer.token_bytes(token_id)
-    return data.decode(errors="replace") if data else tokenizer.decode([token_id], skip_special_tokens=False)
+    return (
+        data.decode(errors="replace")
+        if data
+        else tokenizer.decode([token_id], skip_special_tokens=False)
+    )
 
 
 def _tokens(output: Output | Delta) -> list[tuple[int, float, Sequence[TopLogprob]]]:

@@ -1,8 +1,10 @@
-"""Pieces of streams, and their way from a replica to the HTTP process: one message for each step of the engine.
+"""Pieces of streams, and their way from a replica to the HTTP process: one message for each step of
+the engine.
 
-Ray carries requests and says where they run; what a model writes would cost it a message for each token and stream. So
-an HTTP process has a Mailbox, whose address goes with the request, and a replica opens one Outlet to each Mailbox. When
-an Outlet loses its connection its streams are cancelled, and the callers hear of it from Ray. Knows nothing of Ray.
+Ray carries requests and says where they run; what a model writes would cost it a message for each
+token and stream. So an HTTP process has a Mailbox, whose address goes with the request, and a
+replica opens one Outlet to each Mailbox. When an Outlet loses its connection its streams are
+cancelled, and the callers hear of it from Ray. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A part of a stream: chunks for the client, how many tokens they stand for, and at the very end the usage."""
+    """A part of a stream: chunks for the client, how many tokens they stand for, and at the very
+    end the usage.
+    """
 
     chunks: list[Json] = field(default_factory=list)
     num_tokens: int = 0
@@ -122,7 +126,9 @@ class Outlets:
 
 
 class Outlet(asyncio.Protocol):
-    """One connection. What its streams give between two turns of the event loop goes out as one message."""
+    """One connection. What its streams give between two turns of the event loop goes out as one
+    message.
+    """
 
     def __init__(self, secret: bytes, on_lost: Callable[[], Any]) -> None:
         self._secret, self._on_lost = secret, on_lost
@@ -140,7 +146,9 @@ class Outlet(asyncio.Protocol):
 
     @contextlib.contextmanager
     def stream(self, number: int) -> Iterator[Give]:
-        """What takes the pieces of stream `number`. The task is cancelled when the connection breaks."""
+        """What takes the pieces of stream `number`. The task is cancelled when the connection
+        breaks.
+        """
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

@@ -1,7 +1,8 @@
-"""Prompter: texts and conversations of requests to token ids and media, for one checkpoint and under one set of caps.
+"""Prompter: texts and conversations of requests to token ids and media, for one checkpoint and
+under one set of caps.
 
-Owns what a prompt may hold: how long, how many images, from where. Blocking; for worker threads. Knows nothing of what
-is asked about the prompt.
+Owns what a prompt may hold: how long, how many images, from where. Blocking; for worker threads.
+Knows nothing of what is asked about the prompt.
 """
 
 from __future__ import annotations
@@ -46,10 +47,14 @@ class Prompt:
 
 
 class Prompter:
-    """One checkpoint's way from what a request says to what the engine takes. Several threads may use it."""
+    """One checkpoint's way from what a request says to what the engine takes. Several threads may
+    use it.
+    """
 
     def __init__(self, model_dir: str, caps: Caps) -> None:
-        """Raises ConfigError for a checkpoint whose files cannot be used. One without a chat template has no chat."""
+        """Raises ConfigError for a checkpoint whose files cannot be used. One without a chat
+        template has no chat.
+        """
         self.config = load_config(model_dir)
         self.tokenizer = Tokenizer.from_dir(model_dir)
         self._caps = caps
@@ -95,7 +100,9 @@ class Prompter:
     def chat(self) -> Chat:
         """Raises RowError for a checkpoint without a chat template."""
         if self._chat is None:
-            raise RowError("unsupported_work", "this model has no chat template; use /v1/completions")
+            raise RowError(
+                "unsupported_work", "this model has no chat template; use /v1/completions"
+            )
         return self._chat
 
     @cached_property
@@ -115,24 +122,42 @@ class Prompter:
         start_answer: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:
-        """Messages with their images and videos, and the functions that may be called. Raises RowError and ApiError."""
+        """Messages with their images and videos, and the functions that may be called. Raises
+        RowError and ApiError.
+        """
         if (tools or uses_tools(messages)) and not self.takes_tools:
-            raise RowError("unsupported_work", "this model's chat template has no place for tools: leave them out")
+            raise RowError(
+                "unsupported_work",
+                "this model's chat template has no place for tools: leave them out",
+            )
         self._check_chars(_num_json_chars(tools), "tools")
         messages = [_with_known_role(message) for message in for_template(messages)]
         parts = media_parts(messages)
         self._check_chars(sum(map(_num_chars, messages)), "messages")
         if len(parts) > self._caps.max_media:
-            raise bad("messages", f"they show {len(parts)} images and videos; this server takes {self._caps.max_media}")
-        ids = self.chat.prompt_ids(messages, thinking=thinking, start_answer=start_answer, tools=tools)
+            raise bad(
+                "messages",
+                f"they show {len(parts)} images and videos; this server takes {self._caps.max_media}",
+            )
+        ids = self.chat.prompt_ids(
+            messages, thinking=thinking, start_answer=start_answer, tools=tools
+        )
         if not parts:
             return Prompt(input_ids=ids)
         if self._media is None or self._loader is None:
-            raise RowError("unsupported_media", f"{self.config.architecture} reads text only: leave out the media")
-        sources = self._fetched([part.source for part in parts])  # first: a slow host holds up nobody else's decoding
+            raise RowError(
+                "unsupported_media",
+                f"{self.config.architecture} reads text only: leave out the media",
+            )
+        # first: a slow host holds up nobody else's decoding
+        sources = self._fetched([part.source for part in parts])
         with self._one_at_a_time:
-            loaded = self._loader.load([(part.kind, source) for part, source in zip(parts, sources, strict=True)])
-        ids, media = self._media.place(ids, [self._checked(i, item, len(loaded)) for i, item in enumerate(loaded)])
+            loaded = self._loader.load(
+                [(part.kind, source) for part, source in zip(parts, sources, strict=True)]
+            )
+        ids, media = self._media.place(
+            ids, [self._checked(i, item, len(loaded)) for i, item in enumerate(loaded)]
+        )
         return Prompt(input_ids=ids, media=media)
 
     def _fetched(self, sources: list[object]) -> list[object]:
@@ -152,18 +177,26 @@ class Prompter:
                     except RowError as error:
                         self._checked(number, error, len(sources))
                 if sum(map(len, bodies.values())) > self._caps.max_body_bytes:
-                    raise bad("messages", f"the media have more than {self._caps.max_body_bytes:,} bytes together")
+                    raise bad(
+                        "messages",
+                        f"the media have more than {self._caps.max_body_bytes:,} bytes together",
+                    )
         return [bodies[url] if (url := url_of(source)) else source for source in sources]
 
     def _checked(self, number: int, item: MediaPatches | RowError, count: int) -> MediaPatches:
         """One of `count` media. Raises RowError for what could not be loaded."""
         if isinstance(item, RowError):
             which = f"medium {number + 1} of {count}: " if count > 1 else ""
-            raise RowError(item.code, which + (self._forbidden if item.code == "media_forbidden" else item.message))
+            raise RowError(
+                item.code,
+                which + (self._forbidden if item.code == "media_forbidden" else item.message),
+            )
         return item
 
     def choices(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Each label's tokens as the model would write it. Raises ApiError for labels that cannot be scored."""
+        """Each label's tokens as the model would write it. Raises ApiError for labels that cannot
+        be scored.
+        """
         return self._choices(tuple(labels))
 
     def _tokenize_labels(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
@@ -174,7 +207,10 @@ class Prompter:
 
     def _check_chars(self, num_chars: int, param: str) -> None:
         if num_chars > self._caps.max_prompt_chars:
-            raise bad(param, f"{num_chars:,} characters; this server takes {self._caps.max_prompt_chars:,}")
+            raise bad(
+                param,
+                f"{num_chars:,} characters; this server takes {self._caps.max_prompt_chars:,}",
+            )
 
 
 def _chat_of(model_dir: str, tokenizer: Tokenizer) -> Chat | None:
@@ -196,7 +232,9 @@ def _num_chars(message: Mapping[str, Any]) -> int:
     content = message.get("content")
     if isinstance(content, list):
         return sum(
-            len(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+            len(part["text"])
+            for part in content
+            if isinstance(part, dict) and isinstance(part.get("text"), str)
         )
     return len(content) if isinstance(content, str) else 0
 

@@ -1,6 +1,8 @@
-"""The requests of the HTTP interface: OpenAI's fields, those of our own, and the ranges that hold for any model.
+"""The requests of the HTTP interface: OpenAI's fields, those of our own, and the ranges that hold
+for any model.
 
-Unknown fields are refused, and so are other types than the declared ones: what a client asks for is done or told.
+Unknown fields are refused, and so are other types than the declared ones: what a client asks for is
+done or told.
 """
 
 from __future__ import annotations
@@ -29,11 +31,15 @@ def _with_names(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for index, message in enumerate(messages):
         if not isinstance(message.get("name"), str | None):
             found = type(message["name"]).__name__
-            raise PydanticCustomError("name_type", f"message {index}: its name is {found}; it must be a string")
+            raise PydanticCustomError(
+                "name_type", f"message {index}: its name is {found}; it must be a string"
+            )
     return messages
 
 
-Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True), AfterValidator(_with_names)]
+Messages = Annotated[
+    list[dict[str, Any]], Field(min_length=1, fail_fast=True), AfterValidator(_with_names)
+]
 
 
 class Strict(BaseModel):
@@ -71,7 +77,9 @@ class Function(Strict):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = Field(None, description="Whether its arguments always match `parameters`.")
+    strict: bool | None = Field(
+        None, description="Whether its arguments always match `parameters`."
+    )
 
 
 class Tool(Strict):
@@ -89,7 +97,9 @@ class ToolChoice(Strict):
 
 
 class Sampled(Strict):
-    """What chat and completions share. Null is as good as absent; from `top_k` on the fields are not OpenAI's."""
+    """What chat and completions share. Null is as good as absent; from `top_k` on the fields are
+    not OpenAI's.
+    """
 
     model: Name
     max_tokens: Count | None = None
@@ -120,7 +130,9 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: (
+        Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] | None
+    ) = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
@@ -135,7 +147,9 @@ class CompletionRequest(Sampled):
     prompt: Prompts
     max_tokens: Count | None = Field(None, description="0 goes with `echo`: nothing is written.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool | None = Field(None, description="Begin with the prompt, and with its log-probabilities.")
+    echo: bool | None = Field(
+        None, description="Begin with the prompt, and with its log-probabilities."
+    )
     best_of: Literal[1] | None = None
 
 
@@ -151,7 +165,9 @@ class EmbeddingRequest(Strict):
 
 
 class ScoreRequest(Strict):
-    """POST /v1/score: the probabilities of labels as the answer to a prompt (one user message) or to messages."""
+    """POST /v1/score: the probabilities of labels as the answer to a prompt (one user message) or
+    to messages.
+    """
 
     model: Name
     labels: Texts
@@ -169,7 +185,9 @@ class ClassifyRequest(Strict):
 
 
 class TokenizeRequest(Strict):
-    """POST /tokenize: the token ids of raw text, or of messages as chat would give them to the model."""
+    """POST /tokenize: the token ids of raw text, or of messages as chat would give them to the
+    model.
+    """
 
     model: Name
     prompt: str | None = None
@@ -177,7 +195,14 @@ class TokenizeRequest(Strict):
     thinking: Thinking | None = None
 
 
-Body = ChatRequest | CompletionRequest | EmbeddingRequest | ScoreRequest | ClassifyRequest | TokenizeRequest
+Body = (
+    ChatRequest
+    | CompletionRequest
+    | EmbeddingRequest
+    | ScoreRequest
+    | ClassifyRequest
+    | TokenizeRequest
+)
 
 
 def validated(model: type[Body], body: Any) -> Body:

@@ -1,7 +1,7 @@
 """ReasoningStream: a growing text, parted into reasoning and answer as it comes.
 
-Owns when a piece is certain: tags and blanks at the end may yet turn out to be no part of either. What is a tag says
-glm_batch.models.processing.chat.
+Owns when a piece is certain: tags and blanks at the end may yet turn out to be no part of either.
+What is a tag says models.processing.chat.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ class ReasoningStream:
     def add(self, piece: str, *, last: bool) -> tuple[str, str]:
         """(reasoning, answer) that became certain with this piece of text."""
         self._text += piece
-        certain = self._text if last else self._text[: len(self._text) - _unfinished(self._text, self._chat.separator)]
+        certain = (
+            self._text
+            if last
+            else self._text[: len(self._text) - _unfinished(self._text, self._chat.separator)]
+        )
         reasoning, answer = self._chat.split_reasoning(certain, thinking=self._thinking)
         if not last:
             reasoning, answer = (reasoning or "").rstrip(), answer.rstrip()
@@ -36,11 +40,15 @@ def _gain(known: str, now: str) -> tuple[str, str]:
 
 
 def _unfinished(text: str, separator: str) -> int:
-    """Characters at the end that may be the beginning of a tag or, where nothing else stands, of the separator."""
+    """Characters at the end that may be the beginning of a tag or, where nothing else stands, of
+    the separator.
+    """
     if len(text) < len(separator) and separator.startswith(text):
         return len(text)
     tail = text[-max(map(len, REASONING_TAGS)) :]
     start = tail.rfind("<")
-    if start >= 0 and any(tag.startswith(tail[start:]) and tag != tail[start:] for tag in REASONING_TAGS):
+    if start >= 0 and any(
+        tag.startswith(tail[start:]) and tag != tail[start:] for tag in REASONING_TAGS
+    ):
         return len(tail) - start
     return 0

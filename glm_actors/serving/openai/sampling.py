@@ -1,4 +1,5 @@
-"""How a request wants its text written: SamplingParams and a Constraint out of OpenAI's fields, within the caps.
+"""How a request wants its text written: SamplingParams and a Constraint out of OpenAI's fields,
+within the caps.
 
 Knows nothing of prompts or of answers.
 """
@@ -9,7 +10,12 @@ import json
 import secrets
 
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad
-from glm_batch.glm_actors.serving.openai.protocol import ChatRequest, CompletionRequest, ResponseFormat, Sampled
+from glm_batch.glm_actors.serving.openai.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    ResponseFormat,
+    Sampled,
+)
 from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.models.engine.api.request import Constraint, SamplingParams
@@ -18,12 +24,21 @@ COMPLETION_TOKENS = 16  # OpenAI's default for completions
 SEEDS = 1 << 63
 
 
-def sampling_of(body: Sampled, caps: Caps, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-    """OpenAI's defaults where the request says nothing: temperature 1, one output, a seed of its own.
+def sampling_of(
+    body: Sampled, caps: Caps, *, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """OpenAI's defaults where the request says nothing: temperature 1, one output, a seed of its
+    own.
 
     `logprobs` is the number of alternatives, None for no log-probabilities at all. Raises ApiError.
     """
-    stop = () if body.stop is None else (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    stop = (
+        ()
+        if body.stop is None
+        else (body.stop,)
+        if isinstance(body.stop, str)
+        else tuple(body.stop)
+    )
     wanted = caps.max_tokens if max_tokens is None else max_tokens
     for param, asked, most in (
         ("max_tokens", wanted, caps.max_tokens),
@@ -61,7 +76,9 @@ def chat_sampling(body: ChatRequest, caps: Caps) -> SamplingParams:
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs", "it goes with logprobs: true")
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return sampling_of(body, caps, max_tokens=given, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    return sampling_of(
+        body, caps, max_tokens=given, logprobs=(body.top_logprobs or 0) if body.logprobs else None
+    )
 
 
 def completion_sampling(body: CompletionRequest, caps: Caps) -> SamplingParams:
@@ -72,7 +89,9 @@ def completion_sampling(body: CompletionRequest, caps: Caps) -> SamplingParams:
     return sampling_of(body, caps, max_tokens=max(given, 1), logprobs=body.logprobs)
 
 
-def constraint_of(format_: ResponseFormat | None, caps: Caps, schemas: SchemaChecker) -> Constraint | None:
+def constraint_of(
+    format_: ResponseFormat | None, caps: Caps, schemas: SchemaChecker
+) -> Constraint | None:
     """The schema that the answer must match. Raises ApiError for one that decoding cannot follow."""
     if format_ is None or format_.type == "text":
         return None
@@ -85,7 +104,10 @@ def constraint_of(format_: ResponseFormat | None, caps: Caps, schemas: SchemaChe
     except (RecursionError, ValueError) as error:
         raise bad("response_format", "the schema is nested too deeply") from error
     if len(text) > caps.max_schema_bytes:
-        raise bad("response_format", f"the schema has {len(text):,} bytes; this server takes {caps.max_schema_bytes:,}")
+        raise bad(
+            "response_format",
+            f"the schema has {len(text):,} bytes; this server takes {caps.max_schema_bytes:,}",
+        )
     problem = schemas.problem(text)
     if problem:
         message = f"response_format: not a JSON schema that decoding can follow: {problem[:300]}"

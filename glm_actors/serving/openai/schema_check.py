@@ -1,7 +1,8 @@
-"""SchemaChecker: whether decoding can follow a schema or grammar, found out in a process of its own, in bounded time.
+"""SchemaChecker: whether decoding can follow a schema or grammar, found out in a process of its
+own, in bounded time.
 
-A schema may make its compiler search for ages, in native code that no thread can end. A schema that has passed here is
-compiled by the engine as fast. Knows nothing of requests.
+A schema may make its compiler search for ages, in native code that no thread can end. A schema that
+has passed here is compiled by the engine as fast. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class SchemaChecker:
         self._problem = lru_cache(REMEMBERED)(self._find_problem)
 
     def problem(self, text: str, kind: str = "json_schema") -> str:
-        """What is wrong with a schema (JSON text), or a grammar (kind lark); empty when it can be followed."""
+        """What is wrong with a schema (JSON text), or a grammar (kind lark); empty when it can be
+        followed.
+        """
         with self._lock:
             return self._problem(text, kind)
 
@@ -71,9 +74,18 @@ class SchemaChecker:
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join([_SOURCE_ROOT, *filter(None, sys.path)])
-        command = [sys.executable, "-m", "glm_batch.glm_actors.serving.openai.schema_child", str(MEMORY_BYTES)]
+        command = [
+            sys.executable,
+            "-m",
+            "glm_batch.glm_actors.serving.openai.schema_child",
+            str(MEMORY_BYTES),
+        ]
         self._process = process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
         )
         assert process.stdout is not None
         if not _line(process.stdout, START_S):

@@ -1,4 +1,6 @@
-"""The process in which SchemaChecker has schemas compiled: kind and text on each line in, what is wrong with it out."""
+"""The process in which SchemaChecker has schemas compiled: kind and text on each line in, what is
+wrong with it out.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def main() -> None:
 
 
 def problem(kind: Literal["json_schema", "lark"], text: str) -> str:
-    """What is wrong with a schema (JSON text) or grammar, on one line; empty when decoding can follow it."""
+    """What is wrong with a schema (JSON text) or grammar, on one line; empty when decoding can
+    follow it.
+    """
     grammar = llguidance.grammar_from(kind, text)
     found = llguidance.LLMatcher.validate_grammar(grammar)
     if not found:

@@ -1,6 +1,8 @@
-"""What is served and within which bounds: one frozen dataclass for each section of the serve configuration.
+"""What is served and within which bounds: one frozen dataclass for each section of the serve
+configuration.
 
-Owns names, types and defaults. Reading YAML and judging values against files is the business of glm_batch.jobs.serving.serve_config.
+Owns names, types and defaults. Reading YAML and judging values against files is the business of
+jobs.serving.serve_config.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeEngine:
-    """The `engine:` section of a model; all of it goes to glm_batch.models.engine.EngineConfig."""
+    """The `engine:` section of a model; all of it goes to models.engine.EngineConfig."""
 
     kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -32,7 +34,8 @@ class ServeEngine:
 class ServedModel:
     """One model by name. `replicas` is a number, or [least, most] to follow the queue's length.
 
-    `thinking` is what a request gets that does not say whether the model shall reason before it answers.
+    `thinking` is what a request gets that does not say whether the model shall reason before it
+    answers.
     """
 
     model: str
@@ -46,7 +49,9 @@ class ServedModel:
         if self.engine.kind == "auto":
             chosen["kind"] = "torch"  # the one that answers every kind of request
         # A request for a vector must not make vLLM load the model once more.
-        return EngineConfig(model=self.model, task="generate" if self.engine.kind == "vllm" else None, **chosen)
+        return EngineConfig(
+            model=self.model, task="generate" if self.engine.kind == "vllm" else None, **chosen
+        )
 
     @property
     def wants_gpu(self) -> bool:
@@ -65,13 +70,14 @@ class ServedModel:
 class Caps:
     """The `limits:` section: what one request may ask for, and how many may be about.
 
-    `max_tokens` bounds what a request may write and is also the default of chat. `max_prompt_logprobs` counts those
-    of all prompt tokens and alternatives in an answer, `max_pixels` an image's pixels before decoding. URLs are
-    fetched from `media_hosts`, where they lead to public addresses, and from `media_private_hosts`, wherever they
-    lead; from nowhere else, and all of one request's together have no more than `max_body_bytes`. `fetch_s` is how
-    long one may take, `schema_s` is how long a JSON schema may take to compile. `max_queue` counts the requests
-    that wait or run in one replica; what comes beyond is told to come again. Times are seconds; `drain_s` is how
-    long requests may take to end once the server shall stop.
+    `max_tokens` bounds what a request may write and is also the default of chat.
+    `max_prompt_logprobs` counts those of all prompt tokens and alternatives in an answer,
+    `max_pixels` an image's pixels before decoding. URLs are fetched from `media_hosts`, where they
+    lead to public addresses, and from `media_private_hosts`, wherever they lead; from nowhere else,
+    and all of one request's together have no more than `max_body_bytes`. `fetch_s` is how long one
+    may take, `schema_s` is how long a JSON schema may take to compile. `max_queue` counts the
+    requests that wait or run in one replica; what comes beyond is told to come again. Times are
+    seconds; `drain_s` is how long requests may take to end once the server shall stop.
     """
 
     max_body_bytes: int = 32 << 20
@@ -100,7 +106,9 @@ class Caps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
-    """A whole serve configuration. The token comes from an environment variable or a file, never from the YAML."""
+    """A whole serve configuration. The token comes from an environment variable or a file, never
+    from the YAML.
+    """
 
     models: dict[str, ServedModel]
     host: str = "127.0.0.1"

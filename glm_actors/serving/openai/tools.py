@@ -1,7 +1,9 @@
-"""Tools: what a model is told of functions, the calls that it writes, and earlier calls and results back to it.
+"""Tools: what a model is told of functions, the calls that it writes, and earlier calls and results
+back to it.
 
-GLM-4-0414 writes a call as the function's name, a line break and its arguments as a JSON object; several calls follow
-one another. Owns that form and the grammars that hold a model to it. Knows nothing of prompts' tokens or of routes.
+GLM-4-0414 writes a call as the function's name, a line break and its arguments as a JSON object;
+several calls follow one another. Owns that form and the grammars that hold a model to it. Knows
+nothing of prompts' tokens or of routes.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
-    """What a request says of functions. `must` names those of which one has to be called; empty leaves it open."""
+    """What a request says of functions. `must` names those of which one has to be called; empty
+    leaves it open.
+    """
 
     functions: tuple[Function, ...] = ()
     must: tuple[str, ...] = ()
@@ -58,22 +62,28 @@ class Tools:
 
     def for_template(self) -> list[Json] | None:
         """As chat templates read them; None without any."""
-        return [{"type": "function", "function": _shown(function)} for function in self.functions] or None
+        return [
+            {"type": "function", "function": _shown(function)} for function in self.functions
+        ] or None
 
     def constraint(self, caps: Caps, schemas: SchemaChecker) -> Constraint | None:
-        """What holds the answer to a call that must be, or a strict function's arguments to their schema.
+        """What holds the answer to a call that must be, or a strict function's arguments to their
+        schema.
 
         Raises ApiError for schemas that decoding cannot follow.
         """
         if self.must:
-            text = call_grammar([function for function in self.functions if function.name in self.must])
+            text = call_grammar(
+                [function for function in self.functions if function.name in self.must]
+            )
         elif strict := [function for function in self.functions if function.strict]:
             text = free_grammar(strict)
         else:
             return None
         if len(text) > caps.max_schema_bytes:
             raise bad(
-                "tools", f"the functions' schemas have {len(text):,} bytes; this server takes {caps.max_schema_bytes:,}"
+                "tools",
+                f"the functions' schemas have {len(text):,} bytes; this server takes {caps.max_schema_bytes:,}",
             )
         if problem := schemas.problem(text, "lark"):
             message = f"tools: not schemas that decoding can follow: {problem[:300]}"
@@ -82,15 +92,26 @@ class Tools:
 
 
 def _shown(function: Function) -> Json:
-    said = {"name": function.name, "description": function.description, "parameters": function.parameters}
+    said = {
+        "name": function.name,
+        "description": function.description,
+        "parameters": function.parameters,
+    }
     return {key: value for key, value in said.items() if value is not None}
 
 
 def tools_of(body: ChatRequest) -> Tools:
-    """The functions of a request; none where none may be called. Raises ApiError for contradictions."""
-    choice: Literal["none", "auto", "required"] | ToolChoice = body.tool_choice or ("auto" if body.tools else "none")
+    """The functions of a request; none where none may be called. Raises ApiError for
+    contradictions.
+    """
+    choice: Literal["none", "auto", "required"] | ToolChoice = body.tool_choice or (
+        "auto" if body.tools else "none"
+    )
     if body.tools is None:
-        for param, given in (("tool_choice", choice != "none"), ("parallel_tool_calls", body.parallel_tool_calls)):
+        for param, given in (
+            ("tool_choice", choice != "none"),
+            ("parallel_tool_calls", body.parallel_tool_calls),
+        ):
             if given:
                 raise bad(param, "it goes with tools")
         return Tools()
@@ -99,24 +120,40 @@ def tools_of(body: ChatRequest) -> Tools:
     if len(set(names)) < len(names):
         raise bad("tools", "two of them have the same name")
     if isinstance(choice, ToolChoice) and choice.function.name not in names:
-        raise bad("tool_choice", f"there is no tool {choice.function.name!r}; there is {', '.join(names)}")
+        raise bad(
+            "tool_choice", f"there is no tool {choice.function.name!r}; there is {', '.join(names)}"
+        )
     if choice == "none":
         return Tools()
     if body.response_format is not None and body.response_format.type != "text":
-        raise bad("response_format", "an answer in a format of its own calls no tools; leave one of them out")
-    must = (choice.function.name,) if isinstance(choice, ToolChoice) else names if choice == "required" else ()
+        raise bad(
+            "response_format",
+            "an answer in a format of its own calls no tools; leave one of them out",
+        )
+    must = (
+        (choice.function.name,)
+        if isinstance(choice, ToolChoice)
+        else names
+        if choice == "required"
+        else ()
+    )
     return Tools(functions=functions, must=tuple(must), one_call=body.parallel_tool_calls is False)
 
 
 def call_grammar(functions: Sequence[Function]) -> str:
     """One call of one of the functions, and nothing else, in llguidance's form of Lark."""
     calls = " | ".join(f"call_{number}" for number in range(len(functions)))
-    rules = (f"call_{number}: {_name(function)} {_arguments(function)}\n" for number, function in enumerate(functions))
+    rules = (
+        f"call_{number}: {_name(function)} {_arguments(function)}\n"
+        for number, function in enumerate(functions)
+    )
     return f"start: {calls}\n" + "".join(rules)
 
 
 def free_grammar(functions: Sequence[Function]) -> str:
-    """Any text; wherever it has a function's name and a line break, arguments that match its schema follow."""
+    """Any text; wherever it has a function's name and a line break, arguments that match its schema
+    follow.
+    """
     calls = " | ".join(f"call_{number}" for number in range(len(functions)))
     rules = (
         f"begin_{number}[lazy]: TEXT {_name(function)}\ncall_{number}: begin_{number} {_arguments(function)}\n"
@@ -131,7 +168,11 @@ def _name(function: Function) -> str:
 
 def _arguments(function: Function) -> str:
     """Decoding may write any blanks between JSON tokens, and none without bounds."""
-    schema = {"type": "object"} | (function.parameters or {}) | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+    schema = (
+        {"type": "object"}
+        | (function.parameters or {})
+        | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+    )
     try:
         return "%json " + json.dumps(schema)
     except (RecursionError, ValueError) as error:
@@ -144,16 +185,22 @@ def takes_tools(chat: Chat) -> bool:
         told = chat.render(_PROBE, tools=[{"type": "function", "function": {"name": "probe_tool"}}])
     except RowError:
         return False
-    return all(name in told for name in ("probe_tool", "probe_call", "probe_arguments", "probe_result"))
+    return all(
+        name in told for name in ("probe_tool", "probe_call", "probe_arguments", "probe_result")
+    )
 
 
 def uses_tools(messages: Sequence[Message]) -> bool:
     """Whether a conversation has calls or results in it."""
-    return any(message.get("role") in ("tool", "observation") or message.get("tool_calls") for message in messages)
+    return any(
+        message.get("role") in ("tool", "observation") or message.get("tool_calls")
+        for message in messages
+    )
 
 
 def for_template(messages: Sequence[Message]) -> Iterator[Message]:
-    """Messages in OpenAI's spelling as GLM's templates read them: a message for each call, results in the calls' order.
+    """Messages in OpenAI's spelling as GLM's templates read them: a message for each call, results
+    in the calls' order.
 
     Raises RowError for calls and results that make no sense.
     """
@@ -191,15 +238,25 @@ def _calls(where: str, calls: Any) -> Iterator[tuple[str, Call]]:
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-            raise RowError("bad_messages", f"{where}: tool_calls must be a list of objects with an id and a function")
+            raise RowError(
+                "bad_messages",
+                f"{where}: tool_calls must be a list of objects with an id and a function",
+            )
         id, name, arguments = call.get("id"), function.get("name"), function.get("arguments")
         if not (isinstance(id, str) and isinstance(name, str) and isinstance(arguments, str)):
-            raise RowError("bad_messages", f"{where}: a call's id, its function's name and arguments must be strings")
+            raise RowError(
+                "bad_messages",
+                f"{where}: a call's id, its function's name and arguments must be strings",
+            )
         yield id, Call(name=name, arguments=arguments)
 
 
-def find_calls(text: str, names: frozenset[str], *, one_call: bool = False) -> tuple[str, list[Call]]:
-    """(content, calls): the calls that end a text, and what stands before them. A text without any is all content."""
+def find_calls(
+    text: str, names: frozenset[str], *, one_call: bool = False
+) -> tuple[str, list[Call]]:
+    """(content, calls): the calls that end a text, and what stands before them. A text without any
+    is all content.
+    """
     start = 0
     while start >= 0:
         calls = _calls_at(text, start, names)
@@ -235,7 +292,9 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class CallStream:
-    """One output that grows. Joined, what `add` returns is what `find_calls` makes of the whole text."""
+    """One output that grows. Joined, what `add` returns is what `find_calls` makes of the whole
+    text.
+    """
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
@@ -245,11 +304,15 @@ class CallStream:
         self._is_text = False  # whether that line has turned out to be none
 
     def add(self, piece: str, *, last: bool) -> tuple[str, list[Call]]:
-        """(content, calls) that became certain with this piece of text; calls come with the last one."""
+        """(content, calls) that became certain with this piece of text; calls come with the last
+        one.
+        """
         self._text += piece
         calls: list[Call] = []
         if last:
-            certain, calls = find_calls(self._text, self._tools.names, one_call=self._tools.one_call)
+            certain, calls = find_calls(
+                self._text, self._tools.names, one_call=self._tools.one_call
+            )
         else:
             certain = self._text[: self._num_certain()]
             certain = "" if certain.isspace() else certain
@@ -258,7 +321,9 @@ class CallStream:
 
     def _num_certain(self) -> int:
         while True:
-            self._is_text = self._is_text or not _may_begin(self._text[self._line :], self._tools.names)
+            self._is_text = self._is_text or not _may_begin(
+                self._text[self._line :], self._tools.names
+            )
             following = self._text.find("\n", self._line) + 1
             if not (self._is_text and following):
                 return len(self._text) if self._is_text else self._line

@@ -1,4 +1,5 @@
-"""What all kinds of tasks need: a request's prompts, requests for the engine, and the sums over what comes back.
+"""What all kinds of tasks need: a request's prompts, requests for the engine, and the sums over
+what comes back.
 
 Knows nothing of routes or of the form of answers.
 """
@@ -33,7 +34,9 @@ def usage_of(completions: Sequence[Completion]) -> Json:
         "prompt_tokens": prompt,
         "completion_tokens": written,
         "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": sum(completion.cached_tokens for completion in completions)},
+        "prompt_tokens_details": {
+            "cached_tokens": sum(completion.cached_tokens for completion in completions)
+        },
     }
 
 
@@ -55,15 +58,22 @@ def raw_prompts(prompts: Prompts, prompter: Prompter, caps: Caps, param: str) ->
         return [Prompt(input_ids=prompts)]
     if len(prompts) > caps.max_inputs:
         raise bad(param, f"{len(prompts)} of them; this server takes {caps.max_inputs} at a time")
-    return [prompter.raw(each, param) if isinstance(each, str) else Prompt(input_ids=each) for each in prompts]
+    return [
+        prompter.raw(each, param) if isinstance(each, str) else Prompt(input_ids=each)
+        for each in prompts
+    ]
 
 
 def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
 
 
-def requests_of(id: str, prompts: Sequence[Prompt], work: Work, *, stream: bool = False) -> list[Request]:
-    return [request_of(f"{id}-{i}", prompt, work, stream=stream) for i, prompt in enumerate(prompts)]
+def requests_of(
+    id: str, prompts: Sequence[Prompt], work: Work, *, stream: bool = False
+) -> list[Request]:
+    return [
+        request_of(f"{id}-{i}", prompt, work, stream=stream) for i, prompt in enumerate(prompts)
+    ]
 
 
 def request_of(id: str, prompt: Prompt, work: Work, *, stream: bool = False) -> Request:

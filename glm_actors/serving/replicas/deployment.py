@@ -1,6 +1,8 @@
-"""Deployment: an ingress that speaks HTTP and one deployment for each model, as a Ray Serve application.
+"""Deployment: an ingress that speaks HTTP and one deployment for each model, as a Ray Serve
+application.
 
-Owns what Ray needs to know: resources, queue lengths, autoscaling, health checks. Imports Ray inside functions only.
+Owns what Ray needs to know: resources, queue lengths, autoscaling, health checks. Imports Ray
+inside functions only.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ HEALTH_PERIOD_S = 2.0
 HEALTH_TIMEOUT_S = 30.0
 NODE_SHARE = 0.001  # of what Ray has one of on each node, to name the node
 PROBE_TIMEOUT_S = 10.0
-ROUTER_SLACK = 64  # requests of a replica that come on top of its queue only to hear that it is full
+# requests of a replica that come on top of its queue only to hear that it is full
+ROUTER_SLACK = 64
 LOOK_BACK_S = 12.0  # Ray hears of queues every 10 s
 UPSCALE_S = 5.0  # a queue must be long for; Ray's own 30 s are a long time to wait for an answer
 TARGET_SHARE = 0.5  # of a replica's queue; beyond it another replica starts
@@ -39,10 +42,13 @@ Json = dict[str, Any]
 
 
 class ModelDeployment:
-    """A Replica as Ray Serve wants it. Errors of a request are returned, not raised: Ray would log them as its own."""
+    """A Replica as Ray Serve wants it. Errors of a request are returned, not raised: Ray would log
+    them as its own.
+    """
 
     def __init__(self, model: ServedModel, caps: Caps, num_threads: int) -> None:
-        # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch is imported.
+        # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch
+        # is imported.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         for name, value in CPU_SETTINGS.items():
             os.environ.setdefault(name, value)
@@ -73,7 +79,7 @@ class ModelDeployment:
         return self._replica.identity
 
     async def work(self, work: BatchWork, lifeline: Any) -> Answer:
-        """For batch jobs: see glm_batch.glm_actors.shared.shared_line."""
+        """For batch jobs: see glm_actors.shared.shared_line."""
         return await self._replica.work(work, self._callers.gone(work.caller, lifeline))
 
     async def stats(self) -> Json:
@@ -90,8 +96,12 @@ class ModelDeployment:
 class Ingress:
     """The HTTP process. Its application is built where it runs."""
 
-    def __init__(self, caps: Caps, token_digest: bytes | None, replicas: Mapping[str, int], *handles: Any) -> None:
-        """`replicas` are the most that each model may have; `handles` are the models' in that order."""
+    def __init__(
+        self, caps: Caps, token_digest: bytes | None, replicas: Mapping[str, int], *handles: Any
+    ) -> None:
+        """`replicas` are the most that each model may have; `handles` are the models' in that
+        order.
+        """
         import ray
 
         from glm_batch.glm_actors.serving.http.http_app import build_app
@@ -99,23 +109,29 @@ class Ingress:
         _keep_to_loopback()
         self._caps = caps
         self._listener: Listener | None = None
-        backend = RayBackend(dict(zip(replicas, handles, strict=True)), replicas, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        backend = RayBackend(dict(zip(replicas, handles, strict=True)), replicas, here)
         self._border = build_app(backend, caps, token_digest)
 
     async def reconfigure(self, address: Mapping[str, Any]) -> None:
-        """Ray Serve calls this with the deployment's user_config, if it has one: where to listen, beside Ray's proxy.
+        """Ray Serve calls this with the deployment's user_config, if it has one: where to listen,
+        beside Ray's proxy.
 
         One process less for every byte to go through.
         """
         from glm_batch.glm_actors.serving.http.listener import Listener
 
-        former, self._listener = self._listener, Listener(self._border, address["host"], address["port"])
+        former, self._listener = (
+            self._listener,
+            Listener(self._border, address["host"], address["port"]),
+        )
         await self._listener.start()
         if former is not None:  # what it is answering goes on
             self._leaving = asyncio.ensure_future(former.close())
 
     async def __del__(self) -> None:
-        """Ray Serve calls this once another ingress has taken this one's place, and waits drain_s for it to return.
+        """Ray Serve calls this once another ingress has taken this one's place, and waits drain_s
+        for it to return.
 
         Both listen at the same address until then: nobody finds it closed.
         """
@@ -126,7 +142,9 @@ class Ingress:
         return self._border
 
     async def drain(self) -> int:
-        """From now on nothing new is taken. Returns when all is answered; else, after drain_s, how many are not."""
+        """From now on nothing new is taken. Returns when all is answered; else, after drain_s, how
+        many are not.
+        """
         self._border.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._caps.drain_s):
@@ -165,8 +183,11 @@ class RayBackend:
         with self._mailbox.box(pieces.put_nowait) as number:
             response = self._handles[model].feed.remote(body, address, number)
             feeding = asyncio.ensure_future(_fed(response))
-            # Only a failure ends the stream: the last pieces may come after Ray's word that all is done.
-            feeding.add_done_callback(lambda done: pieces.put_nowait(None) if _has_failed(done) else None)
+            # Only a failure ends the stream: the last pieces may come after Ray's word that all is
+            # done.
+            feeding.add_done_callback(
+                lambda done: pieces.put_nowait(None) if _has_failed(done) else None
+            )
             try:
                 while (piece := await pieces.get()) is not None:
                     yield piece
@@ -180,8 +201,13 @@ class RayBackend:
 
     async def stats(self) -> dict[str, list[Json]]:
         """Ray's router picks the replicas, so that one may be missed; it is heard of another time."""
-        asked = {name: [self._probe(name) for _ in range(most)] for name, most in self._replicas.items()}
-        return {name: [found for found in await asyncio.gather(*probes) if found] for name, probes in asked.items()}
+        asked = {
+            name: [self._probe(name) for _ in range(most)] for name, most in self._replicas.items()
+        }
+        return {
+            name: [found for found in await asyncio.gather(*probes) if found]
+            for name, probes in asked.items()
+        }
 
     async def is_healthy(self) -> bool:
         return all(await asyncio.gather(*(self._probe(name) for name in self._handles)))
@@ -222,9 +248,13 @@ def _ray_failures() -> Any:
 
 
 def _keep_to_loopback() -> None:
-    """Ray Serve has each replica listen on all interfaces; on a cluster that is this machine alone none needs that."""
+    """Ray Serve has each replica listen on all interfaces; on a cluster that is this machine alone
+    none needs that.
+    """
     import ray.util
-    from ray.serve._private import replica  # there is no public way; the port is bound after the constructor
+
+    # there is no public way; the port is bound after the constructor
+    from ray.serve._private import replica
 
     if ray.util.get_node_ip_address() == LOOPBACK:  # type: ignore[no-untyped-call]
         bind = vars(replica)["add_port_to_grpc_server"]
@@ -240,10 +270,11 @@ def build_application(
     use_gpus: bool = False,
     listen_on: str | None = None,
 ) -> Any:
-    """The Ray Serve application. `num_cpus` are what Ray counts for a replica; with `use_gpus` each rank has one.
+    """The Ray Serve application. `num_cpus` are what Ray counts for a replica; with `use_gpus` each
+    rank has one.
 
-    On the node with the IP address `listen_on` it listens for itself, at the settings' host and port. Without that, as
-    under `serve run`, it is reached through Ray's proxy.
+    On the node with the IP address `listen_on` it listens for itself, at the settings' host and
+    port. Without that, as under `serve run`, it is reached through Ray's proxy.
     """
     from ray import serve
 
@@ -255,7 +286,10 @@ def build_application(
             "name": deployment_name(name),
             "max_ongoing_requests": caps.max_queue + ROUTER_SLACK,
             "max_queued_requests": caps.max_queue,
-            "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": _num_gpus(model) if use_gpus else 0},
+            "ray_actor_options": {
+                "num_cpus": num_cpus,
+                "num_gpus": _num_gpus(model) if use_gpus else 0,
+            },
             "max_constructor_retry_count": CONSTRUCTOR_RETRIES,
             "health_check_period_s": HEALTH_PERIOD_S,
             "health_check_timeout_s": HEALTH_TIMEOUT_S,
@@ -268,7 +302,10 @@ def build_application(
     ingress = deployment(serve.ingress()(Ingress)).options(
         name="ingress",
         max_ongoing_requests=(caps.max_queue + ROUTER_SLACK) * sum(most.values()) * 2,
-        ray_actor_options={"num_cpus": 0, "resources": {f"node:{listen_on}": NODE_SHARE} if listen_on else {}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": {f"node:{listen_on}": NODE_SHARE} if listen_on else {},
+        },
         user_config={"host": settings.host, "port": settings.port} if listen_on else None,
         max_surge_percent=100,  # the next one is there before this one goes
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,

@@ -1,7 +1,7 @@
 """Replica: one engine that answers requests of many clients at once.
 
-Owns admission, deadlines, and that whatever a client no longer waits for leaves the engine. Plain asyncio around an
-EngineLoop: `deploy` puts it into a Ray Serve deployment. Knows nothing of HTTP.
+Owns admission, deadlines, and that whatever a client no longer waits for leaves the engine. Plain
+asyncio around an EngineLoop: `deploy` puts it into a Ray Serve deployment. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -22,14 +22,31 @@ from typing import Any, TypeVar
 from glm_batch.glm_actors.engines.engine_loop import EngineLoop, OnDeltas, Submission
 from glm_batch.glm_actors.engines.worker_group import WorkerGroup, needs_ranks
 from glm_batch.glm_actors.faults.watchdog import STDERR, HangLimits, Watchdog
-from glm_batch.glm_actors.serving.openai.api_errors import ApiError, busy, internal, of_row, timed_out, unavailable
+from glm_batch.glm_actors.serving.openai.api_errors import (
+    ApiError,
+    busy,
+    internal,
+    of_row,
+    timed_out,
+    unavailable,
+)
 from glm_batch.glm_actors.serving.openai.api_tasks import Json, StreamTask, Task, build_task
 from glm_batch.glm_actors.serving.openai.pieces import Give, Piece
 from glm_batch.glm_actors.serving.openai.prompter import Prompter
-from glm_batch.glm_actors.serving.openai.protocol import Body, ChatRequest, CompletionRequest, TokenizeRequest
+from glm_batch.glm_actors.serving.openai.protocol import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+)
 from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel
-from glm_batch.glm_actors.shared.shared_model import Answer, BatchWork, ModelIdentity, NoReplicaError
+from glm_batch.glm_actors.shared.shared_model import (
+    Answer,
+    BatchWork,
+    ModelIdentity,
+    NoReplicaError,
+)
 from glm_batch.models.engine import Completion, Delta, Engine, Request, build_engine
 from glm_batch.models.errors import EngineError, RowError
 
@@ -40,7 +57,9 @@ Found = TypeVar("Found")
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """A streaming request: who makes chunks of its deltas, who takes them, and what went wrong with that."""
+    """A streaming request: who makes chunks of its deltas, who takes them, and what went wrong with
+    that.
+    """
 
     task: StreamTask
     give: Give
@@ -49,7 +68,9 @@ class _Stream:
 
 @dataclass(frozen=True, slots=True)
 class _Post:
-    """What the engine's thread calls. Equal for all streams of an event loop, so that a step wakes it once."""
+    """What the engine's thread calls. Equal for all streams of an event loop, so that a step wakes
+    it once.
+    """
 
     loop: asyncio.AbstractEventLoop
     give_out: Callable[[list[Delta]], None]
@@ -60,7 +81,9 @@ class _Post:
 
 
 class Replica:
-    """Built where the engine shall run; blocks until the model is loaded. Raises ConfigError for one that cannot be."""
+    """Built where the engine shall run; blocks until the model is loaded. Raises ConfigError for
+    one that cannot be.
+    """
 
     def __init__(self, model: ServedModel, caps: Caps) -> None:
         self.name = uuid.uuid4().hex[:8]
@@ -105,7 +128,9 @@ class Replica:
             await asyncio.wait({feeding})
 
     async def feed(self, body: Body, give: Give) -> None:
-        """As `stream`, for the caller's `give`, which is called in this event loop and never raises."""
+        """As `stream`, for the caller's `give`, which is called in this event loop and never
+        raises.
+        """
         with self._place():
             task: StreamTask = await self._prepare(body, partial(self._task, body))
             stream = _Stream(task, give)
@@ -120,13 +145,18 @@ class Replica:
                 raise internal() from stream.error
             completions = [found[request.id] for request in task.requests]
             # Raises what went wrong with any of them.
-            whole = await self._at_length(task.answer, completions) if first else task.answer(completions)
+            whole = (
+                await self._at_length(task.answer, completions)
+                if first
+                else task.answer(completions)
+            )
             give(Piece(usage=whole["usage"]))
 
     async def work(self, work: BatchWork, gone: asyncio.Future[None]) -> Answer:
         """A batch job's requests, beside those of clients.
 
-        Raises EngineError, also when its caller is `gone`, and NoReplicaError where the engine was dead before.
+        Raises EngineError, also when its caller is `gone`, and NoReplicaError where the engine was
+        dead before.
         """
         if work.identity != self.identity:
             return self.identity
@@ -145,12 +175,15 @@ class Replica:
 
     async def stats(self) -> Json:
         """Numbers of this moment: requests here, sequences in the engine, blocks of its cache."""
-        requests = self._in_flight  # before the look: one that ends meanwhile must not be missing from both
+        # before the look: one that ends meanwhile must not be missing from both
+        requests = self._in_flight
         numbers = await asyncio.wrap_future(self._loop.look(_engine_stats))
         return {"replica": self.name, "requests": requests, **numbers}
 
     async def check_blocks(self) -> None:
-        """Raises AssertionError where the cache's books do not agree. Reads all of them: for tests, not for a probe."""
+        """Raises AssertionError where the cache's books do not agree. Reads all of them: for tests,
+        not for a probe.
+        """
         await asyncio.wrap_future(self._loop.look(_check_blocks))
 
     async def check_health(self) -> None:
@@ -177,7 +210,9 @@ class Replica:
             self._in_flight -= 1
 
     async def _prepare(self, body: Body, work: Callable[[], Found]) -> Found:
-        """Does a request's own work in a thread. Raises ApiError for what is wrong with the request."""
+        """Does a request's own work in a thread. Raises ApiError for what is wrong with the
+        request.
+        """
         try:
             threads = self._slow_threads if _may_be_slow(body) else self._text_threads
             return await asyncio.get_running_loop().run_in_executor(threads, work)
@@ -190,23 +225,35 @@ class Replica:
             raise internal() from error
 
     def _task(self, body: Body) -> Any:
-        return build_task(body, self._prompter, self._schemas, self._caps, thinking=self._model.thinking)
+        return build_task(
+            body, self._prompter, self._schemas, self._caps, thinking=self._model.thinking
+        )
 
     def _tokenize(self, body: TokenizeRequest) -> Json:
         if body.prompt is not None and body.messages is None:
             prompt = self._prompter.raw(body.prompt, "prompt")
         elif body.messages is not None and body.prompt is None:
-            thinking = self._model.thinking if body.thinking is None else body.thinking.type == "enabled"
+            thinking = (
+                self._model.thinking if body.thinking is None else body.thinking.type == "enabled"
+            )
             prompt = self._prompter.conversation(body.messages, thinking=thinking)
         else:
             raise ApiError(400, "give either a prompt or messages", "invalid_value", "prompt")
         limit = self._model.engine.max_model_len
         longest = self._prompter.config.longest_context if limit == "auto" else limit
-        return {"count": len(prompt.input_ids), "max_model_len": longest, "tokens": list(prompt.input_ids)}
+        return {
+            "count": len(prompt.input_ids),
+            "max_model_len": longest,
+            "tokens": list(prompt.input_ids),
+        }
 
-    async def _at_length(self, work: Callable[[list[Completion]], Found], completions: list[Completion]) -> Found:
+    async def _at_length(
+        self, work: Callable[[list[Completion]], Found], completions: list[Completion]
+    ) -> Found:
         """What is as long as its prompts is written in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._slow_threads, work, completions)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._slow_threads, work, completions
+        )
 
     def _submit(self, requests: Sequence[Request], on_deltas: OnDeltas | None = None) -> Submission:
         try:
@@ -260,7 +307,9 @@ class Replica:
 def _may_be_slow(body: Body) -> bool:
     """Whether it has media, or schemas of its own."""
     messages = getattr(body, "messages", None) or []
-    has_schemas = isinstance(body, ChatRequest) and (body.response_format is not None or body.tools is not None)
+    has_schemas = isinstance(body, ChatRequest) and (
+        body.response_format is not None or body.tools is not None
+    )
     return has_schemas or any(isinstance(message.get("content"), list) for message in messages)
 
 
@@ -289,7 +338,9 @@ def _check_blocks(engine: Engine) -> None:
 
 
 def _end_process(reason: str) -> None:
-    """What hangs or has lost a rank cannot be ended from outside its thread; Ray starts another replica."""
+    """What hangs or has lost a rank cannot be ended from outside its thread; Ray starts another
+    replica.
+    """
     print(f"glm-batch: {reason}; this replica ends", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(STDERR, all_threads=True)
     os._exit(1)

@@ -1,7 +1,7 @@
 """The engine seam: what every engine does, and how one is configured.
 
-An engine sees token ids and arrays, never a file, a URL or a row. Which engine to build is decided in
-glm_batch.models.engine.build_engine alone.
+An engine sees token ids and arrays, never a file, a URL or a row. Which engine to build is decided
+in models.engine.build_engine alone.
 """
 
 from __future__ import annotations
@@ -18,27 +18,36 @@ Task = Literal["choose", "generate", "extract", "classify", "tag", "embed"]
 class Engine(Protocol):
     """Takes requests, is stepped, and gives back exactly one Completion for each of them.
 
-    Which of them it works at first is its own business; answers do not depend on it. TorchEngine and VllmEngine do
-    ONLINE requests before BATCH ones; EchoEngine makes no difference between them.
+    Which of them it works at first is its own business; answers do not depend on it. TorchEngine
+    and VllmEngine do ONLINE requests before BATCH ones; EchoEngine makes no difference between
+    them.
     """
 
     def submit(self, requests: list[Request]) -> None:
-        """Queues requests. A request that can never run ends in an error Completion of the next step."""
+        """Queues requests. A request that can never run ends in an error Completion of the next
+        step.
+        """
         ...
 
     def step(self) -> list[Completion]:
-        """Does one bounded piece of work and returns whatever finished. Raises EngineError when it cannot go on."""
+        """Does one bounded piece of work and returns whatever finished. Raises EngineError when it
+        cannot go on.
+        """
         ...
 
     def deltas(self) -> list[Delta]:
-        """What streaming requests have gained since the last call, in order; to be asked for after each step.
+        """What streaming requests have gained since the last call, in order; to be asked for after
+        each step.
 
-        All deltas of a request are out once they have been asked for after the step that completed it.
+        All deltas of a request are out once they have been asked for after the step that completed
+        it.
         """
         ...
 
     def abort(self, ids: list[str]) -> None:
-        """Ends requests early; each still gets its Completion (finish_reason "abort"). Unknown ids are ignored."""
+        """Ends requests early; each still gets its Completion (finish_reason "abort"). Unknown ids
+        are ignored.
+        """
         ...
 
     def has_work(self) -> bool:
@@ -54,12 +63,13 @@ class Engine(Protocol):
 class EngineConfig:
     """How to run one model. "auto" is resolved by the engine from the device and the checkpoint.
 
-    `max_step_tokens` bounds the tokens of one forward pass, `batch_step_tokens` those of one with BATCH requests in it:
-    an ONLINE request that comes waits for no more than that. `max_num_seqs` bounds the sequences in flight,
-    `kv_cache_tokens` the size of the paged KV cache in tokens, `block_size` the tokens of one block of it.
-    `max_model_len` bounds prompt plus output; "auto" takes the checkpoint's max_position_embeddings.
-    `media_cache_bytes` bounds the features of images and videos that are remembered. `task` tells what all requests
-    will ask for, where that is known: kind "auto" goes by it, and vllm loads the model for nothing else.
+    `max_step_tokens` bounds the tokens of one forward pass, `batch_step_tokens` those of one with
+    BATCH requests in it: an ONLINE request that comes waits for no more than that. `max_num_seqs`
+    bounds the sequences in flight, `kv_cache_tokens` the size of the paged KV cache in tokens,
+    `block_size` the tokens of one block of it. `max_model_len` bounds prompt plus output; "auto"
+    takes the checkpoint's max_position_embeddings. `media_cache_bytes` bounds the features of
+    images and videos that are remembered. `task` tells what all requests will ask for, where that
+    is known: kind "auto" goes by it, and vllm loads the model for nothing else.
     """
 
     model: str
@@ -67,7 +77,8 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     tensor_parallel_size: int = 1
-    cuda_kernels: bool = False  # on an NVIDIA GPU: fused kernels and recorded decode steps, not plain torch
+    # on an NVIDIA GPU: fused kernels and recorded decode steps, not plain torch
+    cuda_kernels: bool = False
     max_step_tokens: int | Auto = "auto"
     batch_step_tokens: int | Auto = "auto"
     max_num_seqs: int | Auto = "auto"
@@ -85,6 +96,10 @@ class EngineConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or value < 1):
-                raise ValueError(f'engine.{name}={value!r}: it must be a positive integer or "auto"')
+                raise ValueError(
+                    f'engine.{name}={value!r}: it must be a positive integer or "auto"'
+                )
         if self.tensor_parallel_size < 1:
-            raise ValueError(f"engine.tensor_parallel_size={self.tensor_parallel_size}: it must be at least 1")
+            raise ValueError(
+                f"engine.tensor_parallel_size={self.tensor_parallel_size}: it must be at least 1"
+            )

@@ -1,6 +1,7 @@
 """The engine's vocabulary: what is asked (Request) and what comes back (Completion).
 
-Owns plain frozen data and its validation. Knows nothing of files, rows, tokenizers or tensors' devices.
+Owns plain frozen data and its validation. Knows nothing of files, rows, tokenizers or tensors'
+devices.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ MAX_TOP = 100  # alternatives that are reported at one position
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those
+    filters off.
 
-    `logprobs` is the number of most likely alternatives to report at each output token; 0 reports none, and from 1
-    on the chosen token's own log-probability is reported too. `repetition_penalty` looks at prompt and output,
-    `presence_penalty` and `frequency_penalty` at the output alone.
+    `logprobs` is the number of most likely alternatives to report at each output token; 0 reports
+    none, and from 1 on the chosen token's own log-probability is reported too. `repetition_penalty`
+    looks at prompt and output, `presence_penalty` and `frequency_penalty` at the output alone.
     """
 
     temperature: float = 0.0
@@ -54,7 +56,11 @@ class SamplingParams:
             ("top_p", not 0.0 < self.top_p <= 1.0, "in (0, 1]"),
             ("top_k", self.top_k < 0, ">= 0 (0 switches it off)"),
             ("min_p", not 0.0 <= self.min_p <= 1.0, "in [0, 1]"),
-            ("repetition_penalty", not 0.0 < self.repetition_penalty < float("inf"), "> 0 (1 switches it off)"),
+            (
+                "repetition_penalty",
+                not 0.0 < self.repetition_penalty < float("inf"),
+                "> 0 (1 switches it off)",
+            ),
             ("presence_penalty", not -10.0 <= self.presence_penalty <= 10.0, "in [-10, 10]"),
             ("frequency_penalty", not -10.0 <= self.frequency_penalty <= 10.0, "in [-10, 10]"),
             ("max_tokens", self.max_tokens < 1, ">= 1"),
@@ -69,8 +75,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
-    """What the output must match: a JSON schema (as JSON text), a regular expression or a grammar (Lark's form, as
-    llguidance reads it)."""
+    """What the output must match: a JSON schema (as JSON text), a regular expression or a grammar
+    (Lark's form, as llguidance reads it)."""
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
@@ -88,8 +94,8 @@ class Generate:
 class Choose:
     """Score whole continuations of the prompt without decoding.
 
-    `choices` are the continuations' token ids. With `count_end`, a choice's log-probability includes that of the
-    model ending right after it (all EOS ids summed).
+    `choices` are the continuations' token ids. With `count_end`, a choice's log-probability
+    includes that of the model ending right after it (all EOS ids summed).
     """
 
     choices: tuple[tuple[int, ...], ...]
@@ -120,14 +126,18 @@ class Embed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspect:
-    """Everything at every prompt position, for tests and inspection: vocabulary logits or hidden states."""
+    """Everything at every prompt position, for tests and inspection: vocabulary logits or hidden
+    states.
+    """
 
     what: Literal["logits", "hidden_states"] = "logits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """The log-probability of each prompt token after those before it, and of the `top` likeliest in its place."""
+    """The log-probability of each prompt token after those before it, and of the `top` likeliest in
+    its place.
+    """
 
     top: int = 0
 
@@ -143,10 +153,11 @@ Work = Generate | Choose | Classify | Tag | Embed | Inspect | Score
 class MediaItem:
     """One image or video, cut into patches but not yet normalised.
 
-    `grid_thw` counts frames (1 for an image, the temporal groups of a video), rows and columns of patches. `patches`
-    are uint8 [t * h * w, values] in storage order: an image's hold its frame once [channels * patch * patch], a video's
-    the frames of the group [channels * temporal_patch_size * patch * patch]. Items with equal kind, grid and `digest`
-    are taken for the same.
+    `grid_thw` counts frames (1 for an image, the temporal groups of a video), rows and columns of
+    patches. `patches` are uint8 [t * h * w, values] in storage order: an image's hold its frame
+    once [channels * patch * patch], a video's the frames of the group [channels *
+    temporal_patch_size * patch * patch]. Items with equal kind, grid and `digest` are taken for the
+    same.
     """
 
     kind: MediaKind
@@ -162,7 +173,8 @@ class MediaItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Media:
-    """What a prompt shows. The images stand in the order of their placeholders, and so do the videos.
+    """What a prompt shows. The images stand in the order of their placeholders, and so do the
+    videos.
 
     `positions` int64 [3, tokens] are the prompt's rotary positions along time, height and width.
     """
@@ -180,8 +192,9 @@ class Media:
 class Request:
     """One prompt and the work to do on it. `id` is unique among the requests in flight.
 
-    In a prompt with media each feature of an image or of a video's frame has a placeholder token of its own. With
-    `stream` the engine hands out what Generate writes while it is written: see Delta. `priority`: see Engine.
+    In a prompt with media each feature of an image or of a video's frame has a placeholder token of
+    its own. With `stream` the engine hands out what Generate writes while it is written: see Delta.
+    `priority`: see Engine.
     """
 
     id: str
@@ -202,7 +215,9 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One generated continuation. `text` ends before the stop string or EOS; `token_ids` hold every sampled id."""
+    """One generated continuation. `text` ends before the stop string or EOS; `token_ids` hold every
+    sampled id.
+    """
 
     token_ids: tuple[int, ...]
     text: str
@@ -216,9 +231,9 @@ class Output:
 class Delta:
     """What a streaming request's output number `index` has gained.
 
-    Joined in order, the deltas of an output make its Output: the texts its `text`, and so on. Half a character, and
-    what may yet become a stop string, waits for a later delta. The last one, and no other, has a finish_reason; an
-    output that is ended early (abort, error) has none.
+    Joined in order, the deltas of an output make its Output: the texts its `text`, and so on. Half
+    a character, and what may yet become a stop string, waits for a later delta. The last one, and
+    no other, has a finish_reason; an output that is ended early (abort, error) has none.
     """
 
     id: str
@@ -232,9 +247,11 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PromptScores:
-    """What Score gives: a row for each prompt token but the first, natural logarithms, likeliest first.
+    """What Score gives: a row for each prompt token but the first, natural logarithms, likeliest
+    first.
 
-    logprobs: float32 [tokens - 1]; top_ids: int64 [tokens - 1, top]; top_logprobs: float32 [tokens - 1, top].
+    logprobs: float32 [tokens - 1]; top_ids: int64 [tokens - 1, top]; top_logprobs: float32 [tokens
+    - 1, top].
     """
 
     logprobs: NDArray[np.float32]
@@ -246,11 +263,12 @@ class PromptScores:
 class Completion:
     """What became of one request; every request ends in exactly one of these.
 
-    `outputs` belongs to Generate (n of them), `choice_logprobs` (joint natural logarithms, in the order of the
-    choices) to Choose, `scores` to Score, `array` to the rest: float32 [num_labels] for Classify, [tokens, num_labels]
-    for Tag, [hidden_size] for Embed, [tokens, vocab_size | hidden_size] for Inspect. `error` is set when finish_reason
-    is "error". `num_preemptions` counts how often the request lost its KV cache to an older one and was recomputed.
-    `media_tokens` are those of the prompt's tokens that stand for images and videos.
+    `outputs` belongs to Generate (n of them), `choice_logprobs` (joint natural logarithms, in the
+    order of the choices) to Choose, `scores` to Score, `array` to the rest: float32 [num_labels]
+    for Classify, [tokens, num_labels] for Tag, [hidden_size] for Embed, [tokens, vocab_size |
+    hidden_size] for Inspect. `error` is set when finish_reason is "error". `num_preemptions` counts
+    how often the request lost its KV cache to an older one and was recomputed. `media_tokens` are
+    those of the prompt's tokens that stand for images and videos.
     """
 
     id: str

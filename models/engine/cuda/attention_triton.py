@@ -1,9 +1,11 @@
-"""Fused attention over the paged KV cache for NVIDIA GPUs, in Triton: flash attention over block tables.
+"""Fused attention over the paged KV cache for NVIDIA GPUs, in Triton: flash attention over block
+tables.
 
-One program takes a tile of neighbouring queries of one sequence and one kv head: the G query heads of that head are
-rows of the same matrix products, so that a decode reads its keys and values once. Scores and sums are float32 (online
-softmax: Milakov and Gimelshein 2018). Where there are fewer tiles than the GPU has room for, each tile's keys are
-split among several programs and a second kernel merges their results. Same meaning as attention.attend_reference.
+One program takes a tile of neighbouring queries of one sequence and one kv head: the G query heads
+of that head are rows of the same matrix products, so that a decode reads its keys and values once.
+Scores and sums are float32 (online softmax: Milakov and Gimelshein 2018). Where there are fewer
+tiles than the GPU has room for, each tile's keys are split among several programs and a second
+kernel merges their results. Same meaning as attention.attend_reference.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ MAX_SPLITS = 32
 PROGRAMS = 264  # enough for two programs on each multiprocessor of an H100 or H200
 
 
-def attend_paged(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, queries: PagedQueries) -> torch.Tensor:
+def attend_paged(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, queries: PagedQueries
+) -> torch.Tensor:
     """q [rows, K * G, D] (rows may be apart), caches [K, num_slots, D] -> [rows, K * G, D]."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if queries.single_tiles.shape[1]:
@@ -29,7 +33,9 @@ def attend_paged(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, 
 
 
 def num_splits(num_programs: int) -> int:
-    """How many programs share a tile's keys: a power of two that fills the GPU, the same for any context length."""
+    """How many programs share a tile's keys: a power of two that fills the GPU, the same for any
+    context length.
+    """
     wanted = min(PROGRAMS // max(num_programs, 1), MAX_SPLITS)
     return 1 << (max(wanted, 1).bit_length() - 1)
 
@@ -79,7 +85,8 @@ def _launch(
         DIM_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=queries.block_size,
         ROWS=block_m,
-        KEYS=32 if wide or tree is not None else 64,  # more of them would not fit into the registers
+        # more of them would not fit into the registers
+        KEYS=32 if wide or tree is not None else 64,
         SPLITS=splits,
         HAS_TREE=tree is not None,
         PRECISION="ieee" if wide else "tf32",  # of float32 products; others have one precision only
@@ -133,7 +140,9 @@ def _attend(
     HAS_TREE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile, one kv head, one part of its keys. `scale` holds log2(e): exponents are powers of two."""
+    """One tile, one kv head, one part of its keys. `scale` holds log2(e): exponents are powers of
+    two.
+    """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -149,7 +158,9 @@ def _attend(
     dim = tl.arange(0, DIM_BLOCK)
     cell = real[:, None] & (dim < DIM)[None, :]
     queries = tl.load(
-        q + row.to(tl.int64)[:, None] * q_stride + head[:, None] * DIM + dim[None, :], mask=cell, other=0.0
+        q + row.to(tl.int64)[:, None] * q_stride + head[:, None] * DIM + dim[None, :],
+        mask=cell,
+        other=0.0,
     )
     ends = tl.load(row_ends + row, mask=real, other=0)
     if HAS_TREE:
@@ -172,7 +183,9 @@ def _attend(
         block = tl.load(table + key // BLOCK_SIZE, mask=inside, other=0)
         slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
         keys = tl.load(
-            keys_here + slot[None, :] * DIM + dim[:, None], mask=inside[None, :] & (dim < DIM)[:, None], other=0.0
+            keys_here + slot[None, :] * DIM + dim[:, None],
+            mask=inside[None, :] & (dim < DIM)[:, None],
+            other=0.0,
         )
         scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
         seen = key[None, :] < ends[:, None]
@@ -187,11 +200,14 @@ def _attend(
             seen = seen | (bits != 0)
         scores = tl.where(seen & inside[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far: no NaN from inf - inf
+        # nothing seen so far: no NaN from inf - inf
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(highest - shift)
         values = tl.load(
-            values_here + slot[:, None] * DIM + dim[None, :], mask=inside[:, None] & (dim < DIM)[None, :], other=0.0
+            values_here + slot[:, None] * DIM + dim[None, :],
+            mask=inside[:, None] & (dim < DIM)[None, :],
+            other=0.0,
         )
         total = total * fade + tl.sum(weights, 1)
         result = result * fade[:, None]
@@ -202,7 +218,9 @@ def _attend(
     if SPLITS == 1:
         place = row.to(tl.int64) * HEADS + head
     else:
-        place = ((split * tl.num_programs(0) + tile) * QUERIES + within // GROUP).to(tl.int64) * HEADS + head
+        place = ((split * tl.num_programs(0) + tile) * QUERIES + within // GROUP).to(
+            tl.int64
+        ) * HEADS + head
     tl.store(out + place[:, None] * DIM + dim[None, :], result.to(out.dtype.element_ty), mask=cell)
     if SPLITS > 1:
         tl.store(log_sums + place, highest + tl.log2(total), mask=real)
@@ -221,7 +239,9 @@ def _merge(
     QUERIES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One query and head: the parts weighted by the share of the softmax's sum that each of them had."""
+    """One query and head: the parts weighted by the share of the softmax's sum that each of them
+    had.
+    """
     tile = tl.program_id(0) // QUERIES
     query = tl.program_id(0) % QUERIES
     head = tl.program_id(1)
@@ -236,7 +256,9 @@ def _merge(
     weight = tl.exp2(log_sum - tl.where(highest == float("-inf"), 0.0, highest))
     weight = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
     parts = tl.load(
-        partial + (split * apart + place)[:, None] * DIM + dim[None, :], mask=real & (dim < DIM)[None, :], other=0.0
+        partial + (split * apart + place)[:, None] * DIM + dim[None, :],
+        mask=real & (dim < DIM)[None, :],
+        other=0.0,
     )
     merged = tl.sum(parts * weight[:, None], 0)
     target = out + (row.to(tl.int64) * HEADS + head) * DIM + dim

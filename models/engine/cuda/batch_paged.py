@@ -1,7 +1,9 @@
-"""The same packed step as glm_batch.models.engine.execution.batch, described by block tables: what the fused attention on GPUs reads.
+"""The same packed step as models.engine.execution.batch, described by block tables: what the fused
+attention on GPUs reads.
 
-Owns PagedLayout and how it is made of scheduled chunks, without a loop over tokens: a step of 256 decodes must cost a
-millisecond. Which sequences share a prefix plays no part here: on a GPU the shared keys come out of its cache.
+Owns PagedLayout and how it is made of scheduled chunks, without a loop over tokens: a step of 256
+decodes must cost a millisecond. Which sequences share a prefix plays no part here: on a GPU the
+shared keys come out of its cache.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Int32s = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedLayout:
-    """glm_batch.models.engine.cuda.paged.PagedQueries in numpy."""
+    """models.engine.cuda.paged.PagedQueries in numpy."""
 
     block_size: int
     tile_queries: int
@@ -48,7 +50,9 @@ def build_paged_batch(
 ) -> tuple[Batch, list[Wanted]]:
     """Packs the chunks of one step; `groups` and `out_groups` are PagedLayouts."""
     sequences = [chunk.sequence for chunk in chunks]
-    wanted = [Wanted(chunk.sequence, chunk.sequence.wanted(chunk.start, chunk.end)) for chunk in chunks]
+    wanted = [
+        Wanted(chunk.sequence, chunk.sequence.wanted(chunk.start, chunk.end)) for chunk in chunks
+    ]
     starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     counts = np.array([chunk.end for chunk in chunks], dtype=np.int64) - starts
     first_rows = np.cumsum(counts) - counts
@@ -57,7 +61,9 @@ def build_paged_batch(
 
     lengths = np.array([len(sequence.block_table) for sequence in sequences], dtype=np.int64)
     entries = np.fromiter(
-        chain.from_iterable(sequence.block_table for sequence in sequences), dtype=np.int32, count=int(lengths.sum())
+        chain.from_iterable(sequence.block_table for sequence in sequences),
+        dtype=np.int32,
+        count=int(lengths.sum()),
     )
     tables = _Tables(entries=entries, starts=np.cumsum(lengths) - lengths)
     blocks = entries[tables.starts[sequence_of_row] + indices // block_size].astype(np.int64)
@@ -74,7 +80,9 @@ def build_paged_batch(
         groups=layout,
         out_rows=out_rows,
         out_groups=(
-            layout if all_wanted else _layout(chunks, out_indices, out_counts, tables, block_size, tile_queries)
+            layout
+            if all_wanted
+            else _layout(chunks, out_indices, out_counts, tables, block_size, tile_queries)
         ),
         media=tuple(media_spans(chunks)),
         **outputs(wanted, eos_token_ids),
@@ -105,9 +113,16 @@ def _positions(chunks: list[Chunk], indices: Ints, counts: Ints) -> Ints:
 
 
 def _layout(
-    chunks: list[Chunk], indices: Ints, counts: Ints, tables: _Tables, block_size: int, tile_queries: int
+    chunks: list[Chunk],
+    indices: Ints,
+    counts: Ints,
+    tables: _Tables,
+    block_size: int,
+    tile_queries: int,
 ) -> PagedLayout:
-    """indices: the queries' places in their sequences, those of sequence i being `counts[i]` neighbours."""
+    """indices: the queries' places in their sequences, those of sequence i being `counts[i]`
+    neighbours.
+    """
     row_ends = (indices + 1).astype(np.int32)
     tree_starts, tree_rows, tree_bits = _trees(chunks, indices, counts, row_ends)
     single_tiles, tiles = _tiles(indices, counts, tile_queries)
@@ -126,7 +141,9 @@ def _layout(
 
 
 def _tiles(indices: Ints, counts: Ints, tile_queries: int) -> tuple[Int32s, Int32s]:
-    """(tiles of sequences with one query, tiles of the others), each with its longest context first."""
+    """(tiles of sequences with one query, tiles of the others), each with its longest context
+    first.
+    """
     per_sequence = -(-counts // tile_queries)
     sequence = np.repeat(np.arange(len(counts)), per_sequence)
     before = np.cumsum(per_sequence) - per_sequence
@@ -143,9 +160,11 @@ def _tiles(indices: Ints, counts: Ints, tile_queries: int) -> tuple[Int32s, Int3
 def _trees(
     chunks: list[Chunk], indices: Ints, counts: Ints, row_ends: Int32s
 ) -> tuple[Int32s | None, Int32s | None, NDArray[np.uint8] | None]:
-    """(tree_starts, tree_rows, tree_bits); a tree's nodes get their row_ends moved to the end of the prompt.
+    """(tree_starts, tree_rows, tree_bits); a tree's nodes get their row_ends moved to the end of
+    the prompt.
 
-    Requests of one job have one tree: its bits are there once. Row 0 is for all who are no nodes: nothing.
+    Requests of one job have one tree: its bits are there once. Row 0 is for all who are no nodes:
+    nothing.
     """
     first_bits: dict[int, int] = {}
     trees: list[ChoiceTree] = []

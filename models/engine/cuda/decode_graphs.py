@@ -1,7 +1,9 @@
-"""Decode steps as CUDA graphs: hundreds of kernels started by one call, for a few sizes that batches are padded to.
+"""Decode steps as CUDA graphs: hundreds of kernels started by one call, for a few sizes that
+batches are padded to.
 
-Owns the buffers at fixed addresses that a graph reads, how a step's arrays get there in one copy, and which graphs
-exist; each is recorded when its size is first needed. Knows the model only as a function of those buffers.
+Owns the buffers at fixed addresses that a graph reads, how a step's arrays get there in one copy,
+and which graphs exist; each is recorded when its size is first needed. Knows the model only as a
+function of those buffers.
 """
 
 from __future__ import annotations
@@ -18,7 +20,30 @@ from glm_batch.models.engine.cuda.paged import PagedQueries
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.network.layers.attention import AttentionBatch
 
-SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+SIZES = (
+    1,
+    2,
+    4,
+    8,
+    12,
+    16,
+    24,
+    32,
+    48,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    224,
+    256,
+    320,
+    384,
+    448,
+    512,
+)
 NOWHERE = -1  # the slot of a padding row
 
 
@@ -37,15 +62,20 @@ Compute = Callable[[DecodeInputs, torch.Tensor], torch.Tensor]
 
 def is_decode(batch: Batch) -> bool:
     """Whether every token of the step is the last of a sequence that samples its next one."""
-    return len(batch.sample_rows) == len(batch.input_ids) and batch.positions.ndim == 1 and not batch.media
+    return (
+        len(batch.sample_rows) == len(batch.input_ids)
+        and batch.positions.ndim == 1
+        and not batch.media
+    )
 
 
 class DecodeGraphs:
-    """For steps of up to `max_seqs` sequences whose block tables have up to `max_entries` entries together.
+    """For steps of up to `max_seqs` sequences whose block tables have up to `max_entries` entries
+    together.
 
-    `prepare` (inputs, highest position) gives the turns of a step, outside the graph, because their table may grow;
-    `compute` (inputs, turns) -> logits [B, vocab_size] is what is recorded. They are given with each step, so that
-    whoever owns the graphs is not owned by them.
+    `prepare` (inputs, highest position) gives the turns of a step, outside the graph, because their
+    table may grow; `compute` (inputs, turns) -> logits [B, vocab_size] is what is recorded. They
+    are given with each step, so that whoever owns the graphs is not owned by them.
     """
 
     def __init__(self, *, max_seqs: int, max_entries: int, device: torch.device) -> None:
@@ -66,7 +96,9 @@ class DecodeGraphs:
         return len(batch.input_ids) <= self._sizes[-1] and len(layout.tables) <= self._max_entries
 
     def run(self, batch: Batch, prepare: Prepare, compute: Compute) -> torch.Tensor:
-        """Logits [tokens, vocab_size] of a batch that `is_decode` and `fits`; good until the next call."""
+        """Logits [tokens, vocab_size] of a batch that `is_decode` and `fits`; good until the next
+        call.
+        """
         count = len(batch.input_ids)
         size = next(size for size in self._sizes if size >= count)
         inputs = self._fill(batch, size)
@@ -88,7 +120,9 @@ class DecodeGraphs:
         self._logits = self._pool = None
 
     def _recorded(self, inputs: DecodeInputs, size: int, compute: Compute) -> torch.cuda.CUDAGraph:
-        """Runs the step once, so that every kernel is compiled, then records it. Both write what the replay writes."""
+        """Runs the step once, so that every kernel is compiled, then records it. Both write what
+        the replay writes.
+        """
         assert self._turns is not None
         turns = self._turns[:size]
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -114,7 +148,11 @@ class DecodeGraphs:
         host = self._host.numpy()
         wide = host[: at.row_ends].view(np.int64).reshape(3, at.stride)
         wide[:, count:size] = np.array([[0], [0], [NOWHERE]])
-        wide[0, :count], wide[1, :count], wide[2, :count] = batch.input_ids, batch.positions, batch.slots
+        wide[0, :count], wide[1, :count], wide[2, :count] = (
+            batch.input_ids,
+            batch.positions,
+            batch.slots,
+        )
         narrow = host[at.row_ends : at.tables].reshape(6, at.stride)
         narrow[:, count:size] = 0
         narrow[3, count:size] = np.arange(count, size)  # a padding row's tile: itself
@@ -145,12 +183,16 @@ class DecodeGraphs:
         return DecodeInputs(
             input_ids=wide[0, :size],
             positions=rows,
-            attn=AttentionBatch(slots=wide[2, :size], groups=queries, out_rows=wide[0, :0], out_groups=queries),
+            attn=AttentionBatch(
+                slots=wide[2, :size], groups=queries, out_rows=wide[0, :0], out_groups=queries
+            ),
         )
 
 
 class _Places:
-    """Where the arrays of a step of `size` rows begin, in int32s; 16-byte boundaries, as the kernels like them."""
+    """Where the arrays of a step of `size` rows begin, in int32s; 16-byte boundaries, as the
+    kernels like them.
+    """
 
     def __init__(self, size: int) -> None:
         self.stride = -(-size // 4) * 4

@@ -1,6 +1,8 @@
-"""What lies between a layer's matrix products on NVIDIA GPUs, in Triton: one kernel each where torch needs several.
+"""What lies between a layer's matrix products on NVIDIA GPUs, in Triton: one kernel each where
+torch needs several.
 
-Same values as RMSNorm, rotate_ with store, and GatedLinear's activation, rounded at the same places.
+Same values as RMSNorm, rotate_ with store, and GatedLinear's activation, rounded at the same
+places.
 """
 
 from __future__ import annotations
@@ -13,9 +15,15 @@ GATE_COLUMNS = 1024  # of a program
 
 
 def add_norm(
-    x: torch.Tensor, y: torch.Tensor | None, y_weight: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    y_weight: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, y [rows, H] -> (x + y, norm(x + y) * weight); y is normed with `y_weight` first where there is one."""
+    """x, y [rows, H] -> (x + y, norm(x + y) * weight); y is normed with `y_weight` first where
+    there is one.
+    """
     normed = torch.empty_like(x)
     added = x if y is None else torch.empty_like(x)
     if x.shape[0]:
@@ -37,12 +45,17 @@ def add_norm(
 
 
 def rotate_and_store(
-    qkv: torch.Tensor, turns: torch.Tensor, slots: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
+    qkv: torch.Tensor,
+    turns: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """Turns queries and keys and puts keys and values into the cache; returns the queries [T, heads, D], a view.
+    """Turns queries and keys and puts keys and values into the cache; returns the queries [T,
+    heads, D], a view.
 
-    qkv [T, (heads + 2 K) * D] is changed; turns: complex64 [T, 1, rotary_dim / 2]; caches [K, num_slots, D];
-    slots: int64 [T], negative for a token whose keys and values nobody wants.
+    qkv [T, (heads + 2 K) * D] is changed; turns: complex64 [T, 1, rotary_dim / 2]; caches [K,
+    num_slots, D]; slots: int64 [T], negative for a token whose keys and values nobody wants.
     """
     num_tokens, width = qkv.shape
     kv_heads, _, head_dim = k_cache.shape
@@ -82,7 +95,9 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _norm(wide, weight, eps, SIZE: tl.constexpr):
-    """wide float32 [BLOCK], 0 beyond SIZE -> normalised, rounded to the weight's dtype, times the weight."""
+    """wide float32 [BLOCK], 0 beyond SIZE -> normalised, rounded to the weight's dtype, times the
+    weight.
+    """
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
     rounded = (wide * scale).to(weight.dtype).to(tl.float32)
     return (rounded * weight.to(tl.float32)).to(weight.dtype)
@@ -109,7 +124,9 @@ def _add_norm(
     if HAS_Y:
         addend = tl.load(y + here, mask=real, other=0.0)
         if NORM_Y:
-            addend = _norm(addend.to(tl.float32), tl.load(y_weight + at, mask=real, other=0.0), eps, SIZE)
+            addend = _norm(
+                addend.to(tl.float32), tl.load(y_weight + at, mask=real, other=0.0), eps, SIZE
+            )
         total = (total.to(tl.float32) + addend.to(tl.float32)).to(total.dtype)
         tl.store(added + here, total, mask=real)
     result = _norm(total.to(tl.float32), tl.load(weight + at, mask=real, other=0.0), eps, SIZE)
@@ -134,7 +151,9 @@ def _rotate_and_store(
     PAIRS: tl.constexpr,
     PAIRS_BLOCK: tl.constexpr,
 ):
-    """One token. A pair's two numbers are read and written by the same thread: nobody reads what another has turned."""
+    """One token. A pair's two numbers are read and written by the same thread: nobody reads what
+    another has turned.
+    """
     token = tl.program_id(0).to(tl.int64)
     here = qkv + token * qkv_stride
     slot = tl.load(slots + token)
@@ -165,12 +184,22 @@ def _rotate_and_store(
     odd = tl.load(at + 1, mask=real, other=0.0)
     a = even.to(tl.float32)
     b = odd.to(tl.float32)
-    tl.store(k_cache + target + 2 * pair[None, :], (a * cos - b * sin).to(even.dtype), mask=real & wanted)
-    tl.store(k_cache + target + 2 * pair[None, :] + 1, (b * cos + a * sin).to(even.dtype), mask=real & wanted)
+    tl.store(
+        k_cache + target + 2 * pair[None, :], (a * cos - b * sin).to(even.dtype), mask=real & wanted
+    )
+    tl.store(
+        k_cache + target + 2 * pair[None, :] + 1,
+        (b * cos + a * sin).to(even.dtype),
+        mask=real & wanted,
+    )
 
     dim = tl.arange(0, DIM_BLOCK)[None, :]
     rest = known & (dim >= 2 * PAIRS) & (dim < DIM) & wanted
-    tl.store(k_cache + target + dim, tl.load(keys + kv_head[:, None] * DIM + dim, mask=rest, other=0.0), mask=rest)
+    tl.store(
+        k_cache + target + dim,
+        tl.load(keys + kv_head[:, None] * DIM + dim, mask=rest, other=0.0),
+        mask=rest,
+    )
     all_of_it = known & (dim < DIM) & wanted
     values = tl.load(keys + (KV_HEADS + kv_head)[:, None] * DIM + dim, mask=all_of_it, other=0.0)
     tl.store(v_cache + target + dim, values, mask=all_of_it)

@@ -1,7 +1,9 @@
-"""The forward pass of a GLM backbone on NVIDIA GPUs: the same modules and weights, with fused kernels between products.
+"""The forward pass of a GLM backbone on NVIDIA GPUs: the same modules and weights, with fused
+kernels between products.
 
-A residual addition, the norm before it (GLM-4) and the norm after it are one kernel, so the loop carries what the next
-sublayer reads beside the residual stream. Same meaning as Backbone.forward; knows nothing of engines or requests.
+A residual addition, the norm before it (GLM-4) and the norm after it are one kernel, so the loop
+carries what the next sublayer reads beside the residual stream. Same meaning as Backbone.forward;
+knows nothing of engines or requests.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def fused_forward(
     attn: AttentionBatch,
     media: MediaRows | None = None,
 ) -> torch.Tensor:
-    """input_ids [T] int64, turns as RopeTable.lookup gives them -> hidden states of the wanted rows [W, H]."""
+    """input_ids [T] int64, turns as RopeTable.lookup gives them -> hidden states of the wanted rows
+    [W, H].
+    """
     x = backbone.embed_tokens(input_ids)
     if media is not None:
         x.index_copy_(0, media.rows, media.features)
@@ -40,10 +44,16 @@ def fused_forward(
         if wanted_only:
             x = x[attn.out_rows]
         before_mlp = layer.post_attention_layernorm
-        x, normed = add_norm(x, attended, _weight(layer, "post_self_attn_layernorm"), before_mlp.weight, norm.eps)
+        x, normed = add_norm(
+            x, attended, _weight(layer, "post_self_attn_layernorm"), before_mlp.weight, norm.eps
+        )
         gate_up = F.linear(normed, layer.mlp.gate_up_proj.weight)
         x, normed = add_norm(
-            x, layer.mlp.down_proj(gate(gate_up)), _weight(layer, "post_mlp_layernorm"), norm.weight, norm.eps
+            x,
+            layer.mlp.down_proj(gate(gate_up)),
+            _weight(layer, "post_mlp_layernorm"),
+            norm.weight,
+            norm.eps,
         )
     return normed
 

@@ -1,4 +1,5 @@
-"""Which kernels TorchEngine runs on: plain torch anywhere, or the fused ones on NVIDIA GPUs; and the runner for each.
+"""Which kernels TorchEngine runs on: plain torch anywhere, or the fused ones on NVIDIA GPUs; and
+the runner for each.
 
 Imports triton only where it is asked for.
 """
@@ -23,15 +24,23 @@ if TYPE_CHECKING:
 
 
 def resolve_tile_queries(config: EngineConfig, model: ModelConfig, device: torch.device) -> int:
-    """Queries of a tile of the fused attention; 0 where it is not asked for. Raises ConfigError where it cannot run."""
+    """Queries of a tile of the fused attention; 0 where it is not asked for. Raises ConfigError
+    where it cannot run.
+    """
     if not config.cuda_kernels:
         return 0
     if device.type != "cuda":
-        raise ConfigError(f"engine.cuda_kernels: they run on NVIDIA GPUs, not on {device.type}; leave it out")
+        raise ConfigError(
+            f"engine.cuda_kernels: they run on NVIDIA GPUs, not on {device.type}; leave it out"
+        )
     if config.tensor_parallel_size > 1:
-        raise ConfigError("engine.cuda_kernels: they run on one rank; set engine.tensor_parallel_size to 1")
+        raise ConfigError(
+            "engine.cuda_kernels: they run on one rank; set engine.tensor_parallel_size to 1"
+        )
     if importlib.util.find_spec("triton") is None:
-        raise ConfigError("engine.cuda_kernels: triton is not installed; install torch's CUDA build, which brings it")
+        raise ConfigError(
+            "engine.cuda_kernels: triton is not installed; install torch's CUDA build, which brings it"
+        )
     return max(1, TILE_ROWS // (model.num_attention_heads // model.num_key_value_heads))
 
 
@@ -43,4 +52,10 @@ def make_runner(model: Model, limits: Limits, encoder: MediaEncoder | None) -> T
     from glm_batch.models.engine.cuda.runner_cuda import CudaRunner  # needs triton
 
     max_blocks = -(-limits.max_model_len // limits.block_size)
-    return CudaRunner(model, num_slots=num_slots, max_seqs=limits.max_num_seqs, max_blocks=max_blocks, encoder=encoder)
+    return CudaRunner(
+        model,
+        num_slots=num_slots,
+        max_seqs=limits.max_num_seqs,
+        max_blocks=max_blocks,
+        encoder=encoder,
+    )

@@ -1,6 +1,8 @@
-"""CudaRunner: the runner of a single process on an NVIDIA GPU, with fused kernels and recorded decode steps.
+"""CudaRunner: the runner of a single process on an NVIDIA GPU, with fused kernels and recorded
+decode steps.
 
-Reads batches of glm_batch.models.engine.cuda.batch_paged. Everything but the backbone's pass is TorchRunner's.
+Reads batches of models.engine.cuda.batch_paged. Everything but the backbone's pass is
+TorchRunner's.
 """
 
 from __future__ import annotations
@@ -26,10 +28,18 @@ class CudaRunner(TorchRunner):
     """`max_seqs` sequences of up to `max_blocks` blocks each bound what is recorded."""
 
     def __init__(
-        self, model: Model, *, num_slots: int, max_seqs: int, max_blocks: int, encoder: MediaEncoder | None = None
+        self,
+        model: Model,
+        *,
+        num_slots: int,
+        max_seqs: int,
+        max_blocks: int,
+        encoder: MediaEncoder | None = None,
     ) -> None:
         super().__init__(model, num_slots=num_slots, encoder=encoder)
-        self._graphs = DecodeGraphs(max_seqs=max_seqs, max_entries=max_seqs * max_blocks, device=model.device)
+        self._graphs = DecodeGraphs(
+            max_seqs=max_seqs, max_entries=max_seqs * max_blocks, device=model.device
+        )
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
@@ -51,7 +61,9 @@ class CudaRunner(TorchRunner):
         return self._model.backbone.rope.lookup(inputs.positions, max_position)
 
     def _logits(self, inputs: DecodeInputs, turns: torch.Tensor) -> torch.Tensor:
-        hidden = fused_forward(self._model.backbone, inputs.input_ids, turns, self._cache.pages, inputs.attn)
+        hidden = fused_forward(
+            self._model.backbone, inputs.input_ids, turns, self._cache.pages, inputs.attn
+        )
         return self._model.head(hidden)  # type: ignore[no-any-return]
 
     def _hidden(self, batch: Batch) -> torch.Tensor:

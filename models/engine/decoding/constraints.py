@@ -1,6 +1,7 @@
 """Which tokens may come next so that an output matches a JSON schema or a regular expression.
 
-Owns the compiled grammars (llguidance) and one matcher per sequence. Knows nothing of logits, devices or scheduling.
+Owns the compiled grammars (llguidance) and one matcher per sequence. Knows nothing of logits,
+devices or scheduling.
 """
 
 from __future__ import annotations
@@ -17,21 +18,30 @@ from glm_batch.models.engine.api.request import Constraint
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.tokenizer import Tokenizer
 
-# Whitespace between JSON tokens is bounded: a model that falls into a run of blanks would use up its whole budget.
+# Whitespace between JSON tokens is bounded: a model that falls into a run of blanks would use up
+# its whole budget.
 JSON_WHITESPACE = r"[ \t\r\n]{0,64}"
 MAX_COMPILED = 256
-_NAMES = {"json_schema": "the JSON schema", "regex": "the regular expression", "lark": "the grammar"}
+_NAMES = {
+    "json_schema": "the JSON schema",
+    "regex": "the regular expression",
+    "lark": "the grammar",
+}
 
 
 class Constraints:
-    """Compiles constraints for one tokenizer, each text once, and starts matchers. Build one per engine."""
+    """Compiles constraints for one tokenizer, each text once, and starts matchers. Build one per
+    engine.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = ll_tokenizer(tokenizer, tokenizer.vocab_size)
         self._compiled = functools.lru_cache(maxsize=MAX_COMPILED)(self._compile)
 
     def start(self, constraint: Constraint) -> Matcher:
-        """A matcher at the beginning of an output. Raises ConfigError with the reason for an unusable constraint."""
+        """A matcher at the beginning of an output. Raises ConfigError with the reason for an
+        unusable constraint.
+        """
         return self._compiled(constraint).copy()
 
     def _compile(self, constraint: Constraint) -> Matcher:
@@ -40,7 +50,11 @@ class Constraints:
             grammar = _grammar(constraint)
         except ValueError as error:
             raise ConfigError(f"{where} cannot be used: {error}; correct it") from error
-        matcher = Matcher(LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False)))
+        matcher = Matcher(
+            LLMatcher(
+                self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False)
+            )
+        )
         if matcher.error:
             raise ConfigError(f"{where} cannot be used: {matcher.error}; correct it")
         if matcher.is_dead_end:
@@ -67,7 +81,8 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why the matcher cannot go on, or "" when it can."""
-        reason, _, _ = self._matcher.get_error().partition("\n   1 | ")  # the grammar made of the constraint follows
+        # the grammar made of the constraint follows
+        reason, _, _ = self._matcher.get_error().partition("\n   1 | ")
         return reason.strip()
 
     @property
@@ -77,7 +92,8 @@ class Matcher:
         return self._matcher.is_stopped() and not self._matcher.is_accepting()
 
     def bitmask(self) -> NDArray[np.int32]:
-        """The allowed ids: int32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32 for id i, EOS ids included.
+        """The allowed ids: int32 [ceil(vocab_size / 32)], bit i % 32 of word i // 32 for id i, EOS
+        ids included.
 
         Raises RowError when the grammar has become too complex to follow.
         """
@@ -93,7 +109,8 @@ class Matcher:
         self._raise_error()
 
     def forced_tokens(self) -> list[int]:
-        """The ids that must follow whatever the model thinks, in the tokenizer's own way of writing them; often none.
+        """The ids that must follow whatever the model thinks, in the tokenizer's own way of writing
+        them; often none.
 
         They are not accepted yet.
         """
@@ -106,26 +123,32 @@ class Matcher:
 
     def _raise_error(self) -> None:
         if self._matcher.is_error():
-            raise RowError("constraint_failed", f"the output cannot be held to its constraint: {self.error}")
+            raise RowError(
+                "constraint_failed", f"the output cannot be held to its constraint: {self.error}"
+            )
 
 
 def ll_tokenizer(tokenizer: Tokenizer, num_ids: int) -> LLTokenizer:
-    """The tokenizer as llguidance sees it, with masks of `num_ids` ids. Raises ConfigError without an end id."""
+    """The tokenizer as llguidance sees it, with masks of `num_ids` ids. Raises ConfigError without
+    an end id.
+    """
     if not tokenizer.eos_token_ids:
         raise ConfigError(
             "constrained output needs to know how the model ends its answer: name eos_token_id in the checkpoint's "
             "generation_config.json"
         )
     return LLTokenizer(
-        TokenizerWrapper(_Vocabulary(tokenizer, num_ids)), n_vocab=num_ids, eos_token=list(tokenizer.eos_token_ids)
+        TokenizerWrapper(_Vocabulary(tokenizer, num_ids)),
+        n_vocab=num_ids,
+        eos_token=list(tokenizer.eos_token_ids),
     )
 
 
 class _Vocabulary:
     """What llguidance asks of a tokenizer: every id's bytes, and plain text to ids.
 
-    No control token is ever text, whether the checkpoint calls it special or not: GLM-4.1V's `</answer>` inside a
-    JSON string would end the answer.
+    No control token is ever text, whether the checkpoint calls it special or not: GLM-4.1V's
+    `</answer>` inside a JSON string would end the answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_ids: int) -> None:
@@ -151,4 +174,6 @@ def _grammar(constraint: Constraint) -> str:
         raise ValueError(f"it is not JSON ({error})") from error
     if not isinstance(schema, dict):
         raise ValueError("a schema must be a JSON object")
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(
+        schema, defaults={"whitespace_pattern": JSON_WHITESPACE}
+    )

@@ -1,21 +1,34 @@
 """Decoding: what one generated sequence has said so far, and whether it is finished.
 
-Owns text, stop conditions, the constraint's state and the log-probabilities of one sampled output. Knows nothing of
-logits, caches or other sequences.
+Owns text, stop conditions, the constraint's state and the log-probabilities of one sampled output.
+Knows nothing of logits, caches or other sequences.
 """
 
 from __future__ import annotations
 
-from glm_batch.models.engine.api.request import Delta, FinishReason, Output, SamplingParams, TopLogprob
+from glm_batch.models.engine.api.request import (
+    Delta,
+    FinishReason,
+    Output,
+    SamplingParams,
+    TopLogprob,
+)
 from glm_batch.models.engine.decoding.constraints import Matcher
 from glm_batch.models.processing.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class Decoding:
-    """One output being written. `max_tokens` is what the request asks for or what the model's length leaves."""
+    """One output being written. `max_tokens` is what the request asks for or what the model's
+    length leaves.
+    """
 
     def __init__(
-        self, params: SamplingParams, tokenizer: Tokenizer, *, max_tokens: int, matcher: Matcher | None = None
+        self,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int,
+        matcher: Matcher | None = None,
     ) -> None:
         self.params = params
         self.matcher = matcher
@@ -35,8 +48,12 @@ class Decoding:
         """The ids that end this output when they are sampled."""
         return (*self._eos, *self.params.stop_token_ids)
 
-    def add(self, token_id: int, logprob: float | None, top_logprobs: tuple[TopLogprob, ...] | None) -> list[int]:
-        """Takes a sampled token; returns the tokens that the constraint forces right after it, already added."""
+    def add(
+        self, token_id: int, logprob: float | None, top_logprobs: tuple[TopLogprob, ...] | None
+    ) -> list[int]:
+        """Takes a sampled token; returns the tokens that the constraint forces right after it,
+        already added.
+        """
         if logprob is not None:
             self._logprobs.append(logprob)
             self._top_logprobs.append(top_logprobs or ())
@@ -66,7 +83,11 @@ class Decoding:
 
     def delta(self, id: str, index: int) -> Delta:
         """What was added since the last call: see Delta."""
-        text = self.output().text if self.finish_reason else self._text[: len(self._text) - self._num_unsafe()]
+        text = (
+            self.output().text
+            if self.finish_reason
+            else self._text[: len(self._text) - self._num_unsafe()]
+        )
         tokens, chars = slice(self._given_tokens, None), slice(self._given_chars, None)
         self._given_tokens, self._given_chars = len(self.token_ids), len(text)
         return Delta(

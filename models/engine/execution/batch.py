@@ -1,7 +1,8 @@
 """From scheduled chunks to one packed step: plain numpy arrays that any rank can turn into tensors.
 
-Owns how tokens are packed, which of them attend together (shared prefixes once, short queries padded side by side,
-long ones cut into blocks) and which rows' results are wanted. Pure functions of their arguments.
+Owns how tokens are packed, which of them attend together (shared prefixes once, short queries
+padded side by side, long ones cut into blocks) and which rows' results are wanted. Pure functions
+of their arguments.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_batch.models.engine.api.request import Choose, Classify, Embed, Generate, Inspect, Score, Tag
+from glm_batch.models.engine.api.request import (
+    Choose,
+    Classify,
+    Embed,
+    Generate,
+    Inspect,
+    Score,
+    Tag,
+)
 from glm_batch.models.engine.scheduling.placeholders import Span
 from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
 from glm_batch.models.engine.scheduling.sequence import Sequence
@@ -22,15 +31,16 @@ from glm_batch.models.engine.scheduling.sequence import Sequence
 Ints = NDArray[np.int64]
 Layout = Any  # tuple[Group, ...], or glm_batch.models.engine.cuda.batch_paged.PagedLayout
 SHORT_QUERIES = 16  # up to this many queries a sequence is padded together with others
-# Scores of one part (all heads). Near the caches, and small enough for memory that the allocator keeps: with twice as
-# many, prompts of 500 tokens and more took 1.4 to 2 times as long on a CPU, probably by page faults.
+# Scores of one part (all heads). Near the caches, and small enough for memory that the allocator
+# keeps: with twice as many, prompts of 500 tokens and more took 1.4 to 2 times as long on a CPU,
+# probably by page faults.
 MAX_SCORES = 1 << 21
 MIN_QUERIES = 16  # however long the context, a part has at least this many queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """glm_batch.models.network.layers.attention.AttentionPart in numpy."""
+    """models.network.layers.attention.AttentionPart in numpy."""
 
     rows: Ints
     keep: Ints | None
@@ -40,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """glm_batch.models.network.layers.attention.AttentionGroup in numpy."""
+    """models.network.layers.attention.AttentionGroup in numpy."""
 
     prefix_slots: Ints
     parts: tuple[Part, ...]
@@ -48,7 +58,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """Wanted rows after which tokens[i] stands: its log-probability, and those of the likeliest `top` of `num_ids` ids.
+    """Wanted rows after which tokens[i] stands: its log-probability, and those of the likeliest
+    `top` of `num_ids` ids.
 
     rows, tokens: [R].
     """
@@ -61,17 +72,19 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One step. input_ids, slots: [tokens]; out_rows [W]: the packed rows whose hidden state is wanted.
+    """One step. input_ids, slots: [tokens]; out_rows [W]: the packed rows whose hidden state is
+    wanted.
 
-    positions: [tokens], or [3, tokens] where media are among them. media: what takes the place of embeddings, with
-    tokens counted as packed rows.
+    positions: [tokens], or [3, tokens] where media are among them. media: what takes the place of
+    embeddings, with tokens counted as packed rows.
 
-    groups, out_groups: who attends to what, in the form that the runner's attention reads; out_groups for the wanted
-    rows alone, and groups itself where all are wanted.
+    groups, out_groups: who attends to what, in the form that the runner's attention reads;
+    out_groups for the wanted rows alone, and groups itself where all are wanted.
 
-    The rest says what becomes of the W wanted rows, each an index into them: `sample_rows` give logits to sample from,
-    `class_rows` class logits, `logit_rows` and `hidden_rows` everything; pairs (score_rows[pair_rows[i]],
-    pair_tokens[i]) give one log-probability each; `ranking` gives those of whole prompts.
+    The rest says what becomes of the W wanted rows, each an index into them: `sample_rows` give
+    logits to sample from, `class_rows` class logits, `logit_rows` and `hidden_rows` everything;
+    pairs (score_rows[pair_rows[i]], pair_tokens[i]) give one log-probability each; `ranking` gives
+    those of whole prompts.
     """
 
     input_ids: Ints
@@ -93,7 +106,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What one sequence gets back from a step: `indices` are its tokens, in the order of their rows."""
+    """What one sequence gets back from a step: `indices` are its tokens, in the order of their
+    rows.
+    """
 
     sequence: Sequence
     indices: list[int]
@@ -101,7 +116,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Queries of one sequence: `rows` where they stand, `indices` which tokens of the sequence they are."""
+    """Queries of one sequence: `rows` where they stand, `indices` which tokens of the sequence they
+    are.
+    """
 
     sequence: Sequence
     rows: Ints
@@ -115,7 +132,9 @@ def build_batch(
     """Packs the chunks of one step. `num_heads` bounds the size of an attention part."""
     block_size = scheduler.blocks.block_size
     segments = list(_segments(chunks, block_size))
-    wanted = [Wanted(chunk.sequence, chunk.sequence.wanted(chunk.start, chunk.end)) for chunk in chunks]
+    wanted = [
+        Wanted(chunk.sequence, chunk.sequence.wanted(chunk.start, chunk.end)) for chunk in chunks
+    ]
     wanted_segments, out_rows = _wanted_segments(segments, wanted)
     num_tokens = sum(len(segment.rows) for segment in segments)
     shared = [scheduler.shared_blocks(chunk.sequence, chunk.start) for chunk in chunks]
@@ -123,13 +142,18 @@ def build_batch(
     all_wanted = len(out_rows) == num_tokens
     batch = Batch(
         input_ids=np.concatenate(
-            [np.array(chunk.sequence.tokens[chunk.start : chunk.end], dtype=np.int64) for chunk in chunks]
+            [
+                np.array(chunk.sequence.tokens[chunk.start : chunk.end], dtype=np.int64)
+                for chunk in chunks
+            ]
         ),
         positions=_positions(chunks),
         slots=np.concatenate([segment.slots[segment.indices] for segment in segments]),
         groups=groups,
         out_rows=out_rows,
-        out_groups=groups if all_wanted else _groups(wanted_segments, shared, block_size, num_heads),
+        out_groups=groups
+        if all_wanted
+        else _groups(wanted_segments, shared, block_size, num_heads),
         media=tuple(media_spans(chunks)),
         **outputs(wanted, eos_token_ids),
     )
@@ -174,15 +198,24 @@ def _wanted_segments(segments: list[Segment], wanted: list[Wanted]) -> tuple[lis
     for segment, want in zip(segments, wanted, strict=True):
         indices = np.array(want.indices, dtype=np.int64)
         found.append(
-            Segment(segment.sequence, np.arange(row, row + len(indices), dtype=np.int64), indices, segment.slots)
+            Segment(
+                segment.sequence,
+                np.arange(row, row + len(indices), dtype=np.int64),
+                indices,
+                segment.slots,
+            )
         )
         out_rows.append(segment.rows[indices - segment.indices[0]])
         row += len(indices)
     return found, np.concatenate(out_rows)
 
 
-def _groups(segments: list[Segment], shared: list[int], block_size: int, num_heads: int) -> tuple[Group, ...]:
-    """Sequences that share their last shared block share everything before it: they become one group."""
+def _groups(
+    segments: list[Segment], shared: list[int], block_size: int, num_heads: int
+) -> tuple[Group, ...]:
+    """Sequences that share their last shared block share everything before it: they become one
+    group.
+    """
     members: dict[int | None, list[tuple[Segment, int]]] = defaultdict(list)
     for segment, num_shared in zip(segments, shared, strict=True):
         if len(segment.rows):
@@ -205,7 +238,9 @@ def _groups(segments: list[Segment], shared: list[int], block_size: int, num_hea
 
 
 def _parts(segments: list[Segment], prefix_len: int, num_heads: int) -> Iterator[Part]:
-    """Long segments become parts of their own, short ones stand side by side with others of similar length."""
+    """Long segments become parts of their own, short ones stand side by side with others of similar
+    length.
+    """
     short = []
     for segment in segments:
         if len(segment.rows) <= SHORT_QUERIES:
@@ -226,8 +261,12 @@ def _parts(segments: list[Segment], prefix_len: int, num_heads: int) -> Iterator
         yield _padded(bunch, prefix_len)
 
 
-def _fits(bunch: list[Segment], num_queries: int, num_keys: int, prefix_len: int, num_heads: int) -> bool:
-    """Whether one more may join: padding may cost a quarter (or 64 keys), and the scores must stay small."""
+def _fits(
+    bunch: list[Segment], num_queries: int, num_keys: int, prefix_len: int, num_heads: int
+) -> bool:
+    """Whether one more may join: padding may cost a quarter (or 64 keys), and the scores must stay
+    small.
+    """
     first, now = len(bunch[0].slots) - prefix_len, num_keys - prefix_len
     scores = (len(bunch) + 1) * num_queries * num_heads * num_keys
     return now <= max(first * 5 // 4, first + 64) and scores <= MAX_SCORES
@@ -238,7 +277,12 @@ def _pieces(segment: Segment, prefix_len: int, num_heads: int) -> Iterator[Segme
     count = max(MIN_QUERIES, MAX_SCORES // (num_heads * len(segment.slots)))
     for start in range(0, len(segment.rows), count):
         indices = segment.indices[start : start + count]
-        yield Segment(segment.sequence, segment.rows[start : start + count], indices, segment.slots[: indices[-1] + 1])
+        yield Segment(
+            segment.sequence,
+            segment.rows[start : start + count],
+            indices,
+            segment.slots[: indices[-1] + 1],
+        )
 
 
 def _single(segment: Segment, prefix_len: int) -> Part:
@@ -269,7 +313,9 @@ def _padded(segments: list[Segment], prefix_len: int) -> Part:
 
 
 def _visible(segment: Segment, prefix_len: int) -> NDArray[np.bool_]:
-    """[queries, own keys]: a token sees itself and what is before it; a tree's node only its own ancestors there."""
+    """[queries, own keys]: a token sees itself and what is before it; a tree's node only its own
+    ancestors there.
+    """
     sequence = segment.sequence
     keys = np.arange(prefix_len, len(segment.slots), dtype=np.int64)
     visible: NDArray[np.bool_] = keys <= segment.indices[:, None]
@@ -285,7 +331,15 @@ def outputs(wanted: list[Wanted], eos_token_ids: tuple[int, ...]) -> dict[str, A
     """The fields of a Batch that say what becomes of its wanted rows."""
     found: dict[str, list[int]] = {
         name: []
-        for name in ("sample_rows", "score_rows", "pair_rows", "pair_tokens", "class_rows", "logit_rows", "hidden_rows")
+        for name in (
+            "sample_rows",
+            "score_rows",
+            "pair_rows",
+            "pair_tokens",
+            "class_rows",
+            "logit_rows",
+            "hidden_rows",
+        )
     }
     row = 0
     for want in wanted:
@@ -312,7 +366,9 @@ def outputs(wanted: list[Wanted], eos_token_ids: tuple[int, ...]) -> dict[str, A
 
 
 def ranking(wanted: list[Wanted], num_ids: int) -> Ranking | None:
-    """The rows of sequences whose prompts are scored; `top` is what the most curious of them asks for."""
+    """The rows of sequences whose prompts are scored; `top` is what the most curious of them asks
+    for.
+    """
     rows: list[int] = []
     tokens: list[int] = []
     top = row = 0
@@ -325,12 +381,17 @@ def ranking(wanted: list[Wanted], num_ids: int) -> Ranking | None:
     if not rows:
         return None
     return Ranking(
-        rows=np.array(rows, dtype=np.int64), tokens=np.array(tokens, dtype=np.int64), top=top, num_ids=num_ids
+        rows=np.array(rows, dtype=np.int64),
+        tokens=np.array(tokens, dtype=np.int64),
+        top=top,
+        num_ids=num_ids,
     )
 
 
 def scored_tokens(sequence: Sequence, index: int, eos_token_ids: tuple[int, ...]) -> list[int]:
-    """The tokens whose probability after token `index` some label needs: edges first, then the end ids."""
+    """The tokens whose probability after token `index` some label needs: edges first, then the end
+    ids.
+    """
     assert sequence.tree is not None
     node = index - sequence.num_prompt
     edges = [sequence.tree.edges[edge][1] for edge in sequence.tree.edges_at[node]]

@@ -1,4 +1,6 @@
-"""The KV cache's tensors: how large they are made and what one token costs. Knows nothing of who holds which block."""
+"""The KV cache's tensors: how large they are made and what one token costs. Knows nothing of who
+holds which block.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,15 @@ def bytes_per_token(config: ModelConfig, num_kv_heads: int, dtype: torch.dtype) 
 
 
 def default_kv_tokens(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, max_useful: int, group: ParallelGroup = SINGLE
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_useful: int,
+    group: ParallelGroup = SINGLE,
 ) -> int:
-    """As many tokens as the device's free memory allows, at most `max_useful`. Ranks on CPUs share one memory."""
+    """As many tokens as the device's free memory allows, at most `max_useful`. Ranks on CPUs share
+    one memory.
+    """
     if device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
     else:
@@ -34,11 +42,18 @@ class KVCache:
     """Per layer one tensor of keys and one of values, each [num_kv_heads, num_slots, head_dim]."""
 
     def __init__(
-        self, config: ModelConfig, num_kv_heads: int, num_slots: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_kv_heads: int,
+        num_slots: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         shape = (num_kv_heads, num_slots, config.head_dim)
         self.pages = tuple(
-            (_pages(shape, dtype, device), _pages(shape, dtype, device)) for _ in range(config.num_hidden_layers)
+            (_pages(shape, dtype, device), _pages(shape, dtype, device))
+            for _ in range(config.num_hidden_layers)
         )
 
 

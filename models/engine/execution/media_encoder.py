@@ -1,4 +1,5 @@
-"""MediaEncoder: images and videos to features, each once. Owns the features remembered on the model's device.
+"""MediaEncoder: images and videos to features, each once. Owns the features remembered on the
+model's device.
 
 Knows nothing of prompts and steps; whoever asks names the items that it needs now.
 """
@@ -18,8 +19,10 @@ from glm_batch.models.engine.api.request import MediaItem
 from glm_batch.models.engine.scheduling.step_size import is_out_of_memory
 from glm_batch.models.network.vision import Grid, VisionTower
 
-ENCODE_PATCHES = {"cpu": 4096, "cuda": 32768}  # of one forward pass of the tower; a single frame may have more
-# What remembering one item costs beside its features: measured on small ones, most of it memory that lies between them.
+# of one forward pass of the tower; a single frame may have more
+ENCODE_PATCHES = {"cpu": 4096, "cuda": 32768}
+# What remembering one item costs beside its features: measured on small ones, most of it memory
+# that lies between them.
 ENTRY_BYTES = 32 << 10
 Key = tuple[str, tuple[int, int, int], bytes]
 
@@ -47,7 +50,9 @@ class MediaEncoder:
         self._features: ByteCache[torch.Tensor] = ByteCache(max_bytes)
 
     def features(self, items: Iterable[MediaItem]) -> dict[Key, torch.Tensor]:
-        """Each item's features [t * h * w / merge^2, hidden_size]; what is asked for last is forgotten last."""
+        """Each item's features [t * h * w / merge^2, hidden_size]; what is asked for last is
+        forgotten last.
+        """
         wanted = {item.key: item for item in items}
         missing = self.missing(wanted.values())
         found = {key: self._features.get(key) for key in wanted}
@@ -88,7 +93,9 @@ class MediaEncoder:
         return {key: torch.cat(frames) for key, frames in pieces.items()}
 
     def _forward(self, patches: list[torch.Tensor], bunch: Sequence[_Frame]) -> torch.Tensor:
-        """One forward pass of the tower. Where it does not fit into memory, later ones take half as much at a time."""
+        """One forward pass of the tower. Where it does not fit into memory, later ones take half as
+        much at a time.
+        """
         try:
             return self._tower.forward_uint8(patches, [frame.grid for frame in bunch])
         except (RuntimeError, MemoryError) as error:

@@ -1,7 +1,9 @@
-"""One model on several ranks: rank 0 leads, the others follow, and every step is the same TorchRunner's on each.
+"""One model on several ranks: rank 0 leads, the others follow, and every step is the same
+TorchRunner's on each.
 
-Owns what a step's Batch becomes between processes and who encodes which image. Only rank 0 schedules and samples, so
-followers need a step's arrays and nothing else. Knows nothing of how ranks are started or noticed to be dead.
+Owns what a step's Batch becomes between processes and who encodes which image. Only rank 0
+schedules and samples, so followers need a step's arrays and nothing else. Knows nothing of how
+ranks are started or noticed to be dead.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from glm_batch.models.network.vision import VisionTower
 
 
 def build_runner(config: EngineConfig, group: ParallelGroup = SINGLE) -> tuple[TorchRunner, Limits]:
-    """Loads a checkpoint, or a rank's part of it. Ranks agree on the size of the KV cache: the smallest one's.
+    """Loads a checkpoint, or a rank's part of it. Ranks agree on the size of the KV cache: the
+    smallest one's.
 
     Raises ConfigError for what the checkpoint or the device cannot do.
     """
@@ -44,7 +47,9 @@ def build_runner(config: EngineConfig, group: ParallelGroup = SINGLE) -> tuple[T
         limits = replace(limits, num_blocks=group.smallest(limits.num_blocks))
     encoder: MediaEncoder | None = None
     if model.vision and isinstance(group, TorchGroup):
-        encoder = SharedEncoder(model.vision, group, device=device, max_bytes=limits.media_cache_bytes)
+        encoder = SharedEncoder(
+            model.vision, group, device=device, max_bytes=limits.media_cache_bytes
+        )
     elif model.vision:
         encoder = MediaEncoder(model.vision, device=device, max_bytes=limits.media_cache_bytes)
     return make_runner(model, limits, encoder), limits
@@ -58,7 +63,8 @@ def lead(config: EngineConfig, group: TorchGroup) -> tuple[LeadingRunner, Limits
 
 
 def serve(config: EngineConfig, group: TorchGroup) -> None:
-    """Another rank's whole life: loads its part, then runs what rank 0 runs until that closes its engine.
+    """Another rank's whole life: loads its part, then runs what rank 0 runs until that closes its
+    engine.
 
     Raises whatever a step raises, but for want of memory that all ranks have alike.
     """
@@ -82,7 +88,9 @@ def _follow(step: _SentStep, runner: TorchRunner, group: TorchGroup) -> None:
 
 
 class LeadingRunner:
-    """Rank 0: every step goes to all ranks. It can be tried again in parts where all ranks have failed alike."""
+    """Rank 0: every step goes to all ranks. It can be tried again in parts where all ranks have
+    failed alike.
+    """
 
     def __init__(self, runner: TorchRunner, group: TorchGroup) -> None:
         self.config, self.encoder = runner.config, runner.encoder
@@ -116,7 +124,9 @@ class LeadingRunner:
 class SharedEncoder(MediaEncoder):
     """All ranks remember all features, each encodes its share of the missing ones: see `dealt`."""
 
-    def __init__(self, tower: VisionTower, group: TorchGroup, *, device: torch.device, max_bytes: int) -> None:
+    def __init__(
+        self, tower: VisionTower, group: TorchGroup, *, device: torch.device, max_bytes: int
+    ) -> None:
         super().__init__(tower, device=device, max_bytes=max_bytes)
         self._group = group
         self._width, self._dtype = tower.config.out_hidden_size, tower.position_embedding.dtype
@@ -133,7 +143,9 @@ class SharedEncoder(MediaEncoder):
             if rank == self._group.rank:
                 features = torch.cat([encoded[item.key] for item in theirs])
             else:
-                features = torch.empty(sum(counts), self._width, dtype=self._dtype, device=self._device)
+                features = torch.empty(
+                    sum(counts), self._width, dtype=self._dtype, device=self._device
+                )
             self._group.broadcast(features, rank)
             pieces = torch.split(features, counts)
             # Copies: a remembered piece must not keep all the others alive.
@@ -170,7 +182,9 @@ Command = _SentStep | Literal["free_memory", "close"]
 
 
 def send(batch: Batch, encoder: MediaEncoder | None, group: TorchGroup) -> None:
-    """Rank 0's side: the step to all ranks, the patches of what is not encoded yet to the rank that encodes it."""
+    """Rank 0's side: the step to all ranks, the patches of what is not encoded yet to the rank that
+    encodes it.
+    """
     items = {span.item.key: span.item for span in batch.media}
     missing = encoder.missing(items.values()) if encoder else []
     owners = dict(zip((item.key for item in missing), owners_of(missing, group.size), strict=True))
@@ -191,7 +205,9 @@ def send(batch: Batch, encoder: MediaEncoder | None, group: TorchGroup) -> None:
 
 
 def received(step: _SentStep, group: TorchGroup) -> Batch:
-    """Another rank's side: the batch, with patches where this rank needs them and zeros of no size elsewhere."""
+    """Another rank's side: the batch, with patches where this rank needs them and zeros of no size
+    elsewhere.
+    """
     items = [_item(sent, group) for sent in step.items]
     return replace(step.batch, media=tuple(_spans(step, items)))
 
@@ -199,7 +215,11 @@ def received(step: _SentStep, group: TorchGroup) -> Batch:
 def _item(sent: _SentItem, group: TorchGroup) -> MediaItem:
     patches = np.broadcast_to(np.zeros(1, np.uint8), sent.shape)
     if sent.patches_to == group.rank:
-        patches = group.receive(torch.empty(sent.shape, dtype=torch.uint8).flatten(), 0).numpy().reshape(sent.shape)
+        patches = (
+            group.receive(torch.empty(sent.shape, dtype=torch.uint8).flatten(), 0)
+            .numpy()
+            .reshape(sent.shape)
+        )
     return MediaItem(kind=sent.kind, patches=patches, grid_thw=sent.grid_thw, digest=sent.digest)
 
 

@@ -1,7 +1,7 @@
 """Runner: one rank's forward pass. Arrays of a Batch in, the numbers that somebody wants out.
 
-Owns the model and the KV cache's tensors. Knows nothing of sequences, scheduling or sampling; a tensor-parallel runner
-has the same three members.
+Owns the model and the KV cache's tensors. Knows nothing of sequences, scheduling or sampling; a
+tensor-parallel runner has the same three members.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from glm_batch.models.network.heads import CausalLMHead
 from glm_batch.models.network.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
 from glm_batch.models.network.registry import Model
 
-LOGIT_ROWS = 256  # vocabulary logits of this many rows at a time, so that they never fill the memory
+# vocabulary logits of this many rows at a time, so that they never fill the memory
+LOGIT_ROWS = 256
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """What a Batch asked for. sample_logits: float32 [rows, vocab_size] on the model's device, the rest numpy float32.
+    """What a Batch asked for. sample_logits: float32 [rows, vocab_size] on the model's device, the
+    rest numpy float32.
 
-    pair_logprobs [pairs]; class_logits [rows, num_labels]; logits [rows, vocab_size]; hidden [rows, hidden_size].
-    `scores` are those of the batch's `ranking`, where it has one.
+    pair_logprobs [pairs]; class_logits [rows, num_labels]; logits [rows, vocab_size]; hidden [rows,
+    hidden_size]. `scores` are those of the batch's `ranking`, where it has one.
     """
 
     sample_logits: torch.Tensor
@@ -49,7 +51,8 @@ class Runner(Protocol):
     config: ModelConfig
 
     def run(self, batch: Batch) -> StepOutput:
-        """One forward pass. What it raises for want of memory leaves it able to run a smaller batch.
+        """One forward pass. What it raises for want of memory leaves it able to run a smaller
+        batch.
 
         Raises EngineError when the device cannot go on.
         """
@@ -65,16 +68,21 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """The runner of one process, which has the whole model or is one rank of several: see glm_batch.models.engine.execution.ranks.
+    """The runner of one process, which has the whole model or is one rank of several: see
+    models.engine.execution.ranks.
 
     `encoder` is None where the model reads nothing but text.
     """
 
-    def __init__(self, model: Model, *, num_slots: int, encoder: MediaEncoder | None = None) -> None:
+    def __init__(
+        self, model: Model, *, num_slots: int, encoder: MediaEncoder | None = None
+    ) -> None:
         self.config = model.config
         self.encoder = encoder
         self._model = model
-        self._cache = KVCache(model.config, model.num_kv_heads, num_slots, dtype=model.dtype, device=model.device)
+        self._cache = KVCache(
+            model.config, model.num_kv_heads, num_slots, dtype=model.dtype, device=model.device
+        )
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
@@ -115,8 +123,13 @@ class TorchRunner:
             return None
         assert self.encoder is not None, "media are refused where there is no vision tower"
         features = self.encoder.features(span.item for span in batch.media)
-        taken = [features[span.item.key][span.first : span.first + span.end - span.start] for span in batch.media]
-        rows = np.concatenate([np.arange(span.start, span.end, dtype=np.int64) for span in batch.media])
+        taken = [
+            features[span.item.key][span.first : span.first + span.end - span.start]
+            for span in batch.media
+        ]
+        rows = np.concatenate(
+            [np.arange(span.start, span.end, dtype=np.int64) for span in batch.media]
+        )
         return MediaRows(rows=self._tensor(rows), features=torch.cat(taken))
 
     def _head(self, hidden: torch.Tensor, rows: Ints) -> torch.Tensor:
@@ -125,18 +138,27 @@ class TorchRunner:
         return self._model.head(hidden[self._tensor(rows)])  # type: ignore[no-any-return]
 
     def _pair_logprobs(self, hidden: torch.Tensor, batch: Batch) -> Floats:
-        """log P(token) at the scored rows: the whole vocabulary counts, a few numbers leave the device."""
+        """log P(token) at the scored rows: the whole vocabulary counts, a few numbers leave the
+        device.
+        """
         found = np.empty(len(batch.pair_rows), dtype=np.float32)
         for start in range(0, len(batch.score_rows), LOGIT_ROWS):
-            assert isinstance(self._model.head, CausalLMHead), "choices are refused where there is another head"
+            assert isinstance(self._model.head, CausalLMHead), (
+                "choices are refused where there is another head"
+            )
             scored = hidden[self._tensor(batch.score_rows[start : start + LOGIT_ROWS])]
             here = (batch.pair_rows >= start) & (batch.pair_rows < start + LOGIT_ROWS)
-            rows, tokens = self._tensor(batch.pair_rows[here] - start), self._tensor(batch.pair_tokens[here])
+            rows, tokens = (
+                self._tensor(batch.pair_rows[here] - start),
+                self._tensor(batch.pair_tokens[here]),
+            )
             found[here] = self._model.head.pair_logprobs(scored, rows, tokens).cpu().numpy()
         return found
 
     def _scores(self, hidden: torch.Tensor, ranking: Ranking) -> PromptScores:
-        """Of whole prompts, slice by slice. Where ranks share a vocabulary, rank 0 alone has something to give."""
+        """Of whole prompts, slice by slice. Where ranks share a vocabulary, rank 0 alone has
+        something to give.
+        """
         slices = [
             self._scored(hidden, ranking, slice(start, start + LOGIT_ROWS))
             for start in range(0, len(ranking.rows), LOGIT_ROWS)
@@ -152,13 +174,16 @@ class TorchRunner:
         top = min(ranking.top, ranking.num_ids) if logits.shape[1] else 0
         values, ids = logits[:, : ranking.num_ids].topk(top)
         if logits.shape[1]:
-            total = logits.logsumexp(-1, keepdim=True)  # over the padding too: the model gives it probability
+            # over the padding too: the model gives it probability
+            total = logits.logsumexp(-1, keepdim=True)
             own = logits.gather(1, self._tensor(ranking.tokens[part])[:, None]) - total
             values = values - total  # as `own`: the likeliest token's two numbers are the same
         else:
             own = logits
         return PromptScores(
-            logprobs=own.flatten().cpu().numpy(), top_ids=ids.cpu().numpy(), top_logprobs=values.cpu().numpy()
+            logprobs=own.flatten().cpu().numpy(),
+            top_ids=ids.cpu().numpy(),
+            top_logprobs=values.cpu().numpy(),
         )
 
     def _class_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
@@ -169,7 +194,10 @@ class TorchRunner:
     def _all_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
         if not len(rows):
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
-        pieces = [self._head(hidden, rows[start : start + LOGIT_ROWS]) for start in range(0, len(rows), LOGIT_ROWS)]
+        pieces = [
+            self._head(hidden, rows[start : start + LOGIT_ROWS])
+            for start in range(0, len(rows), LOGIT_ROWS)
+        ]
         return torch.cat([piece.cpu() for piece in pieces]).numpy()
 
     def _hidden_rows(self, hidden: torch.Tensor, rows: Ints) -> Floats:
@@ -201,7 +229,9 @@ class TorchRunner:
         return AttentionGroup(prefix_slots=self._tensor(group.prefix_slots), parts=parts)
 
     def _bias(self, hidden: NDArray[np.bool_]) -> torch.Tensor:
-        """hidden [R, n, L] -> [R, n * G, B]: only the last columns, from the first that somebody must not see."""
+        """hidden [R, n, L] -> [R, n * G, B]: only the last columns, from the first that somebody
+        must not see.
+        """
         columns = np.flatnonzero(hidden.any(axis=(0, 1)))
         first = int(columns[0]) if len(columns) else hidden.shape[2]
         tail = self._tensor(hidden[:, :, first:])

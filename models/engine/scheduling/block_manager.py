@@ -1,9 +1,11 @@
-"""BlockManager: which blocks of the KV cache are free, held or remembered for their contents. Integers only, no torch.
+"""BlockManager: which blocks of the KV cache are free, held or remembered for their contents.
+Integers only, no torch.
 
-A full block may be registered under (contents of the block before it, its own tokens). Contents are numbered, and a
-number is never used twice, so that a lookup compares the tokens themselves and a stale or colliding entry cannot be
-hit. Free blocks keep their contents until they are reused, least recently freed first: those that nobody has found
-again before those that somebody has, so that a stream of texts of their own leaves what is shared alone.
+A full block may be registered under (contents of the block before it, its own tokens). Contents are
+numbered, and a number is never used twice, so that a lookup compares the tokens themselves and a
+stale or colliding entry cannot be hit. Free blocks keep their contents until they are reused, least
+recently freed first: those that nobody has found again before those that somebody has, so that a
+stream of texts of their own leaves what is shared alone.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ ROOT = 0  # the contents number of the empty prefix
 class BlockManager:
     """Owns block ids 0 .. num_blocks - 1, their reference counts and the prefix index.
 
-    At most about `max_unproven` free blocks keep contents that nobody has found again: beyond that they are reused
-    rather than memory that was never touched.
+    At most about `max_unproven` free blocks keep contents that nobody has found again: beyond that
+    they are reused rather than memory that was never touched.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, max_unproven: int | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        max_unproven: int | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -30,12 +37,14 @@ class BlockManager:
         self.num_evictions = 0  # remembered blocks whose contents were given up for new ones
         self._ref_counts = [0] * num_blocks
         self._max_unproven = num_blocks if max_unproven is None else max_unproven
-        # Free blocks: without contents, with contents, with contents that were found again since they were written.
+        # Free blocks: without contents, with contents, with contents that were found again since
+        # they were written.
         self._blank: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._unproven: OrderedDict[int, None] = OrderedDict()
         self._proven: OrderedDict[int, None] = OrderedDict()
         self._found: set[int] = set()  # blocks whose contents were found again, held or free
-        self._contents: dict[int, int] = {}  # block id -> number of the contents it is registered for
+        # block id -> number of the contents it is registered for
+        self._contents: dict[int, int] = {}
         self._index: dict[tuple[int, Hashable], int] = {}  # (contents before, tokens) -> block id
         self._keys: dict[int, tuple[int, Hashable]] = {}  # block id -> its key in the index
         self._next_contents = ROOT + 1
@@ -87,7 +96,9 @@ class BlockManager:
         return block_ids
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Gives one reference to each block back. Later blocks are freed first: a prefix outlives its continuations."""
+        """Gives one reference to each block back. Later blocks are freed first: a prefix outlives
+        its continuations.
+        """
         for block_id in reversed(block_ids):
             self._ref_counts[block_id] -= 1
             if self._ref_counts[block_id] == 0:
@@ -96,7 +107,8 @@ class BlockManager:
                     self._blank.move_to_end(block_id, last=False)  # its memory is in use already
 
     def register(self, block_id: int, before: int, tokens: Sequence[Hashable]) -> int:
-        """Remembers a held, full block by what comes `before` it and its tokens; returns its contents' number.
+        """Remembers a held, full block by what comes `before` it and its tokens; returns its
+        contents' number.
 
         When another block is remembered for the same, that one stays and its number is returned.
         """
@@ -113,7 +125,9 @@ class BlockManager:
         return self._contents[block_id]
 
     def unregister(self, block_ids: Sequence[int]) -> None:
-        """Forgets what held blocks were registered for: they were not written. Those of others' contents stay."""
+        """Forgets what held blocks were registered for: they were not written. Those of others'
+        contents stay.
+        """
         for block_id in block_ids:
             if block_id in self._contents:
                 self._forget(block_id)
@@ -156,8 +170,14 @@ class BlockManager:
         pools = [*self._blank, *self._unproven, *self._proven]
         assert free == set(pools), "a block is neither free nor held, or both"
         assert len(free) == len(pools), "a free block is in two pools"
-        assert all(block_id in self._pool(block_id) for block_id in free), "a free block is in the wrong pool"
+        assert all(block_id in self._pool(block_id) for block_id in free), (
+            "a free block is in the wrong pool"
+        )
         assert self._found <= set(self._contents), "a block without contents was found again"
         assert set(self._contents) == set(self._keys), "a remembered block has no key"
-        assert {key: block_id for block_id, key in self._keys.items()} == self._index, "the index names a wrong block"
-        assert len(set(self._contents.values())) == len(self._contents), "two blocks claim the same contents"
+        assert {key: block_id for block_id, key in self._keys.items()} == self._index, (
+            "the index names a wrong block"
+        )
+        assert len(set(self._contents.values())) == len(self._contents), (
+            "two blocks claim the same contents"
+        )

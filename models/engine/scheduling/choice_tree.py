@@ -1,7 +1,8 @@
 """ChoiceTree: label continuations as a tree of tokens, so that what labels share is computed once.
 
-Node i is a token that follows its parent (-1: the prompt itself). A label's probability is a product of edges, and
-each edge is one (position, token) pair to be scored. Knows nothing of tensors or caches.
+Node i is a token that follows its parent (-1: the prompt itself). A label's probability is a
+product of edges, and each edge is one (position, token) pair to be scored. Knows nothing of tensors
+or caches.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ PROMPT = -1  # the parent of the first tokens
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChoiceTree:
-    """Only tokens after which something is scored become nodes: a label's last token does so only if its end counts.
+    """Only tokens after which something is scored become nodes: a label's last token does so only
+    if its end counts.
 
     tokens, parents, depths: one entry a node, parents before children; depth 1 follows the prompt.
-    edges: every (node or PROMPT, token) that some label passes; ends: nodes after which the end is scored.
-    paths: for each label the indices of its edges; label_ends: for each label its node in `ends`, or None.
+    edges: every (node or PROMPT, token) that some label passes; ends: nodes after which the end is
+    scored. paths: for each label the indices of its edges; label_ends: for each label its node in
+    `ends`, or None.
     """
 
     tokens: tuple[int, ...]
@@ -63,7 +66,9 @@ class ChoiceTree:
 
     @cached_property
     def edges_at(self) -> dict[int, tuple[int, ...]]:
-        """The edges (their indices) that leave each node; nodes where only an end is scored have none."""
+        """The edges (their indices) that leave each node; nodes where only an end is scored have
+        none.
+        """
         found: dict[int, list[int]] = {end: [] for end in self.ends}
         for index, (node, _) in enumerate(self.edges):
             found.setdefault(node, []).append(index)
@@ -78,7 +83,9 @@ class ChoiceTree:
                 seen[node] |= seen[parent]
         return seen
 
-    def label_logprobs(self, edge_logprobs: dict[int, float], end_logprobs: dict[int, float]) -> tuple[float, ...]:
+    def label_logprobs(
+        self, edge_logprobs: dict[int, float], end_logprobs: dict[int, float]
+    ) -> tuple[float, ...]:
         """Joint log-probability of each label from those of the edges and of ending after a node."""
         return tuple(
             sum(edge_logprobs[edge] for edge in path) + (0.0 if end is None else end_logprobs[end])

@@ -1,7 +1,9 @@
-"""Where a prompt's images and videos stand: which placeholder tokens take which features. Plain Python, no torch.
+"""Where a prompt's images and videos stand: which placeholder tokens take which features. Plain
+Python, no torch.
 
-Owns the check that prompt and media fit each other. A token's key in the prefix index is its id, but a placeholder's is
-its feature: equal texts about different images share nothing from the first image on.
+Owns the check that prompt and media fit each other. A token's key in the prefix index is its id,
+but a placeholder's is its feature: equal texts about different images share nothing from the first
+image on.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlacedMedia:
-    """Media of one prompt, matched with its tokens: one span for each image and each frame, in the prompt's order.
+    """Media of one prompt, matched with its tokens: one span for each image and each frame, in the
+    prompt's order.
 
     keys: what identifies each prompt token. positions: int64 [3, tokens].
     """
@@ -51,8 +54,12 @@ class PlacedMedia:
         return sum(span.end - span.start for span in self.spans)
 
 
-def place(media: Media | None, prompt: Sequence[int], tokens: MediaTokens, vision: VisionConfig) -> PlacedMedia | None:
-    """Matches images with placeholders outside videos and frames with those inside; RowError where they differ."""
+def place(
+    media: Media | None, prompt: Sequence[int], tokens: MediaTokens, vision: VisionConfig
+) -> PlacedMedia | None:
+    """Matches images with placeholders outside videos and frames with those inside; RowError where
+    they differ.
+    """
     items = media.items if media else ()
     for item in items:
         _check_item(item, vision)
@@ -76,7 +83,9 @@ def place(media: Media | None, prompt: Sequence[int], tokens: MediaTokens, visio
     for span in spans:
         key, num_tokens = span.item.key, span.end - span.start
         keys[span.start : span.end] = [(key, span.first + i) for i in range(num_tokens)]
-    return PlacedMedia(spans=tuple(spans), keys=keys, positions=media.positions, rope_delta=media.rope_delta)
+    return PlacedMedia(
+        spans=tuple(spans), keys=keys, positions=media.positions, rope_delta=media.rope_delta
+    )
 
 
 def _placeholders(prompt: Sequence[int], tokens: MediaTokens) -> dict[str, list[int]]:
@@ -94,7 +103,9 @@ def _placeholders(prompt: Sequence[int], tokens: MediaTokens) -> dict[str, list[
 
 
 def _spans(items: list[MediaItem], where: list[int], merged: int) -> Iterator[Span]:
-    """One span for each frame. Its tokens must be neighbours, or the media stand in another order than the prompt."""
+    """One span for each frame. Its tokens must be neighbours, or the media stand in another order
+    than the prompt.
+    """
     indices = iter(where)
     for item in items:
         frames = item.grid_thw[0]

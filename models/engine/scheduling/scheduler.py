@@ -1,14 +1,17 @@
-"""Scheduler: which tokens of which sequences the next step computes. Integers in, decisions out, no torch.
+"""Scheduler: which tokens of which sequences the next step computes. Integers in, decisions out, no
+torch.
 
-Policy: the oldest go first and are never sent back by younger ones, so that something always finishes. Decodes come
-before prefill chunks; what is left of the step's tokens goes to prompts, cut where the step is full. A prompt is
-admitted only when all of it fits into free blocks with one spare block for each running sequence; when decodes outgrow
-the cache all the same, the youngest running sequence gives its blocks back, waits and is recomputed (counted as a
-preemption). A prefix computed in a step can be shared by sequences admitted in that very step.
+Policy: the oldest go first and are never sent back by younger ones, so that something always
+finishes. Decodes come before prefill chunks; what is left of the step's tokens goes to prompts, cut
+where the step is full. A prompt is admitted only when all of it fits into free blocks with one
+spare block for each running sequence; when decodes outgrow the cache all the same, the youngest
+running sequence gives its blocks back, waits and is recomputed (counted as a preemption). A prefix
+computed in a step can be shared by sequences admitted in that very step.
 
-Online sequences go before batch ones in all of this, as if they were older: they are scheduled and admitted first, and
-batch ones are sent back when there is no room for them. A step takes batch tokens up to `batch_step_tokens` in all, or
-up to a part of that beside online sequences, so that an online request that comes meanwhile does not wait for long.
+Online sequences go before batch ones in all of this, as if they were older: they are scheduled and
+admitted first, and batch ones are sent back when there is no room for them. A step takes batch
+tokens up to `batch_step_tokens` in all, or up to a part of that beside online sequences, so that an
+online request that comes meanwhile does not wait for long.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from glm_batch.models.engine.api.request import BATCH, ONLINE, Priority
 from glm_batch.models.engine.scheduling.block_manager import ROOT, BlockManager
 from glm_batch.models.engine.scheduling.sequence import Sequence
 
-BESIDE_ONLINE = 4  # where one online sequence runs others may come: steps have this part of batch_step_tokens
+# where one online sequence runs others may come: steps have this part of batch_step_tokens
+BESIDE_ONLINE = 4
 _PRIORITY = attrgetter("priority")
 
 
@@ -31,8 +35,9 @@ _PRIORITY = attrgetter("priority")
 class Chunk:
     """Tokens [start, end) of one sequence, to be computed in this step.
 
-    The rest is what the sequence was before, for a step that has to be taken back: how many of its blocks were in the
-    prefix index, under which number the last of them, and whether it was waiting.
+    The rest is what the sequence was before, for a step that has to be taken back: how many of its
+    blocks were in the prefix index, under which number the last of them, and whether it was
+    waiting.
     """
 
     sequence: Sequence
@@ -47,7 +52,12 @@ class Scheduler:
     """Waiting and running sequences and the blocks they hold."""
 
     def __init__(
-        self, blocks: BlockManager, *, max_step_tokens: int, max_num_seqs: int, batch_step_tokens: int | None = None
+        self,
+        blocks: BlockManager,
+        *,
+        max_step_tokens: int,
+        max_num_seqs: int,
+        batch_step_tokens: int | None = None,
     ) -> None:
         """`batch_step_tokens` is None where batch steps need not be shorter than others."""
         self.blocks = blocks
@@ -80,10 +90,16 @@ class Scheduler:
         if priority == ONLINE or self.batch_step_tokens is None:
             return self.max_step_tokens
         beside_online = bool(self.running) and self.running[0].priority == ONLINE
-        share = max(self.batch_step_tokens // BESIDE_ONLINE, 1) if beside_online else self.batch_step_tokens
+        share = (
+            max(self.batch_step_tokens // BESIDE_ONLINE, 1)
+            if beside_online
+            else self.batch_step_tokens
+        )
         return min(self.max_step_tokens, share)
 
-    def _scheduled(self, priority: Priority, budget: int, scheduled: set[Sequence]) -> Iterator[Chunk]:
+    def _scheduled(
+        self, priority: Priority, budget: int, scheduled: set[Sequence]
+    ) -> Iterator[Chunk]:
         """The chunks of one priority. `scheduled` are the sequences that the step has already."""
         running = [sequence for sequence in self.running if sequence.priority == priority]
         decoding = [sequence for sequence in running if not sequence.is_prefilling]
@@ -104,13 +120,16 @@ class Scheduler:
             budget -= count
 
     def take_back(self, chunks: list[Chunk]) -> None:
-        """Undoes a `schedule` whose step was not computed: nothing of it stays in the index, the admitted wait again.
+        """Undoes a `schedule` whose step was not computed: nothing of it stays in the index, the
+        admitted wait again.
 
         Running sequences keep their blocks: they will need them.
         """
         for chunk in chunks:
             sequence = chunk.sequence
-            self.blocks.unregister(sequence.block_table[chunk.num_registered : sequence.num_registered])
+            self.blocks.unregister(
+                sequence.block_table[chunk.num_registered : sequence.num_registered]
+            )
             sequence.num_registered, sequence.contents = chunk.num_registered, chunk.contents
         for chunk in reversed(chunks):
             if chunk.was_waiting:
@@ -127,10 +146,11 @@ class Scheduler:
         self._release(sequence)
 
     def shared_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        """Leading blocks within `num_tokens` that are worth attending to together with other sequences.
+        """Leading blocks within `num_tokens` that are worth attending to together with other
+        sequences.
 
-        Reference counts never grow along a block table, so the last block held by at least half as many sequences as
-        the first one is found by bisection.
+        Reference counts never grow along a block table, so the last block held by at least half as
+        many sequences as the first one is found by bisection.
         """
         high = num_tokens // self.blocks.block_size
         if not high:
@@ -147,7 +167,9 @@ class Scheduler:
         return low
 
     def _make_room(self, sequence: Sequence, num_tokens: int, scheduled: set[Sequence]) -> bool:
-        """Gives the sequence blocks for `num_tokens`, sending the youngest unscheduled ones back if need be."""
+        """Gives the sequence blocks for `num_tokens`, sending the youngest unscheduled ones back if
+        need be.
+        """
         if sequence not in self.running:  # sent back for an older one in this very step
             return False
         missing = self.blocks.num_blocks_for(num_tokens) - len(sequence.block_table)
@@ -174,7 +196,9 @@ class Scheduler:
         sequence.contents = ROOT
 
     def _admit_first(self, budget: int) -> int:
-        """Admits the sequence that waits first, sending back the youngest batch ones if it is online: see `_admit`."""
+        """Admits the sequence that waits first, sending back the youngest batch ones if it is
+        online: see `_admit`.
+        """
         sequence = self.waiting[0]
         while True:
             count = self._admit(sequence, budget) if len(self.running) < self.max_num_seqs else 0
@@ -183,9 +207,15 @@ class Scheduler:
             self._send_back(self.running[-1])
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Reserves blocks for all tokens of a waiting sequence; the number to compute now, 0 if there is no room."""
+        """Reserves blocks for all tokens of a waiting sequence; the number to compute now, 0 if
+        there is no room.
+        """
         blocks = self.blocks
-        hits = blocks.find_prefix(sequence.prompt_keys, sequence.num_skippable) if blocks.prefix_caching else []
+        hits = (
+            blocks.find_prefix(sequence.prompt_keys, sequence.num_skippable)
+            if blocks.prefix_caching
+            else []
+        )
         missing = blocks.num_blocks_for(sequence.num_tokens) - len(hits)
         spare = len(self.running)
         if missing + spare > blocks.num_free - blocks.num_unheld(hits):
@@ -200,9 +230,11 @@ class Scheduler:
         return min(sequence.num_owed, budget)
 
     def _chunk(self, sequence: Sequence, count: int, *, was_waiting: bool = False) -> Chunk:
-        """Registers the blocks that the chunk fills: whoever is scheduled later in this step may already share them.
+        """Registers the blocks that the chunk fills: whoever is scheduled later in this step may
+        already share them.
 
-        That is safe because a layer writes the keys and values of all tokens of a step before it attends.
+        That is safe because a layer writes the keys and values of all tokens of a step before it
+        attends.
         """
         start, end = sequence.num_computed, sequence.num_computed + count
         chunk = Chunk(sequence, start, end, sequence.num_registered, sequence.contents, was_waiting)
@@ -210,6 +242,8 @@ class Scheduler:
         if self.blocks.prefix_caching:
             for i in range(sequence.num_registered, min(end, sequence.num_shareable) // size):
                 keys = sequence.keys(i * size, (i + 1) * size)
-                sequence.contents = self.blocks.register(sequence.block_table[i], sequence.contents, keys)
+                sequence.contents = self.blocks.register(
+                    sequence.block_table[i], sequence.contents, keys
+                )
                 sequence.num_registered = i + 1
         return chunk

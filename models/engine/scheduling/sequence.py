@@ -1,6 +1,8 @@
-"""Sequence: one run of tokens on its way through the engine (a request has `n` of them when it samples n outputs).
+"""Sequence: one run of tokens on its way through the engine (a request has `n` of them when it
+samples n outputs).
 
-Owns the tokens, how far they are computed and the blocks they hold. Knows nothing of tensors or of other sequences.
+Owns the tokens, how far they are computed and the blocks they hold. Knows nothing of tensors or of
+other sequences.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from glm_batch.models.engine.scheduling.placeholders import PlacedMedia
 class Sequence:
     """`tokens` are the prompt's, then the choice tree's nodes or the sampled tokens.
 
-    [0, num_computed) have their keys and values in the cache; the rest is owed. `block_table[i]` holds tokens
-    [i * block_size, (i + 1) * block_size). The first `num_registered` blocks are in the prefix index, the last of them
-    under the number `contents`.
+    [0, num_computed) have their keys and values in the cache; the rest is owed. `block_table[i]`
+    holds tokens [i * block_size, (i + 1) * block_size). The first `num_registered` blocks are in
+    the prefix index, the last of them under the number `contents`.
     """
 
     request: Request
@@ -75,7 +77,9 @@ class Sequence:
 
     @property
     def num_skippable(self) -> int:
-        """Leading prompt tokens that need not be computed when they are cached: nobody wants their hidden states."""
+        """Leading prompt tokens that need not be computed when they are cached: nobody wants their
+        hidden states.
+        """
         match self.request.work:
             case Tag() | Inspect() | Score() | Embed(pooling="mean"):
                 return 0
@@ -90,12 +94,14 @@ class Sequence:
             case Tag() | Inspect() | Embed(pooling="mean"):
                 return list(range(start, end))
             case Score():
-                return list(range(start, min(end, len(self.tokens) - 1)))  # nothing comes after the last
+                # nothing comes after the last
+                return list(range(start, min(end, len(self.tokens) - 1)))
             case Classify():
                 candidates = [self.pooled_index]
             case Choose():
                 assert self.tree is not None
-                candidates = [self.num_prompt + node for node in self.tree.edges_at]  # PROMPT is -1: its last token
+                # PROMPT is -1: its last token
+                candidates = [self.num_prompt + node for node in self.tree.edges_at]
             case Embed() | Generate():
                 candidates = [len(self.tokens) - 1]
         return [index for index in candidates if start <= index < end]
@@ -106,13 +112,17 @@ class Sequence:
         return self.media.keys if self.media else self.tokens
 
     def keys(self, start: int, end: int) -> SequenceOf[Hashable]:
-        """What identifies tokens [start, end) to the prefix index: their ids, or their features if they have some."""
+        """What identifies tokens [start, end) to the prefix index: their ids, or their features if
+        they have some.
+        """
         if self.media is None or start >= self.num_prompt:
             return self.tokens[start:end]
         return [*self.media.keys[start:end], *self.tokens[self.num_prompt : end]]
 
     def positions(self, start: int, end: int) -> NDArray[np.int64]:
-        """Rotary positions of tokens [start, end), [tokens], or [3, tokens] where a prompt with media is among them."""
+        """Rotary positions of tokens [start, end), [tokens], or [3, tokens] where a prompt with
+        media is among them.
+        """
         if self.media is None:
             return self._text_positions(start, end)
         following = self._text_positions(max(start, self.num_prompt), end) + self.media.rope_delta

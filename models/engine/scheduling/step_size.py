@@ -1,4 +1,5 @@
-"""How many tokens a step may have: fewer after one that did not fit into memory, more again while steps succeed.
+"""How many tokens a step may have: fewer after one that did not fit into memory, more again while
+steps succeed.
 
 Owns that number and what counts as memory having run out. Knows nothing of sequences; no torch.
 """
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 import logging
 
-# How torch and its libraries put it; torch.OutOfMemoryError is a RuntimeError with the first of these.
+# How torch and its libraries put it; torch.OutOfMemoryError is a RuntimeError with the first of
+# these.
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -40,7 +42,9 @@ class StepSize:
         self._patience = STEPS_TO_RECOVER
 
     def succeeded(self) -> None:
-        """A step was computed. After enough of them the limit doubles; a doubled one that fails makes that rarer."""
+        """A step was computed. After enough of them the limit doubles; a doubled one that fails
+        makes that rarer.
+        """
         self._fitted = self.tokens
         if self.tokens == self._most:
             return
@@ -50,14 +54,22 @@ class StepSize:
             self.tokens = min(2 * self.tokens, self._most)
 
     def failed(self, num_tokens: int, reason: str) -> bool:
-        """A step of so many tokens did not fit. True when a smaller one can be tried, False when there is none."""
+        """A step of so many tokens did not fit. True when a smaller one can be tried, False when
+        there is none.
+        """
         self.num_failures += 1
         self._successes = 0
         if num_tokens <= 1:
-            self.tokens = self._fitted  # one row was too large by itself: the others need not pay for it
+            # one row was too large by itself: the others need not pay for it
+            self.tokens = self._fitted
             return False
         if self.tokens > self._fitted:
             self._patience = min(2 * self._patience, MAX_STEPS_TO_RECOVER)
         self.tokens = max(1, min(self.tokens, num_tokens) // 2)
-        log.warning("out of memory in a step of %d tokens; next: %d tokens. %s", num_tokens, self.tokens, reason)
+        log.warning(
+            "out of memory in a step of %d tokens; next: %d tokens. %s",
+            num_tokens,
+            self.tokens,
+            reason,
+        )
         return True

@@ -11,9 +11,10 @@ from glm_batch.models.engine.decoding.constraints import ll_tokenizer
 
 
 class OwnGuidance(GuidanceBackend):  # type: ignore[misc]  # vllm has no types here
-    """Masks allow what TorchEngine's allow: any of the end ids where a text may end, and no control token inside.
+    """Masks allow what TorchEngine's allow: any of the end ids where a text may end, and no control
+    token inside.
 
-    `tokenizer` is a glm_batch.models.processing.tokenizer.Tokenizer.
+    `tokenizer` is a models.processing.tokenizer.Tokenizer.
     """
 
     def __post_init__(self) -> None:

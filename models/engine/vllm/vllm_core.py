@@ -29,17 +29,22 @@ CPU_BLOCK_MULTIPLE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmSettings:
-    """The resolved "auto"s of an EngineConfig. `max_model_len` bounds a request's prompt and output together."""
+    """The resolved "auto"s of an EngineConfig. `max_model_len` bounds a request's prompt and output
+    together.
+    """
 
     model: ModelConfig
     device: torch.device
-    pixel_dtype: torch.dtype | None  # of normalised pixels; None where vLLM normalises bytes on the device
+    # of normalised pixels; None where vLLM normalises bytes on the device
+    pixel_dtype: torch.dtype | None
     max_model_len: int
     max_engine_len: int  # as vLLM is told, which demands room for a token even where none is wanted
     arguments: Mapping[str, Any]
 
 
-def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[str, Any]) -> VllmSettings:
+def resolve_settings(
+    config: EngineConfig, model: ModelConfig, extra: Mapping[str, Any]
+) -> VllmSettings:
     """vLLM's arguments for a config; those in `extra` win. Raises ConfigError for what cannot run."""
     config = resolve_auto(replace(config, kind="vllm"), model)
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
@@ -50,7 +55,8 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
         "model": config.model,
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
-        # The model's actor holds the GPUs of all ranks; vLLM's Ray executor would ask for them once more.
+        # The model's actor holds the GPUs of all ranks; vLLM's Ray executor would ask for them once
+        # more.
         "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
         "max_model_len": max_engine_len,
         "max_num_seqs": config.max_num_seqs,
@@ -67,9 +73,11 @@ def resolve_settings(config: EngineConfig, model: ModelConfig, extra: Mapping[st
     }
     if device.type == "cpu":
         arguments |= {
-            # Compiling 243 M parameters takes 38 CPU seconds and saves 6 % of a labelling step, nothing in generating.
+            # Compiling 243 M parameters takes 38 CPU seconds and saves 6 % of a labelling step,
+            # nothing in generating.
             "enforce_eager": True,
-            # A prompt cut over steps ends vLLM 0.32 where samples have seeds: it rewinds generators as only CUDA's can.
+            # A prompt cut over steps ends vLLM 0.32 where samples have seeds: it rewinds generators
+            # as only CUDA's can.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(arguments["max_num_batched_tokens"], max_engine_len),
         }
@@ -98,7 +106,9 @@ def _cache_arguments(
     block_size, tokens = config.block_size, config.kv_cache_tokens
     assert block_size != "auto"
     if device.type == "cpu" and block_size % CPU_BLOCK_MULTIPLE:
-        raise ConfigError(f"engine.block_size={block_size}: vLLM on a CPU takes multiples of {CPU_BLOCK_MULTIPLE}")
+        raise ConfigError(
+            f"engine.block_size={block_size}: vLLM on a CPU takes multiples of {CPU_BLOCK_MULTIPLE}"
+        )
     if tokens == "auto" and device.type == "cuda":
         return {"block_size": block_size}
     if tokens == "auto":
@@ -120,22 +130,29 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, cache: Mapping[str,
         blocks = cache.get("num_gpu_blocks_override")
         return longest if blocks is None else min(longest, (blocks - 1) * cache["block_size"])
     if config.max_model_len > longest:
-        raise ConfigError(f"engine.max_model_len={config.max_model_len}: the checkpoint takes at most {longest} tokens")
+        raise ConfigError(
+            f"engine.max_model_len={config.max_model_len}: the checkpoint takes at most {longest} tokens"
+        )
     return config.max_model_len
 
 
 def _device_normalizes(model_dir: str) -> bool:
     """Whether vLLM's own normalisation, which it reads for images alone, is right for videos too."""
-    image, video = ImageProcessorConfig.from_dir(model_dir), VideoProcessorConfig.from_dir(model_dir)
+    image, video = (
+        ImageProcessorConfig.from_dir(model_dir),
+        VideoProcessorConfig.from_dir(model_dir),
+    )
     return image.normalization == video.normalization
 
 
 def _with_biases(hf_config: Any) -> Any:
-    """GLM-4.1V's queries, keys and values always have biases; without this key, vLLM leaves them out and says nothing.
+    """GLM-4.1V's queries, keys and values always have biases; without this key, vLLM leaves them
+    out and says nothing.
 
     Published files have it, files that a newer transformers has saved have not.
     """
-    hf_config.get_text_config().attention_bias = True  # vLLM also tries this on a config without parts
+    # vLLM also tries this on a config without parts
+    hf_config.get_text_config().attention_bias = True
     return hf_config
 
 
@@ -158,7 +175,8 @@ class VllmCore:
             from glm_batch.models.engine.vllm.vllm_glm4v import register
 
             register()
-        gc.freeze()  # while vLLM builds it collects garbage five times: none of it among its own modules
+        # while vLLM builds it collects garbage five times: none of it among its own modules
+        gc.freeze()
         try:
             engine_config = EngineArgs(**settings.arguments, runner=runner).create_engine_config()
             self._llm = LLMEngine(
@@ -168,7 +186,9 @@ class VllmCore:
                 multiprocess_mode=False,
             )
         except ValueError as error:  # pydantic's and vLLM's own refusals are both ValueErrors
-            raise ConfigError(f"engine.kind=vllm: vLLM cannot run {settings.arguments['model']}: {error}") from error
+            raise ConfigError(
+                f"engine.kind=vllm: vLLM cannot run {settings.arguments['model']}: {error}"
+            ) from error
         _alive.add(self)
         if runner == "generate":
             self._share_tokenizer(tokenizer)
@@ -196,12 +216,15 @@ class VllmCore:
         if self in _alive:
             _alive.remove(self)
             _closed.append(self.__dict__.pop("_llm"))
-        # Shutting down, and being forgotten too, ends what all engines of a process share: the last one may.
+        # Shutting down, and being forgotten too, ends what all engines of a process share: the last
+        # one may.
         while _closed and not _alive:
             _closed.pop().engine_core.shutdown()
 
     def _share_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Constraints see the tokens as TorchEngine does: every end id, and no control token inside a text."""
+        """Constraints see the tokens as TorchEngine does: every end id, and no control token inside
+        a text.
+        """
         from glm_batch.models.engine.vllm.vllm_constraints import OwnGuidance
 
         manager = self._llm.engine_core.engine_core.structured_output_manager

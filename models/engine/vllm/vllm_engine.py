@@ -1,7 +1,8 @@
 """VllmEngine: requests in, completions out, around vLLM's own scheduler and kernels.
 
-Owns which of vLLM's prompts belong to which request. A request becomes one or more forks (samples, nodes of the label
-tree), which share its prefix in vLLM's cache. Knows nothing of rows, files or ranks.
+Owns which of vLLM's prompts belong to which request. A request becomes one or more forks (samples,
+nodes of the label tree), which share its prefix in vLLM's cache. Knows nothing of rows, files or
+ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ from glm_batch.models.engine.vllm.vllm_admission import check, place_media
 from glm_batch.models.engine.vllm.vllm_core import Runner, VllmCore, VllmSettings, resolve_settings
 from glm_batch.models.engine.vllm.vllm_limits import checkpoint_problem
 from glm_batch.models.engine.vllm.vllm_media import MediaRenderer, RenderedMedia
-from glm_batch.models.engine.vllm.vllm_outputs import Scores, Transcript, label_logprobs, read_array, read_scores
+from glm_batch.models.engine.vllm.vllm_outputs import (
+    Scores,
+    Transcript,
+    label_logprobs,
+    read_array,
+    read_scores,
+)
 from glm_batch.models.engine.vllm.vllm_requests import (
     Fork,
     Vocabulary,
@@ -53,9 +60,11 @@ from glm_batch.models.engine.vllm.vllm_requests import (
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.tokenizer import Tokenizer
 
-# Requests given to vLLM for each one that it can run: a batch's leave room for those that somebody waits for.
+# Requests given to vLLM for each one that it can run: a batch's leave room for those that somebody
+# waits for.
 QUEUE_DEPTH = {ONLINE: 2, BATCH: 1}
-MEDIA_BYTES = 1 << 30  # of rendered media given to vLLM, which keeps them until their requests are done
+# of rendered media given to vLLM, which keeps them until their requests are done
+MEDIA_BYTES = 1 << 30
 Asks = Literal["given", "likeliest"]
 
 
@@ -78,7 +87,9 @@ class _Pending:
 
     @property
     def asks(self) -> Asks | None:
-        """Which log-probabilities it wants. In a step that scores given ids, vLLM reports no likeliest ones."""
+        """Which log-probabilities it wants. In a step that scores given ids, vLLM reports no
+        likeliest ones.
+        """
         match self.request.work:
             case Choose():
                 return "given"
@@ -88,19 +99,24 @@ class _Pending:
 
 
 class VllmEngine:
-    """vLLM behind the engine seam. `from_checkpoint` builds one; every request ends in exactly one Completion.
+    """vLLM behind the engine seam. `from_checkpoint` builds one; every request ends in exactly one
+    Completion.
 
-    vLLM runs a checkpoint either to generate or to pool. The one that the first requests will need is loaded at once,
-    the other when a request asks for it: a second copy of the weights. Not where a task is known: then such a request
-    ends in an error.
+    vLLM runs a checkpoint either to generate or to pool. The one that the first requests will need
+    is loaded at once, the other when a request asks for it: a second copy of the weights. Not where
+    a task is known: then such a request ends in an error.
     """
 
-    def __init__(self, settings: VllmSettings, tokenizer: Tokenizer, task: Task | None = None) -> None:
+    def __init__(
+        self, settings: VllmSettings, tokenizer: Tokenizer, task: Task | None = None
+    ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self._task = task
         vision, model_dir = settings.model.vision, settings.arguments["model"]
-        self._renderer = MediaRenderer.from_dir(model_dir, vision, settings.pixel_dtype) if vision else None
+        self._renderer = (
+            MediaRenderer.from_dir(model_dir, vision, settings.pixel_dtype) if vision else None
+        )
         self._cores: dict[Runner, VllmCore] = {}
         self._numbers = itertools.count()
         self._pending: dict[str, _Pending] = {}
@@ -112,9 +128,11 @@ class VllmEngine:
         self._deltas: list[Delta] = []
 
     @classmethod
-    def from_checkpoint(cls, config: EngineConfig, vllm_args: Mapping[str, Any] | None = None) -> VllmEngine:
-        """Loads the checkpoint. `vllm_args` go to vLLM's EngineArgs as they are. Raises ConfigError for what cannot
-        run."""
+    def from_checkpoint(
+        cls, config: EngineConfig, vllm_args: Mapping[str, Any] | None = None
+    ) -> VllmEngine:
+        """Loads the checkpoint. `vllm_args` go to vLLM's EngineArgs as they are. Raises ConfigError
+        for what cannot run."""
         model = load_config(config.model)
         problem = checkpoint_problem(model, config.task)
         if problem:
@@ -128,7 +146,9 @@ class VllmEngine:
 
     def submit(self, requests: list[Request]) -> None:
         """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
-        refuse_known_ids(requests, itertools.chain(self._pending, (completion.id for completion in self._ready)))
+        refuse_known_ids(
+            requests, itertools.chain(self._pending, (completion.id for completion in self._ready))
+        )
         for request in requests:
             try:
                 self._admit(request)
@@ -161,7 +181,9 @@ class VllmEngine:
         return bool(self._pending or self._ready)
 
     def close(self) -> None:
-        """Ends everything in flight without completions and lets the model's memory go; once more does nothing."""
+        """Ends everything in flight without completions and lets the model's memory go; once more
+        does nothing.
+        """
         self._pending.clear()
         self._owners.clear()
         self._held.clear()
@@ -188,11 +210,19 @@ class VllmEngine:
         media = place_media(request, prompt, model)
         runner: Runner = "generate" if isinstance(request.work, Generate | Choose) else "pooling"
         if self._task is not None and runner not in self._cores:
-            raise RowError("unsupported_work", f"vLLM has loaded the model to {self._task} only; use engine.kind torch")
+            raise RowError(
+                "unsupported_work",
+                f"vLLM has loaded the model to {self._task} only; use engine.kind torch",
+            )
         forks = self._forks(request, settings.max_model_len - len(prompt))
         media_bytes = self._renderer.num_bytes(media) if self._renderer and media else 0
         pending = _Pending(
-            request=request, prompt=prompt, media=media, runner=runner, planned=forks, media_bytes=media_bytes
+            request=request,
+            prompt=prompt,
+            media=media,
+            runner=runner,
+            planned=forks,
+            media_bytes=media_bytes,
         )
         self._pending[request.id] = pending
         first = self._held[0].request.priority if self._held else None
@@ -208,7 +238,9 @@ class VllmEngine:
             return True
         if self._media_bytes and self._media_bytes + pending.media_bytes > MEDIA_BYTES:
             return True
-        return pending.asks is not None and any(asks not in (None, pending.asks) for asks in +self._asking)
+        return pending.asks is not None and any(
+            asks not in (None, pending.asks) for asks in +self._asking
+        )
 
     def _forks(self, request: Request, room: int) -> list[Fork]:
         match request.work:
@@ -232,7 +264,11 @@ class VllmEngine:
             prompt = prompt[: pooled_index(prompt, self.settings.model.pad_token_id) + 1]
         self._asking[pending.asks] += 1
         self._media_bytes += pending.media_bytes
-        media = self._renderer.render(pending.media) if self._renderer and pending.media else RenderedMedia()
+        media = (
+            self._renderer.render(pending.media)
+            if self._renderer and pending.media
+            else RenderedMedia()
+        )
         try:
             for fork in pending.planned:
                 self._start(core, pending, fork, media.input([*prompt, *fork.suffix]))
@@ -294,7 +330,9 @@ class VllmEngine:
                 return transcript.decoding.finish_reason is not None
             case Choose():
                 fork = pending.forks[id]
-                pending.scores.setdefault(fork.node, {}).update(read_scores(output.outputs[0], fork))
+                pending.scores.setdefault(fork.node, {}).update(
+                    read_scores(output.outputs[0], fork)
+                )
             case work:
                 pending.array = read_array(output.outputs, work)
         return True
@@ -364,4 +402,6 @@ def _deltas(pending: _Pending, id: str) -> list[Delta]:
 
 
 def _failed(request: Request, error: RowError) -> Completion:
-    return Completion(id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=error)
+    return Completion(
+        id=request.id, finish_reason="error", prompt_tokens=len(request.input_ids), error=error
+    )

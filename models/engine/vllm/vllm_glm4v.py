@@ -1,7 +1,8 @@
-"""vLLM's GLM-4.1V without its processor: what vLLM asks at start about images and videos is answered here.
+"""vLLM's GLM-4.1V without its processor: what vLLM asks at start about images and videos is
+answered here.
 
-vLLM would run the published processors on pictures of the largest size to learn how many tokens they take. Registered
-in place of vLLM's class, in this process alone. Knows nothing of requests.
+vLLM would run the published processors on pictures of the largest size to learn how many tokens
+they take. Registered in place of vLLM's class, in this process alone. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class OwnProcessingInfo(Glm4vProcessingInfo):  # type: ignore[misc]  # vllm has 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None, "video": None}
 
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
         return {modality: seq_len for modality, count in mm_counts.items() if count}
 
 

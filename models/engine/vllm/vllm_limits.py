@@ -1,7 +1,8 @@
-"""What must be known of vLLM before it is imported: versions, checkpoints, sampling parameters, its environment.
+"""What must be known of vLLM before it is imported: versions, checkpoints, sampling parameters, its
+environment.
 
-Imports no vllm, so that a driver without it can plan a job for workers that have it. Knows nothing of requests in
-flight.
+Imports no vllm, so that a driver without it can plan a job for workers that have it. Knows nothing
+of requests in flight.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def is_installed() -> bool:
 
 
 def check_installed() -> None:
-    """Raises ConfigError where vLLM is missing or of a version that this engine was not written for."""
+    """Raises ConfigError where vLLM is missing or of a version that this engine was not written
+    for.
+    """
     version = installed_version()
     wanted = f"vllm >= {_dotted(FIRST)}, < {_dotted(BEFORE)}"
     if version is None:
@@ -55,14 +58,18 @@ def check_installed() -> None:
             "use torch"
         )
     if not is_installed():
-        raise ConfigError(f"engine.kind: vLLM {version} is installed here; install {wanted} or use torch")
+        raise ConfigError(
+            f"engine.kind: vLLM {version} is installed here; install {wanted} or use torch"
+        )
 
 
 def set_environment(device: str) -> None:
     """For an engine inside this process, on `device`. Call it before vLLM is imported."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the CPU platform would start a process for the model
+    # the CPU platform would start a process for the model
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if device == "cpu":
-        # Also where it compiles no model, vLLM compiles small functions of its sampler, seconds before the first row.
+        # Also where it compiles no model, vLLM compiles small functions of its sampler, seconds
+        # before the first row.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -1,7 +1,8 @@
-"""Prompts and their media in vLLM's own engine form, so that neither its processor nor its renderer ever runs.
+"""Prompts and their media in vLLM's own engine form, so that neither its processor nor its renderer
+ever runs.
 
-Patches stay bytes where vLLM normalises them on the device, else they are normalised here; vLLM computes positions and
-features. Knows nothing of requests.
+Patches stay bytes where vLLM normalises them on the device, else they are normalised here; vLLM
+computes positions and features. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ from typing import Any
 
 import torch
 from vllm.inputs.engine import mm_input, tokens_input
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
+from vllm.multimodal.inputs import (
+    MultiModalFieldConfig,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
 
-from glm_batch.models.checkpoint.media_config import NUM_CHANNELS, ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.checkpoint.media_config import (
+    NUM_CHANNELS,
+    ImageProcessorConfig,
+    VideoProcessorConfig,
+)
 from glm_batch.models.checkpoint.model_config import VisionConfig
 from glm_batch.models.checkpoint.normalization import MediaKind
 from glm_batch.models.engine.api.request import MediaItem
@@ -23,13 +33,17 @@ from glm_batch.models.processing.patches import pixel_values
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRenderer:
-    """`configs` are the checkpoint's. With a `dtype`, pixels are handed over normalised; without one, as bytes."""
+    """`configs` are the checkpoint's. With a `dtype`, pixels are handed over normalised; without
+    one, as bytes.
+    """
 
     configs: dict[MediaKind, ImageProcessorConfig]
     dtype: torch.dtype | None
 
     @classmethod
-    def from_dir(cls, model_dir: str, vision: VisionConfig, dtype: torch.dtype | None) -> MediaRenderer:
+    def from_dir(
+        cls, model_dir: str, vision: VisionConfig, dtype: torch.dtype | None
+    ) -> MediaRenderer:
         """Normalisation is the processors' matter, the size of patches the network's."""
         found: dict[MediaKind, ImageProcessorConfig] = {
             "image": ImageProcessorConfig.from_dir(model_dir),
@@ -44,7 +58,10 @@ class MediaRenderer:
         """What the media of a prompt take once they are rendered."""
         size = 1 if self.dtype is None else self.dtype.itemsize
         items = [spans[0].item for spans in _by_item(media.spans)]
-        copies = {kind: config.temporal_patch_size if kind == "image" else 1 for kind, config in self.configs.items()}
+        copies = {
+            kind: config.temporal_patch_size if kind == "image" else 1
+            for kind, config in self.configs.items()
+        }
         return sum(item.patches.nbytes * copies[item.kind] * size for item in items)
 
     def render(self, media: PlacedMedia) -> RenderedMedia:
@@ -61,14 +78,18 @@ class MediaRenderer:
 
     def _arguments(self, item: MediaItem) -> MultiModalKwargsItem:
         pixels, grid = (
-            ("pixel_values", "image_grid_thw") if item.kind == "image" else ("pixel_values_videos", "video_grid_thw")
+            ("pixel_values", "image_grid_thw")
+            if item.kind == "image"
+            else ("pixel_values_videos", "video_grid_thw")
         )
         values = self._pixels(item)
         fields = {
             pixels: MultiModalFieldConfig.flat_from_sizes(item.kind, torch.tensor([len(values)])),
             grid: MultiModalFieldConfig.batched(item.kind, keep_on_cpu=True),
         }
-        found = MultiModalKwargsItems.from_hf_inputs({pixels: values, grid: torch.tensor([item.grid_thw])}, fields)
+        found = MultiModalKwargsItems.from_hf_inputs(
+            {pixels: values, grid: torch.tensor([item.grid_thw])}, fields
+        )
         return found[item.kind][0]
 
     def _pixels(self, item: MediaItem) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A request as the prompts that vLLM is given for it.
 
-Owns what each kind of work becomes in vLLM: parameters, forks for the samples and the label tree, pooling tasks. Knows
-nothing of running engines and of what comes back.
+Owns what each kind of work becomes in vLLM: parameters, forks for the samples and the label tree,
+pooling tasks. Knows nothing of running engines and of what comes back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from vllm import PoolingParams
 from vllm import SamplingParams as VllmSampling
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from glm_batch.models.engine.api.request import Choose, Classify, Constraint, Embed, Generate, SamplingParams, Work
+from glm_batch.models.engine.api.request import (
+    Choose,
+    Classify,
+    Constraint,
+    Embed,
+    Generate,
+    SamplingParams,
+    Work,
+)
 from glm_batch.models.engine.decoding.constraints import JSON_WHITESPACE
 from glm_batch.models.engine.execution.sampler import GREEDY_BELOW, noise_key
 from glm_batch.models.engine.scheduling.choice_tree import PROMPT, ChoiceTree
@@ -29,7 +37,9 @@ SCORED_IDS = 128  # vLLM scores no more ids of one position
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fork:
-    """One prompt for vLLM: the request's own tokens, then `suffix`. `node` is the place in the label tree."""
+    """One prompt for vLLM: the request's own tokens, then `suffix`. `node` is the place in the
+    label tree.
+    """
 
     params: Any
     suffix: tuple[int, ...] = ()
@@ -39,7 +49,9 @@ class Fork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Which ids there are: the model scores `num_ids`, of which those from `num_tokens` on stand for nothing."""
+    """Which ids there are: the model scores `num_ids`, of which those from `num_tokens` on stand
+    for nothing.
+    """
 
     num_ids: int
     num_tokens: int
@@ -52,7 +64,9 @@ class Vocabulary:
 
 
 def choice_forks(work: Choose, vocabulary: Vocabulary) -> Iterator[Fork]:
-    """One fork for each node of the label tree after which something is scored; they share the prompt's blocks."""
+    """One fork for each node of the label tree after which something is scored; they share the
+    prompt's blocks.
+    """
     tree = choice_tree(work)
     for node, ids in scored_ids(tree, vocabulary.eos_token_ids):
         for start in range(0, len(ids), SCORED_IDS):
@@ -60,15 +74,23 @@ def choice_forks(work: Choose, vocabulary: Vocabulary) -> Iterator[Fork]:
             yield Fork(params=_scoring(some), suffix=_path(tree, node), node=node, ids=some)
 
 
-def scored_ids(tree: ChoiceTree, eos_token_ids: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(node, ids whose log-probability after it is wanted): the tokens of its edges, then the end ids."""
+def scored_ids(
+    tree: ChoiceTree, eos_token_ids: tuple[int, ...]
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """(node, ids whose log-probability after it is wanted): the tokens of its edges, then the end
+    ids.
+    """
     for node, edges in tree.edges_at.items():
         tokens = [tree.edges[edge][1] for edge in edges]
         yield node, tuple(dict.fromkeys([*tokens, *(eos_token_ids if node in tree.ends else ())]))
 
 
-def sample_forks(work: Generate, vocabulary: Vocabulary, max_tokens: int, *, stream: bool) -> Iterator[Fork]:
-    """One fork for each sample; greedy samples are all the same one. With `stream` tokens come as they are drawn."""
+def sample_forks(
+    work: Generate, vocabulary: Vocabulary, max_tokens: int, *, stream: bool
+) -> Iterator[Fork]:
+    """One fork for each sample; greedy samples are all the same one. With `stream` tokens come as
+    they are drawn.
+    """
     params = work.sampling
     # Whoever looks for stop strings needs them as they come, too.
     output = RequestOutputKind.DELTA if stream or params.stop else RequestOutputKind.FINAL_ONLY
@@ -83,7 +105,9 @@ def is_greedy(params: SamplingParams) -> bool:
 
 
 def pooling_fork(work: Work) -> Fork:
-    """For Classify, Tag, Embed, and Inspect of hidden states; vLLM's activation functions are left out."""
+    """For Classify, Tag, Embed, and Inspect of hidden states; vLLM's activation functions are left
+    out.
+    """
     match work:
         case Classify():
             task = "classify"
@@ -100,7 +124,9 @@ def _wants_hidden(work: Work) -> bool:
 
 @lru_cache(maxsize=1024)
 def _scoring(ids: tuple[int, ...]) -> VllmSampling:
-    """The log-probabilities of some ids at the next position; the token that is drawn there is of no interest."""
+    """The log-probabilities of some ids at the next position; the token that is drawn there is of
+    no interest.
+    """
     return VllmSampling(
         temperature=0.0,
         max_tokens=1,
@@ -112,11 +138,19 @@ def _scoring(ids: tuple[int, ...]) -> VllmSampling:
 
 
 def _sampling(
-    params: SamplingParams, constraint: Constraint | None, vocabulary: Vocabulary, max_tokens: int, index: int
+    params: SamplingParams,
+    constraint: Constraint | None,
+    vocabulary: Vocabulary,
+    max_tokens: int,
+    index: int,
 ) -> VllmSampling:
-    """vLLM only draws: text, stop strings and the reason for the end are told from the tokens by Decoding."""
+    """vLLM only draws: text, stop strings and the reason for the end are told from the tokens by
+    Decoding.
+    """
     ends = () if params.ignore_eos else vocabulary.eos_token_ids
-    stop_ids = [id for id in dict.fromkeys((*ends, *params.stop_token_ids)) if 0 <= id < vocabulary.num_ids]
+    stop_ids = [
+        id for id in dict.fromkeys((*ends, *params.stop_token_ids)) if 0 <= id < vocabulary.num_ids
+    ]
     unused = vocabulary.num_ids - vocabulary.num_tokens
     return VllmSampling(
         temperature=0.0 if is_greedy(params) else params.temperature,
@@ -139,11 +173,15 @@ def _sampling(
 
 
 def _structure(constraint: Constraint) -> StructuredOutputsParams:
-    """The constraint, with blanks between JSON tokens as glm_batch.models.engine.decoding.constraints allows them."""
+    """The constraint, with blanks between JSON tokens as models.engine.decoding.constraints allows
+    them.
+    """
     if constraint.kind == "regex":
         return StructuredOutputsParams(regex=constraint.text)
     schema = json.loads(constraint.text)
-    return StructuredOutputsParams(json=schema | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}})
+    return StructuredOutputsParams(
+        json=schema | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+    )
 
 
 @lru_cache(maxsize=8)

@@ -1,8 +1,9 @@
 """The fast form of attention on any device in plain torch: everything is a batched matrix product.
 
-The G query heads of a kv head are query rows of one product, the shared prefix is read once for all sequences of a
-group, and prefix and own scores lie side by side so that one float32 softmax covers both. Same signature and meaning
-as attention.attend_reference. Scores leave the product in the cache's dtype, as in the eager form of the reference.
+The G query heads of a kv head are query rows of one product, the shared prefix is read once for all
+sequences of a group, and prefix and own scores lie side by side so that one float32 softmax covers
+both. Same signature and meaning as attention.attend_reference. Scores leave the product in the
+cache's dtype, as in the eager form of the reference.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def attend_grouped(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, groups: tuple[AttentionGroup, ...]
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    groups: tuple[AttentionGroup, ...],
 ) -> torch.Tensor:
     """q [rows, K * G, D], caches [K, num_slots, D] -> [rows, K * G, D]."""
     num_rows, num_heads, head_dim = q.shape
@@ -23,7 +27,9 @@ def attend_grouped(
     q = q.view(num_rows, kv_heads, num_heads // kv_heads, head_dim).transpose(0, 1).contiguous()
     out = torch.empty_like(q)  # [K, rows, G, D]
     for group in groups:
-        prefix = _keys_values(k_cache, v_cache, group.prefix_slots) if len(group.prefix_slots) else None
+        prefix = (
+            _keys_values(k_cache, v_cache, group.prefix_slots) if len(group.prefix_slots) else None
+        )
         for part in group.parts:
             own = _keys_values(k_cache, v_cache, part.own_slots.flatten())
             if len(part.rows) == 1:
@@ -36,9 +42,15 @@ def attend_grouped(
 
 
 def _attend_one(
-    q: torch.Tensor, out: torch.Tensor, prefix: KeysValues | None, own: KeysValues, part: AttentionPart
+    q: torch.Tensor,
+    out: torch.Tensor,
+    prefix: KeysValues | None,
+    own: KeysValues,
+    part: AttentionPart,
 ) -> None:
-    """A single sequence: its keys are few beside its queries' scores, so prefix and own keys are simply joined."""
+    """A single sequence: its keys are few beside its queries' scores, so prefix and own keys are
+    simply joined.
+    """
     kv_heads, head_dim = q.shape[0], q.shape[-1]
     k, v = (torch.cat(both, dim=1) for both in zip(prefix, own, strict=True)) if prefix else own
     mine = _pick(q, part.rows[0]) if part.span is None else q[:, part.span]  # [K, n, G, D]
@@ -51,8 +63,12 @@ def _attend_one(
         out[:, part.span] = result
 
 
-def _attend_many(q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: KeysValues, part: AttentionPart) -> None:
-    """Few queries of each of many sequences: the prefix is one product for all of them, the rest one for each."""
+def _attend_many(
+    q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: KeysValues, part: AttentionPart
+) -> None:
+    """Few queries of each of many sequences: the prefix is one product for all of them, the rest
+    one for each.
+    """
     kv_heads, _, group_size, head_dim = q.shape
     num_sequences, own_len = part.own_slots.shape
     prefix_len = prefix[0].shape[1]
@@ -69,7 +85,9 @@ def _attend_many(q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: Ke
     probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
     result = torch.bmm(probabilities[..., prefix_len:].reshape(*own_q.shape[:2], own_len), own_v)
     by_prefix = probabilities[..., :prefix_len].reshape(*prefix_q.shape[:2], prefix_len)
-    result = torch.baddbmm(result.view(prefix_q.shape), by_prefix, prefix[1]).view(kv_heads, -1, group_size, head_dim)
+    result = torch.baddbmm(result.view(prefix_q.shape), by_prefix, prefix[1]).view(
+        kv_heads, -1, group_size, head_dim
+    )
     _put(out, part, result)
 
 
@@ -80,13 +98,17 @@ def _attend_apart(q: torch.Tensor, out: torch.Tensor, own: KeysValues, part: Att
     own_q = _pick(q, part.rows.flatten()).view(kv_heads * num_sequences, -1, head_dim)
     own_k, own_v = (tensor.view(kv_heads * num_sequences, own_len, head_dim) for tensor in own)
     scores = _scores(own_q, own_k).float()
-    scores.view(kv_heads, num_sequences, -1, own_len)[..., own_len - part.bias.shape[-1] :] += part.bias
+    scores.view(kv_heads, num_sequences, -1, own_len)[..., own_len - part.bias.shape[-1] :] += (
+        part.bias
+    )
     result = torch.bmm(torch.softmax(scores, dim=-1).to(q.dtype), own_v)
     _put(out, part, result.view(kv_heads, -1, group_size, head_dim))
 
 
 def _put(out: torch.Tensor, part: AttentionPart, result: torch.Tensor) -> None:
-    """result [K, R * n, G, D], of which the part's real queries go to their rows of out [K, rows, G, D]."""
+    """result [K, R * n, G, D], of which the part's real queries go to their rows of out [K, rows,
+    G, D].
+    """
     rows = part.rows.flatten()
     if part.keep is not None:
         rows, result = rows[part.keep], _pick(result, part.keep)
@@ -111,9 +133,11 @@ def _pick(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _fold(index: torch.Tensor, heads: int, count: int) -> torch.Tensor:
-    """index [M] -> [heads * M]: the same places in each of `heads` rows of `count` that stand one behind the other.
+    """index [M] -> [heads * M]: the same places in each of `heads` rows of `count` that stand one
+    behind the other.
 
-    On the CPU index_select copies whole rows fast only along dimension 0, so the heads are folded into it.
+    On the CPU index_select copies whole rows fast only along dimension 0, so the heads are folded
+    into it.
     """
     return torch.cat([index + head * count for head in range(heads)])
 
@@ -121,4 +145,8 @@ def _fold(index: torch.Tensor, heads: int, count: int) -> torch.Tensor:
 def _pick_folded(tensor: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
     """tensor [K, N, ...], flat [K * M] as from _fold -> [K, M, ...]."""
     heads, count = tensor.shape[:2]
-    return tensor.view(heads * count, *tensor.shape[2:]).index_select(0, flat).view(heads, -1, *tensor.shape[2:])
+    return (
+        tensor.view(heads * count, *tensor.shape[2:])
+        .index_select(0, flat)
+        .view(heads, -1, *tensor.shape[2:])
+    )

@@ -14,7 +14,9 @@ from glm_batch.models.network.layers.parallel import ParallelGroup
 class Embedding(nn.Module):
     """A table [vocab_size, hidden_size]; ids outside it are the caller's mistake."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(
             torch.empty(vocab_size, hidden_size, dtype=dtype, device=device), requires_grad=False
@@ -33,7 +35,13 @@ class ShardedEmbedding(Embedding):
     """Each rank has some rows of the table, all equally many: what is missing at the end is zeros."""
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device, group: ParallelGroup
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: ParallelGroup,
     ) -> None:
         super().__init__(-(-vocab_size // group.size), hidden_size, dtype=dtype, device=device)
         self.group, self.part = group, group.padded_part(vocab_size)
@@ -51,7 +59,12 @@ class ShardedEmbedding(Embedding):
 
 
 def embedding(
-    vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device, group: ParallelGroup
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: ParallelGroup,
 ) -> Embedding:
     """The table, or this rank's rows of it."""
     if group.size == 1:

@@ -1,6 +1,7 @@
 """Linear layers, each of which knows which checkpoint tensors fill which part of its weight.
 
-In a parallel group a layer has its rank's rows (columns, heads) of the stored weight; sizes are given as stored.
+In a parallel group a layer has its rank's rows (columns, heads) of the stored weight; sizes are
+given as stored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ class Linear(nn.Module):
     """y = x W^T (+ b), W: [out_features, in_features]."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -27,7 +34,9 @@ class Linear(nn.Module):
         )
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+            self.bias = nn.Parameter(
+                torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
+            )
         self.packed: torch.Tensor | None = None
 
     def pack(self) -> None:
@@ -50,7 +59,9 @@ class Linear(nn.Module):
 
 
 class RowLinear(Linear):
-    """A linear layer whose input is dealt to the ranks: each has columns of the weight, and the products are added."""
+    """A linear layer whose input is dealt to the ranks: each has columns of the weight, and the
+    products are added.
+    """
 
     def __init__(
         self,
@@ -68,14 +79,18 @@ class RowLinear(Linear):
         return {f"{name}.weight": cut(self.weight, self.part, dim=1)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: this rank's columns of it, [rows, its share of in_features] -> [rows, out_features], complete."""
+        """x: this rank's columns of it, [rows, its share of in_features] -> [rows, out_features],
+        complete.
+        """
         return self.group.all_reduce(super().forward(x))
 
 
 class QKVLinear(Linear):
-    """The query, key and value projections as one product: rows are [all q heads | all k heads | all v heads].
+    """The query, key and value projections as one product: rows are [all q heads | all k heads |
+    all v heads].
 
-    A rank has the rows of its own heads; where there are more ranks than kv heads, several have the same one.
+    A rank has the rows of its own heads; where there are more ranks than kv heads, several have the
+    same one.
     """
 
     def __init__(
@@ -102,19 +117,25 @@ class QKVLinear(Linear):
             fused = getattr(self, kind)
             if fused is not None:
                 views = torch.split(fused, self.sizes)
-                for stored, view, part in zip(("q_proj", "k_proj", "v_proj"), views, self.parts, strict=True):
+                for stored, view, part in zip(
+                    ("q_proj", "k_proj", "v_proj"), views, self.parts, strict=True
+                ):
                     found[f"{name}.{stored}.{kind}"] = cut(view, part)
         return found
 
     def forward_qk_v(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [tokens, in_features] -> q and k side by side [tokens, q + kv size], v [tokens, kv size]."""
+        """x: [tokens, in_features] -> q and k side by side [tokens, q + kv size], v [tokens, kv
+        size].
+        """
         q_size, k_size, v_size = self.sizes
         qk, v = torch.split(self(x), [q_size + k_size, v_size], dim=-1)
         return qk, v
 
 
 class GatedLinear(Linear):
-    """silu(x G^T) * (x U^T) from one weight: its first half is the gate G, the second is U. A rank has rows of both."""
+    """silu(x G^T) * (x U^T) from one weight: its first half is the gate G, the second is U. A rank
+    has rows of both.
+    """
 
     def __init__(
         self,
@@ -135,7 +156,9 @@ class GatedLinear(Linear):
         if part.size == part.total:
             return {f"{name}.weight": self.weight}
         gate, up = self.weight.chunk(2)
-        places = (slice(start, start + part.size) for start in (part.start, part.total + part.start))
+        places = (
+            slice(start, start + part.size) for start in (part.start, part.total + part.start)
+        )
         pieces = tuple(zip(((place,) for place in places), (gate, up), strict=True))
         return {f"{name}.weight": Cut(shape=(2 * part.total, self.in_features), pieces=pieces)}
 

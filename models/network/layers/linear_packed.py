@@ -1,8 +1,10 @@
-"""Linear layers on CPUs with oneDNN: weights in its own blocked layout, the gate's activation inside the products.
+"""Linear layers on CPUs with oneDNN: weights in its own blocked layout, the gate's activation
+inside the products.
 
-Measured with bfloat16 on 2 cores (Zen 5), against F.linear: 1.05 to 1.25 times as fast at 256 rows and more, 1.2 to
-1.6 times at 16 and 64, because the weight need not be rearranged in every call. Same values as F.linear; the gated
-product rounds less often.
+Measured with bfloat16 on 2 cores (Zen 5), against F.linear: 1.05 to 1.25 times as fast at 256 rows
+and more, 1.2 to
+1.6 times at 16 and 64, because the weight need not be rearranged in every call. Same values as
+F.linear; the gated product rounds less often.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import torch
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where packing pays: low precision on a CPU that oneDNN has products of that precision for."""
+    """True where packing pays: low precision on a CPU that oneDNN has products of that precision
+    for.
+    """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
@@ -20,7 +24,9 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight [out_features, in_features] -> an opaque copy in the layout that the functions below take."""
+    """weight [out_features, in_features] -> an opaque copy in the layout that the functions below
+    take.
+    """
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     return packed
 

@@ -1,4 +1,6 @@
-"""RMSNorm in the reference's order: normalise in float32, round to the input's dtype, then multiply by the weight."""
+"""RMSNorm in the reference's order: normalise in float32, round to the input's dtype, then multiply
+by the weight.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,18 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(size, dtype=dtype, device=device), requires_grad=False
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size] -> [..., size], same dtype."""
         wide = x.float()
-        # The norm reads once and writes one number a row; a squared copy of the activations would leave the caches.
-        mean_square: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        # The norm reads once and writes one number a row; a squared copy of the activations would
+        # leave the caches.
+        mean_square: torch.Tensor = (
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        )
         scale: torch.Tensor = mean_square.add_(self.eps).rsqrt_()
         if wide is x:
             return torch.mul(x, scale).mul_(self.weight)

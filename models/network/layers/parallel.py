@@ -1,7 +1,9 @@
-"""ParallelGroup: the ranks that hold one model together, what part of it each has, and how they exchange tensors.
+"""ParallelGroup: the ranks that hold one model together, what part of it each has, and how they
+exchange tensors.
 
-Owns the arithmetic of parts and the collectives (torch.distributed: NCCL between GPUs, gloo between CPUs). A group is
-an object that is handed down, never a global. Knows nothing of layers, of steps, or of how ranks come to be processes.
+Owns the arithmetic of parts and the collectives (torch.distributed: NCCL between GPUs, gloo between
+CPUs). A group is an object that is handed down, never a global. Knows nothing of layers, of steps,
+or of how ranks come to be processes.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # for all ranks to come to the rendezvous
-# A rank may wait as long as nobody asks anything; that others have died or hang is noticed otherwise.
+# A rank may wait as long as nobody asks anything; that others have died or hang is noticed
+# otherwise.
 EXCHANGE_TIMEOUT = timedelta(days=365)
 MEET_TIMEOUT = timedelta(seconds=10)  # for all ranks to find that a step does not fit into memory
 FRAME_BYTES = 1 << 16  # an object up to this size travels in one broadcast
@@ -51,7 +54,9 @@ class ParallelGroup:
         return Part(self.rank * (total // self.size), total // self.size, total)
 
     def kv_part(self, num_heads: int) -> Part:
-        """This rank's kv heads: a share, or one that it has in common with others where there are more ranks."""
+        """This rank's kv heads: a share, or one that it has in common with others where there are
+        more ranks.
+        """
         if self.size <= num_heads:
             return self.part(num_heads)
         return Part(self.rank * num_heads // self.size, 1, num_heads)
@@ -81,8 +86,8 @@ SINGLE = ParallelGroup()
 class TorchGroup(ParallelGroup):
     """Ranks joined by torch.distributed.
 
-    `tensors` moves the model's numbers, `control` bytes between the CPUs; `meeting` is for `in_step` alone and has its
-    timeout.
+    `tensors` moves the model's numbers, `control` bytes between the CPUs; `meeting` is for
+    `in_step` alone and has its timeout.
     """
 
     def __init__(self, rank: int, size: int, *, tensors: Any, control: Any, meeting: Any) -> None:
@@ -103,7 +108,9 @@ class TorchGroup(ParallelGroup):
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         self._num_exchanges += 1
         found = [x.new_empty(x.shape) for _ in range(self.size)] if self.rank == 0 else []
-        self._tensors.gather([found] if found else [], [x.contiguous()], self._gather_options).wait()
+        self._tensors.gather(
+            [found] if found else [], [x.contiguous()], self._gather_options
+        ).wait()
         return found
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
@@ -121,7 +128,9 @@ class TorchGroup(ParallelGroup):
             frame += bytes(LENGTH_BYTES + FRAME_BYTES - len(frame))
             self._control.broadcast(torch.frombuffer(bytearray(frame), dtype=torch.uint8), 0).wait()
             if len(data) > FRAME_BYTES:
-                rest = torch.frombuffer(bytearray(memoryview(data)[FRAME_BYTES:]), dtype=torch.uint8)
+                rest = torch.frombuffer(
+                    bytearray(memoryview(data)[FRAME_BYTES:]), dtype=torch.uint8
+                )
                 self._control.broadcast(rest, 0).wait()
             return value
         first = torch.empty(LENGTH_BYTES + FRAME_BYTES, dtype=torch.uint8)
@@ -135,7 +144,9 @@ class TorchGroup(ParallelGroup):
         return pickle.loads(data)
 
     def send(self, x: torch.Tensor, target: int) -> None:
-        """Gives x, contiguous and on the CPU, to a rank that calls `receive` for one of the same size."""
+        """Gives x, contiguous and on the CPU, to a rank that calls `receive` for one of the same
+        size.
+        """
         self._control.send([x], target, 0).wait()
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
@@ -144,7 +155,8 @@ class TorchGroup(ParallelGroup):
         return x
 
     def in_step(self) -> bool:
-        """After a failure: whether every rank has failed before the same exchange, so that all may go on together.
+        """After a failure: whether every rank has failed before the same exchange, so that all may
+        go on together.
 
         Else some wait, or on a GPU will, for what the others never send.
         """
@@ -169,7 +181,9 @@ class TorchGroup(ParallelGroup):
 
 
 class Rendezvous:
-    """Where the ranks of one group on one machine meet: opened by rank 0, on a port that the system chooses."""
+    """Where the ranks of one group on one machine meet: opened by rank 0, on a port that the system
+    chooses.
+    """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         listening = socket.create_server((host, 0))
@@ -188,7 +202,9 @@ class Rendezvous:
         return _joined(self.store, self.host, 0, size, backend)
 
 
-def join(host: str, port: int, *, rank: int, size: int, backend: Literal["gloo", "nccl"]) -> TorchGroup:
+def join(
+    host: str, port: int, *, rank: int, size: int, backend: Literal["gloo", "nccl"]
+) -> TorchGroup:
     """Another rank's way into the group that meets there. Returns once all have come."""
     store = _torch_distributed().TCPStore(host, port, is_master=False, timeout=JOIN_TIMEOUT)
     return _joined(store, host, rank, size, backend)
@@ -209,7 +225,9 @@ def _joined(store: Any, host: str, rank: int, size: int, backend: str) -> TorchG
         fast = dist.ProcessGroupNCCL.Options()
         fast._timeout = EXCHANGE_TIMEOUT
         tensors = dist.ProcessGroupNCCL(dist.PrefixStore("tensors", store), rank, size, fast)
-    return TorchGroup(rank, size, tensors=tensors, control=control, meeting=gloo("meeting", MEET_TIMEOUT))
+    return TorchGroup(
+        rank, size, tensors=tensors, control=control, meeting=gloo("meeting", MEET_TIMEOUT)
+    )
 
 
 def _torch_distributed() -> Any:
@@ -238,7 +256,9 @@ def _divides(config: ModelConfig, size: int) -> bool:
 
 
 def dealt(weights: Sequence[int], size: int) -> list[int]:
-    """For each piece of work the rank that does it, so that none has much more than the others: largest first."""
+    """For each piece of work the rank that does it, so that none has much more than the others:
+    largest first.
+    """
     loads = [0] * size
     owners = [0] * len(weights)
     for index in sorted(range(len(weights)), key=lambda i: -weights[i]):

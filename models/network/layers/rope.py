@@ -1,8 +1,8 @@
 """Rotary position embedding of GLM: partial and interleaved.
 
-Only the first `rotary_dim` dimensions of a head turn, and they turn in neighbouring pairs (2j, 2j+1), unlike the
-half-split form of most other models. With M-RoPE each pair follows one of three position axes; where the positions
-come from is not known here.
+Only the first `rotary_dim` dimensions of a head turn, and they turn in neighbouring pairs (2j,
+2j+1), unlike the half-split form of most other models. With M-RoPE each pair follows one of three
+position axes; where the positions come from is not known here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from glm_batch.models.checkpoint.model_config import RopeConfig
 def inverse_frequencies(rope: RopeConfig) -> tuple[torch.Tensor, float]:
     """float32 [rotary_dim / 2] radians per position, and the factor on cos and sin.
 
-    default: theta^(-2j / rotary_dim). linear: the same over `factor`. yarn: arXiv 2309.00071, section 3.2 (NTK by
-    parts) with the attention factor of section 3.4.
+    default: theta^(-2j / rotary_dim). linear: the same over `factor`. yarn: arXiv 2309.00071,
+    section 3.2 (NTK by parts) with the attention factor of section 3.4.
     """
     half = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
     plain = 1.0 / rope.rope_theta**half
@@ -27,7 +27,9 @@ def inverse_frequencies(rope: RopeConfig) -> tuple[torch.Tensor, float]:
     if rope.rope_type == "linear":
         return plain / rope.factor, 1.0
     low, high = _correction_range(rope)
-    ramp = ((torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(
+        0, 1
+    )
     return plain / rope.factor * ramp + plain * (1 - ramp), _attention_factor(rope)
 
 
@@ -57,7 +59,9 @@ def _attention_factor(rope: RopeConfig) -> float:
 
 
 def axis_of_pair(mrope_section: tuple[int, ...]) -> list[int]:
-    """Which position axis (0 time, 1 height, 2 width) each pair follows: section i belongs to axis i % 3."""
+    """Which position axis (0 time, 1 height, 2 width) each pair follows: section i belongs to axis
+    i % 3.
+    """
     return [i % 3 for i, count in enumerate(mrope_section) for _ in range(count)]
 
 
@@ -67,11 +71,14 @@ class RopeTable:
     def __init__(self, rope: RopeConfig, *, device: torch.device) -> None:
         self._inv_freq, self._factor = inverse_frequencies(rope)
         self._turns = torch.empty(0, rope.rotary_dim // 2, dtype=torch.complex64, device=device)
-        self._axes = torch.tensor(axis_of_pair(rope.mrope_section), dtype=torch.int64, device=device)
+        self._axes = torch.tensor(
+            axis_of_pair(rope.mrope_section), dtype=torch.int64, device=device
+        )
         self._pairs = torch.arange(rope.rotary_dim // 2, device=device)
 
     def lookup(self, positions: torch.Tensor, max_position: int) -> torch.Tensor:
-        """positions: [tokens] or [3, tokens] int64, none above `max_position` -> complex64 [tokens, 1, rotary_dim / 2].
+        """positions: [tokens] or [3, tokens] int64, none above `max_position` -> complex64 [tokens,
+        1, rotary_dim / 2].
 
         Frequencies do not start anew with each section: three equal axes are the same as one.
         """
@@ -86,9 +93,11 @@ class RopeTable:
 
 
 def rotate_(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turns the leading dimensions of every head of x [tokens, heads, head_dim] in place, computing in float32.
+    """Turns the leading dimensions of every head of x [tokens, heads, head_dim] in place, computing
+    in float32.
 
-    turns: complex64 [tokens, 1, rotary_dim / 2]. A neighbouring pair is one complex number: (a + ib)(cos + i sin).
+    turns: complex64 [tokens, 1, rotary_dim / 2]. A neighbouring pair is one complex number: (a +
+    ib)(cos + i sin).
     """
     leading = x[..., : 2 * turns.shape[-1]]
     pairs = torch.view_as_complex(leading.float().reshape(*x.shape[:-1], turns.shape[-1], 2))

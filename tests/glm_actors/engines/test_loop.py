@@ -145,7 +145,9 @@ def test_an_id_in_flight_is_refused_and_harms_nobody() -> None:
 
 
 def test_the_engine_is_built_and_stepped_in_one_thread() -> None:
-    """Built elsewhere, its OpenMP team of workers was one of two, and a job ran 20 % slower than its engine alone."""
+    """Built elsewhere, its OpenMP team of workers was one of two, and a job ran 20 % slower than
+    its engine alone.
+    """
     threads = set()
 
     class Watched(EchoEngine):
@@ -173,7 +175,9 @@ def test_what_building_raises_reaches_the_caller() -> None:
 
 
 class TalkingEngine(EchoEngine):
-    """Says one token a step for each request, until it has said three; waits for `gate` before each step."""
+    """Says one token a step for each request, until it has said three; waits for `gate` before each
+    step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,8 +213,13 @@ def test_deltas_come_to_whoever_submitted_before_the_completion_in_one_call_a_st
     for stream in streams:
         assert [completion.finish_reason for completion in stream.result(timeout=10)] == ["stop"]
     assert [pair for deltas in heard["alone"] for pair in deltas] == [("d", 1), ("d", 2), ("d", 3)]
-    assert [pair for deltas in heard["together"] for pair in deltas if pair[0] == "a"] == [("a", 1), ("a", 2), ("a", 3)]
-    assert any(len(deltas) == 2 for deltas in heard["together"])  # but for a first step before the second came
+    assert [pair for deltas in heard["together"] for pair in deltas if pair[0] == "a"] == [
+        ("a", 1),
+        ("a", 2),
+        ("a", 3),
+    ]
+    # but for a first step before the second came
+    assert any(len(deltas) == 2 for deltas in heard["together"])
     assert ids(quiet) == ["c"]
     loop.close()
 

@@ -33,7 +33,9 @@ def config(ranks: int, **changes: Any) -> EngineConfig:
 
 
 def leader(reason: Path, ranks: int, rank_class: type | None = None) -> Any:
-    """An actor that is rank 0. What it is told of a loss goes to the file `reason`, and then it ends."""
+    """An actor that is rank 0. What it is told of a loss goes to the file `reason`, and then it
+    ends.
+    """
     import ray
 
     class Leader:

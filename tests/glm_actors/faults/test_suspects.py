@@ -1,4 +1,6 @@
-"""The ledger finds exactly the rows that kill their process, in few deaths, whatever dies beside them."""
+"""The ledger finds exactly the rows that kill their process, in few deaths, whatever dies beside
+them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class LocalBook:
 PATIENCE = Patience(backoff_s=0.0)
 
 
-def run_unit(ledger: Ledger, num_rows: int, kills: Callable[[int, int], bool]) -> tuple[list[int | RowError], int]:
+def run_unit(
+    ledger: Ledger, num_rows: int, kills: Callable[[int, int], bool]
+) -> tuple[list[int | RowError], int]:
     """The answer of each row, and how many processes it has cost."""
     deaths = 0
     while True:
@@ -77,7 +81,9 @@ def test_the_culprits_are_found_and_nobody_else(seed: int) -> None:
     chance = random.Random(seed)
     num_rows = chance.choice([1, 2, 7, 33, 100, 1000, 2500])
     bad = set(chance.sample(range(num_rows), min(chance.randrange(3), num_rows // 2)))
-    found, deaths = run_unit(Ledger(PATIENCE), num_rows, lambda start, stop: any(start <= row < stop for row in bad))
+    found, deaths = run_unit(
+        Ledger(PATIENCE), num_rows, lambda start, stop: any(start <= row < stop for row in bad)
+    )
     assert {row for row, answer in enumerate(found) if isinstance(answer, RowError)} == bad
     assert all(answer == row for row, answer in enumerate(found) if row not in bad)
     assert deaths <= 5 * len(bad)
@@ -109,7 +115,9 @@ def test_a_worker_that_always_dies_is_given_up_with_its_reason() -> None:
         ledger.say("w", "the device is lost")
         return True
 
-    with pytest.raises(Exception, match=r"died 6 times in a row and finished nothing.*the device is lost"):
+    with pytest.raises(
+        Exception, match=r"died 6 times in a row and finished nothing.*the device is lost"
+    ):
         run_unit(ledger, 10_000, kills)
     assert deaths == PATIENCE.barren_deaths
 
@@ -132,7 +140,9 @@ def test_units_that_died_beside_a_culprit_are_run_alone_once() -> None:
     ledger.arrive("w")
     pieces = ledger.begin("w", "b", 9)
     assert pieces is not None
-    assert sorted((piece.start, piece.stop) for piece in pieces) == [(row, row + 1) for row in range(9)]
+    assert sorted((piece.start, piece.stop) for piece in pieces) == [
+        (row, row + 1) for row in range(9)
+    ]
 
 
 def test_the_culprits_error_says_what_is_known() -> None:
@@ -171,7 +181,8 @@ def test_a_suspect_runs_with_nothing_beside_it() -> None:
                 running.remove(name)
 
     threads = [
-        threading.Thread(target=run, args=(name,), kwargs={"alone": name in "xy"}, daemon=True) for name in "abcxy"
+        threading.Thread(target=run, args=(name,), kwargs={"alone": name in "xy"}, daemon=True)
+        for name in "abcxy"
     ]
     for thread in threads:
         thread.start()

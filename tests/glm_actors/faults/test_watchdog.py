@@ -1,4 +1,6 @@
-"""A watchdog ends what hangs, also where Python itself is blocked, and lets alone what is merely slow."""
+"""A watchdog ends what hangs, also where Python itself is blocked, and lets alone what is merely
+slow.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +48,18 @@ HANGING = """
 
 def hang(block: str) -> subprocess.CompletedProcess[str]:
     script = textwrap.dedent(HANGING).format(block=block)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
 
 
 def test_a_step_that_sleeps_ends_the_process_with_its_reason() -> None:
     ended = hang("time.sleep(60)")
     assert ended.returncode == 70
-    assert "a step of the engine hangs: it has taken more than 2.0 s (the slowest before took" in ended.stdout
+    assert (
+        "a step of the engine hangs: it has taken more than 2.0 s (the slowest before took"
+        in ended.stdout
+    )
 
 
 def test_a_step_that_blocks_python_itself_ends_too_and_leaves_its_stack() -> None:
@@ -103,12 +110,16 @@ def test_limits_follow_the_slowest_step(clock: Clock) -> None:
     with watchdog.watch("step"):
         pass_seconds(5 * 4400 + 1)
         assert hung.wait(10)
-    assert hangs == ["a step of the engine hangs: it has taken more than 22000.0 s (the slowest before took 4400.0 s)"]
+    assert hangs == [
+        "a step of the engine hangs: it has taken more than 22000.0 s (the slowest before took 4400.0 s)"
+    ]
     watchdog.close()
 
 
 @pytest.mark.parametrize(("what", "limit"), [("loading", 3000), ("step", 900)])
-def test_the_first_of_everything_has_a_limit_of_its_own(what: str, limit: float, clock: Clock) -> None:
+def test_the_first_of_everything_has_a_limit_of_its_own(
+    what: str, limit: float, clock: Clock
+) -> None:
     hung = threading.Event()
     watchdog = Watchdog(LIMITS, lambda reason: hung.set(), clock)
     with watchdog.watch(what):  # type: ignore[arg-type]

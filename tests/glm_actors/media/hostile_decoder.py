@@ -1,4 +1,6 @@
-"""A decoding process that does to itself what its input names; test_decoder runs it in place of the real one."""
+"""A decoding process that does to itself what its input names; test_decoder runs it in place of the
+real one.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def make_decode(setup: decoder_child.Setup) -> decoder_child.Decode:
         elif word == "exit":
             os._exit(3)
         elif word == "hang":
-            ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock, as a library that never comes back does
+            # keeps the interpreter's lock, as a library that never comes back does
+            ctypes.PyDLL(None).sleep(60)
         elif word == "memory":
             np.ones(1 << 30, np.uint8)
         elif word == "leak":
@@ -41,7 +44,9 @@ def make_decode(setup: decoder_child.Setup) -> decoder_child.Decode:
         elif word == "nap":
             time.sleep(0.2)
         patches = np.full((4, 588), size % 251, np.uint8)
-        return MediaPatches(kind=kind, patches=patches, grid=(1, 2, 2), digest=digest, source=(1, 28, 28))
+        return MediaPatches(
+            kind=kind, patches=patches, grid=(1, 2, 2), digest=digest, source=(1, 28, 28)
+        )
 
     return decode
 

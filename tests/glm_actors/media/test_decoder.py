@@ -119,7 +119,9 @@ def test_a_row_error_keeps_its_code_and_words(real: Decoder) -> None:
 
 def test_several_threads_may_ask(hostile: Decoder) -> None:
     results: list[bool] = []
-    threads = [threading.Thread(target=lambda n=n: results.append(works(hostile, n))) for n in range(1, 30)]
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(works(hostile, n))) for n in range(1, 30)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -218,7 +220,9 @@ def test_a_large_picture_stays_within_its_limit(make: Callable[..., Decoder]) ->
 
 @pytest.mark.parametrize("num_bytes", [48 << 20, 96 << 20])
 def test_a_clip_stays_within_its_limit(num_bytes: int, make: Callable[..., Decoder]) -> None:
-    """Twelve frames of 3840x2160 take 190 MB in the decoder, which calls an allocation that fails invalid data."""
+    """Twelve frames of 3840x2160 take 190 MB in the decoder, which calls an allocation that fails
+    invalid data.
+    """
     data = clip(12, 4, (2160, 3840), "one keyframe")
     decoder = make(num_bytes=num_bytes)
     with pytest.raises(RowError, match="media_too_large"):

@@ -188,7 +188,9 @@ def test_nothing_of_this_machine_is_told(
 def test_a_connection_serves_several_fetches_and_its_name_is_looked_up_once(
     server: Server, make: Callable[..., Fetcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a name that changes its address (DNS rebinding) cannot come between the check and the connection."""
+    """So a name that changes its address (DNS rebinding) cannot come between the check and the
+    connection.
+    """
     asked = []
 
     def lookup(host: str, port: int, *args: Any, **options: Any) -> list[Any]:
@@ -203,7 +205,9 @@ def test_a_connection_serves_several_fetches_and_its_name_is_looked_up_once(
     assert [host for host in asked if host != "127.0.0.1"] == ["media.example"]
 
 
-def test_failures_that_may_pass_are_tried_again(server: Server, make: Callable[..., Fetcher]) -> None:
+def test_failures_that_may_pass_are_tried_again(
+    server: Server, make: Callable[..., Fetcher]
+) -> None:
     assert make().fetch(server.url("broken")) == BODY
     assert len(server.seen) == 3
 
@@ -228,12 +232,16 @@ def test_bad_answers(
     assert len(server.seen) == requests
 
 
-def test_no_more_than_the_declared_length_is_read(server: Server, make: Callable[..., Fetcher]) -> None:
+def test_no_more_than_the_declared_length_is_read(
+    server: Server, make: Callable[..., Fetcher]
+) -> None:
     assert make().fetch(server.url("long")) == BODY
 
 
 @pytest.mark.parametrize("path", ["slow", "slowhead"])
-def test_a_slow_drip_ends_at_the_deadline(path: str, server: Server, make: Callable[..., Fetcher]) -> None:
+def test_a_slow_drip_ends_at_the_deadline(
+    path: str, server: Server, make: Callable[..., Fetcher]
+) -> None:
     begin = time.monotonic()
     error = error_of(make(fetch_timeout_s=0.4), server.url(path))
     assert 0.35 < time.monotonic() - begin < 2
@@ -286,7 +294,9 @@ def test_other_hosts_are_not_even_looked_up(
     assert "secret" not in error.message
 
 
-@pytest.mark.parametrize("url", ["http://[::1/x", "http://example.org:port/x", "http://" + "a" * 70 + ".org/x"])
+@pytest.mark.parametrize(
+    "url", ["http://[::1/x", "http://example.org:port/x", "http://" + "a" * 70 + ".org/x"]
+)
 def test_what_is_no_url(url: str, make: Callable[..., Fetcher]) -> None:
     assert error_of(make(hosts=("example.org",)), url).code == "media_fetch_failed"
 
@@ -306,7 +316,15 @@ def test_addresses_that_are_not_global(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", [PUBLIC, "8.8.8.8", "2606:4700::1111", f"::ffff:{PUBLIC}", "64:ff9b::808:808", "2002:808:808::1"]
+    "address",
+    [
+        PUBLIC,
+        "8.8.8.8",
+        "2606:4700::1111",
+        f"::ffff:{PUBLIC}",
+        "64:ff9b::808:808",
+        "2002:808:808::1",
+    ],
 )
 def test_addresses_that_are_global(address: str) -> None:
     assert is_global(address)
@@ -314,14 +332,19 @@ def test_addresses_that_are_global(address: str) -> None:
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch, server: Server) -> dict[str, Any]:
-    """names: what the resolver answers; connected: the addresses that were connected to, all led to the server."""
+    """names: what the resolver answers; connected: the addresses that were connected to, all led to
+    the server.
+    """
     state: dict[str, Any] = {"names": {}, "connected": []}
     connect, look_up = socket.create_connection, socket.getaddrinfo
 
     def lookup(host: str, port: int, *args: Any, **options: Any) -> list[Any]:
         if host == "127.0.0.1":  # our own connection to the server
             return look_up(host, port, *args, **options)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in state["names"][host]]
+        return [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in state["names"][host]
+        ]
 
     def connected(address: tuple[str, int], *args: Any, **options: Any) -> socket.socket:
         state["connected"].append(address[0])
@@ -334,7 +357,9 @@ def network(monkeypatch: pytest.MonkeyPatch, server: Server) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("answer", [["10.0.0.1"], [PUBLIC, "127.0.0.1"], ["::1", PUBLIC], ["::ffff:169.254.169.254"]])
+@pytest.mark.parametrize(
+    "answer", [["10.0.0.1"], [PUBLIC, "127.0.0.1"], ["::1", PUBLIC], ["::ffff:169.254.169.254"]]
+)
 def test_one_address_that_is_not_global_is_enough(
     answer: list[str], network: dict[str, Any], make: Callable[..., Fetcher]
 ) -> None:
@@ -355,13 +380,17 @@ def test_refused_connections_and_bodies_leave_room_for_others(
     assert one.fetch("http://example.org/file") == BODY
 
 
-def test_the_address_checked_is_the_one_connected_to(network: dict[str, Any], make: Callable[..., Fetcher]) -> None:
+def test_the_address_checked_is_the_one_connected_to(
+    network: dict[str, Any], make: Callable[..., Fetcher]
+) -> None:
     network["names"]["example.org"] = [PUBLIC]
     assert make(hosts=("example.org",)).fetch("http://EXAMPLE.org./file") == BODY
     assert network["connected"] == [PUBLIC]
 
 
-def test_the_next_address_is_taken_where_one_is_dead(network: dict[str, Any], make: Callable[..., Fetcher]) -> None:
+def test_the_next_address_is_taken_where_one_is_dead(
+    network: dict[str, Any], make: Callable[..., Fetcher]
+) -> None:
     network["names"]["example.org"] = ["8.8.8.8", PUBLIC]
     network["dead"] = ["8.8.8.8"]
     assert make(hosts=("example.org",)).fetch("http://example.org/file") == BODY
@@ -387,7 +416,9 @@ def test_what_is_no_host_is_refused_before_anything_starts(host: str) -> None:
 # ---- redirects ----
 
 
-def test_three_redirects_are_followed_and_no_fourth(server: Server, make: Callable[..., Fetcher]) -> None:
+def test_three_redirects_are_followed_and_no_fourth(
+    server: Server, make: Callable[..., Fetcher]
+) -> None:
     one = make()
     assert one.fetch(server.url("hops/2")) == BODY
     server.seen.clear()
@@ -403,7 +434,13 @@ def test_a_redirect_in_a_circle_ends(server: Server, make: Callable[..., Fetcher
 
 @pytest.mark.parametrize(
     "location",
-    ["http://127.0.0.1:1/x", "//other.example/x", "file:///etc/passwd", "ftp://127.0.0.1/x", "http://169.254.169.254/"],
+    [
+        "http://127.0.0.1:1/x",
+        "//other.example/x",
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/x",
+        "http://169.254.169.254/",
+    ],
 )
 def test_a_redirect_leads_nowhere_that_a_url_may_not(
     location: str, server: Server, make: Callable[..., Fetcher]
@@ -424,13 +461,17 @@ def test_a_redirect_to_an_allowed_name_at_a_private_address(
 # ---- several at once ----
 
 
-def test_urls_are_fetched_ahead_but_not_without_bound(server: Server, make: Callable[..., Fetcher]) -> None:
+def test_urls_are_fetched_ahead_but_not_without_bound(
+    server: Server, make: Callable[..., Fetcher]
+) -> None:
     urls = [server.url(f"file/{number}") for number in range(20)]
     with FetchAhead(make(), urls, ahead=4) as bodies:
         time.sleep(0.3)
         assert len(server.seen) == 4
         assert all(bodies.take(url) == BODY for url in urls)
-    assert sorted(path for path, _ in server.seen) == sorted(f"/file/{number}" for number in range(20))
+    assert sorted(path for path, _ in server.seen) == sorted(
+        f"/file/{number}" for number in range(20)
+    )
 
 
 def test_an_error_of_one_url_is_its_own(server: Server, make: Callable[..., Fetcher]) -> None:
@@ -450,7 +491,9 @@ def test_certificates_are_checked_against_the_name_and_not_the_address(
 ) -> None:
     seen = []
 
-    def start_tls(stream: Any, context: ssl.SSLContext, server_hostname: str | None, timeout: float | None) -> None:
+    def start_tls(
+        stream: Any, context: ssl.SSLContext, server_hostname: str | None, timeout: float | None
+    ) -> None:
         seen.append((server_hostname, context.check_hostname, context.verify_mode))
         raise httpcore.ConnectError("certificate verify failed")
 

@@ -1,4 +1,6 @@
-"""Cells to patches: every bad image and video ends as its own typed error, and equal content is decoded once."""
+"""Cells to patches: every bad image and video ends as its own typed error, and equal content is
+decoded once.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,8 @@ def test_every_bad_file_in_one_call(form: str, loader: MediaLoader, root: Path) 
         for name, make, _ in rows:
             value = make()
             if form == "path" and isinstance(value, bytes):
-                (root / f"{kind} {name}.jpg").write_bytes(value)  # whatever it is: nobody believes the extension
+                # whatever it is: nobody believes the extension
+                (root / f"{kind} {name}.jpg").write_bytes(value)
                 value = f"{kind} {name}.jpg"
             parts.append((kind, value))
     expected = [(name, code) for name, _, code in IMAGES + VIDEOS]
@@ -96,13 +99,19 @@ def test_what_is_odd_but_readable_comes_out_right(loader: MediaLoader) -> None:
     by_name = {name: make for name, make, _ in IMAGES + VIDEOS}
     turned, first, grey = (
         patches_of(result)
-        for result in loader.load([("image", by_name[name]()) for name in ("exif-rotated", "animated", "16 bits")])
+        for result in loader.load(
+            [("image", by_name[name]()) for name in ("exif-rotated", "animated", "16 bits")]
+        )
     )
     assert turned.source == (1, 80, 40)
-    assert np.all(first.patches.reshape(-1, 3, 196)[:, 0] > 240)  # the red picture and not the blue one
+    # the red picture and not the blue one
+    assert np.all(first.patches.reshape(-1, 3, 196)[:, 0] > 240)
     assert np.all(grey.patches == 40000 >> 8)
     upright, odd = (
-        patches_of(result) for result in loader.load([("video", by_name[name]()) for name in ("rotated", "odd counts")])
+        patches_of(result)
+        for result in loader.load(
+            [("video", by_name[name]()) for name in ("rotated", "odd counts")]
+        )
     )
     assert upright.source[1:] == (96, 64)
     assert (odd.grid[0], len(odd.timestamps)) == (1, 1)
@@ -117,7 +126,9 @@ def test_a_huge_frame(root: Path) -> None:
 # ---- the same as decoding in process ----
 
 
-def test_results_come_in_order_and_equal_those_of_the_processors(loader: MediaLoader, root: Path) -> None:
+def test_results_come_in_order_and_equal_those_of_the_processors(
+    loader: MediaLoader, root: Path
+) -> None:
     image, moving = encoded(picture(90, 70), "PNG"), clip(20)
     (root / "moving.mp4").write_bytes(moving)
     text = "data:image/png;base64," + base64.b64encode(image).decode()
@@ -129,13 +140,19 @@ def test_results_come_in_order_and_equal_those_of_the_processors(loader: MediaLo
         ("video", moving),
     ]
     results = loader.load(given)
-    expected = {"image": ImageProcessor(IMAGE).from_bytes(image), "video": VideoProcessor(SMALL).from_bytes(moving)}
+    expected = {
+        "image": ImageProcessor(IMAGE).from_bytes(image),
+        "video": VideoProcessor(SMALL).from_bytes(moving),
+    }
     assert code_of(results.pop(2)) == "media_not_found"
     for (kind, _), result in zip([*given[:2], *given[3:]], results, strict=True):
         media = patches_of(result)
         assert np.array_equal(media.patches, expected[kind].patches)
         assert (media.digest, media.grid) == (expected[kind].digest, expected[kind].grid)
-        assert (media.source, media.timestamps) == (expected[kind].source, expected[kind].timestamps)
+        assert (media.source, media.timestamps) == (
+            expected[kind].source,
+            expected[kind].timestamps,
+        )
 
 
 def test_nothing_in_nothing_out(loader: MediaLoader) -> None:
@@ -148,7 +165,9 @@ def test_nothing_in_nothing_out(loader: MediaLoader) -> None:
 def test_equal_content_is_decoded_once(loader: MediaLoader, asked: list[str], root: Path) -> None:
     data, other = (encoded(picture(50, 50, seed), "PNG") for seed in (71, 72))
     (root / "equal.png").write_bytes(data)
-    results = loader.load([("image", data), ("image", other), ("image", bytearray(data)), ("image", "equal.png")])
+    results = loader.load(
+        [("image", data), ("image", other), ("image", bytearray(data)), ("image", "equal.png")]
+    )
     results += loader.load([("image", data)])
     assert len(asked) == 2
     assert len({id(result) for result in results}) == 2
@@ -183,7 +202,9 @@ def test_a_crash_is_not_remembered(loader: MediaLoader) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
-    results = loader.load([("video", data), ("image", encoded(picture(33, 44), "PNG")), ("video", data)])
+    results = loader.load(
+        [("video", data), ("image", encoded(picture(33, 44), "PNG")), ("video", data)]
+    )
     assert [code_of(result) for result in results] == ["decoder_crashed", "ok", "ok"]
 
 
@@ -211,7 +232,9 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def test_urls_are_fetched_and_decoded_in_order(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_are_fetched_and_decoded_in_order(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = [encoded(picture(30, 30 + number), "PNG") for number in range(20)]
     monkeypatch.setattr(
         "tests.glm_actors.media.test_fetcher.Handler.do_file",
@@ -263,9 +286,8 @@ def test_without_hosts_no_client_is_made(loader: MediaLoader) -> None:
 
 
 def test_importing_the_loader_imports_no_decoder_and_no_client() -> None:
-    code = (
-        "import sys, glm_batch.glm_actors.media.media_loader\nprint(*{name.partition('.')[0] for name in sys.modules})"
-    )
+    code = "import sys, glm_batch.glm_actors.media.media_loader\n"
+    code += "print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "numpy" in loaded

@@ -21,7 +21,9 @@ NO_RULES = MediaRules()
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A root with a file, a folder, and links into and out of it; beside it, files that are none of its business."""
+    """A root with a file, a folder, and links into and out of it; beside it, files that are none of
+    its business.
+    """
     folder = tmp_path / "root"
     (folder / "sub").mkdir(parents=True)
     for name in ("a.jpg", "sub/b c%.jpg", "ü.png", "../secret", "../root2"):
@@ -114,9 +116,13 @@ def test_the_limit_in_bytes(make: Callable[[bytes], Any]) -> None:
     assert (error.code, "max_bytes" in error.message) == ("media_too_large", True)
 
 
-def test_a_data_url_is_not_decoded_to_learn_that_it_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_url_is_not_decoded_to_learn_that_it_is_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(base64, "b64decode", lambda *args, **options: pytest.fail("decoded"))
-    assert error_of("data:;base64," + "A" * 1000, MediaRules(max_bytes=100)).code == "media_too_large"
+    assert (
+        error_of("data:;base64," + "A" * 1000, MediaRules(max_bytes=100)).code == "media_too_large"
+    )
 
 
 # ---- files ----
@@ -233,17 +239,30 @@ def test_urls_are_off_unless_a_host_is_named(url: str) -> None:
     error = error_of(url)
     assert (error.code, "media.hosts" in error.message) == ("media_forbidden", True)
     assert read_source(url, MediaRules(hosts=("example.org",))) == Url(url)
-    assert read_source({"bytes": None, "path": url}, MediaRules(private_hosts=("inner",))) == Url(url)
+    assert read_source({"bytes": None, "path": url}, MediaRules(private_hosts=("inner",))) == Url(
+        url
+    )
 
 
 def test_which_cells_are_urls() -> None:
     assert url_of("http://example.org/a.jpg") == "http://example.org/a.jpg"
     assert url_of({"bytes": None, "path": "https://example.org/a"}) == "https://example.org/a"
-    for value in ("a.jpg", "file:///a", "data:,x", b"http://x", None, 5, {"bytes": b"x", "path": "http://x"}, ""):
+    for value in (
+        "a.jpg",
+        "file:///a",
+        "data:,x",
+        b"http://x",
+        None,
+        5,
+        {"bytes": b"x", "path": "http://x"},
+        "",
+    ):
         assert url_of(value) is None
 
 
-@pytest.mark.parametrize("name", ["max_bytes", "fetch_timeout_s", "decode_timeout_s", "decode_bytes"])
+@pytest.mark.parametrize(
+    "name", ["max_bytes", "fetch_timeout_s", "decode_timeout_s", "decode_bytes"]
+)
 def test_limits_of_nothing_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         MediaRules(**{name: 0})

@@ -1,4 +1,6 @@
-"""One server for the whole session, started by the command line itself, and the shipped model in this process."""
+"""One server for the whole session, started by the command line itself, and the shipped model in
+this process.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """By name, the labels cut off; those of several outcomes are added up."""
-        text = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60.0).text
+        text = httpx.get(
+            f"{self.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60.0
+        ).text
         found: dict[str, float] = {}
         for line in text.splitlines():
             if not line.startswith("#"):
@@ -97,7 +101,9 @@ def started(folder: Path) -> Iterator[Server]:
     log = folder / "log"
     command = [sys.executable, "-m", "glm_batch.jobs", "serve", str(folder / "serve.yaml")]
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output, text=True
+        )
     try:
         deadline = time.monotonic() + START_S
         while "serving" not in log.read_text():
@@ -119,7 +125,14 @@ def replica() -> Iterator[Replica]:
     model = ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14))
     built = Replica(
         model,
-        Caps(max_queue=6, max_media=2, max_pixels=1_000_000, max_prompt_chars=5000, request_s=120.0, schema_s=1.0),
+        Caps(
+            max_queue=6,
+            max_media=2,
+            max_pixels=1_000_000,
+            max_prompt_chars=5000,
+            request_s=120.0,
+            schema_s=1.0,
+        ),
     )
     yield built
     built.close()

@@ -1,4 +1,6 @@
-"""What a hostile client sends: requests by group, as data. Each must end in a 4xx, but for what is merely odd."""
+"""What a hostile client sends: requests by group, as data. Each must end in a 4xx, but for what is
+merely odd.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,28 @@ def bodies() -> Iterator[tuple[str, bytes]]:
     yield "deep list", b"[" * 200_000
     yield "deep object", b'{"model":' * 100_000
     yield "deep and closed", b'{"messages":' + b"[" * 90_000 + b"]" * 90_000 + b"}"
-    yield "deep in a known field", chat(metadata="@").replace(b'"@"', b'{"a":' * 5000 + b"1" + b"}" * 5000)
+    yield (
+        "deep in a known field",
+        chat(metadata="@").replace(b'"@"', b'{"a":' * 5000 + b"1" + b"}" * 5000),
+    )
     yield "many keys", json.dumps({f"k{number}": 1 for number in range(50_000)}).encode()
-    yield "many items", json.dumps({"model": MODEL, "input": [1.5] * 200_000, "messages": [0] * 200_000}).encode()
+    yield (
+        "many items",
+        json.dumps({"model": MODEL, "input": [1.5] * 200_000, "messages": [0] * 200_000}).encode(),
+    )
     yield "prototype", chat()[:-1] + b', "__proto__": {"admin": true}}'
-    for number in ("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "0x10", "1" * 5000, "1e", "01", "+1"):
+    for number in (
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1e400",
+        "-1e400",
+        "0x10",
+        "1" * 5000,
+        "1e",
+        "01",
+        "+1",
+    ):
         yield f"temperature {number[:9]}", chat()[:-1] + f', "temperature": {number}}}'.encode()
 
 
@@ -79,8 +98,22 @@ FIELDS: dict[str, Json] = {
     "top_logprobs": {"values": [21, -1, 5]},
     "stream": {"values": [1, "true"]},
     "stream_options": {"values": [{"include_usage": True}, {"x": 1}, []]},
-    "response_format": {"values": [{"type": "xml"}, {}, [], "json", {"type": "json_schema"}, {"type": []}]},
-    "model": {"values": ["", "x" * 300, "../../etc/passwd", "\u0000", 5, None, "tiny-glm ", "TINY-GLM", "\ud800"]},
+    "response_format": {
+        "values": [{"type": "xml"}, {}, [], "json", {"type": "json_schema"}, {"type": []}]
+    },
+    "model": {
+        "values": [
+            "",
+            "x" * 300,
+            "../../etc/passwd",
+            "\u0000",
+            5,
+            None,
+            "tiny-glm ",
+            "TINY-GLM",
+            "\ud800",
+        ]
+    },
     "user": {"values": [5, {"a": 1}]},
     "metadata": {"values": [{"a": 1}, "x"]},
     "chat_template_kwargs": {"values": [{"documents": []}, {"enable_thinking": "{{ 7*7 }}"}]},
@@ -119,12 +152,16 @@ def fields() -> Iterator[tuple[str, bytes]]:
 
 
 def schema(value: Any) -> bytes:
-    return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": value}})
+    return chat(
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
+    )
 
 
 def nested(depth: int, before: str, after: str) -> bytes:
     """Written as text: no encoder goes that deep."""
-    return schema("@").replace(b'"@"', (before * depth + '{"type": "string"}' + after * depth).encode())
+    return schema("@").replace(
+        b'"@"', (before * depth + '{"type": "string"}' + after * depth).encode()
+    )
 
 
 def schemas() -> Iterator[tuple[str, bytes]]:
@@ -139,11 +176,20 @@ def schemas() -> Iterator[tuple[str, bytes]]:
     yield "false", schema({"type": "string", "minLength": 5, "maxLength": 1})
     yield "broken pattern", schema({"type": "string", "pattern": "(" * 500})
     yield "back-reference", schema({"type": "string", "pattern": r"(a)\1"})
-    yield "many needles at once", schema({"allOf": [{"type": "string", "pattern": each} for each in NEEDLES]})
+    yield (
+        "many needles at once",
+        schema({"allOf": [{"type": "string", "pattern": each} for each in NEEDLES]}),
+    )
     yield "10,000 ways", schema({"enum": [f"value {number}" for number in range(10_000)]})
     yield "10,000 anyOf", schema({"anyOf": [{"const": number} for number in range(10_000)]})
-    yield "10,000 allOf", schema({"allOf": [{"minLength": number, "type": "string"} for number in range(10_000)]})
-    yield "100,000 properties", schema({"type": "object", "properties": {f"p{i}": {} for i in range(100_000)}})
+    yield (
+        "10,000 allOf",
+        schema({"allOf": [{"minLength": number, "type": "string"} for number in range(10_000)]}),
+    )
+    yield (
+        "100,000 properties",
+        schema({"type": "object", "properties": {f"p{i}": {} for i in range(100_000)}}),
+    )
     yield "negative bounds", schema({"type": "array", "minItems": -1})
     yield "huge bounds", schema({"type": "array", "minItems": 1 << 70, "items": {"type": "string"}})
     yield "surrogates", schema({"const": "\ud800"})
@@ -164,7 +210,9 @@ def png_with(chunk: bytes, kind: bytes, *, width: int = 8, height: int = 8) -> b
     """A PNG whose header says what it likes, and one chunk more."""
 
     def framed(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     head = framed(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     rows = framed(b"IDAT", zlib.compress(b"\0" * 72))
@@ -185,15 +233,40 @@ def pictures() -> Iterator[tuple[str, bytes]]:
             if outcome != "ok" and isinstance(data, bytes):
                 yield f"{kind} {name}", media(kind, data_url(data))
     for width, height in ((1 << 31, 1), (100_000, 100_000), (1 << 20, 1 << 20), (0, 0)):
-        yield f"declares {width}x{height}", media("image", data_url(png_with(b"", b"zzzz", width=width, height=height)))
+        yield (
+            f"declares {width}x{height}",
+            media("image", data_url(png_with(b"", b"zzzz", width=width, height=height))),
+        )
     yield "html", media("image", data_url(b"<html><script>alert(1)</script></html>", "text/html"))
-    yield "postscript", media("image", data_url(b"%!PS-Adobe-3.0 EPSF\n%%BoundingBox: 0 0 9 9\nquit"))
+    yield (
+        "postscript",
+        media("image", data_url(b"%!PS-Adobe-3.0 EPSF\n%%BoundingBox: 0 0 9 9\nquit")),
+    )
     yield "pdf", media("image", data_url(b"%PDF-1.7\n1 0 obj<<>>endobj"))
     yield "zip", media("image", data_url(b"PK\x03\x04" + bytes(500)))
-    yield "playlist", media("video", data_url(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "video/mp4"))
-    yield "concat", media("video", data_url(b"ffconcat version 1.0\nfile /etc/passwd\n", "video/mp4"))
-    urls = ["", "data:", "data:,", "data:image/png;base64,", "data:image/png;base64,@@@@", "data:image/png,hello"]
-    urls += ["/etc/passwd", "file:///dev/zero", "http://127.0.0.1:1/", "ftp://x/y", "data:image/png;base64," + "A" * 99]
+    yield (
+        "playlist",
+        media("video", data_url(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "video/mp4")),
+    )
+    yield (
+        "concat",
+        media("video", data_url(b"ffconcat version 1.0\nfile /etc/passwd\n", "video/mp4")),
+    )
+    urls = [
+        "",
+        "data:",
+        "data:,",
+        "data:image/png;base64,",
+        "data:image/png;base64,@@@@",
+        "data:image/png,hello",
+    ]
+    urls += [
+        "/etc/passwd",
+        "file:///dev/zero",
+        "http://127.0.0.1:1/",
+        "ftp://x/y",
+        "data:image/png;base64," + "A" * 99,
+    ]
     for number, url in enumerate([*urls, None, 7, ["data:,"], {"url": "x"}]):
         yield f"url {number}", media("image", url)
     yield "a video as an image", media("image", data_url(dict_of(VIDEOS), "video/mp4"))
@@ -223,7 +296,9 @@ ODD: dict[str, bytes] = {
     "a stop that no text can have": text("x", stop=["\ud800"]),
     "a name that is none": chat(messages=[{"role": "user", "content": "a", "name": {"b": 1}}]),
     "huge repetition": schema({"type": "string", "pattern": "(a{1000}){1000}"}),
-    "nested repetitions": schema({"type": "string", "pattern": "((((a{100}){100}){100}){100}){100}"}),
+    "nested repetitions": schema(
+        {"type": "string", "pattern": "((((a{100}){100}){100}){100}){100}"}
+    ),
     "recursive schema": schema(
         {"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}}
     ),
@@ -249,7 +324,9 @@ WIRE: dict[str, bytes] = {
     "two lengths": request("Content-Length: 5\r\n"),
     "two equal lengths": request(f"Content-Length: {len(COMPLETION)}\r\n"),
     "length and chunks": request("Transfer-Encoding: chunked\r\n"),
-    "chunks and length": request(f"Transfer-Encoding: chunked\r\nContent-Length: {len(COMPLETION)}\r\n", length=False),
+    "chunks and length": request(
+        f"Transfer-Encoding: chunked\r\nContent-Length: {len(COMPLETION)}\r\n", length=False
+    ),
     "unknown coding": request("Transfer-Encoding: xchunked\r\n", length=False),
     "chunked not last": request("Transfer-Encoding: chunked, identity\r\n", length=False),
     "a blank before the colon": request("Transfer-Encoding : chunked\r\n"),
@@ -259,7 +336,9 @@ WIRE: dict[str, bytes] = {
     "large length": request("Content-Length: 99999999999\r\n", length=False),
     "no length": request(length=False),
     "no chunk": request("Transfer-Encoding: chunked\r\n", length=False, body="zz\r\n\r\n"),
-    "huge chunk": request("Transfer-Encoding: chunked\r\n", length=False, body="FFFFFFFFFFFFFFFFF\r\nabc"),
+    "huge chunk": request(
+        "Transfer-Encoding: chunked\r\n", length=False, body="FFFFFFFFFFFFFFFFF\r\nabc"
+    ),
     "negative chunk": request("Transfer-Encoding: chunked\r\n", length=False, body="-5\r\nabc"),
     "folded header": request("X-A: a\r\n b\r\n"),
     "bare line feeds": request().replace(b"\r\n", b"\n"),
@@ -311,8 +390,19 @@ PATHS = [
         "/v1/models/%00",
         "/v1/models/%ff%fe",
     ),
-    *("/v1/models/..;/", "/../../../etc/passwd", "/static/../../etc/passwd", "/v1/models/tiny-glm%0d%0aX: y"),
-    *("/%2e%2e/%2e%2e/etc/passwd", "/v1/models/nobody?x=1", "/v1/completions/", "/metrics/../../x", "/docs/x"),
+    *(
+        "/v1/models/..;/",
+        "/../../../etc/passwd",
+        "/static/../../etc/passwd",
+        "/v1/models/tiny-glm%0d%0aX: y",
+    ),
+    *(
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/v1/models/nobody?x=1",
+        "/v1/completions/",
+        "/metrics/../../x",
+        "/docs/x",
+    ),
 ]
 TOKENS = [
     *(
@@ -326,5 +416,11 @@ TOKENS = [
         f"Bearer {TOKEN[:-1]}",
         "Bearer \xff",
     ),
-    *(f"Bearer {TOKEN.upper()}", f"Bearer {TOKEN} {TOKEN}", "Bearer " + "x" * 50_000, "Bearer null", "Bearer *"),
+    *(
+        f"Bearer {TOKEN.upper()}",
+        f"Bearer {TOKEN} {TOKEN}",
+        "Bearer " + "x" * 50_000,
+        "Bearer null",
+        "Bearer *",
+    ),
 ]

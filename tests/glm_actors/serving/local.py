@@ -22,7 +22,9 @@ START_S = 60.0
 def serving(replicas: Mapping[str, Replica], caps: Caps) -> Iterator[str]:
     """The URL at which models are served by name while the block runs."""
     app = build_app(LocalBackend(replicas), caps, digest_of(TOKEN))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_level="error")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + START_S

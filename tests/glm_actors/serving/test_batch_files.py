@@ -22,7 +22,13 @@ from tests.pipelines.openai_batch.batch_files import Json, answer_all, line, mak
 
 MODEL = Path(TINY).name
 LIMITS = Caps(
-    max_tokens=64, max_n=3, max_media=2, max_pixels=1_000_000, max_prompt_chars=5000, max_inputs=4, schema_s=20.0
+    max_tokens=64,
+    max_n=3,
+    max_media=2,
+    max_pixels=1_000_000,
+    max_prompt_chars=5000,
+    max_inputs=4,
+    schema_s=20.0,
 )
 CHAT, COMPLETIONS, EMBEDDINGS, SCORE, CLASSIFY = (
     f"/v1/{name}" for name in ("chat/completions", "completions", "embeddings", "score", "classify")
@@ -36,7 +42,13 @@ def said(text: Any, role: str = "user") -> Json:
 
 
 def chat(*messages: Json, **more: Any) -> Asked:
-    return CHAT, {"model": MODEL, "messages": list(messages), "temperature": 0.0, "max_tokens": 24, **more}
+    return CHAT, {
+        "model": MODEL,
+        "messages": list(messages),
+        "temperature": 0.0,
+        "max_tokens": 24,
+        **more,
+    }
 
 
 def of(url: str, **more: Any) -> Asked:
@@ -44,7 +56,10 @@ def of(url: str, **more: Any) -> Asked:
 
 
 def shown(kind: str, data: bytes) -> Json:
-    return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/any;base64," + base64.b64encode(data).decode()}}
+    return {
+        "type": f"{kind}_url",
+        f"{kind}_url": {"url": f"data:{kind}/any;base64," + base64.b64encode(data).decode()},
+    }
 
 
 def first_medium(folder: str, kind: str) -> bytes:
@@ -56,14 +71,27 @@ def first_medium(folder: str, kind: str) -> bytes:
 def good_requests() -> list[Asked]:
     ticket = said("Write a one-line reply to this ticket.\n\nWhere is my parcel?")
     system = said("You work at the support desk of a web shop.", "developer")
-    image = [shown("image", first_medium("shapes", "image")), {"type": "text", "text": "Which colour is it?"}]
-    clip = [shown("video", first_medium("clips", "video")), {"type": "text", "text": "In which direction?"}]
+    image = [
+        shown("image", first_medium("shapes", "image")),
+        {"type": "text", "text": "Which colour is it?"},
+    ]
+    clip = [
+        shown("video", first_medium("clips", "video")),
+        {"type": "text", "text": "In which direction?"},
+    ]
     schema = {"type": "json_schema", "json_schema": {"name": "order", "schema": ORDER}}
     return [
         chat(system, ticket),
         chat(ticket, max_completion_tokens=5, user="me", metadata={"a": "b"}),
         chat(ticket, temperature=0.8, top_p=0.9, top_k=20, n=3, seed=11, stop=["e", "."]),
-        chat(ticket, temperature=1.2, min_p=0.01, seed=-4, repetition_penalty=1.1, presence_penalty=0.5),
+        chat(
+            ticket,
+            temperature=1.2,
+            min_p=0.01,
+            seed=-4,
+            repetition_penalty=1.1,
+            presence_penalty=0.5,
+        ),
         chat(ticket, logprobs=True, top_logprobs=3, return_token_ids=True),
         chat(ticket, response_format=schema),
         chat(ticket, response_format={"type": "json_object"}, max_tokens=12),
@@ -74,16 +102,31 @@ def good_requests() -> list[Asked]:
         chat(said([image[0], *image]), logprobs=True),
         chat(said(clip)),
         of(COMPLETIONS, prompt="Where is my", temperature=0),
-        of(COMPLETIONS, prompt=["Where is my", "Thanks, our"], n=2, seed=3, logprobs=2, max_tokens=6),
+        of(
+            COMPLETIONS,
+            prompt=["Where is my", "Thanks, our"],
+            n=2,
+            seed=3,
+            logprobs=2,
+            max_tokens=6,
+        ),
         of(COMPLETIONS, prompt=[5, 6, 7], temperature=0, min_tokens=2, max_tokens=4),
-        of(COMPLETIONS, prompt=[[5, 6, 7], [8]], temperature=0, max_tokens=4, return_token_ids=True),
+        of(
+            COMPLETIONS, prompt=[[5, 6, 7], [8]], temperature=0, max_tokens=4, return_token_ids=True
+        ),
         of(COMPLETIONS, prompt="Where is my", echo=True, temperature=0, max_tokens=4),
         of(COMPLETIONS, prompt=["Where is my", "Thanks, our"], echo=True, logprobs=2, max_tokens=0),
-        of(COMPLETIONS, prompt=[[5, 6, 7], [8]], echo=True, logprobs=1, temperature=0, max_tokens=3),
+        of(
+            COMPLETIONS, prompt=[[5, 6, 7], [8]], echo=True, logprobs=1, temperature=0, max_tokens=3
+        ),
         of(EMBEDDINGS, input="a text"),
         of(EMBEDDINGS, input=["a text", "and another"], pooling="mean", normalize=False),
         of(EMBEDDINGS, input=[[5, 6, 7], [8, 9]], encoding_format="base64"),
-        of(SCORE, prompt="Which team? My card was charged twice.", labels=["billing", "shipping", "other"]),
+        of(
+            SCORE,
+            prompt="Which team? My card was charged twice.",
+            labels=["billing", "shipping", "other"],
+        ),
         of(SCORE, messages=[said(image)], labels=["red", "green"], end_of_label="always"),
     ]
 
@@ -133,7 +176,9 @@ def over_http(replica: Replica, requests: list[Asked]) -> list[tuple[int, Json]]
     async def ask() -> list[tuple[int, Json]]:
         transport = httpx.ASGITransport(app=app)
         answers = []
-        async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=120.0) as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://here", timeout=120.0
+        ) as client:
             for url, body in requests:
                 headers = {"Content-Type": "application/json"}
                 answer = await client.post(url, content=json.dumps(body), headers=headers)
@@ -151,14 +196,21 @@ def in_a_file(folder: Path, kind: Any, requests: list[Asked]) -> list[tuple[int,
     good, bad = answer_all(job)
     assert all(each["response"]["status_code"] == 200 for each in good)
     found = {each["custom_id"]: each["response"] for each in [*good, *bad]}
-    return [(found[each["custom_id"]]["status_code"], found[each["custom_id"]]["body"]) for each in lines]
+    return [
+        (found[each["custom_id"]]["status_code"], found[each["custom_id"]]["body"])
+        for each in lines
+    ]
 
 
 def same(a: Any, b: Any, tolerance: float) -> bool:
-    """Equal but for what is of one answer alone: its id, its time, and what the cache held when it came."""
+    """Equal but for what is of one answer alone: its id, its time, and what the cache held when it
+    came.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         own = {"id", "created"} | ({"cached_tokens"} if tolerance else set())
-        return a.keys() == b.keys() and all(key in own or same(a[key], b[key], tolerance) for key in a)
+        return a.keys() == b.keys() and all(
+            key in own or same(a[key], b[key], tolerance) for key in a
+        )
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, float) and isinstance(b, float):
@@ -166,13 +218,16 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
     return type(a) is type(b) and a == b
 
 
-def test_answers_are_the_same(served: Replica, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_answers_are_the_same(
+    served: Replica, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     kind = request.node.callspec.params["served"]
     requests = good_requests()
     tolerance = 0.0 if kind == "echo" else 2e-5
     if tolerance:  # vectors as numbers, which may differ in their last digits
         requests = [
-            (url, {**body, "encoding_format": "float"} if url == EMBEDDINGS else body) for url, body in requests
+            (url, {**body, "encoding_format": "float"} if url == EMBEDDINGS else body)
+            for url, body in requests
         ]
     expected, found = over_http(served, requests), in_a_file(tmp_path, kind, requests)
     assert [status for status, _ in expected] == [200] * len(requests)
@@ -181,7 +236,9 @@ def test_answers_are_the_same(served: Replica, tmp_path: Path, request: pytest.F
 
 
 @pytest.mark.parametrize("served", ["torch"], indirect=True)
-def test_refusals_are_the_same(served: Replica, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_refusals_are_the_same(
+    served: Replica, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     kind = request.node.callspec.params["served"]
     requests = bad_requests()
     expected, found = over_http(served, requests), in_a_file(tmp_path, kind, requests)

@@ -1,4 +1,6 @@
-"""Raw prompts: echoes of them, their own log-probabilities, and lists of them, as OpenAI's older interface has it."""
+"""Raw prompts: echoes of them, their own log-probabilities, and lists of them, as OpenAI's older
+interface has it.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,23 @@ def ask(replica: Replica, **fields: Any) -> dict[str, Any]:
 
 
 def stream(replica: Replica, **fields: Any) -> list[dict[str, Any]]:
-    body = CompletionRequest.model_validate({"model": MODEL, "temperature": 0.0, "stream": True} | fields)
+    body = CompletionRequest.model_validate(
+        {"model": MODEL, "temperature": 0.0, "stream": True} | fields
+    )
 
     async def pieces() -> list[dict[str, Any]]:
-        return [chunk["choices"][0] async for piece in replica.stream(body) for chunk in piece.chunks]
+        return [
+            chunk["choices"][0] async for piece in replica.stream(body) for chunk in piece.chunks
+        ]
 
     return asyncio.run(pieces())
 
 
 def usage(replica: Replica, **fields: Any) -> Any:
     """The last thing that a stream says."""
-    body = CompletionRequest.model_validate({"model": MODEL, "temperature": 0.0, "stream": True} | fields)
+    body = CompletionRequest.model_validate(
+        {"model": MODEL, "temperature": 0.0, "stream": True} | fields
+    )
 
     async def last() -> Any:
         return [piece.usage async for piece in replica.stream(body)][-1]
@@ -54,34 +62,57 @@ def test_an_echo_is_the_prompt_and_what_follows(replica: Replica) -> None:
     assert echoed["text"] == PROMPT + plain["text"]
     assert echoed["logprobs"] is None
     chunks = stream(replica, prompt=[PROMPT, "Where"], max_tokens=6, echo=True)
-    joined = {index: "".join(chunk["text"] for chunk in chunks if chunk["index"] == index) for index in (0, 1)}
+    joined = {
+        index: "".join(chunk["text"] for chunk in chunks if chunk["index"] == index)
+        for index in (0, 1)
+    }
     assert joined[0] == echoed["text"]
     assert joined[1].startswith("Where")
 
 
-@pytest.mark.parametrize("fields", [{"logprobs": 2}, {"logprobs": 0, "n": 2}, {}, {"return_token_ids": True}])
+@pytest.mark.parametrize(
+    "fields", [{"logprobs": 2}, {"logprobs": 0, "n": 2}, {}, {"return_token_ids": True}]
+)
 @pytest.mark.parametrize("max_tokens", [5, 0])
-def test_a_streamed_echo_begins_with_its_prompt(replica: Replica, fields: dict[str, Any], max_tokens: int) -> None:
-    """The chunks of each choice, joined, are the choice of the whole answer; the first one is the prompt."""
-    asked: dict[str, Any] = {"prompt": [PROMPT, "Where"], "echo": True, "max_tokens": max_tokens, **fields}
+def test_a_streamed_echo_begins_with_its_prompt(
+    replica: Replica, fields: dict[str, Any], max_tokens: int
+) -> None:
+    """The chunks of each choice, joined, are the choice of the whole answer; the first one is the
+    prompt.
+    """
+    asked: dict[str, Any] = {
+        "prompt": [PROMPT, "Where"],
+        "echo": True,
+        "max_tokens": max_tokens,
+        **fields,
+    }
     whole = ask(replica, **asked)
     chunks = stream(replica, **asked)
     assert chunks[0]["text"].startswith(PROMPT)
     for choice in whole["choices"]:
         own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
         assert "".join(chunk["text"] for chunk in own) == choice["text"]
-        assert [chunk["finish_reason"] for chunk in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+        assert [chunk["finish_reason"] for chunk in own] == [None] * (len(own) - 1) + [
+            choice["finish_reason"]
+        ]
         if choice["logprobs"] is None:
             assert all(chunk["logprobs"] is None for chunk in own)
             continue
         assert own[0]["text"] == asked["prompt"][choice["index"] // fields.get("n", 1)]
         assert own[0]["logprobs"]["token_logprobs"][0] is None
-        joined = {name: [x for chunk in own for x in chunk["logprobs"][name]] for name in choice["logprobs"]}
+        joined = {
+            name: [x for chunk in own for x in chunk["logprobs"][name]]
+            for name in choice["logprobs"]
+        }
         whole_logprobs = choice["logprobs"]
         for name in ("tokens", "text_offset"):
             assert joined[name] == whole_logprobs[name]
-        assert joined["token_logprobs"][1:] == pytest.approx(whole_logprobs["token_logprobs"][1:], abs=1e-4)
-        for mine, its in zip(joined["top_logprobs"][1:], whole_logprobs["top_logprobs"][1:], strict=True):
+        assert joined["token_logprobs"][1:] == pytest.approx(
+            whole_logprobs["token_logprobs"][1:], abs=1e-4
+        )
+        for mine, its in zip(
+            joined["top_logprobs"][1:], whole_logprobs["top_logprobs"][1:], strict=True
+        ):
             assert mine == pytest.approx(its, abs=1e-4)
     assert usage(replica, **asked) == whole["usage"] | {"prompt_tokens_details": ANY}
 
@@ -93,8 +124,12 @@ def test_a_streamed_echo_that_cannot_be_scored_is_refused(replica: Replica) -> N
 
 
 @pytest.mark.parametrize("as_ids", [False, True])
-def test_log_probabilities_of_prompt_and_output(replica: Replica, tokenizer: Tokenizer, as_ids: bool) -> None:
-    """What is written has the same numbers as part of a prompt, and every token stands where it is said to."""
+def test_log_probabilities_of_prompt_and_output(
+    replica: Replica, tokenizer: Tokenizer, as_ids: bool
+) -> None:
+    """What is written has the same numbers as part of a prompt, and every token stands where it is
+    said to.
+    """
     ids = tokenizer.encode_raw(PROMPT)
     asked: dict[str, Any] = {"prompt": ids if as_ids else PROMPT, "logprobs": 2}
     plain = ask(replica, **asked, max_tokens=6)["choices"][0]
@@ -104,18 +139,28 @@ def test_log_probabilities_of_prompt_and_output(replica: Replica, tokenizer: Tok
     assert choice["text"] == PROMPT + plain["text"]
     assert len(found["tokens"]) == len(ids) + 6
     assert found["tokens"][len(ids) :] == plain["logprobs"]["tokens"]
-    assert found["text_offset"][len(ids) :] == [len(PROMPT) + at for at in plain["logprobs"]["text_offset"]]
+    assert found["text_offset"][len(ids) :] == [
+        len(PROMPT) + at for at in plain["logprobs"]["text_offset"]
+    ]
     for token, start in zip(found["tokens"], found["text_offset"], strict=True):
         assert "�" in token or choice["text"][start:].startswith(token)
     assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
     for own, tops in zip(found["token_logprobs"][1:], found["top_logprobs"][1:], strict=True):
         assert own <= max(tops.values()) + 1e-6
         assert 1 <= len(tops) <= 2
-    again = ask(replica, prompt=ids + choice["token_ids"], logprobs=2, max_tokens=0, echo=True)["choices"][0]
-    np.testing.assert_allclose(again["logprobs"]["token_logprobs"][1:], found["token_logprobs"][1:], atol=1e-4)
+    again = ask(replica, prompt=ids + choice["token_ids"], logprobs=2, max_tokens=0, echo=True)[
+        "choices"
+    ][0]
+    np.testing.assert_allclose(
+        again["logprobs"]["token_logprobs"][1:], found["token_logprobs"][1:], atol=1e-4
+    )
     assert (again["text"], again["finish_reason"]) == (choice["text"], "length")
     usage = answer["usage"]
-    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (len(ids), 6, len(ids) + 6)
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (
+        len(ids),
+        6,
+        len(ids) + 6,
+    )
 
 
 def test_lists_of_prompts_keep_their_order(replica: Replica, tokenizer: Tokenizer) -> None:
@@ -124,33 +169,40 @@ def test_lists_of_prompts_keep_their_order(replica: Replica, tokenizer: Tokenize
     for prompts in lists:
         answer = ask(replica, prompt=prompts, n=2, max_tokens=2, echo=True, logprobs=1)
         assert [choice["index"] for choice in answer["choices"]] == list(range(6))
-        for choice, text in zip(answer["choices"], [text for text in texts for _ in range(2)], strict=True):
+        for choice, text in zip(
+            answer["choices"], [text for text in texts for _ in range(2)], strict=True
+        ):
             assert choice["text"].startswith(text)
-        assert answer["usage"]["prompt_tokens"] == sum(len(tokenizer.encode_raw(text)) for text in texts)
+        assert answer["usage"]["prompt_tokens"] == sum(
+            len(tokenizer.encode_raw(text)) for text in texts
+        )
     only = ask(replica, prompt=texts, max_tokens=0, echo=True)
     assert [choice["text"] for choice in only["choices"]] == texts
     assert only["usage"]["completion_tokens"] == 0
 
 
-def test_special_tokens_are_shown_where_they_were_given(replica: Replica, tokenizer: Tokenizer) -> None:
+def test_special_tokens_are_shown_where_they_were_given(
+    replica: Replica, tokenizer: Tokenizer
+) -> None:
     ids = tokenizer.encode_control("<|user|>\nhi<|assistant|>")
     found = ask(replica, prompt=ids, max_tokens=0, echo=True, logprobs=0)["choices"][0]
     assert found["text"] == "<|user|>\nhi<|assistant|>"
     assert found["logprobs"]["text_offset"][-1] == found["text"].index("<|assistant|>")
     assert found["logprobs"]["tokens"][-1] == "<|assistant|>"
-    typed = ask(replica, prompt="<|user|>\nhi<|assistant|>", max_tokens=0, echo=True, logprobs=0)["choices"][0]
+    typed = ask(replica, prompt="<|user|>\nhi<|assistant|>", max_tokens=0, echo=True, logprobs=0)[
+        "choices"
+    ][0]
     assert typed["text"] == found["text"]
     assert len(typed["logprobs"]["tokens"]) > len(ids)  # typed by somebody, they are text
 
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 0, "stream": True}, "max_tokens"),
-    ],
+    [({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 0, "stream": True}, "max_tokens")],
 )
-def test_what_cannot_be_done_is_refused(replica: Replica, fields: dict[str, Any], param: str) -> None:
+def test_what_cannot_be_done_is_refused(
+    replica: Replica, fields: dict[str, Any], param: str
+) -> None:
     with pytest.raises(ApiError) as caught:
         ask(replica, prompt=PROMPT, **fields)
     assert (caught.value.status, caught.value.param) == (400, param)

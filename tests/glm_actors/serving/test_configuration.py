@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine, ServeSettings
+from glm_batch.glm_actors.serving.openai.serve_settings import (
+    ServedModel,
+    ServeEngine,
+    ServeSettings,
+)
 from glm_batch.glm_actors.serving.replicas.deployment import build_application
 from glm_batch.jobs.serving.serve_config import check_settings, load_settings
 from glm_batch.models.errors import ConfigError
@@ -53,26 +57,52 @@ def top(**changes: Any) -> Change:
 BAD: list[tuple[str, Change, list[str]]] = [
     ("unknown key", top(modles={}), ["serve.yaml:12: modles: unknown key", "did you mean models?"]),
     ("unknown key of a model", model(replica=2), ["models.tiny.replica: unknown key", "replicas"]),
-    ("unknown key of an engine", model(engine={"dtyp": "auto"}), ["models.tiny.engine.dtyp", "dtype"]),
+    (
+        "unknown key of an engine",
+        model(engine={"dtyp": "auto"}),
+        ["models.tiny.engine.dtyp", "dtype"],
+    ),
     ("unknown limit", top(limits={"max_token": 3}), ["limits.max_token", "max_tokens"]),
     ("no models", lambda config: config.pop("models"), ["models: the key is missing"]),
     ("empty models", top(models={}), ["models: it is empty"]),
-    ("model without a directory", top(models={"tiny": {}}), ["models.tiny.model: the key is missing"]),
+    (
+        "model without a directory",
+        top(models={"tiny": {}}),
+        ["models.tiny.model: the key is missing"],
+    ),
     ("text for a number", top(port="8000"), ['port: it is "8000"', "a whole number"]),
     ("port", top(port=70000), ["port", "1 to 65535"]),
-    ("bad dtype", model(engine={"dtype": "int8"}), ["models.tiny.engine.dtype", '"int8"', '"bfloat16"']),
+    (
+        "bad dtype",
+        model(engine={"dtype": "int8"}),
+        ["models.tiny.engine.dtype", '"int8"', '"bfloat16"'],
+    ),
     ("no replicas", model(replicas=0), ["models.tiny.replicas", "from 1 on"]),
     ("turned range", model(replicas=[3, 1]), ["models.tiny.replicas", "[least, most]"]),
     ("three replicas", model(replicas=[1, 2, 3]), ["models.tiny.replicas"]),
     ("vllm", model(engine={"kind": "vllm"}), ["models.tiny.engine.kind", "vLLM", "use torch"]),
-    ("ranks", model(engine={"tensor_parallel_size": 3}), ["models.tiny.engine.tensor_parallel_size", "use 1, 2, 4"]),
-    ("long", model(engine={"max_model_len": 1 << 20}), ["models.tiny.engine.max_model_len", "at most 2048"]),
+    (
+        "ranks",
+        model(engine={"tensor_parallel_size": 3}),
+        ["models.tiny.engine.tensor_parallel_size", "use 1, 2, 4"],
+    ),
+    (
+        "long",
+        model(engine={"max_model_len": 1 << 20}),
+        ["models.tiny.engine.max_model_len", "at most 2048"],
+    ),
     ("no directory", model(model="nowhere"), ["models.tiny.model", "no such directory"]),
     ("no checkpoint", model(model=str(ROOT / "examples")), ["models.tiny.model", "config.json"]),
-    ("name", lambda config: config["models"].update({"a b": config["models"]["tiny"]}), ["models.a b: a name has"]),
+    (
+        "name",
+        lambda config: config["models"].update({"a b": config["models"]["tiny"]}),
+        ["models.a b: a name has"],
+    ),
     (
         "names that Ray cannot tell apart",
-        lambda config: config["models"].update({"a/b": config["models"]["tiny"], "a_b": config["models"]["tiny"]}),
+        lambda config: config["models"].update(
+            {"a/b": config["models"]["tiny"], "a_b": config["models"]["tiny"]}
+        ),
         ["models: two names"],
     ),
     ("zero limit", top(limits={"max_queue": 0}), ["limits.max_queue", "above 0"]),
@@ -81,7 +111,11 @@ BAD: list[tuple[str, Change, list[str]]] = [
     ("two tokens", top(token_file="x"), ["token_env", "token_file"]),
     ("no variable", top(token_env="GLM_NO_SUCH"), ["token_env", "GLM_NO_SUCH is not there"]),
     ("short token", top(token_env="GLM_SHORT"), ["token_env", "at least 16"]),
-    ("no file", lambda config: config.update(token_file=config.pop("token_env")), ["token_file", "is not there"]),
+    (
+        "no file",
+        lambda config: config.update(token_file=config.pop("token_env")),
+        ["token_file", "is not there"],
+    ),
 ]
 
 
@@ -97,7 +131,9 @@ def refusal(path: str, *, insecure: bool = False) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("change", "needles"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+@pytest.mark.parametrize(
+    ("change", "needles"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
 def test_a_bad_configuration_is_refused(tmp_path: Path, change: Change, needles: list[str]) -> None:
     text = refusal(write(tmp_path, change))
     for needle in needles:
@@ -111,7 +147,10 @@ def test_a_good_one_is_taken(tmp_path: Path) -> None:
     assert settings.models["tiny"].replica_range == (1, 1)
     (tmp_path / "token").write_text(TOKEN + "\n")
     in_file = load_settings(
-        write(tmp_path, lambda config: config.update(token_env=None, token_file=str(tmp_path / "token")))
+        write(
+            tmp_path,
+            lambda config: config.update(token_env=None, token_file=str(tmp_path / "token")),
+        )
     )
     assert check_settings(*in_file, insecure=False) == TOKEN
 
@@ -134,8 +173,14 @@ def test_the_command_exits_with_2_and_loads_neither_ray_nor_torch(tmp_path: Path
     path = write(tmp_path, model(model="nowhere"))
     command = [sys.executable, "-X", "importtime", "-m", "glm_batch.jobs", "serve", path]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "COLUMNS": "80"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    loaded = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert done.returncode == 2
     assert "models.tiny.model: nowhere: no such directory" in done.stderr
     assert not loaded & {"ray", "torch", "fastapi"}
@@ -145,10 +190,15 @@ def test_the_command_exits_with_2_and_loads_neither_ray_nor_torch(tmp_path: Path
 def test_the_application_says_what_ray_must_know() -> None:
     """Replicas, queue lengths and shares, without a cluster."""
     engine = ServeEngine(kind="echo")
-    first, second = ServedModel(model=TINY, engine=engine, replicas=[1, 3]), ServedModel(model=TINY, replicas=2)
+    first, second = (
+        ServedModel(model=TINY, engine=engine, replicas=[1, 3]),
+        ServedModel(model=TINY, replicas=2),
+    )
     settings = ServeSettings(models={"a/b": first, "c": second})
     application = build_application(settings, None, num_cpus=0.5, num_threads=1)
-    several, two = (bound._bound_deployment for bound in application._bound_deployment.init_args[3:])
+    several, two = (
+        bound._bound_deployment for bound in application._bound_deployment.init_args[3:]
+    )
     assert (several.name, two.name, two.num_replicas) == ("model-a_b", "model-c", 2)
     scaling = several._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)

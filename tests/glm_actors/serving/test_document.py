@@ -1,4 +1,6 @@
-"""What the interface says of itself: a document with every error, and a page that needs nothing but itself."""
+"""What the interface says of itself: a document with every error, and a page that needs nothing but
+itself.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ from tests.glm_actors.serving.conftest import TOKEN, LocalBackend
 def get(path: str, token: str | None = TOKEN) -> httpx.Response:
     async def once() -> httpx.Response:
         app = build_app(LocalBackend({}), Caps(max_n=7), digest_of(TOKEN))
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client:
-            return await client.get(path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app), base_url="http://server"
+        ) as client:
+            return await client.get(
+                path, headers={"Authorization": f"Bearer {token}"} if token else {}
+            )
 
     return asyncio.run(once())
 
@@ -46,7 +52,9 @@ def test_the_page_shows_the_document_and_loads_nothing() -> None:
     parser.handle_starttag = lambda tag, attrs: (
         tags.append(tag)
         or [  # type: ignore[func-returns-value,method-assign]
-            pytest.fail(f"{tag} loads {value}") for name, value in attrs if name in ("src", "href", "style", "onload")
+            pytest.fail(f"{tag} loads {value}")
+            for name, value in attrs
+            if name in ("src", "href", "style", "onload")
         ]
     )
     parser.handle_data = texts.append  # type: ignore[method-assign]
@@ -65,7 +73,10 @@ def test_nobody_reads_it_without_the_token(path: str) -> None:
 
 
 def test_texts_of_the_document_are_no_html() -> None:
-    document: dict[str, Any] = {"info": {"title": "<b>", "version": "1", "description": "<i>&"}, "paths": {}}
+    document: dict[str, Any] = {
+        "info": {"title": "<b>", "version": "1", "description": "<i>&"},
+        "paths": {},
+    }
     assert "<b>" not in page(document)
     assert "&lt;i&gt;&amp;" in page(document)
 

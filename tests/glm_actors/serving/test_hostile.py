@@ -1,7 +1,8 @@
-"""A running server among hostile clients: some 550 requests, each refused in OpenAI's form or its connection closed.
+"""A running server among hostile clients: some 550 requests, each refused in OpenAI's form or its
+connection closed.
 
-After each group a good request gets the tokens that it got at first. At the end nothing is left behind: no block, no
-thread, no process, no memory.
+After each group a good request gets the tokens that it got at first. At the end nothing is left
+behind: no block, no thread, no process, no memory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ GOOD: dict[str, Any] = {
 LONG: dict[str, Any] = {"model": MODEL, "prompt": "Where", "max_tokens": 900, "ignore_eos": True}
 AT_ONCE = 6
 EXAMPLES = 10  # of each route and kind that schemathesis makes up
-GROWTH_BYTES = 160 << 20  # of three replicas together, with bodies of 32 MiB; a second siege took 40 MiB more
+# of three replicas together, with bodies of 32 MiB; a second siege took 40 MiB more
+GROWTH_BYTES = 160 << 20
 THREADS = 16  # of two replicas' pools, which begin small
 CHECKS: list[Any] = [
     not_a_server_error,
@@ -60,7 +62,9 @@ class Siege:
     tree: dict[str, list[int]]
     num_requests: int = 0
 
-    def post(self, body: bytes | Iterable[bytes], path: str = "/v1/chat/completions") -> httpx.Response:
+    def post(
+        self, body: bytes | Iterable[bytes], path: str = "/v1/chat/completions"
+    ) -> httpx.Response:
         return httpx.post(self.server.url + path, content=body, headers=HEADERS, timeout=60.0)
 
     def raw(self, data: bytes, seconds: float = 20.0) -> bytes:
@@ -74,7 +78,9 @@ class Siege:
         host, port = self.server.url.removeprefix("http://").split(":")
         return socket.create_connection((host, int(port)), timeout=seconds)
 
-    def assert_refused(self, group: Iterable[tuple[str, Any]], send: Callable[[Any], httpx.Response]) -> None:
+    def assert_refused(
+        self, group: Iterable[tuple[str, Any]], send: Callable[[Any], httpx.Response]
+    ) -> None:
         """All of them, some at a time; then asks whether the server still works."""
         cases = list(group)
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -92,7 +98,9 @@ class Siege:
         assert self.ask() == self.good
 
     def ask(self) -> list[int]:
-        answer = httpx.post(f"{self.server.url}/v1/chat/completions", json=GOOD, headers=HEADERS, timeout=60.0)
+        answer = httpx.post(
+            f"{self.server.url}/v1/chat/completions", json=GOOD, headers=HEADERS, timeout=60.0
+        )
         assert answer.status_code == 200, answer.text
         tokens: list[int] = answer.json()["choices"][0]["token_ids"]
         return tokens
@@ -104,7 +112,9 @@ def is_refusal(answer: httpx.Response) -> bool:
     body = answer.json()
     error = body.get("error", {})
     told = isinstance(error.get("message"), str) and 0 < len(error["message"]) < 1000
-    return body.keys() == {"error"} and error.keys() == {"message", "type", "param", "code"} and told
+    return (
+        body.keys() == {"error"} and error.keys() == {"message", "type", "param", "code"} and told
+    )
 
 
 def received(connection: socket.socket) -> bytes:
@@ -121,14 +131,21 @@ def processes(server: Server) -> list[psutil.Process]:
 
 
 def tree(server: Server) -> dict[str, list[int]]:
-    """Of the processes with the model or HTTP in them: [how many, threads, open files, resident bytes]."""
+    """Of the processes with the model or HTTP in them: [how many, threads, open files, resident
+    bytes].
+    """
     found: dict[str, list[int]] = {}
     for process in processes(server):
         name = " ".join(process.cmdline())
-        kind = next((each for each in ("ServeReplica", "decoder_child", "schema_child") if each in name), None)
+        kind = next(
+            (each for each in ("ServeReplica", "decoder_child", "schema_child") if each in name),
+            None,
+        )
         if kind is not None:
             numbers = [1, process.num_threads(), process.num_fds(), process.memory_info().rss]
-            found[kind] = [sum(pair) for pair in zip(found.get(kind, [0, 0, 0, 0]), numbers, strict=True)]
+            found[kind] = [
+                sum(pair) for pair in zip(found.get(kind, [0, 0, 0, 0]), numbers, strict=True)
+            ]
     return found
 
 
@@ -137,7 +154,11 @@ def siege(server: Server) -> Siege:
     """What the first request of each kind costs once is there before anything is measured."""
     yet = Siege(server, [], {})
     yet.good = yet.ask()
-    once = [*hostile.ODD.values(), *(body for _, body in hostile.bodies()), *[b" " * (31 << 20)] * AT_ONCE]
+    once = [
+        *hostile.ODD.values(),
+        *(body for _, body in hostile.bodies()),
+        *[b" " * (31 << 20)] * AT_ONCE,
+    ]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(yet.post, once))
     server.wait_until_idle()
@@ -168,7 +189,11 @@ def test_what_is_merely_odd_is_answered_or_refused(siege: Siege) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = dict(zip(hostile.ODD, pool.map(siege.post, hostile.ODD.values()), strict=True))
     siege.num_requests += len(answers)
-    assert {name: each.text for name, each in answers.items() if each.status_code != 200 and not is_refusal(each)} == {}
+    assert {
+        name: each.text
+        for name, each in answers.items()
+        if each.status_code != 200 and not is_refusal(each)
+    } == {}
     assert sum(each.status_code == 200 for each in answers.values()) >= 8
     siege.assert_works()
 
@@ -184,13 +209,17 @@ def test_tokens_that_open_nothing(siege: Siege) -> None:
 
 def test_ways_that_lead_nowhere(siege: Siege) -> None:
     def send(path: str) -> httpx.Response:
-        return answered(siege.raw(hostile.request("Connection: close\r\n", method="GET", path=path, body="")))
+        return answered(
+            siege.raw(hostile.request("Connection: close\r\n", method="GET", path=path, body=""))
+        )
 
     siege.assert_refused([(path, path) for path in hostile.PATHS], send)
 
 
 def answered(data: bytes) -> httpx.Response:
-    """A raw answer as httpx would give it; a connection closed without one is no answer, which 499 stands for."""
+    """A raw answer as httpx would give it; a connection closed without one is no answer, which 499
+    stands for.
+    """
     if not data:
         error = {"error": {"message": "closed", "type": "", "param": None, "code": None}}
         return httpx.Response(499, json=error)
@@ -204,7 +233,9 @@ def test_what_is_no_http(siege: Siege) -> None:
     """Ours ends with `Connection: close` in front, so that each answer has an end."""
 
     def send(data: bytes) -> httpx.Response:
-        return answered(siege.raw(data.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n", 1)))
+        return answered(
+            siege.raw(data.replace(b"Host: x\r\n", b"Host: x\r\nConnection: close\r\n", 1))
+        )
 
     siege.assert_refused(hostile.WIRE.items(), send)
 
@@ -221,7 +252,9 @@ def test_bodies_without_end(siege: Siege, path: str) -> None:
     begun = time.monotonic()
     for headers in (HEADERS, {}):
         try:
-            answer = httpx.post(siege.server.url + path, content=chunks(), headers=headers, timeout=60.0)
+            answer = httpx.post(
+                siege.server.url + path, content=chunks(), headers=headers, timeout=60.0
+            )
         except httpx.TransportError:  # closed while it was sending
             continue
         assert is_refusal(answer)
@@ -238,9 +271,15 @@ STAGES: dict[str, Callable[[Any], bytes]] = {
     "in the head": lambda _: hostile.request()[:60],
     "before the body": lambda _: hostile.request().partition(b"\r\n\r\n")[0] + b"\r\n\r\n",
     "in the body": lambda _: hostile.request()[:-9],
-    "in a chunk": lambda _: hostile.request("Transfer-Encoding: chunked\r\n", length=False, body="ff\r\nabc"),
-    "before the first token": lambda stream: hostile.request(body=json.dumps(LONG | {"stream": stream})),
-    "while it is read": lambda stream: hostile.request(body=json.dumps(LONG | {"stream": stream, "n": 4})),
+    "in a chunk": lambda _: hostile.request(
+        "Transfer-Encoding: chunked\r\n", length=False, body="ff\r\nabc"
+    ),
+    "before the first token": lambda stream: hostile.request(
+        body=json.dumps(LONG | {"stream": stream})
+    ),
+    "while it is read": lambda stream: hostile.request(
+        body=json.dumps(LONG | {"stream": stream, "n": 4})
+    ),
 }
 
 
@@ -272,10 +311,14 @@ def test_clients_that_leave_the_queue(siege: Siege) -> None:
 
 
 def test_heads_that_do_not_come_and_bodies_that_dawdle(siege: Siege) -> None:
-    """Each holds no more than a connection. The first ends within its 15 s, after which others still come through."""
+    """Each holds no more than a connection. The first ends within its 15 s, after which others
+    still come through.
+    """
     slow = [siege.connected(30.0) for _ in range(40)]
     for number, connection in enumerate(slow):
-        connection.sendall(hostile.request()[: 50 + number] if number % 2 else hostile.request()[:-5])
+        connection.sendall(
+            hostile.request()[: 50 + number] if number % 2 else hostile.request()[:-5]
+        )
     siege.num_requests += len(slow)
     siege.assert_works()
     answer = answered(received(slow[1]))
@@ -289,11 +332,14 @@ def test_heads_that_do_not_come_and_bodies_that_dawdle(siege: Siege) -> None:
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_requests_made_up_from_the_openapi_page(siege: Siege, mode: str) -> None:
-    """Statuses, content types and bodies of errors are what the page says; what breaks a schema is refused."""
+    """Statuses, content types and bodies of errors are what the page says; what breaks a schema is
+    refused.
+    """
     page = httpx.get(f"{siege.server.url}/openapi.json", headers=HEADERS, timeout=60.0).json()
     for methods in page["paths"].values():
         for described in methods.values():
-            described["security"] = []  # tokens have a test of their own; here each request gets past the border
+            # tokens have a test of their own; here each request gets past the border
+            described["security"] = []
     for found in schemathesis.openapi.from_dict(page).get_all_operations():
         operation: Any = found.ok()
         if mode == "negative" and operation.method.lower() == "get":
@@ -315,7 +361,11 @@ def made_up(siege: Siege, strategy: Any, is_hostile: bool) -> None:
             case.body["model"] = MODEL if 0 < len(case.body["model"]) <= 256 else case.body["model"]
             if not is_hostile and "n" in case.body:
                 case.body |= {"n": 1, "max_tokens": 4, "min_tokens": 0}
-        answer = case.call(base_url=siege.server.url, headers={"Authorization": HEADERS["Authorization"]}, timeout=60)
+        answer = case.call(
+            base_url=siege.server.url,
+            headers={"Authorization": HEADERS["Authorization"]},
+            timeout=60,
+        )
         siege.num_requests += 1
         case.validate_response(answer, checks=CHECKS)
         assert answer.status_code < 500
@@ -346,7 +396,9 @@ def test_nothing_is_left_behind(siege: Siege) -> None:
 def test_the_books_of_the_cache_agree(siege: Siege) -> None:
     """Asked by one who has Ray's token, as an operator would."""
     gcs = next(each for each in processes(siege.server) if each.name() == "gcs_server")
-    port = next(each.laddr.port for each in gcs.net_connections("inet") if each.status == psutil.CONN_LISTEN)
+    port = next(
+        each.laddr.port for each in gcs.net_connections("inet") if each.status == psutil.CONN_LISTEN
+    )
     lines = [
         "import ray",
         "from ray import serve",
@@ -356,6 +408,11 @@ def test_the_books_of_the_cache_agree(siege: Siege) -> None:
     ]
     environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert "agree" in done.stdout, done.stderr

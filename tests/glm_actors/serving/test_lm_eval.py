@@ -39,7 +39,10 @@ class Evaluated:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    replica = Replica(ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14)), Caps())
+    replica = Replica(
+        ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14)),
+        Caps(),
+    )
     with serving({MODEL: replica}, Caps()) as found:
         yield found
     replica.close()
@@ -47,13 +50,17 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[TorchEngine]:
-    built = TorchEngine.from_checkpoint(EngineConfig(model=TINY, dtype="float32", kv_cache_tokens=1 << 14))
+    built = TorchEngine.from_checkpoint(
+        EngineConfig(model=TINY, dtype="float32", kv_cache_tokens=1 << 14)
+    )
     yield built
     built.close()
 
 
 def tickets(job: Job, gold: str) -> list[dict[str, Any]]:
-    """Rows of the shipped examples; every third has another's gold, so that no evaluation finds them all right."""
+    """Rows of the shipped examples; every third has another's gold, so that no evaluation finds
+    them all right.
+    """
     rows = rows_of("support", job, 24)
     for row, other in zip(rows[::3], rows[1::3], strict=True):
         row[gold] = other[gold]
@@ -71,10 +78,17 @@ def task_of(job: Job, folder: Path, rows: list[dict[str, Any]], **fields: Any) -
     }  # fmt: skip
 
 
-def lm_eval(kind: str, path: str, url: str, folder: Path, task: Task, *options: str, **model_args: Any) -> Evaluated:
+def lm_eval(
+    kind: str, path: str, url: str, folder: Path, task: Task, *options: str, **model_args: Any
+) -> Evaluated:
     """Runs its command line without a network."""
     (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task, allow_unicode=True))
-    arguments = {"model": MODEL, "base_url": url + path, "num_concurrent": 4, "max_retries": 1} | model_args
+    arguments = {
+        "model": MODEL,
+        "base_url": url + path,
+        "num_concurrent": 4,
+        "max_retries": 1,
+    } | model_args
     command = [
         sys.executable, "-m", "lm_eval", "run", "--model", kind, "--tasks", task["task"], "--include_path", str(folder),
         "--model_args", ",".join(f"{name}={value}" for name, value in arguments.items()), "--log_samples",
@@ -84,19 +98,28 @@ def lm_eval(kind: str, path: str, url: str, folder: Path, task: Task, *options: 
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OPENAI_API_KEY": TOKEN,
         "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1",
     }  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     (results,) = (folder / "out").rglob("results_*.json")
     (samples,) = (folder / "out").rglob("samples_*.jsonl")
     found = json.loads(results.read_text())["results"][task["task"]]
-    accuracy = next(value for name, value in found.items() if name.split(",")[0] in ("acc", "exact_match"))
+    accuracy = next(
+        value for name, value in found.items() if name.split(",")[0] in ("acc", "exact_match")
+    )
     rows = map(json.loads, samples.read_text().splitlines())
     return Evaluated(accuracy=accuracy, samples=sorted(rows, key=lambda sample: sample["doc_id"]))
 
 
 def our_accuracy(job: Job, columns: list[Columns], rows: list[dict[str, Any]]) -> float:
     runner = TaskRunner(job, job.model)
-    found = np.mean([runner.is_right(column, row[job.task.gold]) for column, row in zip(columns, rows, strict=True)])
+    found = np.mean(
+        [
+            runner.is_right(column, row[job.task.gold])
+            for column, row in zip(columns, rows, strict=True)
+        ]
+    )
     runner.close()
     return float(found)
 
@@ -108,7 +131,8 @@ def test_multiple_choice_over_completions(url: str, engine: TorchEngine, tmp_pat
     labels = job.task.labels or []
     task = task_of(
         job, tmp_path, rows, output_type="multiple_choice",
-        doc_to_choice=[f"\n{label}" for label in labels],  # as the model writes them after its template
+        # as the model writes them after its template
+        doc_to_choice=[f"\n{label}" for label in labels],
         doc_to_target=f"{{{{{labels}.index(gold_label)}}}}",
     )  # fmt: skip
     found = lm_eval(
@@ -136,6 +160,8 @@ def test_generation_over_chat(url: str, engine: TorchEngine, tmp_path: Path) -> 
         "--system_instruction", job.task.system or "",
     )  # fmt: skip
     ours = [columns for columns, _ in batch(job, rows, engine)]
-    assert [sample["resps"][0][0] for sample in found.samples] == [columns["text"] for columns in ours]
+    assert [sample["resps"][0][0] for sample in found.samples] == [
+        columns["text"] for columns in ours
+    ]
     assert 0.3 < found.accuracy < 1.0
     assert found.accuracy == our_accuracy(job, ours, rows)

@@ -1,4 +1,6 @@
-"""Many clients at once, for a while: nothing leaks, a replica that is killed comes back, a longer queue gets more."""
+"""Many clients at once, for a while: nothing leaks, a replica that is killed comes back, a longer
+queue gets more.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeEngine, ServeSettings
+from glm_batch.glm_actors.serving.openai.serve_settings import (
+    Caps,
+    ServedModel,
+    ServeEngine,
+    ServeSettings,
+)
 from glm_batch.glm_actors.serving.replicas.deployment import APP_NAME, deployment_name
 from glm_batch.jobs.serving.serve import start
 from tests.glm_actors.serving.conftest import TINY
@@ -35,7 +42,11 @@ class Answer:
 
     @property
     def events(self) -> list[bytes]:
-        return [line.removeprefix(b"data: ") for line in self.body.split(b"\n") if line.startswith(b"data: ")]
+        return [
+            line.removeprefix(b"data: ")
+            for line in self.body.split(b"\n")
+            if line.startswith(b"data: ")
+        ]
 
     @property
     def tokens(self) -> int | None:
@@ -64,7 +75,12 @@ async def ask(port: int, model: str, num_tokens: int, leave_after: int | None = 
     }  # fmt: skip
     body = json.dumps(asked).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Connection: close", "Content-Type: application/json"]
+    head = [
+        "POST /v1/completions HTTP/1.1",
+        "Host: localhost",
+        "Connection: close",
+        "Content-Type: application/json",
+    ]
     writer.write("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
     read = b""
     try:
@@ -162,7 +178,9 @@ def test_hundreds_of_clients_leave_nothing_behind(port: int) -> None:
     assert len(before) == 2
     assert len(asyncio.run(crowd(20, 450, request))) == 450
     wait_for(lambda: is_idle(PAIR), 30.0)
-    growth = {process.pid: process.memory_info().rss - before[process.pid] for process in replicas(PAIR)}
+    growth = {
+        process.pid: process.memory_info().rss - before[process.pid] for process in replicas(PAIR)
+    }
     assert len(growth) == 2
     assert max(growth.values()) < RSS_GROWTH, growth
 
@@ -183,7 +201,12 @@ def test_a_replica_killed_under_load_costs_its_own_requests_alone(port: int) -> 
     assert len(good) >= 100
     assert errors
     assert {error["code"] for error in errors} == {"unavailable"}
-    wait_for(lambda: len(replicas(PAIR)) == 2 and victim.pid not in {each.pid for each in replicas(PAIR)}, 60.0)
+    wait_for(
+        lambda: (
+            len(replicas(PAIR)) == 2 and victim.pid not in {each.pid for each in replicas(PAIR)}
+        ),
+        60.0,
+    )
     wait_for(lambda: is_idle(PAIR), 30.0)
     assert [answer.tokens for answer in asyncio.run(crowd(8, 24, request))] == [60] * 24
     wait_for(lambda: is_idle(PAIR), 30.0)

@@ -1,4 +1,6 @@
-"""Media by URL: nothing is fetched unless its host is allowed, and then it is what the same bytes inline would be."""
+"""Media by URL: nothing is fetched unless its host is allowed, and then it is what the same bytes
+inline would be.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Handler(BaseHTTPRequestHandler):
         status = {"/picture": 200, "/away": 302}.get(self.path, 404)
         self.send_response(status)
         if status == 302:
-            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/picture")
+            self.send_header(
+                "Location", f"http://localhost:{self.server.server_address[1]}/picture"
+            )
         self.send_header("Content-Length", str(len(IMAGE) if status == 200 else 0))
         self.end_headers()
         self.wfile.write(IMAGE if status == 200 else b"")
@@ -58,7 +62,9 @@ def shown(caps: Caps, *urls: str) -> Prompt:
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     prompter = Prompter(TINY, caps)
     try:
-        return prompter.conversation([{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}])
+        return prompter.conversation(
+            [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
+        )
     finally:
         prompter.close()
 
@@ -77,16 +83,41 @@ def test_a_fetched_picture_is_the_inline_one(host: str) -> None:
     ("allowed", "path", "code", "message"),
     [
         ({}, "/picture", "media_forbidden", "data: URLs alone"),
-        ({"media_hosts": ["example.org"]}, "/picture", "media_forbidden", "hosts that this server allows"),
-        ({"media_hosts": ["{host}"]}, "/picture", "media_forbidden", "hosts that this server allows"),
-        ({"media_private_hosts": ["{host}"]}, "/away", "media_forbidden", "hosts that this server allows"),
+        (
+            {"media_hosts": ["example.org"]},
+            "/picture",
+            "media_forbidden",
+            "hosts that this server allows",
+        ),
+        (
+            {"media_hosts": ["{host}"]},
+            "/picture",
+            "media_forbidden",
+            "hosts that this server allows",
+        ),
+        (
+            {"media_private_hosts": ["{host}"]},
+            "/away",
+            "media_forbidden",
+            "hosts that this server allows",
+        ),
         ({"media_private_hosts": ["{host}"]}, "/missing", "media_not_found", "404"),
     ],
-    ids=["nothing allowed", "another host", "a private address", "a redirect to another host", "missing"],
+    ids=[
+        "nothing allowed",
+        "another host",
+        "a private address",
+        "a redirect to another host",
+        "missing",
+    ],
 )
-def test_what_is_not_fetched(host: str, allowed: dict[str, list[str]], path: str, code: str, message: str) -> None:
+def test_what_is_not_fetched(
+    host: str, allowed: dict[str, list[str]], path: str, code: str, message: str
+) -> None:
     """A refusal tells nothing of addresses inside."""
-    caps = Caps(**{key: [each.format(host=host) for each in hosts] for key, hosts in allowed.items()})  # type: ignore[arg-type]
+    caps = Caps(
+        **{key: [each.format(host=host) for each in hosts] for key, hosts in allowed.items()}
+    )  # type: ignore[arg-type]
     with pytest.raises(RowError, match=message) as caught:
         shown(caps, f"http://{host}{path}")
     assert caught.value.code == code
@@ -96,12 +127,19 @@ def test_what_is_not_fetched(host: str, allowed: dict[str, list[str]], path: str
 
 def test_all_media_of_a_request_have_a_limit_together(host: str) -> None:
     with pytest.raises(ApiError, match="together"):
-        shown(Caps(media_private_hosts=[host], max_body_bytes=len(IMAGE) - 1), f"http://{host}/picture")
+        shown(
+            Caps(media_private_hosts=[host], max_body_bytes=len(IMAGE) - 1),
+            f"http://{host}/picture",
+        )
 
 
 def test_hosts_are_checked_before_anything_starts(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
-    path.write_text(yaml.safe_dump({"models": {MODEL: {"model": TINY}}, "limits": {"media_hosts": ["*.example.org"]}}))
+    path.write_text(
+        yaml.safe_dump(
+            {"models": {MODEL: {"model": TINY}}, "limits": {"media_hosts": ["*.example.org"]}}
+        )
+    )
     settings, place = load_settings(str(path))
     with pytest.raises(ConfigError, match=r"limits\.media_hosts"):
         check_settings(settings, place, insecure=True, listens=False)

@@ -1,4 +1,6 @@
-"""The way of pieces from replicas to the HTTP process: in order, to whom they belong, and what becomes of a break."""
+"""The way of pieces from replicas to the HTTP process: in order, to whom they belong, and what
+becomes of a break.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ def test_pieces_of_one_turn_are_one_message(monkeypatch: pytest.MonkeyPatch) -> 
         first: asyncio.Queue[Piece] = asyncio.Queue()
         second: asyncio.Queue[Piece] = asyncio.Queue()
         with mailbox.box(first.put_nowait) as one, mailbox.box(second.put_nowait) as two:
-            with outlet.stream(one) as give, outlet.stream(two) as give_two, outlet.stream(999) as give_nobody:
+            with (
+                outlet.stream(one) as give,
+                outlet.stream(two) as give_two,
+                outlet.stream(999) as give_nobody,
+            ):
                 for number in range(3):
                     give(Piece(chunks=[{"n": number}], num_tokens=number))
                     give_two(Piece(num_tokens=10 + number))

@@ -1,4 +1,6 @@
-"""What a request must not do: enter without leave, ask for too much, take the server down, keep what it left behind."""
+"""What a request must not do: enter without leave, ask for too much, take the server down, keep
+what it left behind.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,15 @@ from glm_batch.glm_actors.serving.replicas.replica import Replica
 from tests.glm_actors.serving.conftest import MODEL, TINY, TOKEN, LocalBackend
 
 CAPS = Caps(max_body_bytes=400_000, body_s=0.3)
-CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
-LONG = CompletionRequest(model=MODEL, prompt="Where is", max_tokens=1500, ignore_eos=True, n=2, stream=True)
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "hello"}],
+    "max_tokens": 4,
+    "temperature": 0,
+}
+LONG = CompletionRequest(
+    model=MODEL, prompt="Where is", max_tokens=1500, ignore_eos=True, n=2, stream=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +73,11 @@ def bomb() -> str:
 
 
 def image(url: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+    return {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+        ]
+    }
 
 
 def deep(depth: int) -> dict[str, Any]:
@@ -75,7 +88,9 @@ def deep(depth: int) -> dict[str, Any]:
 
 
 def schema(value: Any) -> dict[str, Any]:
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
+    }
 
 
 PATTERNS = [{"type": "string", "pattern": f".*{number}.*"} for number in range(200)]
@@ -103,21 +118,38 @@ HOSTILE_CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "many stops": ({"stop": ["x"] * 100}, "stop: 100"),
     "empty stop": ({"stop": [""]}, "1 to 256 characters"),
     "long stop": ({"stop": "x" * 1000}, "1 to 256 characters"),
-    "stop with a surrogate": ({"stop": ["x", "a\ud800"]}, "stop: a stop string holds half of a surrogate pair"),
+    "stop with a surrogate": (
+        {"stop": ["x", "a\ud800"]},
+        "stop: a stop string holds half of a surrogate pair",
+    ),
     "only a surrogate to stop at": ({"stop": "\udfff"}, "half of a surrogate pair"),
     "name of another kind": (
-        {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x", "name": 7}]},
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "user", "content": "x", "name": 7},
+            ]
+        },
         "messages: message 1: its name is int",
     ),
-    "name of many parts": ({"messages": [{"role": "user", "content": "x", "name": ["a"]}]}, "its name is list"),
+    "name of many parts": (
+        {"messages": [{"role": "user", "content": "x", "name": ["a"]}]},
+        "its name is list",
+    ),
     "stop of another kind": ({"stop": [1, 2]}, "stop: it has none of the forms"),
     "min over max": ({"min_tokens": 9}, "min_tokens: 9"),
     "alternatives without logprobs": ({"top_logprobs": 3}, "goes with logprobs"),
-    "two thinkings": (THINKING | {"chat_template_kwargs": {"enable_thinking": False}}, "contradicts"),
+    "two thinkings": (
+        THINKING | {"chat_template_kwargs": {"enable_thinking": False}},
+        "contradicts",
+    ),
     "thinking in a schema": (THINKING | schema({"type": "object"}), "without reasoning"),
     "template option": ({"chat_template_kwargs": {"documents": ["x"]}}, "documents: unknown field"),
     "unknown format": ({"response_format": {"type": "xml"}}, "'json_schema'"),
-    "format without schema": ({"response_format": {"type": "json_schema"}}, "goes with a json_schema"),
+    "format without schema": (
+        {"response_format": {"type": "json_schema"}},
+        "goes with a json_schema",
+    ),
     "no schema": (schema({"type": "strange"}), "strange"),
     "schema by reference": (schema({"$ref": "http://127.0.0.1/schema.json"}), "not a JSON schema"),
     "deep schema": (schema(deep(400)), "recursion limit"),
@@ -134,7 +166,10 @@ HOSTILE_CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "no url": (image(None), "none of the fields"),
     "number url": (image(7), "image_url is int"),
     "many images": ({"messages": image("data:,")["messages"] * 3}, "3 images"),
-    "bytes": ({"messages": [{"role": "user", "content": [{"type": "image", "bytes": "aaaa"}]}]}, "data: URLs"),
+    "bytes": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "bytes": "aaaa"}]}]},
+        "data: URLs",
+    ),
     "options without stream": (
         {"stream_options": {"include_usage": True}},
         "stream: true",
@@ -172,7 +207,9 @@ RAW_BODIES: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/score"]
+)
 @pytest.mark.parametrize("name", RAW_BODIES)
 def test_a_body_that_is_no_request(app: Border, name: str, path: str) -> None:
     answer = call(app, "POST", path, content=RAW_BODIES[name])
@@ -213,7 +250,8 @@ def test_a_hostile_post_is_its_clients_fault(app: Border, path: str, body: dict[
     answer = call(app, "POST", path, content=json.dumps({"model": MODEL, **body}))
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert "must be a JSON object" not in answer.text  # refused for what it says, not for how it was sent
+    # refused for what it says, not for how it was sent
+    assert "must be a JSON object" not in answer.text
 
 
 @pytest.mark.parametrize(
@@ -255,7 +293,9 @@ def test_control_tokens_in_content_are_text(app: Border) -> None:
 # Bodies that do not come
 
 
-async def refused(app: Border, receive: Any, headers: list[tuple[bytes, bytes]] | None = None) -> int:
+async def refused(
+    app: Border, receive: Any, headers: list[tuple[bytes, bytes]] | None = None
+) -> int:
     """The status of an answer to a body that arrives as `receive` says."""
     sent: list[Any] = []
 
@@ -263,7 +303,13 @@ async def refused(app: Border, receive: Any, headers: list[tuple[bytes, bytes]] 
         sent.append(message)
 
     given = [(b"authorization", b"Bearer " + TOKEN.encode()), *(headers or [])]
-    scope = {"type": "http", "method": "POST", "path": "/v1/score", "query_string": b"", "headers": given}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/score",
+        "query_string": b"",
+        "headers": given,
+    }
     await app(scope, receive, send)
     return int(sent[0]["status"]) if sent else 0
 

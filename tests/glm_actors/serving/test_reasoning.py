@@ -18,7 +18,9 @@ from glm_batch.models.processing.chat import Chat
 from glm_batch.models.processing.tokenizer import Tokenizer
 from tests.glm_actors.serving.conftest import TINY
 
-PROMPT = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
+PROMPT = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
+)
 TEMPLATES = {
     "none": PROMPT,
     "open": PROMPT + "{% if add_generation_prompt %}\n<think>{% endif %}",
@@ -45,7 +47,9 @@ def pieces_of(text: str, rng: random.Random) -> list[str]:
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-@pytest.mark.parametrize(("form", "text"), [(form, text) for form, texts in TEXTS.items() for text in texts])
+@pytest.mark.parametrize(
+    ("form", "text"), [(form, text) for form, texts in TEXTS.items() for text in texts]
+)
 @pytest.mark.parametrize("thinking", [True, False])
 def test_pieces_joined(chats: dict[str, Chat], form: str, text: str, thinking: bool) -> None:
     chat = chats[form]
@@ -67,7 +71,9 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     for file in Path(TINY).glob("*.json"):
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "chat_template.jinja").write_text(TEMPLATES["open"])
-    replica = Replica(ServedModel(model=str(folder), engine=ServeEngine(kind="echo"), thinking=True), Caps())
+    replica = Replica(
+        ServedModel(model=str(folder), engine=ServeEngine(kind="echo"), thinking=True), Caps()
+    )
     yield replica
     replica.close()
 
@@ -75,7 +81,12 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
 def ask(replica: Replica, **fields: Any) -> dict[str, Any]:
     """The message of an answer, whole or put together from its chunks."""
     body = ChatRequest.model_validate(
-        {"model": "m", "messages": [{"role": "user", "content": "Hm. </think> Yes."}], "max_tokens": 200} | fields
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "Hm. </think> Yes."}],
+            "max_tokens": 200,
+        }
+        | fields
     )
 
     async def whole() -> dict[str, Any]:
@@ -99,7 +110,10 @@ def test_reasoning_has_a_field_of_its_own(thinker: Replica, stream: bool) -> Non
     assert message["role"] == "assistant"
     assert message["reasoning_content"].endswith("Hm.")
     assert message["content"].startswith("Yes.")
-    for off in ({"thinking": {"type": "disabled"}}, {"chat_template_kwargs": {"enable_thinking": False}}):
+    for off in (
+        {"thinking": {"type": "disabled"}},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ):
         plain = ask(thinker, stream=stream, **off)
         assert "reasoning_content" not in plain
         assert "Hm. </think> Yes." in plain["content"]

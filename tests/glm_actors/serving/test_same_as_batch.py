@@ -1,4 +1,6 @@
-"""The same rows through the batch path and through a request: the same tokens, the same probabilities."""
+"""The same rows through the batch path and through a request: the same tokens, the same
+probabilities.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ NUM_ROWS = 6
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[TorchEngine]:
-    built = TorchEngine.from_checkpoint(EngineConfig(model=TINY, dtype="float32", kv_cache_tokens=1 << 14))
+    built = TorchEngine.from_checkpoint(
+        EngineConfig(model=TINY, dtype="float32", kv_cache_tokens=1 << 14)
+    )
     yield built
     built.close()
 
@@ -51,7 +55,11 @@ def rows_of(folder: str, job: Job, count: int = NUM_ROWS) -> list[dict[str, Any]
     name = {"support": "tickets-1", "shapes": "shapes-1", "clips": "clips-1"}[folder]
     rows = pq.read_table(EXAMPLES / folder / f"{name}.parquet").slice(0, 3 * count).to_pylist()
     runner = TaskRunner(job, job.model)
-    good = [row for row, prompt in zip(rows, runner.prompts(rows), strict=True) if isinstance(prompt, Prompt)]
+    good = [
+        row
+        for row, prompt in zip(rows, runner.prompts(rows), strict=True)
+        if isinstance(prompt, Prompt)
+    ]
     runner.close()
     return good[:count]
 
@@ -62,7 +70,9 @@ def _medium(row: dict[str, Any]) -> tuple[str, bytes]:
     return kind, row.get(kind) or b""
 
 
-def batch(job: Job, rows: list[dict[str, Any]], engine: TorchEngine) -> list[tuple[Columns, Completion]]:
+def batch(
+    job: Job, rows: list[dict[str, Any]], engine: TorchEngine
+) -> list[tuple[Columns, Completion]]:
     """What the stages of a job do, without Ray."""
     runner = TaskRunner(job, job.model)
     prompts = runner.prompts(rows)
@@ -103,7 +113,9 @@ def test_generated_tokens(replica: Replica, engine: TorchEngine) -> None:
         )
         for row in rows
     ]  # fmt: skip
-    for (columns, completion), answer in zip(batch(job, rows, engine), ask(replica, bodies), strict=True):
+    for (columns, completion), answer in zip(
+        batch(job, rows, engine), ask(replica, bodies), strict=True
+    ):
         (choice,) = answer["choices"]
         assert choice["message"]["content"] == columns["text"]
         assert tuple(choice["token_ids"]) == completion.outputs[0].token_ids
@@ -131,7 +143,9 @@ def test_extracted_json(replica: Replica, engine: TorchEngine) -> None:
         assert answer["choices"][0]["message"]["content"].strip() == columns["json"]
 
 
-@pytest.mark.parametrize(("name", "folder"), [("route", "support"), ("shape", "shapes"), ("motion", "clips")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("route", "support"), ("shape", "shapes"), ("motion", "clips")]
+)
 def test_label_probabilities(replica: Replica, engine: TorchEngine, name: str, folder: str) -> None:
     job = job_of(name)
     rows = rows_of(folder, job)
@@ -144,8 +158,13 @@ def test_label_probabilities(replica: Replica, engine: TorchEngine, name: str, f
             for row in rows
         ]  # fmt: skip
     else:
-        bodies = [ScoreRequest(model=MODEL, messages=[_shown(row, job)], labels=job.task.labels or []) for row in rows]
-    for (columns, _), answer in zip(batch(job, rows, engine), ask(replica, list(bodies)), strict=True):
+        bodies = [
+            ScoreRequest(model=MODEL, messages=[_shown(row, job)], labels=job.task.labels or [])
+            for row in rows
+        ]
+    for (columns, _), answer in zip(
+        batch(job, rows, engine), ask(replica, list(bodies)), strict=True
+    ):
         np.testing.assert_allclose(answer["label_probs"], columns["label_probs"], atol=1e-6)
         assert answer["label"] == columns["label"]
         assert answer["off_set_mass"] == pytest.approx(columns["off_set_mass"], abs=1e-6)
@@ -154,7 +173,10 @@ def test_label_probabilities(replica: Replica, engine: TorchEngine, name: str, f
 
 def _shown(row: dict[str, Any], job: Job) -> dict[str, Any]:
     kind, data = _medium(row)
-    part = {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/any;base64," + base64.b64encode(data).decode()}}
+    part = {
+        "type": f"{kind}_url",
+        f"{kind}_url": {"url": f"data:{kind}/any;base64," + base64.b64encode(data).decode()},
+    }
     return {"role": "user", "content": [part, {"type": "text", "text": job.task.prompt}]}
 
 
@@ -162,7 +184,9 @@ def test_vectors(replica: Replica, engine: TorchEngine) -> None:
     data = {"kind": "embed", "prompt": "{text}", "pooling": "mean"}
     job = _with_task(job_of("reply"), data)
     rows = rows_of("support", job)
-    body = EmbeddingRequest(model=MODEL, input=[row["text"] for row in rows], pooling="mean", normalize=False)
+    body = EmbeddingRequest(
+        model=MODEL, input=[row["text"] for row in rows], pooling="mean", normalize=False
+    )
     (answer,) = ask(replica, [body])
     for (columns, _), item in zip(batch(job, rows, engine), answer["data"], strict=True):
         np.testing.assert_allclose(item["embedding"], columns["vector"], atol=1e-5)

@@ -26,7 +26,9 @@ START_S = 240.0
 
 def config_file(folder: Path, **keys: Any) -> str:
     path = folder / "serve.yaml"
-    path.write_text(yaml.safe_dump({"models": {MODEL: {"model": TINY, "engine": {"dtype": "float32"}}}} | keys))
+    path.write_text(
+        yaml.safe_dump({"models": {MODEL: {"model": TINY, "engine": {"dtype": "float32"}}}} | keys)
+    )
     return str(path)
 
 
@@ -40,7 +42,13 @@ def free_port() -> int:
 def test_serve_run(tmp_path: Path) -> None:
     port = free_port()
     arguments = {"config": config_file(tmp_path, token_env="GLM_TEST_TOKEN")}
-    applications = [{"name": "glm", "import_path": "glm_batch.jobs.serving.serve:application", "args": arguments}]
+    applications = [
+        {
+            "name": "glm",
+            "import_path": "glm_batch.jobs.serving.serve:application",
+            "args": arguments,
+        }
+    ]
     ray_file = tmp_path / "ray.yaml"
     options = {"host": "127.0.0.1", "port": port}
     ray_file.write_text(yaml.safe_dump({"http_options": options, "applications": applications}))
@@ -54,11 +62,23 @@ def test_serve_run(tmp_path: Path) -> None:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=TOKEN, max_retries=0, timeout=60.0)
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key=TOKEN, max_retries=0, timeout=60.0
+        )
         assert [model.id for model in client.models.list()] == [MODEL]
-        asked: dict[str, Any] = {"model": MODEL, "prompt": "Where is", "temperature": 0, "max_tokens": 8}
+        asked: dict[str, Any] = {
+            "model": MODEL,
+            "prompt": "Where is",
+            "temperature": 0,
+            "max_tokens": 8,
+        }
         whole = client.completions.create(**asked).choices[0].text
-        assert "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)) == whole
+        assert (
+            "".join(
+                chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)
+            )
+            == whole
+        )
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="wrong").models.list()
         process.send_signal(signal.SIGINT)
@@ -83,7 +103,9 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def test_the_builder_takes_the_same_configuration(tmp_path: Path) -> None:
-    assert isinstance(application({"config": config_file(tmp_path), "insecure": "true"}), serve.Application)
+    assert isinstance(
+        application({"config": config_file(tmp_path), "insecure": "true"}), serve.Application
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The whole server, by clients as they are: the openai package, and HTTP where it would be too polite."""
+"""The whole server, by clients as they are: the openai package, and HTTP where it would be too
+polite.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from tests.glm_actors.serving.conftest import CAPS, MODEL, ROOT, TOKEN, TWO_RANK
 
 TICKET: list[Any] = [
     {"role": "system", "content": "You work at the support desk of a web shop."},
-    {"role": "user", "content": "Write a one-line reply to this ticket.\n\nWhere is my parcel? It is late."},
+    {
+        "role": "user",
+        "content": "Write a one-line reply to this ticket.\n\nWhere is my parcel? It is late.",
+    },
 ]
 LONG: dict[str, Any] = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
 
@@ -33,7 +38,9 @@ def test_models_are_listed(server: Server) -> None:
 
 def test_each_model_answers_to_its_name_on_one_rank_or_two(server: Server) -> None:
     answers = [
-        server.client.chat.completions.create(model=model, messages=TICKET, temperature=0, max_tokens=12)
+        server.client.chat.completions.create(
+            model=model, messages=TICKET, temperature=0, max_tokens=12
+        )
         for model in (MODEL, TWO_RANKS)
     ]
     assert [answer.model for answer in answers] == [MODEL, TWO_RANKS]
@@ -41,20 +48,33 @@ def test_each_model_answers_to_its_name_on_one_rank_or_two(server: Server) -> No
 
 
 def test_a_stream_joined_is_the_whole_answer(server: Server) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "messages": TICKET, "temperature": 0, "max_tokens": 40, "seed": 1, "n": 2}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": TICKET,
+        "temperature": 0,
+        "max_tokens": 40,
+        "seed": 1,
+        "n": 2,
+    }
     whole = server.client.chat.completions.create(**asked)
     texts = {0: "", 1: ""}
     finish: dict[int, str | None] = {}
     usage = None
     options: Any = {"include_usage": True}
-    for chunk in server.client.chat.completions.create(**asked, stream=True, stream_options=options):
+    for chunk in server.client.chat.completions.create(
+        **asked, stream=True, stream_options=options
+    ):
         assert chunk.object == "chat.completion.chunk"
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""
             finish[choice.index] = choice.finish_reason
         usage = chunk.usage or usage
-    assert [texts[choice.index] for choice in whole.choices] == [choice.message.content for choice in whole.choices]
-    assert [finish[choice.index] for choice in whole.choices] == [choice.finish_reason for choice in whole.choices]
+    assert [texts[choice.index] for choice in whole.choices] == [
+        choice.message.content for choice in whole.choices
+    ]
+    assert [finish[choice.index] for choice in whole.choices] == [
+        choice.finish_reason for choice in whole.choices
+    ]
     assert len(texts[0]) > 20
     assert usage is not None
     assert whole.usage is not None
@@ -64,22 +84,43 @@ def test_a_stream_joined_is_the_whole_answer(server: Server) -> None:
 
 def test_stop_strings_and_seeds(server: Server) -> None:
     create = server.client.chat.completions.create
-    free = create(model=MODEL, messages=TICKET, temperature=0, max_tokens=40).choices[0].message.content or ""
+    free = (
+        create(model=MODEL, messages=TICKET, temperature=0, max_tokens=40)
+        .choices[0]
+        .message.content
+        or ""
+    )
     stop = free[8:11]
-    stopped = create(model=MODEL, messages=TICKET, temperature=0, max_tokens=40, stop=[stop]).choices[0]
+    stopped = create(
+        model=MODEL, messages=TICKET, temperature=0, max_tokens=40, stop=[stop]
+    ).choices[0]
     assert stopped.message.content == free.partition(stop)[0]
     assert stopped.finish_reason == "stop"
-    hot: dict[str, Any] = {"temperature": 2.0, "max_tokens": 30, "extra_body": {"repetition_penalty": 5.0}}
-    drawn = [create(model=MODEL, messages=TICKET, seed=seed, **hot).choices[0].message.content for seed in (3, 3, 4)]
+    hot: dict[str, Any] = {
+        "temperature": 2.0,
+        "max_tokens": 30,
+        "extra_body": {"repetition_penalty": 5.0},
+    }
+    drawn = [
+        create(model=MODEL, messages=TICKET, seed=seed, **hot).choices[0].message.content
+        for seed in (3, 3, 4)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_log_probabilities(server: Server) -> None:
-    asked: Any = {"model": MODEL, "messages": TICKET, "temperature": 0, "max_tokens": 6, "logprobs": True}
+    asked: Any = {
+        "model": MODEL,
+        "messages": TICKET,
+        "temperature": 0,
+        "max_tokens": 6,
+        "logprobs": True,
+    }
     choice = server.client.chat.completions.create(**asked, top_logprobs=3).choices[0]
     assert choice.logprobs is not None
     entries = choice.logprobs.content or []
-    assert "".join(entry.token for entry in entries) == f"\n{choice.message.content}"  # the template's line break
+    # the template's line break
+    assert "".join(entry.token for entry in entries) == f"\n{choice.message.content}"
     for entry in entries:
         assert len(entry.top_logprobs) == 3
         assert entry.token == entry.top_logprobs[0].token
@@ -102,8 +143,17 @@ class Ticket(pydantic.BaseModel):
 
 def test_structured_output(server: Server) -> None:
     schema = Ticket.model_json_schema()
-    response_format: Any = {"type": "json_schema", "json_schema": {"name": "ticket", "strict": True, "schema": schema}}
-    asked: Any = {"model": MODEL, "messages": TICKET, "response_format": response_format, "max_tokens": 200, "n": 2}
+    response_format: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "ticket", "strict": True, "schema": schema},
+    }
+    asked: Any = {
+        "model": MODEL,
+        "messages": TICKET,
+        "response_format": response_format,
+        "max_tokens": 200,
+        "n": 2,
+    }
     for choice in server.client.chat.completions.create(**asked).choices:
         jsonschema.validate(json.loads(choice.message.content or ""), schema)
     parsed = server.client.chat.completions.parse(
@@ -115,22 +165,37 @@ def test_structured_output(server: Server) -> None:
 def picture() -> tuple[bytes, str]:
     """A shipped picture and what it shows."""
     table = pq.read_table(next((ROOT / "examples" / "shapes").glob("*.parquet")))
-    row = next(row for row in table.to_pylist() if row["gold_shape"] and row["image"] and len(row["image"]) > 200)
+    row = next(
+        row
+        for row in table.to_pylist()
+        if row["gold_shape"] and row["image"] and len(row["image"]) > 200
+    )
     return row["image"], row["gold_shape"]
 
 
 def test_images_come_as_data_urls(server: Server) -> None:
     data, shape = picture()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Which shape is it?"}]
+    content: Any = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "Which shape is it?"},
+    ]
     answer = server.client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=8
     )
     assert shape in (answer.choices[0].message.content or "")
-    for bad in ("http://127.0.0.1/x.png", "file:///etc/passwd", "/etc/passwd", "data:image/png;base64,AAAA", "data:,"):
+    for bad in (
+        "http://127.0.0.1/x.png",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "data:image/png;base64,AAAA",
+        "data:,",
+    ):
         content[0]["image_url"]["url"] = bad
         with pytest.raises(openai.BadRequestError):
-            server.client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": content}])
+            server.client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": content}]
+            )
 
 
 def test_embeddings_in_both_encodings(server: Server) -> None:
@@ -163,7 +228,9 @@ def test_errors_have_the_packages_classes(server: Server) -> None:
         openai.OpenAI(base_url=client.base_url, api_key="wrong", max_retries=0).models.list()
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff"])
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff"]
+)
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/nowhere"])
 def test_nothing_without_the_token(server: Server, path: str, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
@@ -175,14 +242,18 @@ def test_nothing_without_the_token(server: Server, path: str, header: str | None
 
 def test_health_is_open_and_the_page_describes_every_route(server: Server) -> None:
     assert httpx.get(f"{server.url}/health", timeout=60.0).json() == {"status": "ok"}
-    page = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60.0).json()
+    page = httpx.get(
+        f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60.0
+    ).json()
     assert {"/v1/chat/completions", "/v1/score", "/tokenize", "/metrics"} <= page["paths"].keys()
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
     """In the middle of a stream, and while it waits for a whole answer."""
     blocks = server.wait_until_idle()["glm_engine_blocks"]
-    stream = server.client.completions.create(model=MODEL, prompt="Where is", stream=True, n=4, logprobs=1, **LONG)
+    stream = server.client.completions.create(
+        model=MODEL, prompt="Where is", stream=True, n=4, logprobs=1, **LONG
+    )
     for _, _chunk in zip(range(8), stream, strict=False):
         pass
     busy = server.metrics()
@@ -201,14 +272,20 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
 def test_a_full_queue_is_tried_again(server: Server) -> None:
     """The package waits as long as Retry-After says, and comes again."""
     create = server.client.completions.create
-    streams = [create(model=MODEL, prompt="Where is", stream=True, logprobs=1, **LONG) for _ in range(16)]
+    streams = [
+        create(model=MODEL, prompt="Where is", stream=True, logprobs=1, **LONG) for _ in range(16)
+    ]
     for stream in streams:
         next(iter(stream))
     with pytest.raises(openai.RateLimitError) as caught:
         create(model=MODEL, prompt="Where is", max_tokens=4)
     assert caught.value.response.headers["Retry-After"] == "1"
     with ThreadPoolExecutor(1) as pool:
-        later = pool.submit(server.client.with_options(max_retries=8).completions.create, model=MODEL, prompt="Where")
+        later = pool.submit(
+            server.client.with_options(max_retries=8).completions.create,
+            model=MODEL,
+            prompt="Where",
+        )
         for stream in streams:
             stream.close()
         assert later.result().choices[0].finish_reason
@@ -236,7 +313,9 @@ def test_many_clients_at_once(server: Server) -> None:
 
 
 def test_a_signal_lets_requests_finish_and_takes_no_new_ones(own_server: Server) -> None:
-    stream = own_server.client.completions.create(model=MODEL, prompt="Where is", stream=True, logprobs=1, **LONG)
+    stream = own_server.client.completions.create(
+        model=MODEL, prompt="Where is", stream=True, logprobs=1, **LONG
+    )
     first = next(iter(stream))
     own_server.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 10.0
@@ -246,5 +325,12 @@ def test_a_signal_lets_requests_finish_and_takes_no_new_ones(own_server: Server)
     assert answer.headers["Retry-After"] == "1"
     rest = [chunk.choices[0] for chunk in stream]
     assert rest[-1].finish_reason == "length"
-    assert sum(len(choice.logprobs.tokens or []) for choice in [first.choices[0], *rest] if choice.logprobs) == 900
+    assert (
+        sum(
+            len(choice.logprobs.tokens or [])
+            for choice in [first.choices[0], *rest]
+            if choice.logprobs
+        )
+        == 900
+    )
     assert own_server.process.wait(timeout=60) == 0

@@ -1,4 +1,6 @@
-"""A batch job through a live application: the job's own records, whatever becomes of the application meanwhile."""
+"""A batch job through a live application: the job's own records, whatever becomes of the
+application meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,17 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeEngine, ServeSettings
-from glm_batch.glm_actors.serving.replicas.deployment import APP_NAME, ModelDeployment, deployment_name
+from glm_batch.glm_actors.serving.openai.serve_settings import (
+    Caps,
+    ServedModel,
+    ServeEngine,
+    ServeSettings,
+)
+from glm_batch.glm_actors.serving.replicas.deployment import (
+    APP_NAME,
+    ModelDeployment,
+    deployment_name,
+)
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.glm_actors.shared.shared_model import BatchWork
 from glm_batch.jobs.__main__ import EXIT_BAD_CONFIG, app
@@ -75,32 +86,48 @@ def tickets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(ray_cluster: None, tickets: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def alone(
+    ray_cluster: None, tickets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What the job comes to with an engine of its own."""
     return records(run(make_job(tickets, tmp_path_factory.mktemp("alone"))))
 
 
 def deploy(port: int = 8000, limits: Caps = CAPS, **engine: Any) -> None:
-    """Starts the application, or replaces its model's replicas if the engine's settings are others than before."""
+    """Starts the application, or replaces its model's replicas if the engine's settings are others
+    than before.
+    """
     chosen = ServeEngine(**({"dtype": "float32"} | engine))
-    start(ServeSettings(models={SHARED: ServedModel(model=TINY, engine=chosen)}, port=port, limits=limits), None)
+    start(
+        ServeSettings(
+            models={SHARED: ServedModel(model=TINY, engine=chosen)}, port=port, limits=limits
+        ),
+        None,
+    )
 
 
 def make_job(tickets: Path, folder: Path, **engine: Any) -> Job:
     job, _ = load_job(str(EXAMPLES / "reply.yaml"), [f"model={TINY}", "engine.dtype=float32"])
     settings = replace(job.engine, **engine)
     commit = replace(job.commit, unit_rows=25, every_seconds=1.0)
-    return replace(job, input=[str(tickets)], output=str(folder / "out"), engine=settings, commit=commit)
+    return replace(
+        job, input=[str(tickets)], output=str(folder / "out"), engine=settings, commit=commit
+    )
 
 
 def records(result: Any) -> list[dict[str, Any]]:
     """All but what depends on the rows that were there before."""
     rows = [row for table in result.iter_tables() for row in table.to_pylist()]
-    return [{name: value for name, value in row.items() if name not in ("cached_tokens", "attempts")} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in ("cached_tokens", "attempts")}
+        for row in rows
+    ]
 
 
 class Once:
-    """As a job's on_progress: does something in another thread once a number of units are committed."""
+    """As a job's on_progress: does something in another thread once a number of units are
+    committed.
+    """
 
     def __init__(self, *acts: tuple[int, Callable[[], None]]) -> None:
         self._acts = list(acts)
@@ -163,10 +190,14 @@ def test_another_model_under_the_same_name_ends_the_job_and_the_right_one_finish
 ) -> None:
     job = make_job(tickets, tmp_path)
     other = Once((4, lambda: deploy(dtype="bfloat16")))
-    with pytest.raises(ConfigError, match=r"no longer serves.*engine\.dtype: float32 in the job, bfloat16 there"):
+    with pytest.raises(
+        ConfigError, match=r"no longer serves.*engine\.dtype: float32 in the job, bfloat16 there"
+    ):
         run(job, other, app=APP_NAME)
     other.join()
-    with pytest.raises(ConfigError, match=r"does not serve.*engine\.dtype: float32 in the job, bfloat16 there"):
+    with pytest.raises(
+        ConfigError, match=r"does not serve.*engine\.dtype: float32 in the job, bfloat16 there"
+    ):
         run(job, app=APP_NAME)
     deploy()
     result = run(job, app=APP_NAME)
@@ -174,11 +205,15 @@ def test_another_model_under_the_same_name_ends_the_job_and_the_right_one_finish
     assert records(result) == alone
 
 
-def test_the_command_refuses_an_application_that_does_not_run(url: str, tickets: Path, tmp_path: Path) -> None:
+def test_the_command_refuses_an_application_that_does_not_run(
+    url: str, tickets: Path, tmp_path: Path
+) -> None:
     job_file = tmp_path / "job.yaml"
     task = {"kind": "generate", "prompt": "{text}"}
     out = str(tmp_path / "out")
-    job_file.write_text(yaml.safe_dump({"model": TINY, "input": [str(tickets)], "output": out, "task": task}))
+    job_file.write_text(
+        yaml.safe_dump({"model": TINY, "input": [str(tickets)], "output": out, "task": task})
+    )
     result = CliRunner().invoke(app, ["label", str(job_file), "--app", "nobody"])
     assert result.exit_code == EXIT_BAD_CONFIG
     assert "--app nobody: no such application runs on this Ray cluster" in result.output
@@ -186,7 +221,9 @@ def test_the_command_refuses_an_application_that_does_not_run(url: str, tickets:
 
 
 def test_requests_are_answered_while_the_application_is_redeployed(url: str) -> None:
-    """Every stream comes to its end, at the old ingress or the new one, and nobody is turned away in between."""
+    """Every stream comes to its end, at the old ingress or the new one, and nobody is turned away
+    in between.
+    """
     port = httpx.URL(url).port
     assert port is not None
     deploy(port=port)
@@ -220,7 +257,9 @@ def test_requests_are_answered_while_the_application_is_redeployed(url: str) -> 
 
 
 def poisoned(starts: Path) -> type:
-    """A ModelDeployment whose process a row with POISON in it ends; it notes each of its processes in a file."""
+    """A ModelDeployment whose process a row with POISON in it ends; it notes each of its processes
+    in a file.
+    """
 
     class Poisoned(ModelDeployment):
         def __init__(self, *arguments: Any) -> None:
@@ -241,10 +280,15 @@ def test_a_row_that_kills_replicas_fails_alone_after_four_deaths(
 ) -> None:
     starts = tmp_path / "starts"
     with monkeypatch.context() as patched:
-        patched.setattr("glm_batch.glm_actors.serving.replicas.deployment.ModelDeployment", poisoned(starts))
+        patched.setattr(
+            "glm_batch.glm_actors.serving.replicas.deployment.ModelDeployment", poisoned(starts)
+        )
         deploy(kind="echo")
     texts = ["poison " * LONG if row == 70 else f"shape {row}" for row in range(150)]
-    pq.write_table(pa.table({"id": [f"r{row}" for row in range(150)], "text": texts}), tmp_path / "rows.parquet")
+    pq.write_table(
+        pa.table({"id": [f"r{row}" for row in range(150)], "text": texts}),
+        tmp_path / "rows.parquet",
+    )
     job = replace(
         make_job(tmp_path / "rows.parquet", tmp_path, kind="echo"),
         task=TaskConfig(kind="choose", prompt="{text}", labels=["circle", "square"]),
@@ -273,13 +317,17 @@ def test_without_a_cluster_there_is_no_application(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", refuse)
-    with pytest.raises(ConfigError, match="no Ray cluster answers on this machine: nothing at auto"):
+    with pytest.raises(
+        ConfigError, match="no Ray cluster answers on this machine: nothing at auto"
+    ):
         run(make_job(tickets, tmp_path), app=APP_NAME)
 
 
 def test_work_of_a_caller_that_is_gone_leaves_the_engine(replica: Replica) -> None:
     endless = Generate(sampling=SamplingParams(max_tokens=400, ignore_eos=True))
-    requests = [Request(id=f"x{i}", input_ids=[1, 2, 3 + i], work=endless, priority=BATCH) for i in range(4)]
+    requests = [
+        Request(id=f"x{i}", input_ids=[1, 2, 3 + i], work=endless, priority=BATCH) for i in range(4)
+    ]
     work = BatchWork(caller="c", identity=replica.identity, requests=requests)
 
     async def abandon() -> None:

@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_batch.glm_actors.shared.shared_engine import MESSAGE_BYTES, MESSAGE_ROWS, Patience, SharedEngine
+from glm_batch.glm_actors.shared.shared_engine import (
+    MESSAGE_BYTES,
+    MESSAGE_ROWS,
+    Patience,
+    SharedEngine,
+)
 from glm_batch.glm_actors.shared.shared_model import (
     Answer,
     AppFailedError,
@@ -26,11 +31,21 @@ from glm_batch.glm_actors.shared.shared_suspects import BARREN_DEATHS
 from glm_batch.glm_actors.units.model_actor import ModelActor
 from glm_batch.glm_actors.units.unit_journal import UnitJournal
 from glm_batch.models.engine.api.interface import EngineConfig
-from glm_batch.models.engine.api.request import BATCH, Choose, Completion, Embed, Media, MediaItem, Request
+from glm_batch.models.engine.api.request import (
+    BATCH,
+    Choose,
+    Completion,
+    Embed,
+    Media,
+    MediaItem,
+    Request,
+)
 from glm_batch.models.engine.echo import EchoEngine
 from glm_batch.models.errors import ConfigError, EngineError
 
-IDENTITY = ModelIdentity(checkpoint="c", kind="torch", dtype="float32", max_model_len="auto", version="1.0")
+IDENTITY = ModelIdentity(
+    checkpoint="c", kind="torch", dtype="float32", max_model_len="auto", version="1.0"
+)
 MODEL = SharedModel(app="app", deployment="model-x", identity=IDENTITY)
 HASTE = Patience(messages=2, pause_s=0.001, max_pause_s=0.002, absence_s=0.1)
 
@@ -42,7 +57,10 @@ class FakeLine:
     """
 
     def __init__(
-        self, *troubles: Exception | ModelIdentity, identity: ModelIdentity = IDENTITY, poison: Collection[int] = ()
+        self,
+        *troubles: Exception | ModelIdentity,
+        identity: ModelIdentity = IDENTITY,
+        poison: Collection[int] = (),
     ) -> None:
         self.troubles = list(troubles)
         self.num_deaths = 0
@@ -66,7 +84,9 @@ class FakeLine:
             while not self.hold.is_set():
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0)
-            if replica == self.num_deaths and any(self._poison & set(request.input_ids) for request in work.requests):
+            if replica == self.num_deaths and any(
+                self._poison & set(request.input_ids) for request in work.requests
+            ):
                 self.num_deaths += 1
             await asyncio.sleep(0)
             if replica != self.num_deaths:
@@ -106,7 +126,10 @@ def build() -> Iterator[Build]:
 
 
 def requests(count: int) -> list[Request]:
-    return [Request(id=f"r{i}", input_ids=[i, i + 1], work=Choose(choices=((1,), (2,), (3,)))) for i in range(count)]
+    return [
+        Request(id=f"r{i}", input_ids=[i, i + 1], work=Choose(choices=((1,), (2,), (3,))))
+        for i in range(count)
+    ]
 
 
 def drain(engine: SharedEngine) -> dict[str, Completion]:
@@ -130,7 +153,9 @@ def same(done: dict[str, Completion], expected: dict[str, Completion]) -> bool:
     }
 
 
-def test_requests_go_in_small_messages_at_batch_priority_and_come_back_under_their_own_names(build: Build) -> None:
+def test_requests_go_in_small_messages_at_batch_priority_and_come_back_under_their_own_names(
+    build: Build,
+) -> None:
     line = FakeLine()
     engine = build(line)
     wanted = requests(5 * MESSAGE_ROWS + 1)
@@ -150,7 +175,9 @@ def test_requests_go_in_small_messages_at_batch_priority_and_come_back_under_the
 
 
 def test_what_a_replica_took_with_it_is_sent_again(build: Build) -> None:
-    line = FakeLine(ReplicaLostError("killed"), NoReplicaError("starting"), ReplicaLostError("killed"))
+    line = FakeLine(
+        ReplicaLostError("killed"), NoReplicaError("starting"), ReplicaLostError("killed")
+    )
     engine = build(line)
     wanted = requests(3)
     engine.submit(wanted)
@@ -162,9 +189,14 @@ def test_what_a_replica_took_with_it_is_sent_again(build: Build) -> None:
     ("bad", "deaths"),
     [((70,), 4), ((0,), 4), ((33, 34), 6), (tuple(range(40, 44)), 10), ((5, 70), 8)],
 )
-def test_rows_that_replicas_do_not_survive_fail_alone(build: Build, bad: tuple[int, ...], deaths: int) -> None:
+def test_rows_that_replicas_do_not_survive_fail_alone(
+    build: Build, bad: tuple[int, ...], deaths: int
+) -> None:
     """At most four deaths for one, and two more for another one in the same message."""
-    wanted = [replace(each, input_ids=[row, 1000 if row in bad else 0]) for row, each in enumerate(requests(100))]
+    wanted = [
+        replace(each, input_ids=[row, 1000 if row in bad else 0])
+        for row, each in enumerate(requests(100))
+    ]
     line = FakeLine(poison=[1000])
     engine = build(line)
     engine.submit(wanted)
@@ -222,7 +254,10 @@ def test_an_abort_ends_a_message_that_nobody_wants_any_more(build: Build) -> Non
     engine.abort([*aborted, wanted[-1].id, "nobody"])
     line.hold.set()
     done = drain(engine)
-    assert {name for name, each in done.items() if each.finish_reason == "abort"} == {*aborted, wanted[-1].id}
+    assert {name for name, each in done.items() if each.finish_reason == "abort"} == {
+        *aborted,
+        wanted[-1].id,
+    }
     assert done.keys() == {request.id for request in wanted}
     assert line.num_cancelled == 1
 
@@ -244,7 +279,9 @@ def test_messages_with_media_are_bounded_by_their_size(build: Build) -> None:
     patches = np.zeros((4, MESSAGE_BYTES // 10), np.uint8)  # 0.4 of a message
     item = MediaItem(kind="image", patches=patches, grid_thw=(1, 2, 2), digest=b"0123")
     media = Media(items=(item,), positions=np.zeros((3, 2), np.int64))
-    engine.submit([Request(id=str(i), input_ids=[1, 2], work=Embed(), media=media) for i in range(5)])
+    engine.submit(
+        [Request(id=str(i), input_ids=[1, 2], work=Embed(), media=media) for i in range(5)]
+    )
     assert len(drain(engine)) == 5
     assert sorted(len(work.requests) for work in line.works) == [1, 2, 2]
 
@@ -263,7 +300,9 @@ def test_what_cannot_be_sent_is_refused(build: Build, wrong: dict[str, Any]) -> 
 def test_an_identity_is_that_of_files_and_settings(echo_checkpoint: Path) -> None:
     path = str(echo_checkpoint)
     mine = ModelIdentity.of(EngineConfig(model=path, dtype="float32"))
-    assert mine == ModelIdentity.of(EngineConfig(model=path, dtype="float32", kind="torch", device="cpu"))
+    assert mine == ModelIdentity.of(
+        EngineConfig(model=path, dtype="float32", kind="torch", device="cpu")
+    )
     limited = ModelIdentity.of(EngineConfig(model=path, kind="echo", max_model_len=8))
     assert mine.differences(limited) == [
         "engine.kind: torch in the job, echo there",
@@ -275,11 +314,14 @@ def test_an_identity_is_that_of_files_and_settings(echo_checkpoint: Path) -> Non
     assert told.startswith(f"it runs glm-batch 9.9, the job {mine.version}: ")
 
 
-def test_an_application_that_fails_ends_the_job_and_not_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_application_that_fails_ends_the_job_and_not_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Another process of the job would lose as many replicas again."""
     line = FakeLine(poison=range(200))
     monkeypatch.setattr(
-        "glm_batch.glm_actors.units.model_actor.connect", lambda model: SharedEngine(model, line, HASTE)
+        "glm_batch.glm_actors.units.model_actor.connect",
+        lambda model: SharedEngine(model, line, HASTE),
     )
     actor = ModelActor(MODEL, 1)
     with pytest.raises(AppFailedError):

@@ -11,7 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from glm_batch.glm_actors.units.batches import request_table, to_completions, to_requests, with_completions
+from glm_batch.glm_actors.units.batches import (
+    request_table,
+    to_completions,
+    to_requests,
+    with_completions,
+)
 from glm_batch.models.checkpoint.normalization import MediaKind
 from glm_batch.models.engine.api.request import (
     Choose,
@@ -36,7 +41,11 @@ from glm_batch.models.errors import RowError
 
 WORKS: list[Work] = [
     Choose(choices=((1, 2), (3,)), count_end=True),
-    Generate(sampling=SamplingParams(temperature=0.5, stop=("a", "b"), stop_token_ids=(1,), n=2, seed=2**62)),
+    Generate(
+        sampling=SamplingParams(
+            temperature=0.5, stop=("a", "b"), stop_token_ids=(1,), n=2, seed=2**62
+        )
+    ),
     Generate(constraint=Constraint(kind="regex", text="a+")),
     Classify(),
     Tag(),
@@ -120,7 +129,12 @@ def test_completions_come_back_equal(fields: dict[str, Any]) -> None:
 
 
 def test_an_error_of_the_engine_becomes_the_rows_error() -> None:
-    failed = Completion(id="k1", finish_reason="error", prompt_tokens=9, error=RowError("prompt_too_long", "9 tokens"))
+    failed = Completion(
+        id="k1",
+        finish_reason="error",
+        prompt_tokens=9,
+        error=RowError("prompt_too_long", "9 tokens"),
+    )
     (found,) = to_completions(with_completions(request_table(["k1"], [make_request(1)]), [failed]))
     assert isinstance(found, Completion)
     assert (str(found.error), found.prompt_tokens) == ("[prompt_too_long] 9 tokens", 9)
@@ -129,10 +143,16 @@ def test_an_error_of_the_engine_becomes_the_rows_error() -> None:
 # Media
 
 
-def make_item(seed: int, grid: tuple[int, int, int] = (1, 4, 6), kind: MediaKind = "image") -> MediaItem:
+def make_item(
+    seed: int, grid: tuple[int, int, int] = (1, 4, 6), kind: MediaKind = "image"
+) -> MediaItem:
     copies = 2 if kind == "video" else 1
-    patches = np.random.default_rng(seed).integers(0, 256, (math.prod(grid), copies * 12), dtype=np.uint8)
-    return MediaItem(kind=kind, patches=patches, grid_thw=grid, digest=hashlib.sha256(patches.tobytes()).digest())
+    patches = np.random.default_rng(seed).integers(
+        0, 256, (math.prod(grid), copies * 12), dtype=np.uint8
+    )
+    return MediaItem(
+        kind=kind, patches=patches, grid_thw=grid, digest=hashlib.sha256(patches.tobytes()).digest()
+    )
 
 
 def with_media(number: int, *items: MediaItem) -> Request:
@@ -143,7 +163,9 @@ def with_media(number: int, *items: MediaItem) -> Request:
 
 CIRCLE, SQUARE, WIDE = make_item(1), make_item(2), make_item(3, (1, 2, 12))
 CLIP = make_item(4, (3, 2, 4), "video")
-SAME_BYTES = MediaItem(kind="image", patches=CIRCLE.patches, grid_thw=(1, 6, 4), digest=CIRCLE.digest)
+SAME_BYTES = MediaItem(
+    kind="image", patches=CIRCLE.patches, grid_thw=(1, 6, 4), digest=CIRCLE.digest
+)
 ROWS: list[Request | RowError] = [
     RowError("bad_image", "cut off"),
     with_media(1, CIRCLE, CLIP, CIRCLE),  # twice in one row
@@ -186,10 +208,18 @@ def good(rows: list[Request | RowError]) -> list[Request]:
 WAYS: dict[str, Callable[[pa.Table], pa.Table]] = {
     "as it is": lambda table: table,
     "over IPC": over_ipc,
-    "a slice of something longer": lambda table: pa.concat_tables([table, table]).combine_chunks().slice(0, len(ROWS)),
-    "the rest of something longer": lambda table: behind(request_table(["k"], [with_media(9, make_item(9))]), table),
-    "several chunks": lambda table: pa.concat_tables([table.slice(0, 2), table.slice(2, 3), table.slice(5)]),
-    "several chunks over IPC": lambda table: over_ipc(pa.concat_tables([table.slice(0, 2), table.slice(2)])),
+    "a slice of something longer": lambda table: (
+        pa.concat_tables([table, table]).combine_chunks().slice(0, len(ROWS))
+    ),
+    "the rest of something longer": lambda table: behind(
+        request_table(["k"], [with_media(9, make_item(9))]), table
+    ),
+    "several chunks": lambda table: pa.concat_tables(
+        [table.slice(0, 2), table.slice(2, 3), table.slice(5)]
+    ),
+    "several chunks over IPC": lambda table: over_ipc(
+        pa.concat_tables([table.slice(0, 2), table.slice(2)])
+    ),
     "an empty chunk": lambda table: pa.concat_tables([table.slice(0, 0), table]),
 }
 
@@ -207,22 +237,35 @@ def test_media_come_back_equal_and_are_not_copied(way: str) -> None:
 
 def lies_within(array: np.ndarray[Any, Any], column: pa.ChunkedArray) -> bool:
     buffers = [chunk.values.field("patches").buffers()[2] for chunk in column.chunks]
-    return any(b.address <= array.ctypes.data <= b.address + b.size - array.nbytes for b in buffers if b is not None)
+    return any(
+        b.address <= array.ctypes.data <= b.address + b.size - array.nbytes
+        for b in buffers
+        if b is not None
+    )
 
 
 def test_each_item_is_in_the_table_once() -> None:
     table = request_table(KEYS, ROWS)
-    distinct = {item.key: item.patches.nbytes for row in good(ROWS) if row.media for item in row.media.items}
+    distinct = {
+        item.key: item.patches.nbytes for row in good(ROWS) if row.media for item in row.media.items
+    }
     patches = table["media"].chunk(0).values.field("patches")
     assert patches.null_count == 3
     assert patches.buffers()[2].size == sum(distinct.values())
-    first, second = (request.media for request in to_requests(table)[:3] if request.media is not None)
+    first, second = (
+        request.media for request in to_requests(table)[:3] if request.media is not None
+    )
     assert first.items[0] is first.items[2] is second.items[1]
 
 
 def test_types_of_the_media_columns() -> None:
     schema = request_table(KEYS, ROWS).schema
-    item = {"kind": pa.string(), "grid": pa.list_(pa.int32(), 3), "digest": pa.binary(), "patches": pa.large_binary()}
+    item = {
+        "kind": pa.string(),
+        "grid": pa.list_(pa.int32(), 3),
+        "digest": pa.binary(),
+        "patches": pa.large_binary(),
+    }
     assert schema.field("media").type == pa.list_(pa.struct(item))
     assert schema.field("positions").type == pa.list_(pa.int32())
     assert schema == request_table(["k1"], [with_media(1, CLIP)]).schema
@@ -236,7 +279,9 @@ def test_types_of_the_media_columns() -> None:
 
 
 def test_a_row_whose_patches_were_cut_off_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"patches of a row's image of grid .* stood in an earlier row"):
+    with pytest.raises(
+        ValueError, match=r"patches of a row's image of grid .* stood in an earlier row"
+    ):
         to_requests(request_table(KEYS, ROWS).slice(2))
 
 
@@ -257,7 +302,10 @@ def test_patches_that_are_not_contiguous_are_carried_too() -> None:
 
 def test_media_do_not_reach_the_completions() -> None:
     table = request_table(KEYS, ROWS)
-    answers = [Completion(id=row.id, finish_reason="scored", media_tokens=6 * i) for i, row in enumerate(good(ROWS))]
+    answers = [
+        Completion(id=row.id, finish_reason="scored", media_tokens=6 * i)
+        for i, row in enumerate(good(ROWS))
+    ]
     answered = with_completions(table, answers)
     assert not {"media", "positions"} & set(answered.column_names)
     found = [row for row in to_completions(answered) if isinstance(row, Completion)]

@@ -1,4 +1,6 @@
-"""A row at which preprocessing raises what nobody foresaw costs that row; an error of the whole job is no row's."""
+"""A row at which preprocessing raises what nobody foresaw costs that row; an error of the whole job
+is no row's.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,17 @@ class Doubling:
     def num_rows(self, table: pa.Table) -> int:
         return int(table.num_rows)
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         numbers = table["n"].to_pylist()[start:stop]
         if not lost and self.bad & set(numbers):
             raise self.error
         works = [Classify() if n % 2 else Embed() for n in numbers]
-        requests = [lost or Request(id=f"r{n}", input_ids=[n], work=w) for n, w in zip(numbers, works, strict=True)]
+        requests = [
+            lost or Request(id=f"r{n}", input_ids=[n], work=w)
+            for n, w in zip(numbers, works, strict=True)
+        ]
         return request_table([f"r{n}" for n in numbers], requests)
 
 
@@ -39,15 +46,21 @@ def prepare(bad: Iterable[int], num_rows: int, error: Exception | None = None) -
     return RowWorker(lambda: [transform])(pa.table({"n": list(range(num_rows))}))
 
 
-@pytest.mark.parametrize(("bad", "num_rows"), [([], 5), ([2], 5), ([0, 4], 5), ([0, 1, 2], 4), ([0], 1)])
+@pytest.mark.parametrize(
+    ("bad", "num_rows"), [([], 5), ([2], 5), ([0, 4], 5), ([0, 1, 2], 4), ([0], 1)]
+)
 def test_a_row_that_raises_fails_alone(bad: list[int], num_rows: int) -> None:
     table = prepare(bad, num_rows)
     assert table["row_key"].to_pylist() == [f"r{n}" for n in range(num_rows)]
-    assert table["error_code"].to_pylist() == ["internal_error" if n in bad else None for n in range(num_rows)]
+    assert table["error_code"].to_pylist() == [
+        "internal_error" if n in bad else None for n in range(num_rows)
+    ]
     assert all("an odd corner" in table["error_message"][n].as_py() for n in bad)
     good = [n for n in range(num_rows) if n not in bad]
     assert [list(request.input_ids) for request in to_requests(table)] == [[n] for n in good]
-    assert [type(request.work) for request in to_requests(table)] == [Classify if n % 2 else Embed for n in good]
+    assert [type(request.work) for request in to_requests(table)] == [
+        Classify if n % 2 else Embed for n in good
+    ]
 
 
 def test_what_every_row_raises_is_no_row_s_fault() -> None:
@@ -63,13 +76,19 @@ def test_our_own_errors_pass() -> None:
 class Showing(Doubling):
     """The same with an image for each number; a table of errors alone has no columns for images."""
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         numbers = table["n"].to_pylist()[start:stop]
         if not lost and self.bad & set(numbers):
             raise self.error
-        item = MediaItem(kind="image", patches=np.zeros((1, 4), np.uint8), grid_thw=(1, 1, 1), digest=b"d")
+        item = MediaItem(
+            kind="image", patches=np.zeros((1, 4), np.uint8), grid_thw=(1, 1, 1), digest=b"d"
+        )
         media = Media(items=(item,), positions=np.zeros((3, 1), np.int64))
-        requests = [lost or Request(id=f"r{n}", input_ids=[n], work=Embed(), media=media) for n in numbers]
+        requests = [
+            lost or Request(id=f"r{n}", input_ids=[n], work=Embed(), media=media) for n in numbers
+        ]
         return request_table([f"r{n}" for n in numbers], requests)
 
 

@@ -1,6 +1,8 @@
-"""What config.json and generation_config.json mean, in every shape in which GLM checkpoints write them.
+"""What config.json and generation_config.json mean, in every shape in which GLM checkpoints write
+them.
 
-Two oracles: the published numbers (parameter counts), and transformers' own reading of the same files.
+Two oracles: the published numbers (parameter counts), and transformers' own reading of the same
+files.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ WriteConfig = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> WriteConfig:
-    """write(**keys) -> checkpoint directory with that config.json (glm4 unless `architectures` says otherwise)."""
+    """write(**keys) -> checkpoint directory with that config.json (glm4 unless `architectures` says
+    otherwise).
+    """
 
     def write_config(generation: dict[str, Any] | None = None, **keys: Any) -> Path:
         config = {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"} | keys
@@ -34,12 +38,15 @@ def write(tmp_path: Path) -> WriteConfig:
 
 
 def read_by_transformers(path: Path, family: str) -> Any:
-    return {"glm": transformers.GlmConfig, "glm4": transformers.Glm4Config}[family].from_pretrained(path)
+    return {"glm": transformers.GlmConfig, "glm4": transformers.Glm4Config}[family].from_pretrained(
+        path
+    )
 
 
 # Rope: the key forms, and which of them wins
 
-ROPE_FORMS: dict[str, tuple[dict[str, Any], float, int]] = {  # keys -> theta, rotary_dim of a head of 128
+# keys -> theta, rotary_dim of a head of 128
+ROPE_FORMS: dict[str, tuple[dict[str, Any], float, int]] = {
     "nothing": ({}, 1e4, 64),
     "v4 flat": ({"rope_theta": 5e6, "partial_rotary_factor": 0.25}, 5e6, 32),
     "v4 flat, no scaling": ({"rope_theta": 5e6, "partial_rotary_factor": 0.5, "rope_scaling": None}, 5e6, 64),
@@ -63,36 +70,68 @@ def test_rope_keys_in_every_form(write: WriteConfig, family: str, form: str) -> 
     keys, theta, rotary_dim = ROPE_FORMS[form]
     architecture = {"glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM"}[family]
     rope = load_config(write(architectures=[architecture], model_type=family, **keys)).rope
-    assert (rope.rope_type, rope.rope_theta, rope.rotary_dim, rope.factor) == ("default", theta, rotary_dim, 1.0)
+    assert (rope.rope_type, rope.rope_theta, rope.rotary_dim, rope.factor) == (
+        "default",
+        theta,
+        rotary_dim,
+        1.0,
+    )
 
 
-@pytest.mark.parametrize("form", [form for form in ROPE_FORMS if "null" not in form and "win" not in form])
+@pytest.mark.parametrize(
+    "form", [form for form in ROPE_FORMS if "null" not in form and "win" not in form]
+)
 def test_rope_forms_are_read_as_transformers_does(write: WriteConfig, form: str) -> None:
     path = write(**ROPE_FORMS[form][0])
     ours, theirs = load_config(path).rope, read_by_transformers(path, "glm4").rope_parameters
-    assert (ours.rope_theta, ours.rotary_dim) == (theirs["rope_theta"], int(128 * theirs["partial_rotary_factor"]))
+    assert (ours.rope_theta, ours.rotary_dim) == (
+        theirs["rope_theta"],
+        int(128 * theirs["partial_rotary_factor"]),
+    )
 
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("alias", ["type", "rope_type"])
-def test_yarn_in_both_dictionaries_and_under_both_names(write: WriteConfig, name: str, alias: str) -> None:
-    scaling = {alias: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 16}
-    rope = load_config(write(**{name: scaling}, max_position_embeddings=131072, rope_theta=5e6)).rope
-    assert (rope.rope_type, rope.factor, rope.original_max_position_embeddings) == ("yarn", 4.0, 32768)
-    assert (rope.rope_theta, rope.rotary_dim, rope.beta_fast, rope.beta_slow) == (5e6, 64, 16.0, 1.0)
+def test_yarn_in_both_dictionaries_and_under_both_names(
+    write: WriteConfig, name: str, alias: str
+) -> None:
+    scaling = {
+        alias: "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+        "beta_fast": 16,
+    }
+    rope = load_config(
+        write(**{name: scaling}, max_position_embeddings=131072, rope_theta=5e6)
+    ).rope
+    assert (rope.rope_type, rope.factor, rope.original_max_position_embeddings) == (
+        "yarn",
+        4.0,
+        32768,
+    )
+    assert (rope.rope_theta, rope.rotary_dim, rope.beta_fast, rope.beta_slow) == (
+        5e6,
+        64,
+        16.0,
+        1.0,
+    )
 
 
 def test_yarn_without_factor_or_original_length(write: WriteConfig) -> None:
     """The factor is then the ratio of the lengths, and the original length the checkpoint's own."""
     scaling = {"rope_type": "yarn", "original_max_position_embeddings": 32768}
-    assert load_config(write(rope_scaling=scaling, max_position_embeddings=65536)).rope.factor == 2.0
+    assert (
+        load_config(write(rope_scaling=scaling, max_position_embeddings=65536)).rope.factor == 2.0
+    )
     scaling = {"rope_type": "yarn", "factor": 4}
     rope = load_config(write(rope_scaling=scaling, max_position_embeddings=32768)).rope
     assert (rope.factor, rope.original_max_position_embeddings) == (4.0, 32768)
 
 
 def test_a_rope_scaling_added_to_a_v5_config_takes_effect(write: WriteConfig) -> None:
-    """As the published advice on long inputs has it; the default type beside it must not switch it off."""
+    """As the published advice on long inputs has it; the default type beside it must not switch it
+    off.
+    """
     v5 = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
     rope = load_config(write(rope_parameters=v5, rope_scaling={"type": "yarn", "factor": 4.0})).rope
     assert (rope.rope_type, rope.factor, rope.rope_theta) == ("yarn", 4.0, 5e6)
@@ -109,7 +148,9 @@ def test_other_rope_types_are_refused(write: WriteConfig, kind: str) -> None:
 @pytest.mark.parametrize("factor", [None, 0.5, "4"])
 def test_linear_scaling_needs_a_factor(write: WriteConfig, factor: Any) -> None:
     path = write(rope_scaling={"rope_type": "linear", "factor": factor})
-    with pytest.raises(ConfigError, match=r"config\.json: rope_scaling\.factor is .*needs a number >= 1"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json: rope_scaling\.factor is .*needs a number >= 1"
+    ):
         load_config(path)
 
 
@@ -128,10 +169,16 @@ def test_class_defaults(write: WriteConfig) -> None:
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.rms_norm_eps == 1.5625e-07
     assert ours.eos_token_ids == tuple(theirs.eos_token_id)
-    assert (ours.dtype, ours.id2label, ours.problem_type) == ("float32", ("LABEL_0", "LABEL_1"), None)
+    assert (ours.dtype, ours.id2label, ours.problem_type) == (
+        "float32",
+        ("LABEL_0", "LABEL_1"),
+        None,
+    )
 
 
-@pytest.mark.parametrize("keys", [{"attention_bias": False}, {"rms_norm_eps": 1e-5}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "keys", [{"attention_bias": False}, {"rms_norm_eps": 1e-5}, {"tie_word_embeddings": True}]
+)
 def test_stated_values_win_over_defaults(write: WriteConfig, keys: dict[str, Any]) -> None:
     (name, value), config = *keys.items(), load_config(write(**keys))
     assert getattr(config, name) == value
@@ -148,11 +195,15 @@ def test_the_new_name_of_dtype_wins(write: WriteConfig) -> None:
 
 
 @pytest.mark.parametrize("stated", [{}, {"eos_token_id": 7}, {"eos_token_id": [7, 8]}])
-def test_end_ids_come_from_generation_config_first(write: WriteConfig, stated: dict[str, Any]) -> None:
+def test_end_ids_come_from_generation_config_first(
+    write: WriteConfig, stated: dict[str, Any]
+) -> None:
     assert load_config(write(generation={"eos_token_id": [5, 6]}, **stated)).eos_token_ids == (5, 6)
 
 
-@pytest.mark.parametrize(("stated", "ids"), [(7, (7,)), ([7, 8], (7, 8)), (None, (151329, 151336, 151338))])
+@pytest.mark.parametrize(
+    ("stated", "ids"), [(7, (7,)), ([7, 8], (7, 8)), (None, (151329, 151336, 151338))]
+)
 @pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}])
 def test_end_ids_without_generation_config(
     write: WriteConfig, generation: dict[str, Any] | None, stated: Any, ids: tuple[int, ...]
@@ -168,7 +219,9 @@ def test_no_padding_token_is_not_the_default_one(write: WriteConfig, pad: int | 
 
 def test_labels(write: WriteConfig) -> None:
     architecture = ["GlmForSequenceClassification"]
-    labelled = load_config(write(architectures=architecture, id2label={"1": "no", "0": "yes", "2": "maybe"}))
+    labelled = load_config(
+        write(architectures=architecture, id2label={"1": "no", "0": "yes", "2": "maybe"})
+    )
     assert (labelled.num_labels, labelled.id2label) == (3, ("yes", "no", "maybe"))
     counted = load_config(write(architectures=architecture, num_labels=3))
     assert (counted.num_labels, counted.id2label) == (3, ("LABEL_0", "LABEL_1", "LABEL_2"))
@@ -189,7 +242,9 @@ def test_architectures(write: WriteConfig, architecture: str, family: str, head:
 
 
 @pytest.mark.parametrize("model_type", ["glm", "glm4"])
-def test_without_architectures_the_model_type_is_a_causal_model(write: WriteConfig, model_type: str) -> None:
+def test_without_architectures_the_model_type_is_a_causal_model(
+    write: WriteConfig, model_type: str
+) -> None:
     config = load_config(write(architectures=None, model_type=model_type))
     assert (config.family, config.head) == (model_type, "causal_lm")
 
@@ -236,10 +291,14 @@ def test_what_cannot_run_is_refused_with_file_key_and_remedy(write: WriteConfig,
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"hidden_size": 1'])
 def test_broken_files_are_named(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"config\.json: no such file; the model must be a checkpoint directory"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json: no such file; the model must be a checkpoint directory"
+    ):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.json: (cannot be read as JSON|expected a JSON object)"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json: (cannot be read as JSON|expected a JSON object)"
+    ):
         load_config(tmp_path)
 
 
@@ -263,7 +322,9 @@ def test_parameter_counts_of_the_published_models(write: WriteConfig, model: str
     assert load_config(write(**keys)).num_parameters == count
 
 
-@pytest.mark.parametrize("head", ["ForCausalLM", "ForSequenceClassification", "ForTokenClassification"])
+@pytest.mark.parametrize(
+    "head", ["ForCausalLM", "ForSequenceClassification", "ForTokenClassification"]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameter_counts_equal_transformers(write: WriteConfig, head: str, tied: bool) -> None:
     path = write(
@@ -309,16 +370,29 @@ def test_resolve_tells_two_rope_dictionaries_apart(write: WriteConfig) -> None:
     path = write(rope_scaling={"rope_theta": 5e6}, rope_parameters={"partial_rotary_factor": 0.25})
     found = {resolved.name: resolved.source for resolved in resolve(path)}
     assert found["rope.rope_theta"] == "config.json: rope_scaling.rope_theta"
-    assert found["rope.rotary_dim"] == "config.json: rope_parameters.partial_rotary_factor x head_dim"
+    assert (
+        found["rope.rotary_dim"] == "config.json: rope_parameters.partial_rotary_factor x head_dim"
+    )
 
 
 # GLM-4.1V: text keys in text_config or at the root, and a vision tower
 
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
-V4_ROPE = {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "default", "mrope_section": [8, 12, 12]}}
+ROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [8, 12, 12],
+}
+V4_ROPE = {
+    "partial_rotary_factor": 0.5,
+    "rope_scaling": {"type": "default", "mrope_section": [8, 12, 12]},
+}
 GLM4V: dict[str, dict[str, Any]] = {
     "nested": {"text_config": {"rope_parameters": ROPE}, "vision_config": {}},
-    "nested, v4 rope": {"text_config": V4_ROPE, "vision_config": {"rope_parameters": {"rope_type": "default"}}},
+    "nested, v4 rope": {
+        "text_config": V4_ROPE,
+        "vision_config": {"rope_parameters": {"rope_type": "default"}},
+    },
     "flat": {**V4_ROPE, "vision_config": {}},
     "flat without vision_config": {"rope_parameters": ROPE},
 }
@@ -327,7 +401,9 @@ GLM4V: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def write_glm4v(write: WriteConfig) -> WriteConfig:
     def write_config(**keys: Any) -> Path:
-        return write(**({"architectures": ["Glm4vForConditionalGeneration"], "model_type": "glm4v"} | keys))
+        return write(
+            **({"architectures": ["Glm4vForConditionalGeneration"], "model_type": "glm4v"} | keys)
+        )
 
     return write_config
 
@@ -339,13 +415,25 @@ def nested(**keys: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("form", GLM4V)
 def test_glm4v_in_every_form(write_glm4v: WriteConfig, form: str) -> None:
     config = load_config(write_glm4v(**GLM4V[form]))
-    assert (config.family, config.head, config.head_dim, config.rms_norm_eps) == ("glm4v", "causal_lm", 128, 1e-5)
+    assert (config.family, config.head, config.head_dim, config.rms_norm_eps) == (
+        "glm4v",
+        "causal_lm",
+        128,
+        1e-5,
+    )
     assert (config.rope.rotary_dim, config.rope.mrope_section) == (64, (8, 12, 12))
-    assert (config.max_position_embeddings, config.pad_token_id, config.eos_token_ids) == (32768, None, ())
+    assert (config.max_position_embeddings, config.pad_token_id, config.eos_token_ids) == (
+        32768,
+        None,
+        (),
+    )
     assert config.vision is not None
     assert config.media_tokens is not None
     assert (config.vision.depth, config.vision.grid_size, config.vision.rope_theta) == (24, 24, 1e4)
-    assert (config.media_tokens.image_token_id, config.media_tokens.video_end_token_id) == (151343, 151342)
+    assert (config.media_tokens.image_token_id, config.media_tokens.video_end_token_id) == (
+        151343,
+        151342,
+    )
     assert config.num_parameters == 10_292_777_472
     assert config.vision.num_parameters == 892_498_432
 
@@ -354,9 +442,22 @@ def test_glm4v_in_every_form(write_glm4v: WriteConfig, form: str) -> None:
 def test_glm4v_is_read_as_transformers_does(write_glm4v: WriteConfig, form: str) -> None:
     path = write_glm4v(**GLM4V[form])
     ours, theirs = load_config(path), transformers.Glm4vConfig.from_pretrained(path)
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"):
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+    ):
         assert getattr(ours, name) == getattr(theirs.text_config, name), name
-    for name in ("depth", "hidden_size", "num_heads", "out_hidden_size", "intermediate_size", "rms_norm_eps"):
+    for name in (
+        "depth",
+        "hidden_size",
+        "num_heads",
+        "out_hidden_size",
+        "intermediate_size",
+        "rms_norm_eps",
+    ):
         assert getattr(ours.vision, name) == getattr(theirs.vision_config, name), name
     assert theirs.text_config.rope_parameters["partial_rotary_factor"] == 0.5
     for name in ("image_token_id", "video_start_token_id"):
@@ -371,21 +472,35 @@ def test_glm4v_always_has_biases_and_no_head_dim_of_its_own(write_glm4v: WriteCo
 
 def test_ids_stand_beside_or_in_text_config(write_glm4v: WriteConfig) -> None:
     inside = load_config(write_glm4v(**nested(pad_token_id=5, eos_token_id=[6, 7])))
-    beside = load_config(write_glm4v(**nested(pad_token_id=None), pad_token_id=5, eos_token_id=[6, 7]))
-    assert (inside.pad_token_id, inside.eos_token_ids) == (beside.pad_token_id, beside.eos_token_ids) == (5, (6, 7))
+    beside = load_config(
+        write_glm4v(**nested(pad_token_id=None), pad_token_id=5, eos_token_id=[6, 7])
+    )
+    assert (
+        (inside.pad_token_id, inside.eos_token_ids)
+        == (beside.pad_token_id, beside.eos_token_ids)
+        == (5, (6, 7))
+    )
 
 
 @pytest.mark.parametrize("place", ["root", "text_config"])
 def test_tied_embeddings_and_dtype_in_both_places(write_glm4v: WriteConfig, place: str) -> None:
     stated = {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
-    keys = {**nested(), **stated} if place == "root" else {**nested(**stated), "tie_word_embeddings": False}
+    keys = (
+        {**nested(), **stated}
+        if place == "root"
+        else {**nested(**stated), "tie_word_embeddings": False}
+    )
     config = load_config(write_glm4v(**keys))
     assert (config.tie_word_embeddings, config.dtype) == (True, "bfloat16")
 
 
 def test_glm4v_classifier(write_glm4v: WriteConfig) -> None:
     config = load_config(
-        write_glm4v(architectures=["Glm4vForSequenceClassification"], id2label={"0": "a", "1": "b"}, **nested())
+        write_glm4v(
+            architectures=["Glm4vForSequenceClassification"],
+            id2label={"0": "a", "1": "b"},
+            **nested(),
+        )
     )
     assert (config.head, config.id2label) == ("sequence_classification", ("a", "b"))
     assert config.num_parameters == 10_292_777_472 - 151552 * 4096 + 2 * 4096
@@ -397,7 +512,10 @@ def test_glm4v_sources_name_the_section(write_glm4v: WriteConfig) -> None:
     assert found["hidden_size"] == "config.json: text_config.hidden_size"
     assert found["rope.mrope_section"] == "config.json: text_config.rope_parameters.mrope_section"
     assert found["vision.depth"] == "config.json: vision_config.depth"
-    assert (found["image_token_id"], found["video_token_id"]) == ("config.json: image_token_id", "class default")
+    assert (found["image_token_id"], found["video_token_id"]) == (
+        "config.json: image_token_id",
+        "class default",
+    )
     assert found["vision.hidden_size"] == "class default"
 
 
@@ -424,5 +542,8 @@ REFUSED_GLM4V: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED_GLM4V)
 def test_a_glm4v_that_cannot_run_is_refused(write_glm4v: WriteConfig, case: str) -> None:
     keys, message = REFUSED_GLM4V[case]
-    with pytest.raises(ConfigError, match=r"config\.json: (text_config\.)?(rope_\w+\.)?(vision_config\.)?" + message):
+    with pytest.raises(
+        ConfigError,
+        match=r"config\.json: (text_config\.)?(rope_\w+\.)?(vision_config\.)?" + message,
+    ):
         load_config(write_glm4v(**keys))

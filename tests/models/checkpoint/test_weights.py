@@ -71,7 +71,9 @@ def test_many_missing_tensors_are_counted(make_checkpoint: MakeCheckpoint, tmp_p
 
 def test_unexpected_tensors_are_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     change = {"model.layers.0.self_attn.o_proj.bias": torch.zeros(256)}
-    path = rewritten(make_checkpoint("glm4"), tmp_path / "c", lambda tensors: tensors.update(change))
+    path = rewritten(
+        make_checkpoint("glm4"), tmp_path / "c", lambda tensors: tensors.update(change)
+    )
     assert_refused(path, "unexpected: model.layers.0.self_attn.o_proj.bias")
 
 
@@ -79,23 +81,39 @@ def test_unexpected_tensors_are_named(make_checkpoint: MakeCheckpoint, tmp_path:
 def test_a_wrong_attention_bias_is_noticed(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, flag: bool, word: str
 ) -> None:
-    path = rewritten(make_checkpoint("glm4", attention_bias=not flag), tmp_path / "c", lambda tensors: None)
+    path = rewritten(
+        make_checkpoint("glm4", attention_bias=not flag), tmp_path / "c", lambda tensors: None
+    )
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"attention_bias": flag}))
-    assert_refused(path, f"{word}: model.layers.0.self_attn.k_proj.bias", "check the architecture, attention_bias")
+    assert_refused(
+        path,
+        f"{word}: model.layers.0.self_attn.k_proj.bias",
+        "check the architecture, attention_bias",
+    )
 
 
 def test_a_wrong_shape_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
-    path = rewritten(make_checkpoint("glm4"), tmp_path / "c", lambda tensors: tensors.update({name: torch.ones(4, 4)}))
-    assert_refused(path, f"model.safetensors: tensor {name} is [4, 4], config.json asks for [256, 320]")
+    path = rewritten(
+        make_checkpoint("glm4"),
+        tmp_path / "c",
+        lambda tensors: tensors.update({name: torch.ones(4, 4)}),
+    )
+    assert_refused(
+        path, f"model.safetensors: tensor {name} is [4, 4], config.json asks for [256, 320]"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantised_tensors_are_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_quantised_tensors_are_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, dtype: torch.dtype
+) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     path = rewritten(
-        make_checkpoint("glm4"), tmp_path / "c", lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+        make_checkpoint("glm4"),
+        tmp_path / "c",
+        lambda tensors: tensors.update({name: tensors[name].to(dtype)}),
     )
     assert_refused(path, name, f"stored as {str(dtype).removeprefix('torch.')}", "quantised")
 
@@ -117,7 +135,9 @@ def test_pickled_weights_are_refused(make_checkpoint: MakeCheckpoint, tmp_path: 
     (path / "model.safetensors").unlink()
     assert_refused(path, f"{path}: no model.safetensors and no model.safetensors.index.json")
     (path / "pytorch_model.bin").write_bytes(b"")
-    assert_refused(path, f"{path}: holds pytorch_model.bin", "pickled weights can run code", "convert")
+    assert_refused(
+        path, f"{path}: holds pytorch_model.bin", "pickled weights can run code", "convert"
+    )
 
 
 @pytest.fixture
@@ -137,7 +157,9 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
     shards = sorted(sharded.glob("*.safetensors"))
     for shard in shards[::2]:
         shard.unlink()
-    assert_refused(sharded, "model.safetensors.index.json: names the shard", shards[0].name, "copy it there")
+    assert_refused(
+        sharded, "model.safetensors.index.json: names the shard", shards[0].name, "copy it there"
+    )
 
 
 def test_an_index_naming_an_absent_tensor_is_refused(sharded: Path) -> None:
@@ -151,7 +173,9 @@ def test_an_index_naming_the_wrong_shard_is_refused(sharded: Path) -> None:
     assert_refused(sharded, "promises tensors that their shards do not hold: model.norm.weight")
 
 
-def test_a_tensor_that_the_index_forgot_is_found_or_refused(sharded: Path, make_checkpoint: MakeCheckpoint) -> None:
+def test_a_tensor_that_the_index_forgot_is_found_or_refused(
+    sharded: Path, make_checkpoint: MakeCheckpoint
+) -> None:
     edit_index(sharded, lambda weight_map: weight_map.pop("model.norm.weight"))
     np.testing.assert_array_equal(logits(sharded), logits(make_checkpoint("glm4")))
     shard = sorted(sharded.glob("*.safetensors"))[0]
@@ -159,8 +183,12 @@ def test_a_tensor_that_the_index_forgot_is_found_or_refused(sharded: Path, make_
     assert_refused(sharded, "unexpected: stray")
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "sub/model.safetensors", "/model.safetensors", "..", 5])
-def test_shards_lie_beside_their_index(sharded: Path, make_checkpoint: MakeCheckpoint, name: Any) -> None:
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "sub/model.safetensors", "/model.safetensors", "..", 5]
+)
+def test_shards_lie_beside_their_index(
+    sharded: Path, make_checkpoint: MakeCheckpoint, name: Any
+) -> None:
     for folder in (sharded.parent, sharded / "sub"):
         folder.mkdir(exist_ok=True)
         shutil.copy(make_checkpoint("glm4") / "model.safetensors", folder)
@@ -172,7 +200,9 @@ def test_shards_lie_beside_their_index(sharded: Path, make_checkpoint: MakeCheck
 
 
 @pytest.mark.parametrize("family", ["glm", "glm4"])
-def test_sharded_checkpoints_equal_single_files(make_checkpoint: MakeCheckpoint, family: str) -> None:
+def test_sharded_checkpoints_equal_single_files(
+    make_checkpoint: MakeCheckpoint, family: str
+) -> None:
     path = make_checkpoint(family, save=SHARDED)
     assert len(list(path.glob("*.safetensors"))) > 3
     np.testing.assert_array_equal(logits(path), logits(make_checkpoint(family)))
@@ -184,18 +214,26 @@ def without_prefix(tensors: Tensors) -> None:
 
 
 @pytest.mark.parametrize("shape", ["gqa4", "mha"])
-def test_the_model_prefix_may_be_absent(make_checkpoint: MakeCheckpoint, tmp_path: Path, shape: str) -> None:
+def test_the_model_prefix_may_be_absent(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, shape: str
+) -> None:
     path = rewritten(make_checkpoint("glm4", shape), tmp_path / "c", without_prefix)
     np.testing.assert_array_equal(logits(path), logits(make_checkpoint("glm4", shape)))
 
 
-def test_a_tensor_stored_under_both_names_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_tensor_stored_under_both_names_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     change = {"norm.weight": torch.ones(256)}
-    path = rewritten(make_checkpoint("glm4"), tmp_path / "c", lambda tensors: tensors.update(change))
+    path = rewritten(
+        make_checkpoint("glm4"), tmp_path / "c", lambda tensors: tensors.update(change)
+    )
     assert_refused(path, "norm.weight", "model.norm.weight", "the same tensor")
 
 
-def test_a_tied_checkpoint_may_store_the_same_head_again(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_tied_checkpoint_may_store_the_same_head_again(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     tied = make_checkpoint("glm4", "mha")
 
     def store_head(tensors: Tensors) -> None:
@@ -205,7 +243,9 @@ def test_a_tied_checkpoint_may_store_the_same_head_again(make_checkpoint: MakeCh
     np.testing.assert_array_equal(logits(rewritten(tied, tmp_path / "c", store_head)), logits(tied))
 
 
-def test_a_tied_checkpoint_with_another_head_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_tied_checkpoint_with_another_head_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     def store_head(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
 
@@ -213,8 +253,12 @@ def test_a_tied_checkpoint_with_another_head_is_refused(make_checkpoint: MakeChe
     assert_refused(path, "tensor lm_head.weight differs", "set tie_word_embeddings to false")
 
 
-def test_an_untied_checkpoint_needs_its_head(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    path = rewritten(make_checkpoint("glm4"), tmp_path / "c", lambda tensors: tensors.pop("lm_head.weight"))
+def test_an_untied_checkpoint_needs_its_head(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    path = rewritten(
+        make_checkpoint("glm4"), tmp_path / "c", lambda tensors: tensors.pop("lm_head.weight")
+    )
     assert_refused(path, "missing: lm_head.weight", "tie_word_embeddings")
 
 
@@ -245,7 +289,11 @@ def empty_targets(path: Path, dtype: torch.dtype, device: torch.device) -> Tenso
 
 def test_float16_is_for_glm_alone(make_checkpoint: MakeCheckpoint) -> None:
     assert_refused(
-        make_checkpoint("glm4"), "glm4 in float16 is refused", "65504", "use bfloat16 or float32", dtype=torch.float16
+        make_checkpoint("glm4"),
+        "glm4 in float16 is refused",
+        "65504",
+        "use bfloat16 or float32",
+        dtype=torch.float16,
     )
     model = build_model(make_checkpoint("glm"), dtype=torch.float16, device=CPU)
     assert model.backbone.norm.weight.dtype == torch.float16
@@ -271,7 +319,11 @@ print(status("VmHWM") - before)
 
 @pytest.mark.parametrize(
     ("stored", "dtype"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
 )
 def test_loading_takes_the_model_and_about_one_tensor(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, stored: torch.dtype, dtype: torch.dtype
@@ -282,7 +334,14 @@ def test_loading_takes_the_model_and_about_one_tensor(
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes = [count * dtype.itemsize for count in write_shards(tmp_path, stored)]
-    command = [sys.executable, "-c", MEASURE, make_checkpoint("glm4"), tmp_path, str(dtype).removeprefix("torch.")]
+    command = [
+        sys.executable,
+        "-c",
+        MEASURE,
+        make_checkpoint("glm4"),
+        tmp_path,
+        str(dtype).removeprefix("torch."),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     model, largest, slack = sum(sizes), max(sizes), 24 << 20
     assert 0.9 * model < int(run.stdout) < model + largest + slack
@@ -294,8 +353,12 @@ def write_shards(path: Path, stored: torch.dtype) -> list[int]:
     names = sorted(targets)
     weight_map = {}
     for i in range(6):
-        file = f"model-{5 - i}.safetensors"  # lm_head comes into the last file, when all else is in memory
-        save_file({name: torch.ones(targets[name].shape, dtype=stored) for name in names[i::6]}, path / file)
+        # lm_head comes into the last file, when all else is in memory
+        file = f"model-{5 - i}.safetensors"
+        save_file(
+            {name: torch.ones(targets[name].shape, dtype=stored) for name in names[i::6]},
+            path / file,
+        )
         weight_map |= dict.fromkeys(names[i::6], file)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return [target.numel() for target in targets.values()]

@@ -1,4 +1,6 @@
-"""However work is batched, cut, cached, preempted or laid out as a tree, the numbers are those of a plain forward."""
+"""However work is batched, cut, cached, preempted or laid out as a tree, the numbers are those of a
+plain forward.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,27 @@ import numpy as np
 import pytest
 import torch
 
-from glm_batch.models.engine import Choose, Completion, Embed, EngineConfig, Generate, Inspect, Request, SamplingParams
+from glm_batch.models.engine import (
+    Choose,
+    Completion,
+    Embed,
+    EngineConfig,
+    Generate,
+    Inspect,
+    Request,
+    SamplingParams,
+)
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.errors import RowError
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
 
 ATOL = 5e-5
 GREEDY = Generate(sampling=SamplingParams(max_tokens=24, ignore_eos=True, logprobs=2))
-SAMPLED = Generate(sampling=SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.0, seed=3, n=2, logprobs=1))
+SAMPLED = Generate(
+    sampling=SamplingParams(
+        max_tokens=24, ignore_eos=True, temperature=1.0, seed=3, n=2, logprobs=1
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +40,9 @@ def path(make_checkpoint: MakeCheckpoint) -> Path:
 
 
 def build(path: Path, **config: Any) -> TorchEngine:
-    return TorchEngine.from_checkpoint(EngineConfig(model=str(path), **({"kv_cache_tokens": 4096} | config)))
+    return TorchEngine.from_checkpoint(
+        EngineConfig(model=str(path), **({"kv_cache_tokens": 4096} | config))
+    )
 
 
 def run(engine: TorchEngine, requests: list[Request]) -> dict[str, Completion]:
@@ -55,18 +72,16 @@ def assert_same(found: dict[str, Completion], expected: dict[str, Completion]) -
     for key, want in expected.items():
         got = found[key]
         assert got.error is None
-        assert [output.token_ids for output in got.outputs] == [output.token_ids for output in want.outputs]
+        assert [output.token_ids for output in got.outputs] == [
+            output.token_ids for output in want.outputs
+        ]
         for ours, theirs in zip(got.outputs, want.outputs, strict=True):
             np.testing.assert_allclose(ours.logprobs or [], theirs.logprobs or [], atol=ATOL)
         np.testing.assert_allclose(got.choice_logprobs or [], want.choice_logprobs or [], atol=ATOL)
 
 
 CHOICES = ((5,), (5, 6), (7, 8, 9), (7, 8, 10), (11,))
-WORKS = {
-    "greedy": GREEDY,
-    "sampled": SAMPLED,
-    "choose": Choose(choices=CHOICES, count_end=True),
-}
+WORKS = {"greedy": GREEDY, "sampled": SAMPLED, "choose": Choose(choices=CHOICES, count_end=True)}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "together": {"block_size": 4},
     "small steps": {"max_step_tokens": 13},
@@ -109,31 +124,47 @@ def test_a_second_run_hits_the_cache_and_says_the_same(path: Path) -> None:
     first, second = run(engine, requests(GREEDY, ids)), run(engine, requests(GREEDY, ids))
     assert_same(second, first)
     size = engine.limits.block_size
-    assert [second[f"r{i}"].cached_tokens for i in range(4)] == [(len(p) - 1) // size * size for p in ids]
+    assert [second[f"r{i}"].cached_tokens for i in range(4)] == [
+        (len(p) - 1) // size * size for p in ids
+    ]
 
 
 @pytest.mark.parametrize("count_end", [False, True])
 def test_choice_scores_equal_separate_full_forwards(path: Path, count_end: bool) -> None:
-    """The oracle runs prompt + label once for each label and reads every probability off a whole softmax."""
+    """The oracle runs prompt + label once for each label and reads every probability off a whole
+    softmax.
+    """
     oracle = load_oracle(path)
     prompt = random_ids(1, 33)
     expected = []
     for choice in CHOICES:
         with torch.no_grad():
-            logprobs = oracle(torch.tensor([prompt + list(choice)])).logits[0].double().log_softmax(-1)
+            logprobs = (
+                oracle(torch.tensor([prompt + list(choice)])).logits[0].double().log_softmax(-1)
+            )
         total = sum(logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(choice))
         if count_end:
             total += logprobs[-1, [256, 260]].logsumexp(0)
         expected.append(float(total))
     for max_step_tokens in (512, 34, 5):  # whole; cut inside the tree; cut everywhere
         engine = build(path, max_step_tokens=max_step_tokens)
-        found = run(engine, [Request(id="r", input_ids=prompt, work=Choose(choices=CHOICES, count_end=count_end))])
+        found = run(
+            engine,
+            [Request(id="r", input_ids=prompt, work=Choose(choices=CHOICES, count_end=count_end))],
+        )
         np.testing.assert_allclose(found["r"].choice_logprobs, expected, atol=ATOL)
 
 
 def test_mixed_works_share_one_batch(path: Path) -> None:
     ids = prompts(6, shared=20)
-    works = [GREEDY, Choose(choices=CHOICES), Embed(pooling="mean"), Inspect(what="hidden_states"), SAMPLED, Embed()]
+    works = [
+        GREEDY,
+        Choose(choices=CHOICES),
+        Embed(pooling="mean"),
+        Inspect(what="hidden_states"),
+        SAMPLED,
+        Embed(),
+    ]
     mixed = [
         Request(id=f"r{i}", input_ids=prompt, work=work)
         for i, (prompt, work) in enumerate(zip(ids, works, strict=True))
@@ -143,7 +174,9 @@ def test_mixed_works_share_one_batch(path: Path) -> None:
         alone = run(build(path, prefix_caching=False), [request])
         assert_same({request.id: together[request.id]}, alone)
         if alone[request.id].array is not None:
-            np.testing.assert_allclose(together[request.id].array, alone[request.id].array, atol=ATOL)
+            np.testing.assert_allclose(
+                together[request.id].array, alone[request.id].array, atol=ATOL
+            )
 
 
 def test_what_can_never_fit_the_cache_is_refused_at_once(path: Path) -> None:

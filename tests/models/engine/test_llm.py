@@ -1,4 +1,6 @@
-"""The Python door, from text to text, on tiny checkpoints: each answer against transformers' own forward passes."""
+"""The Python door, from text to text, on tiny checkpoints: each answer against transformers' own
+forward passes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Yes?"},
-    {"role": "user", "content": [{"type": "text", "text": "Wo ist "}, {"type": "text", "text": TEXT}]},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "Wo ist "}, {"type": "text", "text": TEXT}],
+    },
 ]
 CHAT_AS_TEXT = f"[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>\nYes?<|user|>\nWo ist {TEXT}<|assistant|>"
 
@@ -70,23 +75,31 @@ def generated_by_oracle(path: Path, llm: LLM, ids: list[int], count: int) -> lis
 
 def said(llm: LLM, ids: list[int]) -> str:
     ends = [i for i, token in enumerate(ids) if token in llm.tokenizer.eos_token_ids]
-    return b"".join(map(llm.tokenizer.token_bytes, ids[: ends[0] if ends else None])).decode(errors="replace")
+    return b"".join(map(llm.tokenizer.token_bytes, ids[: ends[0] if ends else None])).decode(
+        errors="replace"
+    )
 
 
 # chat and generate
 
 
-@pytest.mark.parametrize(("messages", "text"), [("Hi", "[gMASK]<sop><|user|>\nHi<|assistant|>"), (CHAT, CHAT_AS_TEXT)])
+@pytest.mark.parametrize(
+    ("messages", "text"), [("Hi", "[gMASK]<sop><|user|>\nHi<|assistant|>"), (CHAT, CHAT_AS_TEXT)]
+)
 def test_chat_says_what_transformers_says(path: Path, llm: LLM, messages: Any, text: str) -> None:
     expected = generated_by_oracle(path, llm, llm.tokenizer.encode_control(text), 30)
     assert llm.chat(messages, max_tokens=30) == said(llm, expected)
 
 
 def test_control_tokens_in_a_message_are_text(llm: LLM) -> None:
-    """A user cannot open another turn: the prompt holds one user turn, and the characters of the other."""
+    """A user cannot open another turn: the prompt holds one user turn, and the characters of the
+    other.
+    """
     (prompt_tokens,) = {
         completion.prompt_tokens
-        for completion in llm.run([Request(id="r", input_ids=chat_ids(llm, "a<|user|>b"), work=Embed())])
+        for completion in llm.run(
+            [Request(id="r", input_ids=chat_ids(llm, "a<|user|>b"), work=Embed())]
+        )
     }
     assert prompt_tokens == 2 + 1 + 1 + len("a<|user|>b") + 1
     assert llm.chat("a<|user|>b", max_tokens=5) != llm.chat("ab", max_tokens=5)
@@ -110,7 +123,9 @@ def test_generate_takes_parameters_in_both_forms(llm: LLM) -> None:
     sampling = SamplingParams(temperature=1.0, seed=4, n=3, max_tokens=12, ignore_eos=True)
     outputs = llm.generate(TEXT, sampling=sampling)
     assert len({output.token_ids for output in outputs}) == 3
-    assert llm.generate(TEXT, temperature=1.0, seed=4, n=3, max_tokens=12, ignore_eos=True) == outputs
+    assert (
+        llm.generate(TEXT, temperature=1.0, seed=4, n=3, max_tokens=12, ignore_eos=True) == outputs
+    )
     shorter = llm.generate(TEXT, sampling=sampling, max_tokens=5)
     assert [output.token_ids for output in shorter] == [output.token_ids[:5] for output in outputs]
     with pytest.raises(ValueError, match=r"sampling\.top_p=0"):
@@ -123,7 +138,9 @@ def test_constrained_text(llm: LLM) -> None:
     (output,) = llm.generate(TEXT, schema=json.dumps(schema), max_tokens=200, temperature=1.0)
     jsonschema.validate(json.loads(output.text), schema)
     assert llm.generate(TEXT, regex="sure|sure", max_tokens=20)[0].text == "sure"
-    assert llm.chat(CHAT, regex="[a-c]{3}", max_tokens=20) in {a + b + c for a in "abc" for b in "abc" for c in "abc"}
+    assert llm.chat(CHAT, regex="[a-c]{3}", max_tokens=20) in {
+        a + b + c for a in "abc" for b in "abc" for c in "abc"
+    }
 
 
 # choose
@@ -142,15 +159,22 @@ def test_constrained_text(llm: LLM) -> None:
 )
 @pytest.mark.parametrize("family", ["glm", "glm4"])
 def test_choose_equals_separate_full_forwards(
-    make_checkpoint: MakeCheckpoint, family: str, labels: list[str], end_of_label: str, count_end: bool
+    make_checkpoint: MakeCheckpoint,
+    family: str,
+    labels: list[str],
+    end_of_label: str,
+    count_end: bool,
 ) -> None:
-    """The oracle runs prompt + label once for each label and multiplies what a whole softmax says of its tokens."""
+    """The oracle runs prompt + label once for each label and multiplies what a whole softmax says
+    of its tokens.
+    """
     path = make_checkpoint(family)
     llm, oracle = load(path), load_oracle(path)
     prompt = llm.tokenizer.encode_control(CHAT_AS_TEXT)
     joint = []
     for label in labels:
-        tokens = llm.tokenizer.encode("\n" + label)  # the template begins every answer with a line break
+        # the template begins every answer with a line break
+        tokens = llm.tokenizer.encode("\n" + label)
         with torch.no_grad():
             logprobs = oracle(torch.tensor([prompt + tokens])).logits[0].double().log_softmax(-1)
         total = sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens))
@@ -159,7 +183,9 @@ def test_choose_equals_separate_full_forwards(
 
     choice = llm.choose(CHAT, labels, end_of_label=end_of_label)
     assert list(choice.label_probs) == labels
-    np.testing.assert_allclose(list(choice.label_probs.values()), np.array(mass) / sum(mass), atol=ATOL)
+    np.testing.assert_allclose(
+        list(choice.label_probs.values()), np.array(mass) / sum(mass), atol=ATOL
+    )
     assert choice.label == labels[int(np.argmax(mass))]
     assert choice.probability == choice.label_probs[choice.label]
     assert choice.off_set_mass == pytest.approx(1 - sum(mass), abs=ATOL)
@@ -178,7 +204,9 @@ def test_classify_names_the_labels(make_checkpoint: MakeCheckpoint) -> None:
     path = make_checkpoint("glm4", head="ForSequenceClassification", id2label=names)
     llm = load(path)
     with torch.no_grad():
-        expected = load_oracle(path)(torch.tensor([llm.tokenizer.encode_raw(TEXT)])).logits[0].softmax(-1)
+        expected = (
+            load_oracle(path)(torch.tensor([llm.tokenizer.encode_raw(TEXT)])).logits[0].softmax(-1)
+        )
     scores = llm.classify(TEXT)
     assert list(scores) == list(names.values())
     np.testing.assert_allclose(list(scores.values()), expected, atol=ATOL)
@@ -190,7 +218,9 @@ def test_tag_covers_the_text(make_checkpoint: MakeCheckpoint) -> None:
     path = make_checkpoint("glm", head="ForTokenClassification", id2label=names)
     llm = load(path)
     with torch.no_grad():
-        expected = load_oracle(path)(torch.tensor([llm.tokenizer.encode_raw(TEXT)])).logits[0].softmax(-1)
+        expected = (
+            load_oracle(path)(torch.tensor([llm.tokenizer.encode_raw(TEXT)])).logits[0].softmax(-1)
+        )
     tags = llm.tag(TEXT)
     assert [tag.label for tag in tags] == [names[i] for i in expected.argmax(-1).tolist()]
     np.testing.assert_allclose([tag.score for tag in tags], expected.max(-1).values, atol=ATOL)
@@ -200,12 +230,20 @@ def test_tag_covers_the_text(make_checkpoint: MakeCheckpoint) -> None:
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_embed_pools_the_oracles_hidden_states(path: Path, llm: LLM, pooling: str, normalize: bool) -> None:
+def test_embed_pools_the_oracles_hidden_states(
+    path: Path, llm: LLM, pooling: str, normalize: bool
+) -> None:
     with torch.no_grad():
-        hidden = load_oracle(path).model(torch.tensor([llm.tokenizer.encode_raw(TEXT)])).last_hidden_state[0]
+        hidden = (
+            load_oracle(path)
+            .model(torch.tensor([llm.tokenizer.encode_raw(TEXT)]))
+            .last_hidden_state[0]
+        )
     expected = (hidden[-1] if pooling == "last" else hidden.mean(0)).numpy()
     vector = llm.embed(TEXT, pooling=pooling, normalize=normalize)
-    np.testing.assert_allclose(vector, expected / (np.linalg.norm(expected) if normalize else 1), atol=ATOL)
+    np.testing.assert_allclose(
+        vector, expected / (np.linalg.norm(expected) if normalize else 1), atol=ATOL
+    )
 
 
 # The door itself
@@ -231,11 +269,18 @@ def test_errors_are_raised_and_leave_the_door_open(llm: LLM) -> None:
 def test_one_failure_does_not_keep_others_from_finishing(llm: LLM) -> None:
     work = Generate(sampling=SamplingParams(max_tokens=3))
     with pytest.raises(RowError):
-        llm.run([Request(id="good", input_ids=[1, 2], work=work), Request(id="bad", input_ids=[], work=work)])
+        llm.run(
+            [
+                Request(id="good", input_ids=[1, 2], work=work),
+                Request(id="bad", input_ids=[], work=work),
+            ]
+        )
     assert not llm.engine.has_work()
 
 
-def test_an_interrupted_call_does_not_disturb_the_next(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_does_not_disturb_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = load(path, max_step_tokens=16)
     expected = llm.embed([9, 9])
 
@@ -266,7 +311,14 @@ def test_load_takes_engine_options_by_name(path: Path, tmp_path: Path) -> None:
 
 # Images and videos
 
-PLACEHOLDERS = ("image", "video", "begin_of_image", "end_of_image", "begin_of_video", "end_of_video")
+PLACEHOLDERS = (
+    "image",
+    "video",
+    "begin_of_image",
+    "end_of_image",
+    "begin_of_video",
+    "end_of_video",
+)
 SIZE = {"shortest_edge": 12 * 12, "longest_edge": 60 * 60 * 2}
 PARTS_TEMPLATE = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['content'] is string %}{{ m['content'] }}"
@@ -281,9 +333,14 @@ def media_path(make_glm4v: MakeGlm4v, tmp_path_factory: pytest.TempPathFactory) 
     """A GLM-4.1V with a tokenizer that knows its placeholders and a template that writes them."""
     tokenizer = byte_tokenizer()
     names = [f"<|{name}|>" for name in PLACEHOLDERS]
-    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in names]
+    )
     keys = ("image", "video", "image_start", "image_end", "video_start", "video_end")
-    ids = {f"{key}_token_id": tokenizer.token_to_id(name) for key, name in zip(keys, names, strict=True)}
+    ids = {
+        f"{key}_token_id": tokenizer.token_to_id(name)
+        for key, name in zip(keys, names, strict=True)
+    }
     path = tmp_path_factory.mktemp("media") / "checkpoint"
     shutil.copytree(make_glm4v(**ids), path)
     tokenizer.save(str(path / "tokenizer.json"))
@@ -303,14 +360,29 @@ def as_png(pixels: np.ndarray) -> bytes:
 
 
 def user(*parts: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts],
+        }
+    ]
 
 
-def oracle_next(path: Path, text: str, media: dict[str, Any]) -> Callable[[list[int]], torch.Tensor]:
-    """next(answer) -> logits at every position, by transformers' own forward of the prompt and the answer so far."""
+def oracle_next(
+    path: Path, text: str, media: dict[str, Any]
+) -> Callable[[list[int]], torch.Tensor]:
+    """next(answer) -> logits at every position, by transformers' own forward of the prompt and the
+    answer so far.
+    """
     model = load_glm4v(path)
-    ids = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    image, start, end = (getattr(model.config, f"{name}_token_id") for name in ("image", "video_start", "video_end"))
+    ids = (
+        tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        .encode(text, add_special_tokens=False)
+        .ids
+    )
+    image, start, end = (
+        getattr(model.config, f"{name}_token_id") for name in ("image", "video_start", "video_end")
+    )
     first = ids.index(start) if start in ids else len(ids)
     last = ids.index(end) if end in ids else len(ids)
     types = [(2 if first < i < last else 1) if id == image else 0 for i, id in enumerate(ids)]
@@ -335,7 +407,9 @@ def greedy(logits: Callable[[list[int]], torch.Tensor], llm: LLM, count: int) ->
     return answer
 
 
-def image_logits(path: Path, images: list[np.ndarray], text: str) -> Callable[[list[int]], torch.Tensor]:
+def image_logits(
+    path: Path, images: list[np.ndarray], text: str
+) -> Callable[[list[int]], torch.Tensor]:
     """What transformers makes of images that need no resizing; `text` holds one <|image|> for each."""
     processor = Glm4vImageProcessorPil(patch_size=PATCH, size=SIZE)
     made = processor([Image.fromarray(image) for image in images], return_tensors="pt")
@@ -368,11 +442,17 @@ def test_a_chat_about_a_video_says_what_transformers_says(media_path: Path) -> N
     config = VideoProcessorConfig.from_dir(media_path)
     clip = VideoProcessor(config).from_frames(frames, 2.0, duration_s=2.5)
     assert clip.grid == (3, 4, 6)
-    seconds = "".join("<|begin_of_image|>" + "<|image|>" * 6 + f"<|end_of_image|>{s}" for s in (0, 1, 2))
-    text = f"[gMASK]<sop><|user|>\n<|begin_of_video|>{seconds}<|end_of_video|>Where to?<|assistant|>"
+    seconds = "".join(
+        "<|begin_of_image|>" + "<|image|>" * 6 + f"<|end_of_image|>{s}" for s in (0, 1, 2)
+    )
+    text = (
+        f"[gMASK]<sop><|user|>\n<|begin_of_video|>{seconds}<|end_of_video|>Where to?<|assistant|>"
+    )
     values = pixel_values(torch.from_numpy(clip.patches), config)
     expected = oracle_next(
-        media_path, text, {"pixel_values_videos": values, "video_grid_thw": torch.tensor([clip.grid])}
+        media_path,
+        text,
+        {"pixel_values_videos": values, "video_grid_thw": torch.tensor([clip.grid])},
     )
     messages = user({"type": "video", "video": clip}, "Where to?")
     found = llm.run([llm._conversation(messages, Inspect())])[0].array
@@ -383,7 +463,9 @@ def test_a_chat_about_a_video_says_what_transformers_says(media_path: Path) -> N
 def test_choosing_about_an_image_equals_separate_full_forwards(media_path: Path) -> None:
     llm, image = load(media_path), picture(24, 24)
     labels = ["circle", "square", "a star"]
-    logits = image_logits(media_path, [image], f"[gMASK]<sop><|user|>\n{IMAGE_TAGS}Which?<|assistant|>")
+    logits = image_logits(
+        media_path, [image], f"[gMASK]<sop><|user|>\n{IMAGE_TAGS}Which?<|assistant|>"
+    )
     joint = []
     for label in labels:
         tokens = llm.tokenizer.encode("\n" + label)
@@ -401,10 +483,17 @@ def test_one_image_in_every_form_is_one_answer(media_path: Path, tmp_path: Path)
     path = tmp_path / "a.png"
     sources: list[Any] = [data, bytearray(data), memoryview(data), str(path), path, image]
     sources += [{"bytes": data, "path": "gone.png"}, {"bytes": None, "path": str(path)}]
-    assert len({llm.chat(user({"type": "image", "image": source}), max_tokens=8) for source in sources}) == 1
+    assert (
+        len(
+            {llm.chat(user({"type": "image", "image": source}), max_tokens=8) for source in sources}
+        )
+        == 1
+    )
 
 
-def test_media_that_cannot_be_read_are_row_errors(media_path: Path, llm: LLM, tmp_path: Path) -> None:
+def test_media_that_cannot_be_read_are_row_errors(
+    media_path: Path, llm: LLM, tmp_path: Path
+) -> None:
     seeing = load(media_path)
     for source, code, kind in (
         (tmp_path / "none.png", "media_not_found", "image"),

@@ -1,4 +1,5 @@
-"""GLM-4.1V against transformers on random tiny checkpoints: vision features, logits, positions, folding, mutations.
+"""GLM-4.1V against transformers on random tiny checkpoints: vision features, logits, positions,
+folding, mutations.
 
 Gates: logits 1e-4, vision features 2e-5 (absolute), both in float32 on the CPU.
 """
@@ -85,11 +86,17 @@ GRIDS = [(1, 6, 6), (1, 12, 6), (3, 6, 18), (1, 6, 12), (2, 6, 18)]
 
 
 @pytest.mark.parametrize("merge", [1, 2, 3])
-@pytest.mark.parametrize("change", [{}, {"num_heads": 4, "attention_bias": True}, {"image_size": 90, "depth": 1}])
-def test_features_equal_transformers(make_glm4v: MakeGlm4v, merge: int, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{}, {"num_heads": 4, "attention_bias": True}, {"image_size": 90, "depth": 1}]
+)
+def test_features_equal_transformers(
+    make_glm4v: MakeGlm4v, merge: int, change: dict[str, Any]
+) -> None:
     path = make_glm4v(vision={"spatial_merge_size": merge} | change)
     tower, oracle = tower_of(path), load_glm4v(path)
-    items = [make_item(i, grid, "video" if grid[0] > 1 else "image") for i, grid in enumerate(GRIDS)]
+    items = [
+        make_item(i, grid, "video" if grid[0] > 1 else "image") for i, grid in enumerate(GRIDS)
+    ]
     expected = torch.cat([oracle_features(oracle, item) for item in items])
     with torch.inference_mode():
         normalised = tower(torch.cat([pixel_values(item) for item in items]), GRIDS)
@@ -103,7 +110,9 @@ def test_the_published_patch_size_equals_transformers(make_glm4v: MakeGlm4v) -> 
     item = make_item(0, (1, 34, 46), patch=14)
     with torch.inference_mode():
         found = tower_of(path).forward_uint8([torch.from_numpy(item.patches)], [item.grid_thw])
-    torch.testing.assert_close(found, oracle_features(load_glm4v(path), item), atol=FEATURES, rtol=0)
+    torch.testing.assert_close(
+        found, oracle_features(load_glm4v(path), item), atol=FEATURES, rtol=0
+    )
 
 
 def test_packed_equals_one_at_a_time_and_a_video_its_frames(make_glm4v: MakeGlm4v) -> None:
@@ -125,7 +134,11 @@ def test_the_epsilon_of_the_vision_norms(make_glm4v: MakeGlm4v) -> None:
     tower, item = tower_of(path), make_item(1, (1, 6, 6))
     faint = pixel_values(item) * 1e-2
     with torch.no_grad():
-        expected = load_glm4v(path).model.visual(faint, grid_thw=torch.tensor([item.grid_thw])).pooler_output
+        expected = (
+            load_glm4v(path)
+            .model.visual(faint, grid_thw=torch.tensor([item.grid_thw]))
+            .pooler_output
+        )
         assert (tower(faint, [item.grid_thw]) - expected).abs().max() < FEATURES
         for module in tower.modules():
             if isinstance(module, glm4v_vision.RMSNorm):
@@ -160,15 +173,25 @@ def test_patches_must_fill_their_grids(make_glm4v: MakeGlm4v) -> None:
 def test_logits_equal_transformers(make_glm4v: MakeGlm4v, prompt: str, merge: int) -> None:
     path = make_glm4v(vision={"spatial_merge_size": merge})
     case = make_prompt(PROMPTS[prompt], merge=merge)
-    np.testing.assert_allclose(logits_of(load(path), case), oracle_logits(load_glm4v(path), case), atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(
+        logits_of(load(path), case), oracle_logits(load_glm4v(path), case), atol=LOGITS, rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_positions_and_scatter_equal_transformers_own_forward(make_glm4v: MakeGlm4v, kind: str) -> None:
-    """Transformers' whole forward takes images or videos (not both), and makes the positions itself."""
+def test_positions_and_scatter_equal_transformers_own_forward(
+    make_glm4v: MakeGlm4v, kind: str
+) -> None:
+    """Transformers' whole forward takes images or videos (not both), and makes the positions
+    itself.
+    """
     path = make_glm4v()
     case = make_prompt(PROMPTS["images of several grids" if kind == "image" else "a video"])
-    names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
+    names = (
+        ("pixel_values", "image_grid_thw")
+        if kind == "image"
+        else ("pixel_values_videos", "video_grid_thw")
+    )
     values = torch.cat([pixel_values(item) for item in case.items])
     grids = torch.tensor([item.grid_thw for item in case.items])
     with torch.no_grad():
@@ -181,7 +204,9 @@ def test_positions_and_scatter_equal_transformers_own_forward(make_glm4v: MakeGl
     np.testing.assert_allclose(logits_of(load(path), case), expected.numpy(), atol=LOGITS, rtol=0)
 
 
-def test_sequence_classification_is_the_score_of_the_last_hidden_state(make_glm4v: MakeGlm4v) -> None:
+def test_sequence_classification_is_the_score_of_the_last_hidden_state(
+    make_glm4v: MakeGlm4v,
+) -> None:
     path = make_glm4v(num_labels=5)
     score = load_file(path / "model.safetensors")["score.weight"]
     llm, oracle = load(path), load_glm4v(path)
@@ -195,7 +220,9 @@ def test_sequence_classification_is_the_score_of_the_last_hidden_state(make_glm4
     padded = make_prompt([12, (1, 4, 4), 6])
     followed = replace(padded, ids=[*padded.ids[:-2], 256, 256])
     expected = oracle_hidden(oracle, followed)[-3] @ score.T
-    np.testing.assert_allclose(run(llm, followed, Classify()).array, expected.numpy(), atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(
+        run(llm, followed, Classify()).array, expected.numpy(), atol=LOGITS, rtol=0
+    )
 
 
 # Mutations: each must show far above the gate
@@ -203,15 +230,21 @@ def test_sequence_classification_is_the_score_of_the_last_hidden_state(make_glm4
 
 def swap_rope_axes(llm: LLM, patch: pytest.MonkeyPatch) -> None:
     angles = glm4v_vision.axial_angles
-    patch.setattr(glm4v_vision, "axial_angles", lambda h, w, *rest: angles(w, h, *rest).transpose(0, 1))
+    patch.setattr(
+        glm4v_vision, "axial_angles", lambda h, w, *rest: angles(w, h, *rest).transpose(0, 1)
+    )
 
 
 def pad_positions_with_zeros(llm: LLM, patch: pytest.MonkeyPatch) -> None:
     def sample(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
-        y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+        y, x = torch.meshgrid(
+            (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij"
+        )
         grid = torch.stack((x, y), dim=-1)[None] * 2 - 1
         planes = table.permute(2, 0, 1)[None]
-        found = F.grid_sample(planes, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+        found = F.grid_sample(
+            planes, grid, mode="bicubic", padding_mode="zeros", align_corners=False
+        )
         return found[0].permute(1, 2, 0)
 
     patch.setattr(glm4v_vision, "interpolate", sample)
@@ -220,7 +253,9 @@ def pad_positions_with_zeros(llm: LLM, patch: pytest.MonkeyPatch) -> None:
 def interpolate_with(**options: Any) -> Callable[[LLM, pytest.MonkeyPatch], None]:
     def mutate(llm: LLM, patch: pytest.MonkeyPatch) -> None:
         def sample(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
-            return F.interpolate(table.permute(2, 0, 1)[None], size=(h, w), **options)[0].permute(1, 2, 0)
+            return F.interpolate(table.permute(2, 0, 1)[None], size=(h, w), **options)[0].permute(
+                1, 2, 0
+            )
 
         patch.setattr(glm4v_vision, "interpolate", sample)
 
@@ -240,7 +275,9 @@ def permute_sections(llm: LLM, patch: pytest.MonkeyPatch) -> None:
 def use_one_position_axis(llm: LLM, patch: pytest.MonkeyPatch) -> None:
     rope = llm.engine._runner._model.backbone.rope  # type: ignore[attr-defined]
     lookup = rope.lookup
-    rope.lookup = lambda positions, _: lookup(torch.arange(positions.shape[-1]), positions.shape[-1])
+    rope.lookup = lambda positions, _: lookup(
+        torch.arange(positions.shape[-1]), positions.shape[-1]
+    )
 
 
 def let_frames_see_each_other(llm: LLM, patch: pytest.MonkeyPatch) -> None:
@@ -267,11 +304,15 @@ def swap_gate_and_up(llm: LLM, patch: pytest.MonkeyPatch) -> None:
     weight.copy_(weight.roll(len(weight) // 2, dims=0))
 
 
-MUTATIONS: dict[str, tuple[Callable[[LLM, pytest.MonkeyPatch], None], float]] = {  # and how many gates it must show
+# and how many gates it must show
+MUTATIONS: dict[str, tuple[Callable[[LLM, pytest.MonkeyPatch], None], float]] = {
     "vision rope h and w swapped": (swap_rope_axes, 100),
     "position table padded with zeros": (pad_positions_with_zeros, 100),
     "position table bilinear": (interpolate_with(mode="bilinear", align_corners=False), 100),
-    "position table antialiased": (interpolate_with(mode="bicubic", align_corners=False, antialias=True), 100),
+    "position table antialiased": (
+        interpolate_with(mode="bicubic", align_corners=False, antialias=True),
+        100,
+    ),
     "position table corners aligned": (interpolate_with(mode="bicubic", align_corners=True), 100),
     "merger with tanh GELU": (use_tanh_gelu, 3),
     "M-RoPE sections permuted": (permute_sections, 100),
@@ -299,16 +340,22 @@ def test_a_bug_shows(make_glm4v: MakeGlm4v, monkeypatch: pytest.MonkeyPatch, nam
 
 
 @pytest.mark.parametrize("style", ["old", "bare", "old visual"])
-def test_other_names_for_the_same_tensors(make_glm4v: MakeGlm4v, tmp_path: Path, style: str) -> None:
+def test_other_names_for_the_same_tensors(
+    make_glm4v: MakeGlm4v, tmp_path: Path, style: str
+) -> None:
     renamed = {
-        "old": lambda name: name.replace("model.language_model.", "model.").replace("model.visual.", "visual."),
+        "old": lambda name: name.replace("model.language_model.", "model.").replace(
+            "model.visual.", "visual."
+        ),
         "bare": lambda name: name.removeprefix("model."),
         "old visual": lambda name: name.replace("model.visual.", "visual."),
     }[style]
     source = make_glm4v()
     path = shutil.copytree(source, tmp_path / "c", ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(source / "model.safetensors")
-    save_file({renamed(name): tensor for name, tensor in tensors.items()}, path / "model.safetensors")
+    save_file(
+        {renamed(name): tensor for name, tensor in tensors.items()}, path / "model.safetensors"
+    )
     case = make_prompt(MIXED)
     np.testing.assert_array_equal(logits_of(load(path), case), logits_of(load(source), case))
 
@@ -326,7 +373,9 @@ def test_missing_vision_tensors_are_named(make_glm4v: MakeGlm4v, tmp_path: Path)
 def test_tied_embeddings(make_glm4v: MakeGlm4v) -> None:
     path = make_glm4v(tie_word_embeddings=True)
     case = make_prompt(PROMPTS["an image"])
-    np.testing.assert_allclose(logits_of(load(path), case), oracle_logits(load_glm4v(path), case), atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(
+        logits_of(load(path), case), oracle_logits(load_glm4v(path), case), atol=LOGITS, rtol=0
+    )
 
 
 def test_a_flat_config_is_the_same_model(make_glm4v: MakeGlm4v, tmp_path: Path) -> None:
@@ -342,7 +391,9 @@ def test_a_flat_config_is_the_same_model(make_glm4v: MakeGlm4v, tmp_path: Path) 
 
 
 def test_text_needs_no_media_positions(make_glm4v: MakeGlm4v) -> None:
-    """Three equal axes are one: the same text as media-less prompt and beside a prompt with an image."""
+    """Three equal axes are one: the same text as media-less prompt and beside a prompt with an
+    image.
+    """
     path = make_glm4v()
     ids = random_ids(3, 40)
     alone = load(path).logits(ids)
@@ -371,7 +422,11 @@ def test_normalisation_is_read_from_where_transformers_reads_it(tmp_path: Path) 
     write("video_preprocessor_config.json", image_std=0.5, do_rescale=False)
     assert load(ImageProcessorConfig).rescale_factor == 0.5
     video = load(VideoProcessorConfig)
-    assert (video.mean, video.std, video.rescale_factor) == (Normalization().mean, (0.5, 0.5, 0.5), 1.0)
+    assert (video.mean, video.std, video.rescale_factor) == (
+        Normalization().mean,
+        (0.5, 0.5, 0.5),
+        1.0,
+    )
     write("processor_config.json", image_processor={"do_normalize": False})
     image = load(ImageProcessorConfig)
     assert (image.mean, image.std, image.rescale_factor) == ((0.0,) * 3, (1.0,) * 3, 1 / 255)
@@ -386,7 +441,9 @@ def test_normalisation_is_read_from_where_transformers_reads_it(tmp_path: Path) 
         ({"rescale_factor": "1/255"}, r"rescale_factor and image_std must be above 0"),
     ],
 )
-def test_a_broken_normalisation_is_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+def test_a_broken_normalisation_is_refused(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(keys))
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: " + message):
         ImageProcessorConfig.from_dir(tmp_path)
@@ -397,7 +454,9 @@ def test_another_normalisation_of_videos_is_folded_apart(make_glm4v: MakeGlm4v) 
     tower.patch_embed.fold(NORMALIZATION, Normalization())
     item = make_item(4, (2, 4, 4), "video")
     raw = torch.from_numpy(item.patches).double().view(len(item.patches), 3, -1)
-    mean, std = (torch.tensor(x).double().view(1, 3, 1) for x in (Normalization().mean, Normalization().std))
+    mean, std = (
+        torch.tensor(x).double().view(1, 3, 1) for x in (Normalization().mean, Normalization().std)
+    )
     values = ((raw / 255 - mean) / std).flatten(1).float()
     with torch.inference_mode():
         found = tower.patch_embed.forward_uint8(torch.from_numpy(item.patches))

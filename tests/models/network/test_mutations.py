@@ -1,7 +1,8 @@
-"""Deliberate bugs in our networks, each of which must show against transformers: a gate that nothing can fail is none.
+"""Deliberate bugs in our networks, each of which must show against transformers: a gate that
+nothing can fail is none.
 
-The bugs are those that ports of GLM have had. Each must lie ten times above the gate of the fidelity tests; only the
-wrong epsilon, small by nature, need no more than pass it.
+The bugs are those that ports of GLM have had. Each must lie ten times above the gate of the
+fidelity tests; only the wrong epsilon, small by nature, need no more than pass it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def use_another_epsilon(llm: LLM, patch: pytest.MonkeyPatch) -> None:
 def deal_kv_heads_in_turn(llm: LLM, patch: pytest.MonkeyPatch) -> None:
     """Query head i with kv head i % K instead of i // G."""
     for layer in backbone_of(llm).layers:
-        order = torch.arange(llm.config.num_attention_heads).view(-1, llm.config.num_key_value_heads).T.flatten()
+        order = (
+            torch.arange(llm.config.num_attention_heads)
+            .view(-1, llm.config.num_key_value_heads)
+            .T.flatten()
+        )
 
         def attend(q, *rest, right=layer.self_attn.attend, order=order):  # type: ignore[no-untyped-def]
             return right(q[:, order], *rest)[:, order.argsort()]
@@ -111,7 +116,9 @@ GLM4_MUTATIONS = {
     ("family", "name"),
     [("glm", name) for name in MUTATIONS] + [("glm4", name) for name in MUTATIONS | GLM4_MUTATIONS],
 )
-def test_a_bug_shows(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, family: str, name: str) -> None:
+def test_a_bug_shows(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, family: str, name: str
+) -> None:
     path = make_checkpoint(family, rms_norm_eps=1e-5)
     ids = random_ids(11, 96)
     with torch.no_grad():

@@ -31,7 +31,13 @@ from glm_batch.models.engine.execution.ranks import SharedEncoder
 from glm_batch.models.engine.execution.runner import StepOutput, TorchRunner
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.errors import ConfigError
-from glm_batch.models.network.layers.parallel import ParallelGroup, Rendezvous, check_parts, dealt, join
+from glm_batch.models.network.layers.parallel import (
+    ParallelGroup,
+    Rendezvous,
+    check_parts,
+    dealt,
+    join,
+)
 from glm_batch.models.network.registry import build_model
 from tests.models.checkpoint.test_weights import Tensors, rewritten
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
@@ -42,7 +48,9 @@ __all__ = ["make_glm4v"]  # a fixture
 
 ATOL = 5e-5
 GREEDY = Generate(sampling=SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2))
-SAMPLED = Generate(sampling=SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=3, n=2, logprobs=1))
+SAMPLED = Generate(
+    sampling=SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=3, n=2, logprobs=1)
+)
 CHOOSE = Choose(choices=((5,), (5, 6), (7, 8, 9), (500, 8)), count_end=True)
 PREFIX = random_ids(100, 30)
 
@@ -79,7 +87,9 @@ def assert_same(found: dict[str, Completion], expected: dict[str, Completion]) -
             np.testing.assert_allclose(got.array, want.array, atol=ATOL)
 
 
-def assert_ranks_agree(path: Path, sizes: tuple[int, ...], requests: list[Request], **config: Any) -> None:
+def assert_ranks_agree(
+    path: Path, sizes: tuple[int, ...], requests: list[Request], **config: Any
+) -> None:
     with parallel_engine(path, 1, **config) as engine:
         expected = run(engine, requests)
     assert all(completion.error is None for completion in expected.values())
@@ -91,14 +101,22 @@ def assert_ranks_agree(path: Path, sizes: tuple[int, ...], requests: list[Reques
 @pytest.mark.parametrize(
     ("family", "shape", "sizes", "config"),
     [
-        pytest.param("glm4", "gqa4", (2, 4), {}, id="glm4 with 2 kv heads: one of each on 4 ranks twice"),
+        pytest.param(
+            "glm4", "gqa4", (2, 4), {}, id="glm4 with 2 kv heads: one of each on 4 ranks twice"
+        ),
         pytest.param("glm", "gqa16", (2, 4), {}, id="glm with 1 kv head that all ranks have"),
         pytest.param("glm", "mha", (2,), {}, id="glm with tied embeddings and no biases"),
-        pytest.param("glm4", "gqa4", (4,), {"vocab_size": 509}, id="a vocabulary that does not divide"),
+        pytest.param(
+            "glm4", "gqa4", (4,), {"vocab_size": 509}, id="a vocabulary that does not divide"
+        ),
     ],
 )
 def test_any_number_of_ranks_gives_the_same_numbers(
-    make_checkpoint: MakeCheckpoint, family: str, shape: str, sizes: tuple[int, ...], config: dict[str, Any]
+    make_checkpoint: MakeCheckpoint,
+    family: str,
+    shape: str,
+    sizes: tuple[int, ...],
+    config: dict[str, Any],
 ) -> None:
     path = make_checkpoint(family, shape, **config)
     requests = text_requests(GREEDY, SAMPLED, CHOOSE, Embed(pooling="mean"), Inspect(what="logits"))
@@ -111,7 +129,9 @@ def test_ranks_agree_with_the_reference(make_checkpoint: MakeCheckpoint) -> None
     with torch.no_grad():
         expected = load_oracle(path)(torch.tensor([ids])).logits[0].numpy()
     with parallel_engine(path, 4) as engine:
-        found = run(engine, [Request(id="r", input_ids=ids, work=Inspect(what="logits"))])["r"].array
+        found = run(engine, [Request(id="r", input_ids=ids, work=Inspect(what="logits"))])[
+            "r"
+        ].array
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
@@ -125,7 +145,12 @@ def test_heads_without_a_vocabulary(make_checkpoint: MakeCheckpoint, head: str, 
 
 def test_images_and_videos(make_glm4v: MakeGlm4v) -> None:
     """In steps so short that an item's features are used in several, and with one item shown twice."""
-    parts: list[Any] = [[9, (1, 6, 4), 3], [4, [(3, 4, 4)], 2], [21], [9, (1, 4, 4), 2, [(2, 2, 6)], 1, (1, 8, 2), 5]]
+    parts: list[Any] = [
+        [9, (1, 6, 4), 3],
+        [4, [(3, 4, 4)], 2],
+        [21],
+        [9, (1, 4, 4), 2, [(2, 2, 6)], 1, (1, 8, 2), 5],
+    ]
     prompts = [make_prompt(each, seed=i) for i, each in enumerate([*parts, parts[0]])]
     prompts.append(prompts[0])
     requests = [
@@ -136,7 +161,9 @@ def test_images_and_videos(make_glm4v: MakeGlm4v) -> None:
     assert_ranks_agree(make_glm4v(), (2, 4), requests, max_step_tokens=40)
 
 
-def test_each_image_is_encoded_on_one_rank(make_glm4v: MakeGlm4v, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_is_encoded_on_one_rank(
+    make_glm4v: MakeGlm4v, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoded: dict[int, int] = {}
     whole = SharedEncoder._encode
 
@@ -148,9 +175,18 @@ def test_each_image_is_encoded_on_one_rank(make_glm4v: MakeGlm4v, monkeypatch: p
     monkeypatch.setattr(SharedEncoder, "_encode", counting)
     prompts = [make_prompt([3, (1, 4, 4), 2], seed=i) for i in range(6)]
     with parallel_engine(make_glm4v(), 2) as engine:
-        run(engine, [Request(id=f"r{i}", input_ids=p.ids, work=Embed(), media=p.media) for i, p in enumerate(prompts)])
+        run(
+            engine,
+            [
+                Request(id=f"r{i}", input_ids=p.ids, work=Embed(), media=p.media)
+                for i, p in enumerate(prompts)
+            ],
+        )
         assert encoded == {0: 3, 1: 3}
-        run(engine, [Request(id="again", input_ids=prompts[0].ids, work=Embed(), media=prompts[0].media)])
+        run(
+            engine,
+            [Request(id="again", input_ids=prompts[0].ids, work=Embed(), media=prompts[0].media)],
+        )
     assert encoded == {0: 3, 1: 3}
 
 
@@ -162,7 +198,9 @@ class Alone(ParallelGroup):
 
 
 def loaded(path: Path, rank: int, size: int) -> dict[str, torch.Tensor]:
-    model = build_model(path, dtype=torch.float32, device=torch.device("cpu"), group=Alone(rank, size))
+    model = build_model(
+        path, dtype=torch.float32, device=torch.device("cpu"), group=Alone(rank, size)
+    )
     return dict(model.backbone.named_parameters()) | {"lm_head": model.head.lm_head.weight}  # type: ignore[union-attr]
 
 
@@ -176,19 +214,33 @@ def test_each_rank_loads_its_part(make_checkpoint: MakeCheckpoint) -> None:
         q, kv = slice(128 * rank, 128 * rank + 128), slice(64 * (rank // 2), 64 * (rank // 2) + 64)
         rows = [("q", q), ("k", kv), ("v", kv)]
         for kind in ("weight", "bias"):
-            expected = torch.cat([stored[f"{layer}.self_attn.{part}_proj.{kind}"][place] for part, place in rows])
+            expected = torch.cat(
+                [stored[f"{layer}.self_attn.{part}_proj.{kind}"][place] for part, place in rows]
+            )
             assert torch.equal(found[f"layers.1.self_attn.qkv_proj.{kind}"], expected)
-        assert torch.equal(found["layers.1.self_attn.o_proj.weight"], stored[f"{layer}.self_attn.o_proj.weight"][:, q])
+        assert torch.equal(
+            found["layers.1.self_attn.o_proj.weight"],
+            stored[f"{layer}.self_attn.o_proj.weight"][:, q],
+        )
         gate, up = stored[f"{layer}.mlp.gate_up_proj.weight"].chunk(2)
         inner = slice(80 * rank, 80 * rank + 80)
-        assert torch.equal(found["layers.1.mlp.gate_up_proj.weight"], torch.cat([gate[inner], up[inner]]))
-        assert torch.equal(found["layers.1.mlp.down_proj.weight"], stored[f"{layer}.mlp.down_proj.weight"][:, inner])
+        assert torch.equal(
+            found["layers.1.mlp.gate_up_proj.weight"], torch.cat([gate[inner], up[inner]])
+        )
+        assert torch.equal(
+            found["layers.1.mlp.down_proj.weight"],
+            stored[f"{layer}.mlp.down_proj.weight"][:, inner],
+        )
         vocabulary = slice(128 * rank, 128 * rank + 128)
-        assert torch.equal(found["embed_tokens.weight"], stored["model.embed_tokens.weight"][vocabulary])
+        assert torch.equal(
+            found["embed_tokens.weight"], stored["model.embed_tokens.weight"][vocabulary]
+        )
         assert torch.equal(found["lm_head"], stored["lm_head.weight"][vocabulary])
 
 
-def test_no_more_is_read_than_a_ranks_part(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_read_than_a_ranks_part(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import glm_batch.models.checkpoint.weights
 
     path, values = make_checkpoint("glm4"), 0
@@ -206,7 +258,9 @@ def test_no_more_is_read_than_a_ranks_part(make_checkpoint: MakeCheckpoint, monk
     assert values < load_config(path).num_parameters * 0.3
 
 
-def test_a_tied_head_is_the_embeddings_part(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_tied_head_is_the_embeddings_part(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     """Stored a second time it is compared, part by part."""
     path = make_checkpoint("glm", "mha")
     found = loaded(path, 1, 2)
@@ -225,14 +279,17 @@ def test_a_tied_head_is_the_embeddings_part(make_checkpoint: MakeCheckpoint, tmp
 @pytest.mark.parametrize("size", [3, 5, 16])
 def test_what_cannot_be_dealt_is_refused(make_checkpoint: MakeCheckpoint, size: int) -> None:
     with pytest.raises(
-        ConfigError, match=f"tensor_parallel_size={size}: .* 8 attention heads, 2 kv heads .*1, 2, 4, 8$"
+        ConfigError,
+        match=f"tensor_parallel_size={size}: .* 8 attention heads, 2 kv heads .*1, 2, 4, 8$",
     ):
         check_parts(load_config(make_checkpoint("glm4")), size)
 
 
 def test_a_single_process_refuses_to_be_several_ranks(make_checkpoint: MakeCheckpoint) -> None:
     config = EngineConfig(model=str(make_checkpoint("glm4")), tensor_parallel_size=2)
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2: a single process is one rank; set it to 1"):
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel_size=2: a single process is one rank; set it to 1"
+    ):
         TorchEngine.from_checkpoint(config)
 
 
@@ -258,7 +315,9 @@ def test_steps_that_no_rank_has_memory_for_are_tried_smaller(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, requests = make_checkpoint("glm4"), text_requests(GREEDY, CHOOSE, Embed())
-    expected = run(TorchEngine.from_checkpoint(EngineConfig(model=str(path), kv_cache_tokens=4096)), requests)
+    expected = run(
+        TorchEngine.from_checkpoint(EngineConfig(model=str(path), kv_cache_tokens=4096)), requests
+    )
     run_step, refused = TorchRunner.run, []
 
     def full(self: TorchRunner, batch: Batch) -> StepOutput:
@@ -274,11 +333,15 @@ def test_steps_that_no_rank_has_memory_for_are_tried_smaller(
     assert len(refused) >= 4
 
 
-@pytest.mark.parametrize(("exchanges", "agreed"), [((2, 2), True), ((2, 3), False), ((2, None), False)])
+@pytest.mark.parametrize(
+    ("exchanges", "agreed"), [((2, 2), True), ((2, 3), False), ((2, None), False)]
+)
 def test_ranks_are_in_step_where_all_failed_before_the_same_exchange(
     monkeypatch: pytest.MonkeyPatch, exchanges: tuple[int, int | None], agreed: bool
 ) -> None:
-    monkeypatch.setattr("glm_batch.models.network.layers.parallel.MEET_TIMEOUT", timedelta(seconds=0.3))
+    monkeypatch.setattr(
+        "glm_batch.models.network.layers.parallel.MEET_TIMEOUT", timedelta(seconds=0.3)
+    )
     meeting = Rendezvous()
     with ThreadPoolExecutor(2) as threads:
         other = threads.submit(join, meeting.host, meeting.port, rank=1, size=2, backend="gloo")

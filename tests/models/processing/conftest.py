@@ -1,4 +1,5 @@
-"""Checkpoint directories without weights: a small byte-level BPE with GLM's control tokens and four chat templates.
+"""Checkpoint directories without weights: a small byte-level BPE with GLM's control tokens and four
+chat templates.
 
 The templates are our own; they behave as the ones of the published checkpoints do.
 """
@@ -111,8 +112,12 @@ GLM_41V = """[gMASK]<sop>
 TEMPLATES = {"glm4_chat": GLM4_CHAT, "glm4_0414": GLM4_0414, "glm_z1": GLM_Z1, "glm41v": GLM_41V}
 
 
-def build_tokenizer(*, reasoning: bool = False, media: bool = False, adds_prefix: bool = False) -> tokenizers.Tokenizer:
-    """`reasoning` adds GLM-4.1V's tags, `media` its placeholders, `adds_prefix` what writes `[gMASK]<sop>`."""
+def build_tokenizer(
+    *, reasoning: bool = False, media: bool = False, adds_prefix: bool = False
+) -> tokenizers.Tokenizer:
+    """`reasoning` adds GLM-4.1V's tags, `media` its placeholders, `adds_prefix` what writes
+    `[gMASK]<sop>`.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -122,12 +127,18 @@ def build_tokenizer(*, reasoning: bool = False, media: bool = False, adds_prefix
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=600,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    )
     if media:
-        tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in MEDIA_TOKENS])
+        tokenizer.add_special_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in MEDIA_TOKENS]
+        )
     if reasoning:
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in REASONING_TOKENS])
     byte_level = processors.ByteLevel(trim_offsets=False)
@@ -141,7 +152,9 @@ def build_tokenizer(*, reasoning: bool = False, media: bool = False, adds_prefix
 
 
 def write_checkpoint(folder: Path, kind: str, *, adds_prefix: bool | None = None) -> Path:
-    """The tokenizer and chat files of one of TEMPLATES; glm4_chat's post-processor adds the prefix unless told."""
+    """The tokenizer and chat files of one of TEMPLATES; glm4_chat's post-processor adds the prefix
+    unless told.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(
         reasoning=kind == "glm41v",

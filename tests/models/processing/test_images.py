@@ -1,4 +1,6 @@
-"""Images against transformers' GLM-4.1V processors, and what becomes of damaged, hostile and odd files."""
+"""Images against transformers' GLM-4.1V processors, and what becomes of damaged, hostile and odd
+files.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as
 
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
 from glm_batch.models.errors import ConfigError, RowError
-from glm_batch.models.processing.budget import image_grid, num_media_tokens, smart_resize, video_grid
+from glm_batch.models.processing.budget import (
+    image_grid,
+    num_media_tokens,
+    smart_resize,
+    video_grid,
+)
 from glm_batch.models.processing.images import ImageProcessor, decode_image, read_image_size
 from glm_batch.models.processing.patches import encoded_digest, pixel_values
 from tests.models.processing.golden import CASES, DATA, budget, check_values
@@ -33,7 +40,9 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth colours with noise, uint8 [height, width, 3]."""
     random_state = np.random.default_rng(seed)
     coarse = random_state.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    smooth = np.asarray(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    ).astype(np.int16)
     return np.clip(smooth + random_state.integers(-20, 21, smooth.shape), 0, 255).astype(np.uint8)
 
 
@@ -53,7 +62,9 @@ def error_of(call: Callable[[], object]) -> RowError:
 # ---- equal to the published processors ----
 
 
-@pytest.mark.parametrize("case", CASES["images"], ids=lambda case: f"{case['torch'].removesuffix('_torch')}")
+@pytest.mark.parametrize(
+    "case", CASES["images"], ids=lambda case: f"{case['torch'].removesuffix('_torch')}"
+)
 @pytest.mark.parametrize("backend", ["torch", "pil"])
 def test_recorded_outputs(case: dict[str, Any], backend: Any) -> None:
     config = ImageProcessorConfig(**budget(case), resampling=backend)
@@ -78,7 +89,8 @@ def test_equal_to_the_pil_class(size: tuple[int, int]) -> None:
 def test_both_backends_agree_where_nothing_is_resized() -> None:
     frame = picture(112, 168)
     torch_patches, pil_patches = (
-        ImageProcessor(replace(HUB, resampling=backend)).from_array(frame).patches for backend in ("torch", "pil")
+        ImageProcessor(replace(HUB, resampling=backend)).from_array(frame).patches
+        for backend in ("torch", "pil")
     )
     assert np.array_equal(torch_patches, pil_patches)
 
@@ -123,13 +135,22 @@ def test_smart_resize_equals_transformers() -> None:
     chance = random.Random(0)
     refused = 0
     for _ in range(3000):
-        frames, height, width = chance.randint(2, 600), chance.randint(1, 3000), chance.randint(1, 3000)
+        frames, height, width = (
+            chance.randint(2, 600),
+            chance.randint(1, 3000),
+            chance.randint(1, 3000),
+        )
         config = replace(HUB, max_pixels=chance.choice([20_000, 1_000_000, 47_040_000]))
         try:
-            expected = hf_smart_resize(frames, height, width, 2, 28, config.min_pixels, config.max_pixels)
+            expected = hf_smart_resize(
+                frames, height, width, 2, 28, config.min_pixels, config.max_pixels
+            )
         except ValueError:
             refused += 1
-            assert error_of(lambda c=(frames, height, width, config): smart_resize(*c)).code == "media_aspect_ratio"
+            assert (
+                error_of(lambda c=(frames, height, width, config): smart_resize(*c)).code
+                == "media_aspect_ratio"
+            )
         else:
             assert smart_resize(frames, height, width, config) == expected
     assert refused > 10
@@ -149,14 +170,19 @@ def test_defaults_are_those_of_the_class(tmp_path: Path) -> None:
     config = ImageProcessorConfig.from_dir(tmp_path)
     assert config == ImageProcessorConfig()
     oracle = Glm4vImageProcessorPil()
-    assert {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels} == dict(oracle.size)
+    assert {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels} == dict(
+        oracle.size
+    )
     assert (config.patch_size, config.merge_size) == (oracle.patch_size, oracle.merge_size)
     assert config.temporal_patch_size == oracle.temporal_patch_size
     assert [*config.image_mean, *config.image_std] == [*oracle.image_mean, *oracle.image_std]
 
 
 def test_each_kind_reads_its_own_file(tmp_path: Path) -> None:
-    hub = {"image_processor_type": "Glm4vImageProcessor", "size": {"shortest_edge": 12544, "longest_edge": 9633792}}
+    hub = {
+        "image_processor_type": "Glm4vImageProcessor",
+        "size": {"shortest_edge": 12544, "longest_edge": 9633792},
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(hub))
     assert ImageProcessorConfig.from_dir(tmp_path) == HUB
     # As in the published class, the image file stands in for a missing video file.
@@ -164,7 +190,12 @@ def test_each_kind_reads_its_own_file(tmp_path: Path) -> None:
     clip = {"size": {"shortest_edge": 1000, "longest_edge": 50000}, "fps": 1, "max_duration": 60}
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(clip))
     video = VideoProcessorConfig.from_dir(tmp_path)
-    assert (video.min_pixels, video.max_pixels, video.fps, video.max_duration_s) == (1000, 50000, 1, 60)
+    assert (video.min_pixels, video.max_pixels, video.fps, video.max_duration_s) == (
+        1000,
+        50000,
+        1,
+        60,
+    )
     both = {"image_processor": {"patch_size": 16}, "video_processor": {"fps": 4}}
     (tmp_path / "processor_config.json").write_text(json.dumps(both))
     assert ImageProcessorConfig.from_dir(tmp_path) == ImageProcessorConfig(patch_size=16)
@@ -172,10 +203,14 @@ def test_each_kind_reads_its_own_file(tmp_path: Path) -> None:
 
 
 def test_switched_off_steps_are_folded_into_the_arithmetic(tmp_path: Path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text('{"do_rescale": false, "do_normalize": false}')
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"do_rescale": false, "do_normalize": false}'
+    )
     config = ImageProcessorConfig.from_dir(tmp_path)
     patches = torch.arange(588, dtype=torch.int64).remainder(256).to(torch.uint8)[None]
-    assert torch.equal(pixel_values(patches, config).view(3, 2, 196)[:, 1], patches.view(3, 196).float())
+    assert torch.equal(
+        pixel_values(patches, config).view(3, 2, 196)[:, 1], patches.view(3, 196).float()
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,7 +272,9 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
 
 def test_transparency_drops_away_and_the_colours_under_it_stay() -> None:
     rgba = np.dstack([picture(40, 50), np.zeros((40, 50), np.uint8)])
-    assert np.array_equal(decode_image(encoded(rgba, "PNG"), max_source_pixels=LIMIT), rgba[..., :3])
+    assert np.array_equal(
+        decode_image(encoded(rgba, "PNG"), max_source_pixels=LIMIT), rgba[..., :3]
+    )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -295,14 +332,20 @@ def _good(kind: str) -> bytes:
         pytest.param(lambda: b"", id="zero bytes"),
         pytest.param(lambda: b"hello, this is a text file\n" * 20, id="text"),
         pytest.param(lambda: SVG, id="svg"),
-        pytest.param(lambda: encoded(Image.new("1", (20000, 20000)), "TIFF", compression="group4"), id="tiff bomb"),
+        pytest.param(
+            lambda: encoded(Image.new("1", (20000, 20000)), "TIFF", compression="group4"),
+            id="tiff bomb",
+        ),
         pytest.param(lambda: _good("JPEG2000"), id="jpeg 2000"),
         pytest.param(lambda: _good("ICO"), id="ico"),
         pytest.param(lambda: _good("PPM"), id="ppm"),
         pytest.param(lambda: _good("PDF"), id="pdf"),
         pytest.param(lambda: _good("PNG")[:8], id="signature only"),
         *[
-            pytest.param(lambda kind=kind, part=part: _good(kind)[: int(len(_good(kind)) * part)], id=f"{kind} {part}")
+            pytest.param(
+                lambda kind=kind, part=part: _good(kind)[: int(len(_good(kind)) * part)],
+                id=f"{kind} {part}",
+            )
             for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP")
             for part in (0.02, 0.5, 0.95)
         ],
@@ -323,7 +366,9 @@ def test_damaged_bytes_give_a_picture_or_a_row_error(kind: str) -> None:
     for _ in range(60):
         data = bytearray(good)
         for _ in range(chance.randint(1, 8)):
-            data[chance.randrange(min(len(data), chance.choice([64, len(data)])))] = chance.randrange(256)
+            data[chance.randrange(min(len(data), chance.choice([64, len(data)])))] = (
+                chance.randrange(256)
+            )
         try:
             outcomes.add(decode_image(bytes(data), max_source_pixels=1 << 20).dtype)
         except RowError as error:
@@ -356,7 +401,9 @@ def _bmp_claiming(width: int, height: int) -> bytes:
     "make",
     [
         pytest.param(lambda: encoded(Image.new("1", (10000, 9000)), "PNG"), id="PNG"),
-        pytest.param(lambda: encoded(Image.new("1", (20000, 20000)), "PNG"), id="PNG above Pillow's limit"),
+        pytest.param(
+            lambda: encoded(Image.new("1", (20000, 20000)), "PNG"), id="PNG above Pillow's limit"
+        ),
         pytest.param(lambda: encoded(Image.new("L", (9000, 9000)), "GIF"), id="GIF"),
         pytest.param(lambda: _webp_claiming(b"VP8X", 16000, 16000), id="WEBP"),
         pytest.param(lambda: _webp_claiming(b"VP8L", 16000, 16000), id="WEBP lossless"),
@@ -365,12 +412,18 @@ def _bmp_claiming(width: int, height: int) -> bytes:
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_is_refused_from_its_header(make: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_from_its_header(
+    make: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = make()
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("the pixels were decoded"))
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda self: pytest.fail("the pixels were decoded")
+    )
     error = error_of(lambda: ImageProcessor(HUB).from_bytes(data))
     assert error.code == "media_too_large"
-    assert error_of(lambda: read_image_size(data, max_source_pixels=LIMIT)).code == "media_too_large"
+    assert (
+        error_of(lambda: read_image_size(data, max_source_pixels=LIMIT)).code == "media_too_large"
+    )
 
 
 def test_the_pixel_limit_is_the_configured_one() -> None:
@@ -385,7 +438,9 @@ def test_extreme_aspect_ratio() -> None:
     assert error_of(lambda: ImageProcessor(HUB).from_bytes(data)).code == "media_aspect_ratio"
 
 
-@pytest.mark.parametrize("frame", [np.zeros((9, 9)), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "frame", [np.zeros((9, 9)), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8)]
+)
 def test_other_arrays_are_refused(frame: np.ndarray) -> None:
     assert error_of(lambda: ImageProcessor(HUB).from_array(frame)).code == "bad_image"
 
@@ -419,7 +474,8 @@ def test_the_digest_of_a_file_names_its_bytes_and_the_configuration() -> None:
     changed[50, 50, 1] ^= 1
     others = [
         ImageProcessor(HUB).from_array(frame).digest,
-        ImageProcessor(HUB).from_bytes(encoded(frame, "BMP")).digest,  # the same pixels in other bytes
+        # the same pixels in other bytes
+        ImageProcessor(HUB).from_bytes(encoded(frame, "BMP")).digest,
         ImageProcessor(HUB).from_bytes(encoded(changed, "PNG")).digest,
         ImageProcessor(replace(HUB, max_pixels=50_000)).from_bytes(data).digest,
         ImageProcessor(replace(HUB, resampling="pil")).from_bytes(data).digest,
@@ -429,7 +485,10 @@ def test_the_digest_of_a_file_names_its_bytes_and_the_configuration() -> None:
 
 
 def test_a_digest_that_is_known_is_taken_over() -> None:
-    assert ImageProcessor(HUB).from_bytes(encoded(picture(30, 30), "PNG"), digest="ab" * 32).digest == "ab" * 32
+    assert (
+        ImageProcessor(HUB).from_bytes(encoded(picture(30, 30), "PNG"), digest="ab" * 32).digest
+        == "ab" * 32
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])

@@ -1,4 +1,6 @@
-"""What a message may look like: every spelling of text and media, and what is wrong with the others."""
+"""What a message may look like: every spelling of text and media, and what is wrong with the
+others.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,30 @@ def text(content: str) -> dict[str, str]:
     ("part", "kind", "source"),
     [
         ({"type": "image_url", "image_url": {"url": DATA_URL}}, "image", DATA_URL),
-        ({"type": "image_url", "image_url": {"url": "https://a/b.png", "detail": "auto"}}, "image", "https://a/b.png"),
+        (
+            {"type": "image_url", "image_url": {"url": "https://a/b.png", "detail": "auto"}},
+            "image",
+            "https://a/b.png",
+        ),
         ({"type": "image_url", "image_url": {"url": "a.png", "detail": None}}, "image", "a.png"),
         ({"type": "image_url", "image_url": "a.png"}, "image", "a.png"),
         ({"type": "video_url", "video_url": {"url": "a.mp4"}}, "video", "a.mp4"),
         ({"type": "video_url", "video_url": "a.mp4"}, "video", "a.mp4"),
         ({"type": "image", "image": b"x"}, "image", b"x"),
-        ({"type": "image", "image": {"bytes": b"x", "path": None}}, "image", {"bytes": b"x", "path": None}),
+        (
+            {"type": "image", "image": {"bytes": b"x", "path": None}},
+            "image",
+            {"bytes": b"x", "path": None},
+        ),
         ({"type": "image", "url": "https://a/b.png"}, "image", "https://a/b.png"),
         ({"type": "image", "path": "a.png"}, "image", "a.png"),
         ({"type": "image", "bytes": b"x", "text": None, "path": None}, "image", b"x"),
         ({"type": "video", "video": "a.mp4"}, "video", "a.mp4"),
-        ({"type": "video", "path": "a.mp4", "image_url": {"url": None, "detail": None}}, "video", "a.mp4"),
+        (
+            {"type": "video", "path": "a.mp4", "image_url": {"url": None, "detail": None}},
+            "video",
+            "a.mp4",
+        ),
         ({"type": "video", "bytes": b"x", "detail": "auto"}, "video", b"x"),
     ],
     ids=str,
@@ -99,30 +113,60 @@ def test_a_column_of_arrow_with_all_fields_reads_as_it_was_written() -> None:
     ("messages", "problem"),
     [
         (["hi"], "message 0: it is str"),
-        ([{"role": "user", "content": "x"}, *user("x")], "message 1, part 0: it is str; a content part is an object"),
+        (
+            [{"role": "user", "content": "x"}, *user("x")],
+            "message 1, part 0: it is str; a content part is an object",
+        ),
         (user(text("x"), {"type": "text"}), "message 0, part 1: a content part of text must be"),
         (user({"type": "text", "text": 5}), "a content part of text must be"),
         (user({"type": "text", "text": "x", "image": "a"}), "a part of text holds image too"),
-        (user({"type": "input_text", "text": "x"}), "type 'input_text' is none of text, image, image_url, video,"),
+        (
+            user({"type": "input_text", "text": "x"}),
+            "type 'input_text' is none of text, image, image_url, video,",
+        ),
         (user({"type": "input_audio", "input_audio": {}}), "type 'input_audio' is none of"),
         (user({"type": ["image"]}), "type ['image'] is none of"),
-        (user({"type": "image"}), "an image with none of the fields image, url, path, bytes; it must have one"),
-        (user({"type": "image", "image": {"bytes": None, "path": None}}), "an image with none of the fields"),
+        (
+            user({"type": "image"}),
+            "an image with none of the fields image, url, path, bytes; it must have one",
+        ),
+        (
+            user({"type": "image", "image": {"bytes": None, "path": None}}),
+            "an image with none of the fields",
+        ),
         (user({"type": "image", "url": "a", "path": "b"}), "an image with 2 of the fields"),
         (user({"type": "video", "image": "a"}), "a video with none of the fields video, url"),
-        (user({"type": "image_url", "image_url": {"url": None, "detail": "auto"}}), "an image with none of the fields"),
-        (user({"type": "image_url", "image_url": {"url": "a", "detail": "high"}}), "detail 'high' cannot be asked for"),
-        (user({"type": "image_url", "image_url": "a", "detail": "low"}), "detail 'low' cannot be asked for"),
+        (
+            user({"type": "image_url", "image_url": {"url": None, "detail": "auto"}}),
+            "an image with none of the fields",
+        ),
+        (
+            user({"type": "image_url", "image_url": {"url": "a", "detail": "high"}}),
+            "detail 'high' cannot be asked for",
+        ),
+        (
+            user({"type": "image_url", "image_url": "a", "detail": "low"}),
+            "detail 'low' cannot be asked for",
+        ),
         (user({"type": "image_url", "image_url": 5}), "its image_url is int"),
         (user({"type": "image_url", "image_url": {"url": b"x"}}), "its image_url is bytes"),
         (
             user({"type": "image_url", "image_url": {"url": "a", "size": 5}}),
             "the field 'size' has no meaning beside an",
         ),
-        (user({"type": "video", "video": "a", "fps": 4}), "message 0, part 0: the field 'fps' has no meaning beside a"),
-        (user({"type": "image", "image": "a", "text": "x"}), "the field 'text' has no meaning beside an image"),
+        (
+            user({"type": "video", "video": "a", "fps": 4}),
+            "message 0, part 0: the field 'fps' has no meaning beside a",
+        ),
+        (
+            user({"type": "image", "image": "a", "text": "x"}),
+            "the field 'text' has no meaning beside an image",
+        ),
         *(
-            ([{"role": role, "content": [text("x"), {"type": "video", "video": "a"}]}], f"a message of role {role}")
+            (
+                [{"role": role, "content": [text("x"), {"type": "video", "video": "a"}]}],
+                f"a message of role {role}",
+            )
             for role in ("system", "assistant", "observation", "tool")
         ),
     ],

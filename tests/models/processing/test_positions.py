@@ -36,7 +36,9 @@ VIDEO = "<|begin_of_video|><|video|><|end_of_video|>"
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     library = build_tokenizer()
-    library.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|image|>", "<|video|>")])
+    library.add_special_tokens(
+        [AddedToken(text, normalized=False) for text in ("<|image|>", "<|video|>")]
+    )
     return Tokenizer(library)
 
 
@@ -45,7 +47,9 @@ def tokens(tokenizer: Tokenizer) -> MediaTokens:
     return MediaTokens.from_tokenizer(tokenizer)
 
 
-def expand(text: str, tokenizer: Tokenizer, images: list[Grid], videos: list[VideoSpan]) -> list[int]:
+def expand(
+    text: str, tokenizer: Tokenizer, images: list[Grid], videos: list[VideoSpan]
+) -> list[int]:
     return expand_placeholders(
         tokenizer.encode_control(text),
         tokens=MediaTokens.from_tokenizer(tokenizer),
@@ -56,20 +60,34 @@ def expand(text: str, tokenizer: Tokenizer, images: list[Grid], videos: list[Vid
     )
 
 
-def hf_expand(text: str, images: list[Grid], videos: list[Grid], metadata: list[VideoMetadata]) -> str:
+def hf_expand(
+    text: str, images: list[Grid], videos: list[Grid], metadata: list[VideoMetadata]
+) -> str:
     """The text as the published processor expands it."""
     merge = SimpleNamespace(merge_size=2)
-    processor = SimpleNamespace(image_processor=merge, video_processor=merge, image_token="<|image|>")
+    processor = SimpleNamespace(
+        image_processor=merge, video_processor=merge, image_token="<|image|>"
+    )
     processor.replace_frame_token_id = partial(Glm4vProcessor.replace_frame_token_id, processor)
     image_inputs = {"image_grid_thw": np.array(images)}
     video_inputs = {"video_grid_thw": np.array(videos), "video_metadata": metadata}
-    image_texts = (Glm4vProcessor.replace_image_token(processor, image_inputs, k) for k in range(len(images)))
-    video_texts = (Glm4vProcessor.replace_video_token(processor, video_inputs, k) for k in range(len(videos)))
-    return re.sub(r"<\|(image|video)\|>", lambda match: next(image_texts if match[1] == "image" else video_texts), text)
+    image_texts = (
+        Glm4vProcessor.replace_image_token(processor, image_inputs, k) for k in range(len(images))
+    )
+    video_texts = (
+        Glm4vProcessor.replace_video_token(processor, video_inputs, k) for k in range(len(videos))
+    )
+    return re.sub(
+        r"<\|(image|video)\|>",
+        lambda match: next(image_texts if match[1] == "image" else video_texts),
+        text,
+    )
 
 
 def random_media(chance: random.Random) -> tuple[str, list[Grid], list[Grid], list[VideoMetadata]]:
-    """A prompt with text, images and videos in any order, the grids of both, and the videos' metadata."""
+    """A prompt with text, images and videos in any order, the grids of both, and the videos'
+    metadata.
+    """
     text, images, videos, metadata = "", [], [], []
     for _ in range(chance.randint(1, 8)):
         kind = chance.choice(["text", "image", "video"])
@@ -95,9 +113,15 @@ def spans_of(videos: list[Grid], metadata: list[VideoMetadata]) -> list[VideoSpa
     ]
 
 
-def hf_positions(types: list[int], images: list[Grid], videos: list[Grid], padding: int = 0) -> tuple[np.ndarray, int]:
-    """Positions and rope_delta by the published model, for a prompt with `padding` tokens before it."""
-    model: Any = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)))
+def hf_positions(
+    types: list[int], images: list[Grid], videos: list[Grid], padding: int = 0
+) -> tuple[np.ndarray, int]:
+    """Positions and rope_delta by the published model, for a prompt with `padding` tokens before
+    it.
+    """
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    )
     model.get_vision_position_ids = MethodType(Glm4vModel.get_vision_position_ids, model)
     padded = torch.tensor([[0] * padding + types])
     positions, delta = Glm4vModel.get_rope_index(
@@ -115,10 +139,14 @@ def error_of(code: str) -> Any:
     return pytest.raises(RowError, match=re.escape(f"[{code}]"))
 
 
-def test_everything_equals_transformers_on_random_prompts(tokenizer: Tokenizer, tokens: MediaTokens) -> None:
+def test_everything_equals_transformers_on_random_prompts(
+    tokenizer: Tokenizer, tokens: MediaTokens
+) -> None:
     chance = random.Random(0)
     oracle = SimpleNamespace(
-        image_token_id=tokens.image, video_start_id=tokens.video_start, video_end_id=tokens.video_end
+        image_token_id=tokens.image,
+        video_start_id=tokens.video_start,
+        video_end_id=tokens.video_end,
     )
     for _ in range(150):
         text, images, videos, metadata = random_media(chance)
@@ -127,7 +155,9 @@ def test_everything_equals_transformers_on_random_prompts(tokenizer: Tokenizer, 
         types = media_token_types(ids, tokens)
         assert types.tolist() == Glm4vProcessor.create_mm_token_type_ids(oracle, [ids])[0]
         positions, delta = rope_positions(types, merge_size=2, images=images, videos=videos)
-        expected, expected_delta = hf_positions(types.tolist(), images, videos, padding=chance.choice([0, 3]))
+        expected, expected_delta = hf_positions(
+            types.tolist(), images, videos, padding=chance.choice([0, 3])
+        )
         assert np.array_equal(positions, expected)
         assert delta == expected_delta
 
@@ -146,7 +176,9 @@ def test_seconds_are_cut_and_not_rounded(tokenizer: Tokenizer) -> None:
 
 
 def test_the_published_positions_of_a_clip() -> None:
-    """Two tokens of text, a video of three groups of 3x4 tokens between its markers, four tokens of text."""
+    """Two tokens of text, a video of three groups of 3x4 tokens between its markers, four tokens of
+    text.
+    """
     frame = [0, *[2] * 12, 0, 0]  # begin, tokens, end, timestamp
     types = [0, 0, 0, *frame * 3, 0, 0, 0, 0, 0]
     positions, delta = rope_positions(types, merge_size=2, images=[], videos=[(3, 6, 8)])
@@ -173,7 +205,12 @@ def test_the_next_token_goes_on_after_the_media() -> None:
 
 def test_other_merge_sizes(tokenizer: Tokenizer, tokens: MediaTokens) -> None:
     ids = expand_placeholders(
-        [tokens.image], tokens=tokens, merge_size=1, images=[(1, 3, 5)], videos=[], encode=tokenizer.encode
+        [tokens.image],
+        tokens=tokens,
+        merge_size=1,
+        images=[(1, 3, 5)],
+        videos=[],
+        encode=tokenizer.encode,
     )
     assert ids == [tokens.image] * 15
     positions, delta = rope_positions([1] * 15, merge_size=1, images=[(1, 3, 5)], videos=[])
@@ -183,7 +220,14 @@ def test_other_merge_sizes(tokenizer: Tokenizer, tokens: MediaTokens) -> None:
 
 @pytest.mark.parametrize(
     ("text", "num_images", "num_videos"),
-    [(IMAGE, 0, 0), (IMAGE, 2, 0), ("none", 1, 0), (VIDEO, 0, 0), (VIDEO, 1, 1), (IMAGE + VIDEO, 1, 0)],
+    [
+        (IMAGE, 0, 0),
+        (IMAGE, 2, 0),
+        ("none", 1, 0),
+        (VIDEO, 0, 0),
+        (VIDEO, 1, 1),
+        (IMAGE + VIDEO, 1, 0),
+    ],
 )
 def test_placeholders_and_media_must_be_as_many(
     text: str, num_images: int, num_videos: int, tokenizer: Tokenizer

@@ -1,4 +1,6 @@
-"""Prompts with media as the engine takes them: expanded ids and positions, and checkpoints whose files contradict."""
+"""Prompts with media as the engine takes them: expanded ids and positions, and checkpoints whose
+files contradict.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,23 @@ Folder = Callable[..., str]
 def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Folder:
     """folder(processor={...}, image_token_id=...) -> a GLM-4.1V's files without weights."""
 
-    def make(processor: dict[str, Any] | None = None, video: dict[str, Any] | None = None, **ids: int) -> str:
+    def make(
+        processor: dict[str, Any] | None = None, video: dict[str, Any] | None = None, **ids: int
+    ) -> str:
         source = checkpoint("glm41v")
         tokenizer = Tokenizer.from_dir(str(source))
         right = {name: tokenizer.encode_control(token)[0] for name, token in NAMES.items()}
         config = transformers.Glm4vConfig(
-            text_config=TEXT | {"vocab_size": 1024}, vision_config=VISION | {"patch_size": 14}, **(right | ids)
+            text_config=TEXT | {"vocab_size": 1024},
+            vision_config=VISION | {"patch_size": 14},
+            **(right | ids),
         )
         config.architectures = ["Glm4vForConditionalGeneration"]
         config.save_pretrained(tmp_path)
         (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-        (tmp_path / "chat_template.jinja").write_bytes((source / "chat_template.jinja").read_bytes())
+        (tmp_path / "chat_template.jinja").write_bytes(
+            (source / "chat_template.jinja").read_bytes()
+        )
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor or {}))
         if video:
             (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
@@ -58,16 +66,26 @@ def patches(grid: tuple[int, int, int], seconds: tuple[float, ...] = ()) -> Medi
     kind: Any = "video" if seconds else "image"
     values = np.zeros((int(np.prod(grid)), 588 * (2 if seconds else 1)), np.uint8)
     digest = f"{hash((grid, seconds)) % 2**64:032x}"
-    return MediaPatches(kind=kind, patches=values, grid=grid, digest=digest, source=(1, 1, 1), timestamps=seconds)
+    return MediaPatches(
+        kind=kind, patches=values, grid=grid, digest=digest, source=(1, 1, 1), timestamps=seconds
+    )
 
 
 def test_images_and_videos_mixed_stand_as_written_by_hand(folder: Folder) -> None:
     chat, prompts = load(folder())
-    shown = [patches((1, 4, 6)), patches((2, 4, 4), (0.0, 1.5)), patches((1, 2, 8)), patches((1, 4, 6))]
+    shown = [
+        patches((1, 4, 6)),
+        patches((2, 4, 4), (0.0, 1.5)),
+        patches((1, 2, 8)),
+        patches((1, 4, 6)),
+    ]
     parts = [{"type": item.kind, item.kind: item} for item in shown]
     typed = {"type": "text", "text": "<|image|> <|video|>"}
     messages = [
-        {"role": "user", "content": [parts[0], typed, *parts[1:3], {"type": "text", "text": "What?"}]},
+        {
+            "role": "user",
+            "content": [parts[0], typed, *parts[1:3], {"type": "text", "text": "What?"}],
+        },
         {"role": "user", "content": [parts[3]]},
     ]
     ids, media = prompts.place(chat.prompt_ids(messages, thinking=True), shown)
@@ -81,13 +99,17 @@ def test_images_and_videos_mixed_stand_as_written_by_hand(folder: Folder) -> Non
     plain = chat.tokenizer.encode
     expected = control("[gMASK]<sop><|user|>\n") + image(6) + plain("<|image|> <|video|>")
     expected += control("<|begin_of_video|>") + image(4) + plain("0") + image(4) + plain("1")
-    expected += control("<|end_of_video|>") + image(4) + plain("What?") + control("<|user|>\n") + image(6)
+    expected += (
+        control("<|end_of_video|>") + image(4) + plain("What?") + control("<|user|>\n") + image(6)
+    )
     expected += control("<|assistant|>\n")
     assert ids == expected
     assert media is not None
     assert [item.digest.hex() for item in media.items] == [item.digest for item in shown]
     placeholder = prompts.tokens.image
-    begin, end = (ids.index(token) for token in (prompts.tokens.video_start, prompts.tokens.video_end))
+    begin, end = (
+        ids.index(token) for token in (prompts.tokens.video_start, prompts.tokens.video_end)
+    )
     types = [(2 if begin < i < end else 1) if id == placeholder else 0 for i, id in enumerate(ids)]
     np.testing.assert_array_equal(media.positions, rope_index(types, list(media.items), merge=2))
     assert media.positions.dtype == np.int64
@@ -103,7 +125,12 @@ def test_a_typed_placeholder_expands_to_nothing(folder: Folder) -> None:
         ids, _ = prompts.place(chat.prompt_ids([{"role": "user", "content": parts}]), [item])
         return ids.count(prompts.tokens.image)
 
-    assert tokens("hello") == tokens("<|image|>") == tokens("<|begin_of_image|><|image|><|end_of_image|>") == 6
+    assert (
+        tokens("hello")
+        == tokens("<|image|>")
+        == tokens("<|begin_of_image|><|image|><|end_of_image|>")
+        == 6
+    )
 
 
 def test_text_alone_has_no_media(folder: Folder) -> None:
@@ -125,25 +152,42 @@ def test_placeholders_and_media_must_be_as_many(folder: Folder, shown: list[str]
 def test_processors_are_those_of_the_checkpoint(folder: Folder) -> None:
     size = {"shortest_edge": 3136, "longest_edge": 12544}
     _, prompts = load(folder(processor={"size": size}, video={"fps": 1}))
-    assert (prompts.image.min_pixels, prompts.image.max_pixels, prompts.video.fps) == (3136, 12544, 1)
+    assert (prompts.image.min_pixels, prompts.image.max_pixels, prompts.video.fps) == (
+        3136,
+        12544,
+        1,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_that_differ_are_refused(folder: Folder, name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"config\.json: {name} is 3, in tokenizer\.json that token is \d+"):
+    with pytest.raises(
+        ConfigError, match=rf"config\.json: {name} is 3, in tokenizer\.json that token is \d+"
+    ):
         load(folder(**{name: 3}))
 
 
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
-        ({"processor": {"patch_size": 16}}, "the image processor has patch_size 16, .* vision_config 14"),
-        ({"processor": {"merge_size": 1}}, "the image processor has merge_size 1, .* vision_config 2"),
-        ({"video": {"temporal_patch_size": 1}}, "the video processor has temporal_patch_size 1, .* vision_config 2"),
+        (
+            {"processor": {"patch_size": 16}},
+            "the image processor has patch_size 16, .* vision_config 14",
+        ),
+        (
+            {"processor": {"merge_size": 1}},
+            "the image processor has merge_size 1, .* vision_config 2",
+        ),
+        (
+            {"video": {"temporal_patch_size": 1}},
+            "the video processor has temporal_patch_size 1, .* vision_config 2",
+        ),
     ],
     ids=str,
 )
-def test_patches_that_the_model_cannot_take_are_refused(folder: Folder, files: dict[str, Any], problem: str) -> None:
+def test_patches_that_the_model_cannot_take_are_refused(
+    folder: Folder, files: dict[str, Any], problem: str
+) -> None:
     with pytest.raises(ConfigError, match=problem):
         load(folder(**files))
 
@@ -151,11 +195,15 @@ def test_patches_that_the_model_cannot_take_are_refused(folder: Folder, files: d
 def test_a_text_model_is_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     transformers.Glm4Config(architectures=["Glm4ForCausalLM"]).save_pretrained(tmp_path)
     tokenizer = Tokenizer.from_dir(str(checkpoint("glm41v")))
-    with pytest.raises(ConfigError, match="Glm4ForCausalLM reads text alone; images and videos need"):
+    with pytest.raises(
+        ConfigError, match="Glm4ForCausalLM reads text alone; images and videos need"
+    ):
         MediaPrompts.from_dir(str(tmp_path), tokenizer)
 
 
-def test_a_tokenizer_without_placeholders_is_refused(folder: Folder, checkpoint: Callable[[str], Path]) -> None:
+def test_a_tokenizer_without_placeholders_is_refused(
+    folder: Folder, checkpoint: Callable[[str], Path]
+) -> None:
     path = folder()
     with pytest.raises(ConfigError, match=r"tokenizer\.json has no <\|image\|>, <\|video\|>"):
         MediaPrompts.from_dir(path, Tokenizer.from_dir(str(checkpoint("glm4_0414"))))

@@ -18,7 +18,9 @@ def test_labels_share_what_the_model_gives_them() -> None:
     assert found.off_set_mass == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("logprobs", [[-1.0, math.nan], [0.5, -1.0], [math.inf], [-math.inf, -math.inf]])
+@pytest.mark.parametrize(
+    "logprobs", [[-1.0, math.nan], [0.5, -1.0], [math.inf], [-math.inf, -math.inf]]
+)
 def test_what_is_no_probability_is_refused(logprobs: list[float]) -> None:
     with pytest.raises(RowError, match="label log-probabilities"):
         label_scores(logprobs)
@@ -46,7 +48,10 @@ def test_a_bias_moves_the_answer() -> None:
     assert found.best == 0
     np.testing.assert_allclose(found.probabilities, [0.75, 0.25])
     scores, label = class_scores(
-        np.array([0.0, math.log(3.0)]), ("a", "b"), "single_label_classification", Scaling(bias=(math.log(9.0), 0.0))
+        np.array([0.0, math.log(3.0)]),
+        ("a", "b"),
+        "single_label_classification",
+        Scaling(bias=(math.log(9.0), 0.0)),
     )
     assert (scores, label) == (pytest.approx([0.75, 0.25]), "a")
 

@@ -1,4 +1,6 @@
-"""The tokenizer against transformers on the same files, and what it adds: plain control strings, bytes, pieces."""
+"""The tokenizer against transformers on the same files, and what it adds: plain control strings,
+bytes, pieces.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,9 @@ PIECES = [
     "\r\n", "\t", "123456", "<", "[", "<|", "|>", "<b>", "don't", "\x00", "\ufffd", "\u200b", "ﬁ", "\U00013000",
 ]  # fmt: skip
 plain_text = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join)
-any_text = st.lists(st.sampled_from(PIECES + SPECIAL_TOKENS + MEDIA_TOKENS + REASONING_TOKENS), max_size=12).map(
-    "".join
-)
+any_text = st.lists(
+    st.sampled_from(PIECES + SPECIAL_TOKENS + MEDIA_TOKENS + REASONING_TOKENS), max_size=12
+).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,9 @@ def test_split_control_cuts_where_the_library_cuts(text: str, tokenizer: Tokeniz
 
 def encode_pieces(tokenizer: Tokenizer, text: str) -> list[int]:
     pieces = tokenizer.split_control(text)
-    return [i for piece, id in pieces for i in ([id] if id is not None else tokenizer.encode(piece))]
+    return [
+        i for piece, id in pieces for i in ([id] if id is not None else tokenizer.encode(piece))
+    ]
 
 
 @settings(deadline=None)
@@ -83,8 +87,15 @@ def test_plain_text_is_bytes_whatever_it_says(text: str, tokenizer: Tokenizer) -
 @pytest.mark.parametrize("adds_prefix", [False, True])
 def test_raw_text_follows_the_post_processor(adds_prefix: bool, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "glm4_0414", adds_prefix=adds_prefix)
-    tokenizer, oracle = Tokenizer.from_dir(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
-    prefix = [tokenizer.encode_control(token)[0] for token in ("[gMASK]", "<sop>")] if adds_prefix else []
+    tokenizer, oracle = (
+        Tokenizer.from_dir(str(folder)),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
+    prefix = (
+        [tokenizer.encode_control(token)[0] for token in ("[gMASK]", "<sop>")]
+        if adds_prefix
+        else []
+    )
 
     @settings(deadline=None)
     @given(text=plain_text)
@@ -130,7 +141,9 @@ def test_text_arrives_in_whole_characters(text: str, tokenizer: Tokenizer) -> No
 
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
-def test_pieces_of_any_tokens_make_the_decoded_text(data: st.DataObject, tokenizer: Tokenizer) -> None:
+def test_pieces_of_any_tokens_make_the_decoded_text(
+    data: st.DataObject, tokenizer: Tokenizer
+) -> None:
     """Also of tokens that never make a character: broken bytes become U+FFFD in both ways alike."""
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     detokenizer = IncrementalDetokenizer(tokenizer)
@@ -141,10 +154,15 @@ def test_pieces_of_any_tokens_make_the_decoded_text(data: st.DataObject, tokeniz
 @settings(deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_decoding_is_that_of_transformers(
-    data: st.DataObject, skip: bool, tokenizer: Tokenizer, oracle: transformers.PreTrainedTokenizerBase
+    data: st.DataObject,
+    skip: bool,
+    tokenizer: Tokenizer,
+    oracle: transformers.PreTrainedTokenizerBase,
 ) -> None:
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
-    assert tokenizer.decode(ids, skip_special_tokens=skip) == oracle.decode(ids, skip_special_tokens=skip)
+    assert tokenizer.decode(ids, skip_special_tokens=skip) == oracle.decode(
+        ids, skip_special_tokens=skip
+    )
 
 
 def test_reasoning_tags_survive_decoding_and_specials_do_not(tokenizer: Tokenizer) -> None:
@@ -155,7 +173,9 @@ def test_reasoning_tags_survive_decoding_and_specials_do_not(tokenizer: Tokenize
     assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
 
 
-@pytest.mark.parametrize("method", ["encode", "encode_control", "encode_raw", "encode_raw_with_offsets"])
+@pytest.mark.parametrize(
+    "method", ["encode", "encode_control", "encode_raw", "encode_raw_with_offsets"]
+)
 @pytest.mark.parametrize("text", ["ab\ud800", "\udfff", "😀\ude00"])
 def test_half_a_surrogate_pair_is_a_row_error(method: str, text: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(RowError, match=rf"character {len(text) - 1} is U\+D") as caught:
@@ -172,7 +192,12 @@ def test_a_tokenizer_that_cuts_and_pads_is_not_let(tmp_path: Path) -> None:
     text = "The quick brown fox jumps over the lazy dog"
     wanted = build_tokenizer().encode(text).ids
     assert len(wanted) > 3
-    assert tokenizer.encode(text) == tokenizer.encode_control(text) == tokenizer.encode_raw(text) == wanted
+    assert (
+        tokenizer.encode(text)
+        == tokenizer.encode_control(text)
+        == tokenizer.encode_raw(text)
+        == wanted
+    )
 
 
 def test_added_tokens_that_swallow_blanks_are_split_as_the_library_does() -> None:
@@ -185,13 +210,21 @@ def test_added_tokens_that_swallow_blanks_are_split_as_the_library_does() -> Non
         ]
     )
     tokenizer = Tokenizer(library)
-    for text in ("a  <pad>\n b", "word sword words word", "<|user|>s<|user|>", "(word) <pad>word", ""):
+    for text in (
+        "a  <pad>\n b",
+        "word sword words word",
+        "<|user|>s<|user|>",
+        "(word) <pad>word",
+        "",
+    ):
         assert encode_pieces(tokenizer, text) == tokenizer.encode_control(text), text
 
 
 def test_added_tokens_outside_the_byte_alphabet_are_their_own_text() -> None:
     library = build_tokenizer()
-    library.add_tokens([AddedToken("do not", normalized=False), AddedToken("答案", normalized=False)])
+    library.add_tokens(
+        [AddedToken("do not", normalized=False), AddedToken("答案", normalized=False)]
+    )
     tokenizer = Tokenizer(library)
     ids = tokenizer.encode_control("We do not say 答案.")
     detokenizer = IncrementalDetokenizer(tokenizer)
@@ -207,11 +240,27 @@ END, USER = "<|endoftext|>", "<|user|>"
         ({}, [], None),
         ({"tokenizer_config": {"eos_token": USER, "pad_token": END}}, [USER], END),
         ({"tokenizer_config": {"eos_token": {"content": END}}}, [END], None),
-        ({"config": {"eos_token_id": [END, USER]}, "tokenizer_config": {"eos_token": END}}, [END, USER], None),
+        (
+            {"config": {"eos_token_id": [END, USER]}, "tokenizer_config": {"eos_token": END}},
+            [END, USER],
+            None,
+        ),
         ({"config": {"text_config": {"eos_token_id": USER, "pad_token_id": END}}}, [USER], END),
-        ({"config": {"eos_token_id": END}, "generation_config": {"eos_token_id": [USER, END]}}, [USER, END], None),
-        ({"generation_config": {"eos_token_id": USER}, "config": {"pad_token_id": END}}, [USER], END),
-        ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": USER}}, [USER], None),
+        (
+            {"config": {"eos_token_id": END}, "generation_config": {"eos_token_id": [USER, END]}},
+            [USER, END],
+            None,
+        ),
+        (
+            {"generation_config": {"eos_token_id": USER}, "config": {"pad_token_id": END}},
+            [USER],
+            END,
+        ),
+        (
+            {"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": USER}},
+            [USER],
+            None,
+        ),
     ],
     ids=str,
 )
@@ -235,7 +284,9 @@ def test_end_and_padding_come_from_the_first_file_that_names_them(
 def test_vocab_size_counts_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.vocab_size == library.get_vocab_size(with_added_tokens=True)
-    assert tokenizer.special_ids == {library.token_to_id(token) for token in SPECIAL_TOKENS + MEDIA_TOKENS}
+    assert tokenizer.special_ids == {
+        library.token_to_id(token) for token in SPECIAL_TOKENS + MEDIA_TOKENS
+    }
 
 
 @pytest.mark.parametrize(
@@ -246,7 +297,10 @@ def test_vocab_size_counts_added_tokens(tokenizer: Tokenizer, folder: Path) -> N
         ({"tokenizer.json": '{"model": {"type": "None"}}'}, "does not describe a tokenizer"),
         ({"tokenizer.json": None, "config.json": "[1]"}, "a JSON object was expected"),
         ({"tokenizer.json": None, "generation_config.json": "{,"}, "cannot be read as JSON"),
-        ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<eos>"}'}, "no token of tokenizer.json"),
+        (
+            {"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<eos>"}'},
+            "no token of tokenizer.json",
+        ),
     ],
     ids=str,
 )
@@ -261,6 +315,8 @@ def test_a_broken_checkpoint_is_refused_with_the_file(
 
 
 def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path) -> None:
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(
+        str(tmp_path / "tokenizer.json")
+    )
     with pytest.raises(ConfigError, match="byte-level"):
         Tokenizer.from_dir(str(tmp_path))

@@ -1,4 +1,6 @@
-"""Videos against recorded outputs and a plain decoding loop, and what becomes of damaged and hostile ones."""
+"""Videos against recorded outputs and a plain decoding loop, and what becomes of damaged and
+hostile ones.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ CONFIG = VideoProcessorConfig()
 SMALL = VideoProcessorConfig(min_pixels=1000, max_pixels=400_000)
 LIMIT = CONFIG.max_source_pixels
 
-# (container, encoder, its options); the x264 ones have B-frames, which are stored after frames shown later.
+# (container, encoder, its options); the x264 ones have B-frames, which are stored after frames
+# shown later.
 ENCODINGS = {
     "mp4": ("mp4", "libx264", {"bf": "2", "g": "12", "sc_threshold": "0"}),
     "open gop": ("mp4", "libx264", {"bf": "3", "g": "10", "x264-params": "open-gop=1:scenecut=0"}),
@@ -41,8 +44,16 @@ ENCODINGS = {
     "fragmented": ("mp4", "libx264", {"bf": "2", "g": "12"}),
     "hevc": ("mp4", "libx265", {"x265-params": "keyint=12:bframes=3:log-level=none"}),
     "matroska": ("matroska", "libx264", {"bf": "2", "g": "12"}),
-    "webm": ("webm", "libvpx-vp9", {"g": "12", "lag-in-frames": "10", "auto-alt-ref": "1", "cpu-used": "8"}),
-    "webm vp8": ("webm", "libvpx", {"g": "12", "lag-in-frames": "10", "auto-alt-ref": "1", "cpu-used": "8"}),
+    "webm": (
+        "webm",
+        "libvpx-vp9",
+        {"g": "12", "lag-in-frames": "10", "auto-alt-ref": "1", "cpu-used": "8"},
+    ),
+    "webm vp8": (
+        "webm",
+        "libvpx",
+        {"g": "12", "lag-in-frames": "10", "auto-alt-ref": "1", "cpu-used": "8"},
+    ),
     "avi": ("avi", "mpeg4", {"g": "12"}),
     "avi b-frames": ("avi", "mpeg4", {"g": "12", "bf": "2"}),
     "transport stream": ("mpegts", "libx264", {"bf": "2", "g": "12"}),
@@ -60,9 +71,15 @@ def moving_square(number: int, height: int, width: int) -> np.ndarray:
 
 @cache
 def clip(
-    num_frames: int = 40, fps: int = 10, size: tuple[int, int] = (64, 96), encoding: str = "mp4", step: int = 0
+    num_frames: int = 40,
+    fps: int = 10,
+    size: tuple[int, int] = (64, 96),
+    encoding: str = "mp4",
+    step: int = 0,
 ) -> bytes:
-    """An encoded moving_square; `step` widens the gap between the later frames, in tenths of a frame's time."""
+    """An encoded moving_square; `step` widens the gap between the later frames, in tenths of a
+    frame's time.
+    """
     container_format, codec, options = ENCODINGS[encoding]
     buffer = io.BytesIO()
     flags = {"movflags": "frag_keyframe+empty_moov"} if encoding == "fragmented" else {}
@@ -86,8 +103,12 @@ def clip(
 def audio(container_format: str) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container_format) as container:
-        stream = container.add_stream("pcm_s16le" if container_format == "wav" else "aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), format="s16", layout="mono")
+        stream = container.add_stream(
+            "pcm_s16le" if container_format == "wav" else "aac", rate=16000
+        )
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 16000), np.int16), format="s16", layout="mono"
+        )
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -120,7 +141,9 @@ def error_of(data: bytes, config: VideoProcessorConfig = SMALL) -> RowError:
         (9000, 30, 300, list(range(0, 9000, 15))),
     ],
 )
-def test_sampling_vectors(total: int, fps: float, duration: float | None, expected: list[int]) -> None:
+def test_sampling_vectors(
+    total: int, fps: float, duration: float | None, expected: list[int]
+) -> None:
     assert sample_frames(total, fps, CONFIG, duration_s=duration) == expected
 
 
@@ -144,7 +167,9 @@ def test_sampling_equals_transformers() -> None:
         oracle = SimpleNamespace(fps=target, max_duration=300)
         metadata = VideoMetadata(total_num_frames=total, fps=fps, duration=duration)
         expected = Glm4vVideoProcessor.sample_frames(oracle, metadata).tolist()
-        assert sample_frames(total, fps, replace(CONFIG, fps=target), duration_s=duration) == expected
+        assert (
+            sample_frames(total, fps, replace(CONFIG, fps=target), duration_s=duration) == expected
+        )
 
 
 def test_a_rate_of_almost_nothing_still_takes_a_frame() -> None:
@@ -164,9 +189,15 @@ def test_timestamps_are_those_of_each_pair() -> None:
 @pytest.mark.parametrize("case", CASES["videos"], ids=lambda case: case["values"])
 def test_recorded_outputs(case: dict[str, Any]) -> None:
     first = DATA[f"video{case['video']}_frame0"].astype(np.int16)
-    frames = [np.clip(np.roll(first, i, axis=1) + i % 7, 0, 255).astype(np.uint8) for i in range(case["frames"])]
+    frames = [
+        np.clip(np.roll(first, i, axis=1) + i % 7, 0, 255).astype(np.uint8)
+        for i in range(case["frames"])
+    ]
     config = VideoProcessorConfig(**budget(case))
-    assert sample_frames(len(frames), case["fps"], config, duration_s=case["duration"]) == case["frames_indices"]
+    assert (
+        sample_frames(len(frames), case["fps"], config, duration_s=case["duration"])
+        == case["frames_indices"]
+    )
     media = VideoProcessor(config).from_frames(frames, case["fps"], duration_s=case["duration"])
     assert list(media.grid) == case["grid_thw"]
     assert len(media.timestamps) == media.grid[0]
@@ -189,7 +220,9 @@ def test_bytes_equal_their_frames(encoding: str, fps: float) -> None:
 
 
 def test_only_what_the_sampled_frames_depend_on_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 40 frames with a keyframe every 12, the frames 0 and 25 need the first and two from the keyframe 24 on."""
+    """Of 40 frames with a keyframe every 12, the frames 0 and 25 need the first and two from the
+    keyframe 24 on.
+    """
     seen: list[int] = []
     plain = video._decoded
 
@@ -231,7 +264,9 @@ def test_the_digest_of_a_clip_names_its_bytes_and_the_configuration() -> None:
 
 
 def test_memory_holds_the_sampled_frames_and_not_the_clip() -> None:
-    """600 frames of 320x240 are 138 MB; a source frame, its conversion and the budget are below 5 MB."""
+    """600 frames of 320x240 are 138 MB; a source frame, its conversion and the budget are below 5
+    MB.
+    """
     data = clip(600, 30, (240, 320))
     config = replace(SMALL, max_pixels=1_000_000)
     VideoProcessor(config).from_bytes(clip())  # imports and caches
@@ -243,7 +278,9 @@ def test_memory_holds_the_sampled_frames_and_not_the_clip() -> None:
     assert peak < 12e6
 
 
-@pytest.mark.parametrize(("num_frames", "groups"), [(1, 1), (2, 1), (5, 1), (7, 1), (16, 2), (40, 4)])
+@pytest.mark.parametrize(
+    ("num_frames", "groups"), [(1, 1), (2, 1), (5, 1), (7, 1), (16, 2), (40, 4)]
+)
 def test_odd_and_small_numbers_of_frames(num_frames: int, groups: int) -> None:
     media = VideoProcessor(SMALL).from_bytes(clip(num_frames))
     assert media.grid[0] == groups
@@ -259,12 +296,23 @@ def test_one_frame_fills_both_halves_of_its_patches() -> None:
 def _with_matrix(data: bytes, *matrix: int) -> bytes:
     """The MP4 with another display matrix (a, b, c, d) in its track header."""
     start = data.index(b"tkhd") + 44
-    values = [matrix[0] << 16, matrix[1] << 16, 0, matrix[2] << 16, matrix[3] << 16, 0, 0, 0, 1 << 30]
+    values = [
+        matrix[0] << 16,
+        matrix[1] << 16,
+        0,
+        matrix[2] << 16,
+        matrix[3] << 16,
+        0,
+        0,
+        0,
+        1 << 30,
+    ]
     return data[:start] + struct.pack(">9i", *values) + data[start + 36 :]
 
 
 @pytest.mark.parametrize(
-    ("matrix", "clockwise"), [((1, 0, 0, 1), 0), ((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)]
+    ("matrix", "clockwise"),
+    [((1, 0, 0, 1), 0), ((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)],
 )
 def test_rotation(matrix: tuple[int, ...], clockwise: int) -> None:
     data = clip(10)
@@ -297,7 +345,9 @@ def test_the_containers_duration_is_not_believed(seconds: int) -> None:
 
 
 def test_a_day_of_video_costs_its_sampled_frames() -> None:
-    """A frame every five minutes makes 288 frames a day; the budget, not the length, sets the size of the patches."""
+    """A frame every five minutes makes 288 frames a day; the budget, not the length, sets the size
+    of the patches.
+    """
     data = clip(288, 1, encoding="one keyframe")
     slow = bytearray(data)
     for name in (b"mvhd", b"mdhd"):  # a time scale 300 times as coarse
@@ -338,9 +388,14 @@ def test_unreadable_files_are_row_errors(make: Callable[[], bytes], says: str) -
 
 @pytest.mark.parametrize("part", [0.4, 0.7, 0.9, 0.99])
 def test_a_cut_off_mp4_whose_index_comes_first(part: float, tmp_path: Path) -> None:
-    """The index is whole, so that the file opens; the loss shows in the entries that point past its end."""
+    """The index is whole, so that the file opens; the loss shows in the entries that point past its
+    end.
+    """
     plain, path = clip(), tmp_path / "first.mp4"
-    with av.open(io.BytesIO(plain)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as target:
+    with (
+        av.open(io.BytesIO(plain)) as source,
+        av.open(str(path), "w", options={"movflags": "faststart"}) as target,
+    ):
         stream = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.dts is not None:
@@ -362,11 +417,17 @@ def test_a_sound_files_cover_is_not_a_video() -> None:
         cover = container.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
         cover.disposition = av.stream.Disposition.attached_pic
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), format="s16", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 16000), np.int16), format="s16", layout="mono"
+        )
         frame.sample_rate = 16000
         container.mux(sound.encode(frame))
         container.mux(sound.encode())
-        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(
+            cover.encode(
+                av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            )
+        )
         container.mux(cover.encode())
     assert "no video stream" in error_of(buffer.getvalue()).message
 
@@ -379,7 +440,9 @@ def test_damaged_bytes_give_patches_or_a_row_error() -> None:
         for _ in range(25):
             data = bytearray(good)
             for _ in range(chance.randint(1, 12)):
-                data[chance.randrange(min(len(data), chance.choice([200, len(data)])))] = chance.randrange(256)
+                data[chance.randrange(min(len(data), chance.choice([200, len(data)])))] = (
+                    chance.randrange(256)
+                )
             try:
                 outcomes.add(VideoProcessor(SMALL).from_bytes(bytes(data)).patches.dtype)
             except RowError as error:
@@ -397,7 +460,9 @@ def test_a_huge_frame_is_refused_from_its_header(monkeypatch: pytest.MonkeyPatch
 
 def _playlist(kind: str, target: str) -> bytes:
     if kind == "hls":
-        return f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9.0,\n{target}\n#EXT-X-ENDLIST\n".encode()
+        return (
+            f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9.0,\n{target}\n#EXT-X-ENDLIST\n".encode()
+        )
     return f"ffconcat version 1.0\nfile '{target}'\n".encode()
 
 
@@ -409,7 +474,9 @@ def test_a_playlist_is_no_video(kind: str, target: str, tmp_path: Path) -> None:
     assert error_of(_playlist(kind, str(other) if target == "file" else target)).code == "bad_video"
 
 
-def test_no_file_could_be_opened_were_playlists_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_could_be_opened_were_playlists_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tmp_path / "other.ts"
     other.write_bytes(clip(encoding="transport stream"))
     playlist = _playlist("concat", str(other))

@@ -1,4 +1,6 @@
-"""Fitted temperatures and biases, against a known truth, scipy's optimum, and on rows that were not fitted on."""
+"""Fitted temperatures and biases, against a known truth, scipy's optimum, and on rows that were not
+fitted on.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,11 @@ from glm_batch.pipelines.calibration.scaling import PULL, fit, fitted, quality
 LABELS = ("a", "b", "c", "d")
 
 
-def sample(rows: int, seed: int, sharpness: float = 3.0, bias: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """(log-probabilities, gold): gold answers are drawn from probabilities that the model then makes too sharp.
+def sample(
+    rows: int, seed: int, sharpness: float = 3.0, bias: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(log-probabilities, gold): gold answers are drawn from probabilities that the model then
+    makes too sharp.
 
     `bias` is added to the first label's logarithm.
     """
@@ -43,10 +48,14 @@ def test_a_bias_mends_what_a_temperature_cannot() -> None:
     np.testing.assert_allclose(scaling.bias, wanted, atol=0.15)
     assert sum(scaling.bias) == pytest.approx(0.0, abs=1e-9)
     logprobs, gold = sample(4000, 4, bias=4.0)
-    with_temperature = quality(fit(*sample(4000, 3, bias=4.0), with_bias=False).logits(logprobs), gold)
+    with_temperature = quality(
+        fit(*sample(4000, 3, bias=4.0), with_bias=False).logits(logprobs), gold
+    )
     with_bias = quality(scaling.logits(logprobs), gold)
     assert with_bias[1] < with_temperature[1] - 0.02
-    right = [(logits.argmax(axis=1) == gold).mean() for logits in (logprobs, scaling.logits(logprobs))]
+    right = [
+        (logits.argmax(axis=1) == gold).mean() for logits in (logprobs, scaling.logits(logprobs))
+    ]
     assert right[1] > right[0] + 0.02
 
 
@@ -59,7 +68,9 @@ def test_the_fit_is_the_minimum_that_scipy_finds(with_bias: bool) -> None:
         pull = 0.5 * PULL / len(gold) * ((point[0] - 1) ** 2 + (bias**2).sum())
         return quality(point[0] * logprobs + bias, gold)[1] + pull
 
-    found = minimize(objective, np.ones(1) if not with_bias else np.array([1.0, 0, 0, 0, 0]), tol=1e-10).x
+    found = minimize(
+        objective, np.ones(1) if not with_bias else np.array([1.0, 0, 0, 0, 0]), tol=1e-10
+    ).x
     scaling = fit(logprobs, gold, with_bias=with_bias)
     assert 1 / scaling.temperature == pytest.approx(found[0], rel=1e-4)
     if with_bias:
@@ -67,7 +78,9 @@ def test_the_fit_is_the_minimum_that_scipy_finds(with_bias: bool) -> None:
 
 
 def test_what_is_told_is_measured_on_rows_held_out() -> None:
-    """Biases fitted to noise lower the likelihood's loss on the rows they were fitted to, and not on others."""
+    """Biases fitted to noise lower the likelihood's loss on the rows they were fitted to, and not
+    on others.
+    """
     logprobs, gold = sample(40, 6, sharpness=1.0)
     found = fitted(logprobs, gold, LABELS, with_bias=True)
     on_itself = quality(found.scaling.logits(logprobs), gold)[1]

@@ -1,4 +1,6 @@
-"""A Ray of our own: whose token it asks for, and that nothing of this stays in the process' environment."""
+"""A Ray of our own: whose token it asks for, and that nothing of this stays in the process'
+environment.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,18 @@ def test_an_open_token_is_closed_and_kept(home: Path) -> None:
     assert (path.read_text(), mode(path)) == ("x" * 64, 0o600)
 
 
-def test_a_token_of_the_users_choice_is_left_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_of_the_users_choice_is_left_alone(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "y" * 64)
     with enclosed():
         assert os.environ["RAY_AUTH_TOKEN"] == "y" * 64
     assert not home.exists()
 
 
-def test_without_a_home_the_token_is_in_no_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_the_token_is_in_no_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home.write_text("not a directory")
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with enclosed():

@@ -28,11 +28,21 @@ def test_everything_fits_on_a_small_machine_at_once() -> None:
 
 
 def test_ranks_and_replicas_share_the_cores() -> None:
-    assert share_out(job(tensor_parallel_size=2), (Node(cores=16, cpus=16.0, gpus=0),)).threads_per_rank == 8
     assert (
-        share_out(job(tensor_parallel_size=2, replicas=4), (Node(cores=16, cpus=16.0, gpus=0),)).threads_per_rank == 2
+        share_out(
+            job(tensor_parallel_size=2), (Node(cores=16, cpus=16.0, gpus=0),)
+        ).threads_per_rank
+        == 8
     )
-    assert share_out(job(replicas=2), (Node(cores=16, cpus=16.0, gpus=0),) * 2).threads_per_rank == 16
+    assert (
+        share_out(
+            job(tensor_parallel_size=2, replicas=4), (Node(cores=16, cpus=16.0, gpus=0),)
+        ).threads_per_rank
+        == 2
+    )
+    assert (
+        share_out(job(replicas=2), (Node(cores=16, cpus=16.0, gpus=0),) * 2).threads_per_rank == 16
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +66,10 @@ def test_replicas_lie_whole_on_their_nodes(ranks: int, replicas: int, loads: lis
 def test_a_node_too_small_for_a_replica_gets_none() -> None:
     nodes = (Node(cores=8, cpus=8.0, gpus=2), Node(cores=8, cpus=8.0, gpus=4))
     workers = share_out(job(tensor_parallel_size=4), nodes)
-    assert placed(workers, nodes) == [Load(replicas=0, preprocessors=2), Load(replicas=1, preprocessors=2)]
+    assert placed(workers, nodes) == [
+        Load(replicas=0, preprocessors=2),
+        Load(replicas=1, preprocessors=2),
+    ]
 
 
 def test_a_range_of_replicas_ends_where_the_gpus_do() -> None:
@@ -69,8 +82,14 @@ def test_a_range_of_replicas_ends_where_the_gpus_do() -> None:
 @pytest.mark.parametrize(
     ("engine", "said"),
     [
-        ({"replicas": 17}, "17 replicas of 1 GPU on one machine each are asked for, but the cluster has room for 16"),
-        ({"tensor_parallel_size": 16}, "1 replica of 16 GPUs on one machine .* room for 0 .GPUs of its machines: 8, 8"),
+        (
+            {"replicas": 17},
+            "17 replicas of 1 GPU on one machine each are asked for, but the cluster has room for 16",
+        ),
+        (
+            {"tensor_parallel_size": 16},
+            "1 replica of 16 GPUs on one machine .* room for 0 .GPUs of its machines: 8, 8",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(engine: dict[str, Any], said: str) -> None:

@@ -1,7 +1,9 @@
-"""Runs of `cron` in one process, without Ray: what the nights of tests/pipelines/cron/test_cron_nights.py are made of.
+"""Runs of `cron` in one process, without Ray: what the nights of
+tests/pipelines/cron/test_cron_nights.py are made of.
 
-The steps, the engine and the commit protocol are those of a real run; only Ray's part, who calls them, is not. Run as:
-cron_world.py CHECKPOINT FOLDER does one night in a process that may be killed.
+The steps, the engine and the commit protocol are those of a real run; only Ray's part, who calls
+them, is not. Run as: cron_world.py CHECKPOINT FOLDER does one night in a process that may be
+killed.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def make_job(checkpoint: Path, folder: Path, output: str = "out") -> Job:
         output=str(folder / output),
         key="id",
         carry=["id", "size"],
-        task=TaskConfig(kind="choose", prompt="Which shape? {text}", labels=["circle", "square"], gold="gold"),
+        task=TaskConfig(
+            kind="choose", prompt="Which shape? {text}", labels=["circle", "square"], gold="gold"
+        ),
         engine=EngineSection(kind="echo"),
         commit=CommitSection(unit_rows=4),
         cron=CronSection(keep=2),
@@ -48,7 +52,7 @@ def model(checkpoint: str, job: str) -> ModelActor:
 
 
 def complete_here(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch) -> None:
-    """What glm_batch.pipelines.runs.pipeline.complete does, unit by unit."""
+    """What pipelines.runs.pipeline.complete does, unit by unit."""
     plan, spec, source = prepared.plan, prepared.spec, job_source(job)
     journal = Journal(output=output, every_seconds=3600.0)
     begin = RowWorker(lambda: [Read(source), Render(spec)])
@@ -59,7 +63,9 @@ def complete_here(job: Job, prepared: Prepared, output: Output, work: Work, watc
     for unit in work.pending(plan):
         if watch.stop.is_asked:
             break
-        order = Order.of(unit, plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {}))
+        order = Order.of(
+            unit, plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {})
+        )
         (record,) = end(engine(begin(order.to_table())))["record"].to_pylist()
         work.add_checked(job, CommitRecord.from_json(record))
     if watch.stop.signum is not None and not work.is_complete:
@@ -67,7 +73,7 @@ def complete_here(job: Job, prepared: Prepared, output: Output, work: Work, watc
 
 
 def night(job: Job, **choices: Any) -> Night:
-    """A run of cron in this process; glm_batch.pipelines.cron.incremental.complete must be `complete_here`."""
+    """A run of cron in this process; pipelines.cron.incremental.complete must be `complete_here`."""
     return run_night(job, Choices(**choices))
 
 

@@ -1,4 +1,6 @@
-"""Incremental runs: what is new or changed is processed, the rest is taken over, and a failed run changes nothing."""
+"""Incremental runs: what is new or changed is processed, the rest is taken over, and a failed run
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,12 @@ def test_retry_of_the_version_in_force_is_published(
     write(tmp_path, "b.jsonl", line("b0"), "{", line("b2"))
     job = make_job(echo_checkpoint, tmp_path, 3)
     bounded = tonight(job, max_units=1)
-    assert (bounded.state, bounded.processed_units, bounded.left_units, bounded.version) == ("bounded", 1, 1, None)
+    assert (bounded.state, bounded.processed_units, bounded.left_units, bounded.version) == (
+        "bounded",
+        1,
+        1,
+        None,
+    )
     over = run_night(job, Choices(), stop=Stop(seconds=0.0))
     assert (over.state, over.processed_units, over.left_units) == ("bounded", 0, 1)
     assert tonight(job).processed_units == 1
@@ -54,12 +61,16 @@ def test_retry_of_the_version_in_force_is_published(
     capsys.readouterr()
     gc(job.output)
     assert "removed parts/unit-00000001-g1-" in capsys.readouterr().out
-    assert [row["attempts"] for row in rows(Output.at(job.output)) if row["status"] == "error"] == [2]
+    assert [row["attempts"] for row in rows(Output.at(job.output)) if row["status"] == "error"] == [
+        2
+    ]
     (tmp_path / "in" / "b.jsonl").unlink()
     assert (tonight(job).processed_rows, tonight(job).state) == (0, "unchanged")
     assert retry(job.output, []) == 3
     assert "1 failed rows are of deleted input files" in " ".join(capsys.readouterr().out.split())
-    assert [row["attempts"] for row in rows(Output.at(job.output)) if row["status"] == "error"] == [2]
+    assert [row["attempts"] for row in rows(Output.at(job.output)) if row["status"] == "error"] == [
+        2
+    ]
 
 
 def test_nights(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
-"""Thirty nights of `cron`: after each, its manifest names the rows that a run from scratch over the same input gives.
+"""Thirty nights of `cron`: after each, its manifest names the rows that a run from scratch over the
+same input gives.
 
-Rows of files that are gone stay behind those, as they were when the file was last seen, until they are given up.
+Rows of files that are gone stay behind those, as they were when the file was last seen, until they
+are given up.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Input:
         folder.mkdir()
 
     def change(self, number: int) -> None:
-        """New, changed, appended, touched and deleted files, and one that comes later than its name says."""
+        """New, changed, appended, touched and deleted files, and one that comes later than its name
+        says.
+        """
         files = sorted(self.folder.iterdir())
         self._write(f"{number:02d}-new", self._rows(self._chance.randint(1, 9)))
         self._late.append(f"{number:02d}-a-late")
@@ -68,15 +72,25 @@ class Input:
     def _rows(self, num_rows: int) -> list[Row]:
         self._next += num_rows
         numbers = range(self._next - num_rows, self._next)
-        # Some keys come twice: then the first row of the input counts, whichever file that is tonight.
-        keys = [f"k{self._chance.randrange(number + 1) if number % 7 == 3 else number}" for number in numbers]
-        return [{"id": key, "text": f"shape {key}", "size": len(key), "gold": "circle"} for key in keys]
+        # Some keys come twice: then the first row of the input counts, whichever file that is
+        # tonight.
+        keys = [
+            f"k{self._chance.randrange(number + 1) if number % 7 == 3 else number}"
+            for number in numbers
+        ]
+        return [
+            {"id": key, "text": f"shape {key}", "size": len(key), "gold": "circle"} for key in keys
+        ]
 
     def _write(self, name: str, rows: list[Row]) -> None:
         if self._chance.random() < 0.5:
-            (self.folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (self.folder / f"{name}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
         else:
-            pq.write_table(pa.Table.from_pylist(rows), self.folder / f"{name}.parquet", row_group_size=3)
+            pq.write_table(
+                pa.Table.from_pylist(rows), self.folder / f"{name}.parquet", row_group_size=3
+            )
 
     def _edit(self, path: Path) -> None:
         """Another text in one row."""
@@ -107,8 +121,15 @@ def rows_by_file(output: Output) -> dict[str, list[Row]]:
 def killed(checkpoint: Path, folder: Path, aim: str) -> bool:
     """A night in a process of its own that dies at `aim`; False where it did not get there."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "GLM_BATCH_CRASH_AT": aim}
-    driver = [sys.executable, str(Path(__file__).with_name("cron_world.py")), str(checkpoint), str(folder)]
-    done = subprocess.run(driver, env=environment, check=False, timeout=200, capture_output=True, text=True)
+    driver = [
+        sys.executable,
+        str(Path(__file__).with_name("cron_world.py")),
+        str(checkpoint),
+        str(folder),
+    ]
+    done = subprocess.run(
+        driver, env=environment, check=False, timeout=200, capture_output=True, text=True
+    )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode != 0
 
@@ -134,7 +155,9 @@ def overlapping(job: Any) -> Night:
     return next(each for each in ran if each.state == "finished")
 
 
-def test_thirty_nights(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thirty_nights(
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", complete_here)
     chance = random.Random(7)
     job, found = make_job(echo_checkpoint, tmp_path), Input(tmp_path / "in", chance)
@@ -155,17 +178,25 @@ def test_thirty_nights(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytes
             if bounded.state == "bounded":
                 assert (tmp_path / "out" / "manifest.json").read_bytes() == before
                 assert bounded.processed_units == 1
-        done = overlapping(job) if number in OVERLAPS else night(job, drop_deleted=number in DROPPING)
+        done = (
+            overlapping(job) if number in OVERLAPS else night(job, drop_deleted=number in DROPPING)
+        )
         adopted, processed = adopted + done.adopted_units, processed + done.processed_units
         if number in UNCHANGED:
             assert (done.state, done.processed_units, done.adopted_units) == ("unchanged", 0, 0)
         scratch = rows_by_file(from_scratch(job, tmp_path / f"scratch-{number}"))
-        gone = [] if number in DROPPING else [name for name in [*last, *gone] if name not in scratch and name in last]
+        gone = (
+            []
+            if number in DROPPING
+            else [name for name in [*last, *gone] if name not in scratch and name in last]
+        )
         kept = {name: last[name] for name in dict.fromkeys(gone)}
         last = scratch | kept
         content = json.loads((tmp_path / "out" / "manifest.json").read_text())
         rows = rows_of(output)
-        assert rows[: len(rows) - done.deleted_rows] == [row for rows in scratch.values() for row in rows], number
+        assert rows[: len(rows) - done.deleted_rows] == [
+            row for rows in scratch.values() for row in rows
+        ], number
         orphans = {each["file"]: each["rows"] for each in content.get("deleted", [])}
         assert orphans == {name: len(rows) for name, rows in kept.items()}, number
         where = len(rows) - done.deleted_rows

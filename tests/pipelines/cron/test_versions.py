@@ -1,4 +1,6 @@
-"""Commands on a cron output: which version they mean, and that what readers of the one in force open stays there."""
+"""Commands on a cron output: which version they mean, and that what readers of the one in force
+open stays there.
+"""
 
 from __future__ import annotations
 
@@ -33,21 +35,31 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def job(echo_checkpoint: Path, tmp_path: Path) -> Job:
     """Ten rows in three units; one row of the first cannot be processed."""
     (tmp_path / "in").mkdir()
-    rows = [{"id": f"k{n}", "text": None if n == 1 else f"shape {n}", "size": n, "gold": "circle"} for n in range(10)]
+    rows = [
+        {"id": f"k{n}", "text": None if n == 1 else f"shape {n}", "size": n, "gold": "circle"}
+        for n in range(10)
+    ]
     (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return make_job(echo_checkpoint, tmp_path)
 
 
 def add(job: Job, name: str, num_rows: int = 3) -> Path:
     path = Path(job.input[0]) / name
-    rows = [{"id": f"{name}{n}", "text": f"shape {n}", "size": n, "gold": "circle"} for n in range(num_rows)]
+    rows = [
+        {"id": f"{name}{n}", "text": f"shape {n}", "size": n, "gold": "circle"}
+        for n in range(num_rows)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def rows_of(job: Job) -> list[dict[str, Any]]:
     """What a reader of OUTPUT/manifest.json sees, checksums compared."""
-    return [row for table in Output.at(job.output, job.storage).iter_tables() for row in table.to_pylist()]
+    return [
+        row
+        for table in Output.at(job.output, job.storage).iter_tables()
+        for row in table.to_pylist()
+    ]
 
 
 def command(*words: str) -> Result:
@@ -55,18 +67,24 @@ def command(*words: str) -> Result:
 
 
 def recommitted(output: Output) -> None:
-    """What a retry does to a version: another generation of the unit with the failed row, and the manifest anew."""
+    """What a retry does to a version: another generation of the unit with the failed row, and the
+    manifest anew.
+    """
     plan = output.standing_plan()
     (before,) = [record for record in output.records(plan) if record.counts.errors]
     table = output.read_part(part_of(before))
     rows = [row | {"status": "ok", "error_code": None} for row in table.to_pylist()]
     counts = replace(before.counts, ok=before.counts.rows, errors={})
-    output.commit(before.unit, pa.Table.from_pylist(rows, table.schema), counts, before.generation + 1)
+    output.commit(
+        before.unit, pa.Table.from_pylist(rows, table.schema), counts, before.generation + 1
+    )
     manifest = output.manifest()
     output.finish(plan, manifest.schema, manifest.facts)
 
 
-def test_a_path_means_the_version_in_force_or_the_one_that_it_names(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_means_the_version_in_force_or_the_one_that_it_names(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = StorageSection()
     with pytest.raises(ConfigError, match="holds no output"):
         find(job.output, storage).output.standing_plan()
@@ -103,7 +121,8 @@ def test_retry_and_then_gc_leave_the_manifest_in_force_whole(job: Job) -> None:
     found = find(job.output, job.storage)
     assert sum(row["status"] == "error" for row in rows_of(job)) == 1
     recommitted(found.output)
-    assert command("gc", f"{job.output}/versions/{version}").exit_code == 0  # as after a retry that died before its end
+    # as after a retry that died before its end
+    assert command("gc", f"{job.output}/versions/{version}").exit_code == 0
     assert all(row["status"] == "ok" for row in rows_of(job))
     assert command("gc", job.output).exit_code == 0
     assert all(row["status"] == "ok" for row in rows_of(job))
@@ -114,7 +133,8 @@ def test_retry_and_then_gc_leave_the_manifest_in_force_whole(job: Job) -> None:
 def test_a_run_publishes_what_a_retry_that_died_did_not(job: Job) -> None:
     night(job)
     recommitted(find(job.output, job.storage).output)
-    assert sum(row["status"] == "error" for row in rows_of(job)) == 1  # the parts of before are still there
+    # the parts of before are still there
+    assert sum(row["status"] == "error" for row in rows_of(job)) == 1
     done = night(job)
     assert (done.state, done.counts.errors) == ("unchanged", {})
     assert all(row["status"] == "ok" for row in rows_of(job))
@@ -157,12 +177,19 @@ def remote(job: Job, s3_server: str) -> Job:
 
 
 def put(job: Job, name: str, num_rows: int = 3) -> None:
-    rows = [{"id": f"{name}{n}", "text": f"shape {n}", "size": n, "gold": "circle"} for n in range(num_rows)]
-    S3(job.storage).write(f"{job.input[0]}{name}", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    rows = [
+        {"id": f"{name}{n}", "text": f"shape {n}", "size": n, "gold": "circle"}
+        for n in range(num_rows)
+    ]
+    S3(job.storage).write(
+        f"{job.input[0]}{name}", "".join(json.dumps(row) + "\n" for row in rows).encode()
+    )
 
 
 def test_nights_in_a_bucket(remote: Job) -> None:
-    """Parts are copied inside the store, old versions leave nothing behind, and commands find the one in force."""
+    """Parts are copied inside the store, old versions leave nothing behind, and commands find the
+    one in force.
+    """
     versions = [night(remote).version]
     for number in range(3):
         put(remote, f"b{number}.jsonl")
@@ -173,11 +200,21 @@ def test_nights_in_a_bucket(remote: Job) -> None:
     done = night(remote)
     assert (done.processed_rows, done.deleted_rows, done.adopted_units) == (0, 3, 6)
     versions.append(done.version)
-    assert Versions.at(remote.output, remote.storage).names() == versions[-2:] == [*versions[-2:-1], done.version]
-    objects = [each.url for page, _ in S3(remote.storage).pages(f"{remote.output}/", deep=True) for each in page]
-    assert {url.removeprefix(f"{remote.output}/").split("/")[1] for url in objects if "/versions/" in url} == set(
-        versions[-2:]
+    assert (
+        Versions.at(remote.output, remote.storage).names()
+        == versions[-2:]
+        == [*versions[-2:-1], done.version]
     )
+    objects = [
+        each.url
+        for page, _ in S3(remote.storage).pages(f"{remote.output}/", deep=True)
+        for each in page
+    ]
+    assert {
+        url.removeprefix(f"{remote.output}/").split("/")[1]
+        for url in objects
+        if "/versions/" in url
+    } == set(versions[-2:])
     assert [row["row_key"] for row in rows_of(remote)] == [f"k{n}" for n in range(10)] + [
         f"b{file}.jsonl{n}" for file in (1, 2, 0) for n in range(3)
     ]

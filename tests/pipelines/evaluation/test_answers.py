@@ -27,7 +27,8 @@ from glm_batch.pipelines.evaluation.agreement import (
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.text("ab", max_size=2),
     lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.text("xy", min_size=1, max_size=2), inner, max_size=3)
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.text("xy", min_size=1, max_size=2), inner, max_size=3)
     ),
     max_leaves=6,
 )
@@ -82,7 +83,9 @@ def test_extraction_takes_the_last_match() -> None:
 
 @given(JSON, JSON)
 def test_json_values_are_equal_as_their_texts_are(left: Any, right: Any) -> None:
-    assert same_json(left, right) == (json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True))
+    assert same_json(left, right) == (
+        json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+    )
 
 
 @given(JSON)
@@ -105,11 +108,15 @@ def test_majority_takes_the_earliest_of_a_tie() -> None:
     assert majority([None]) is None
 
 
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+@given(
+    st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n)))
+)
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(case: tuple[int, int, int]) -> None:
     n, c, k = case
     subsets = list(itertools.combinations(range(n), k))
-    assert pass_at(k, n, c) == pytest.approx(sum(min(subset) < c for subset in subsets) / len(subsets))
+    assert pass_at(k, n, c) == pytest.approx(
+        sum(min(subset) < c for subset in subsets) / len(subsets)
+    )
 
 
 def test_pass_at_more_than_there_are_is_refused() -> None:

@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score_loss, confusion_matrix, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    confusion_matrix,
+    f1_score,
+)
 
 from glm_batch.pipelines.evaluation import classes
 from glm_batch.pipelines.evaluation.reliability import brier, reliability
 
 LABELS = ["a", "b", "c"]
-PAIRS = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, None])), min_size=1, max_size=40)
+PAIRS = st.lists(
+    st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, None])), min_size=1, max_size=40
+)
 
 
 @given(PAIRS)
@@ -27,9 +35,15 @@ def test_class_metrics_are_scikit_learns(pairs: list[tuple[str, str | None]]) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label that is answered but never gold
         assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(gold, given_))
-    assert found["macro_f1"] == pytest.approx(f1_score(gold, given_, labels=seen, average="macro", zero_division=0))
-    assert found["micro_f1"] == pytest.approx(f1_score(gold, given_, labels=seen, average="micro", zero_division=0))
-    np.testing.assert_array_equal(table.counts, confusion_matrix(gold, given_, labels=[*LABELS, "(none)"])[:3])
+    assert found["macro_f1"] == pytest.approx(
+        f1_score(gold, given_, labels=seen, average="macro", zero_division=0)
+    )
+    assert found["micro_f1"] == pytest.approx(
+        f1_score(gold, given_, labels=seen, average="micro", zero_division=0)
+    )
+    np.testing.assert_array_equal(
+        table.counts, confusion_matrix(gold, given_, labels=[*LABELS, "(none)"])[:3]
+    )
     assert np.trace(table.counts) / len(gold) == pytest.approx(accuracy_score(gold, given_))
 
 
@@ -75,7 +89,9 @@ def test_calibration_error_is_the_sum_over_bins(seed: int, num_rows: int) -> Non
     right = rng.integers(0, 2, num_rows).astype(float)
     wanted = 0.0
     for number in range(15):
-        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15) | ((confidence == 0) & (number == 0))
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15) | (
+            (confidence == 0) & (number == 0)
+        )
         if inside.any():
             wanted += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     found = reliability(confidence, right)

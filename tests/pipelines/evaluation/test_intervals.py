@@ -47,7 +47,9 @@ def test_the_interval_of_a_skewed_mean_covers_it() -> None:
 
 def test_the_interval_of_macro_f1_covers_it() -> None:
     rng = np.random.default_rng(3)
-    chances = np.array([[0.30, 0.06, 0.02, 0.02], [0.05, 0.20, 0.04, 0.01], [0.02, 0.03, 0.24, 0.01]])
+    chances = np.array(
+        [[0.30, 0.06, 0.02, 0.02], [0.05, 0.20, 0.04, 0.01], [0.02, 0.03, 0.24, 0.01]]
+    )
     truth = float(classes.macro_f1(np.rint(chances * 100).astype(np.int64)))
     hits = []
     for _ in range(TRIALS):
@@ -90,9 +92,13 @@ def test_differences_of_other_values_have_a_bootstrap_p_value() -> None:
 
 
 def test_pairs_without_a_value_do_not_count() -> None:
-    found = paired_difference(np.array([1.0, np.nan, 0.0]), np.array([0.0, 1.0, np.nan]), np.random.default_rng(0))
+    found = paired_difference(
+        np.array([1.0, np.nan, 0.0]), np.array([0.0, 1.0, np.nan]), np.random.default_rng(0)
+    )
     assert (found.rows, found.value) == (1, 1.0)
-    assert math.isnan(paired_difference(np.array([np.nan]), np.array([0.0]), np.random.default_rng(0)).p_value)
+    assert math.isnan(
+        paired_difference(np.array([np.nan]), np.array([0.0]), np.random.default_rng(0)).p_value
+    )
 
 
 def test_mcnemar_is_the_binomial_test() -> None:
@@ -105,15 +111,21 @@ def test_bca_is_scipys() -> None:
     rng = np.random.default_rng(7)
     values = rng.gamma(1.5, size=120)
     found = mean_estimate(values, rng)
-    wanted = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="BCa", rng=8).confidence_interval
+    wanted = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="BCa", rng=8
+    ).confidence_interval
     assert (found.low, found.high) == pytest.approx(wanted, abs=0.02)
 
 
 def test_equal_values_get_the_exact_bound() -> None:
     found = mean_estimate(np.ones(30), np.random.default_rng(0))
-    assert (found.low, found.high) == pytest.approx(stats.binomtest(30, 30).proportion_ci(method="exact"))
+    assert (found.low, found.high) == pytest.approx(
+        stats.binomtest(30, 30).proportion_ci(method="exact")
+    )
     found = mean_estimate(np.zeros(30), np.random.default_rng(0))
-    assert (found.low, found.high) == pytest.approx(stats.binomtest(0, 30).proportion_ci(method="exact"))
+    assert (found.low, found.high) == pytest.approx(
+        stats.binomtest(0, 30).proportion_ci(method="exact")
+    )
 
 
 def test_nothing_has_no_estimate() -> None:
@@ -122,7 +134,9 @@ def test_nothing_has_no_estimate() -> None:
 
 def test_resampling_weights_are_draws_with_replacement() -> None:
     rows = np.arange(50.0)
-    means = resample(lambda weights: weights @ rows / weights.sum(axis=1), 50, np.random.default_rng(0), 4000)
+    means = resample(
+        lambda weights: weights @ rows / weights.sum(axis=1), 50, np.random.default_rng(0), 4000
+    )
     assert means.mean() == pytest.approx(rows.mean(), abs=0.2)
     assert means.std() == pytest.approx(rows.std() / math.sqrt(50), rel=0.05)
 
@@ -140,4 +154,6 @@ def test_the_interval_of_a_calibration_error_is_near_it() -> None:
 
 
 def test_holm_adjusts_for_the_number_of_comparisons() -> None:
-    assert holm([0.01, 0.04, float("nan"), 0.03]) == pytest.approx([0.03, 0.06, float("nan"), 0.06], nan_ok=True)
+    assert holm([0.01, 0.04, float("nan"), 0.03]) == pytest.approx(
+        [0.03, 0.06, float("nan"), 0.06], nan_ok=True
+    )

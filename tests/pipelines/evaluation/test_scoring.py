@@ -14,7 +14,9 @@ from glm_batch.pipelines.evaluation.scoring import Rules, Score, score
 
 def table(rows: list[dict[str, Any]], **types: pa.DataType) -> pa.Table:
     own = {"row_key": pa.string(), "status": pa.string(), "error_code": pa.string()} | types
-    full = [{"row_key": str(n), "status": "ok", "error_code": None} | row for n, row in enumerate(rows)]
+    full = [
+        {"row_key": str(n), "status": "ok", "error_code": None} | row for n, row in enumerate(rows)
+    ]
     return pa.Table.from_pylist(full, schema=pa.schema(own))
 
 
@@ -41,13 +43,23 @@ def values(found: Score) -> dict[str, float]:
 
 def test_choices_are_scored_by_class_probability_and_likelihood() -> None:
     labels = ["no", "certainly"]
-    rows = [chosen([-1.0, -3.0], labels), chosen([-2.0, -1.0], labels), chosen([-0.5, -1.5], labels), FAILED, FAILED]
+    rows = [
+        chosen([-1.0, -3.0], labels),
+        chosen([-2.0, -1.0], labels),
+        chosen([-0.5, -1.5], labels),
+        FAILED,
+        FAILED,
+    ]
     rules = Rules(kind="choose", labels=tuple(labels), label_tokens=(1, 3))
-    scored, found = score(rules, table(rows, **CHOOSE), ["no", "certainly", "certainly", "no", None])
+    scored, found = score(
+        rules, table(rows, **CHOOSE), ["no", "certainly", "certainly", "no", None]
+    )
     assert (found.rows, found.without_gold, found.errors) == (4, 1, {"null_media": 1})
     got = values(found)
     assert got["accuracy"] == pytest.approx(2 / 4)
-    assert got["accuracy_norm"] == pytest.approx(2 / 4)  # "certainly" has nine characters: it wins rows 1 to 3
+    assert got["accuracy_norm"] == pytest.approx(
+        2 / 4
+    )  # "certainly" has nine characters: it wins rows 1 to 3
     assert got["gold_log_likelihood"] == pytest.approx((-1.0 - 1.0 - 1.5) / 3)
     assert got["gold_token_log_likelihood"] == pytest.approx(-3.5 / 7)
     assert got["gold_perplexity"] == pytest.approx(math.exp(3.5 / 7))
@@ -69,9 +81,16 @@ def test_a_row_that_failed_is_wrong() -> None:
 
 def test_texts_are_compared_in_three_ways() -> None:
     rows = [{"text": "The cat."}, {"text": "it is 12.0"}, {"text": "dog"}, FAILED]
-    _, found = score(Rules(kind="generate"), table(rows, text=pa.string()), ["cat", "12", "dog", "cow"])
+    _, found = score(
+        Rules(kind="generate"), table(rows, text=pa.string()), ["cat", "12", "dog", "cow"]
+    )
     got = values(found)
-    assert (got["accuracy"], got["exact"], got["normalised"], got["numeric"]) == (0.25, 0.25, 0.5, 0.25)
+    assert (got["accuracy"], got["exact"], got["normalised"], got["numeric"]) == (
+        0.25,
+        0.25,
+        0.5,
+        0.25,
+    )
 
 
 def test_gold_texts_are_scored_by_row_and_by_token() -> None:
@@ -89,7 +108,13 @@ def test_gold_texts_are_scored_by_row_and_by_token() -> None:
     assert got["gold_perplexity"] == pytest.approx(math.exp(4.0 / 6))
     estimate = found.metrics["gold_perplexity"]
     assert estimate.rows == 2
-    assert math.exp(1 / 4) - 1e-9 <= estimate.low < estimate.value < estimate.high <= math.exp(3 / 2) + 1e-9
+    assert (
+        math.exp(1 / 4) - 1e-9
+        <= estimate.low
+        < estimate.value
+        < estimate.high
+        <= math.exp(3 / 2) + 1e-9
+    )
     assert scored.to_table()["gold_log_likelihood"].to_pylist() == [-3.0, -1.0, None, None]
     nothing = values(score(Rules(kind="generate"), table([rows[2]], **types), [""])[1])
     assert math.isnan(nothing["gold_perplexity"])
@@ -128,12 +153,16 @@ def test_objects_are_compared_field_by_field() -> None:
 def test_classes_and_sets_of_labels() -> None:
     rules = Rules(kind="classify", labels=("a", "b"))
     rows = [{"label": "a", "scores": [0.9, 0.1]}, {"label": "b", "scores": [0.2, 0.8]}]
-    _, found = score(rules, table(rows, label=pa.string(), scores=pa.list_(pa.float64())), ["a", "a"])
+    _, found = score(
+        rules, table(rows, label=pa.string(), scores=pa.list_(pa.float64())), ["a", "a"]
+    )
     assert values(found)["accuracy"] == 0.5
     assert values(found)["brier"] == pytest.approx((0.02 + 1.28) / 2)
     sets = [{"label": ["a", "b"], "scores": [0.9, 0.8]}, {"label": [], "scores": [0.1, 0.1]}]
     _, found = score(
-        rules, table(sets, label=pa.list_(pa.string()), scores=pa.list_(pa.float64())), [["b", "a"], ["a"]]
+        rules,
+        table(sets, label=pa.list_(pa.string()), scores=pa.list_(pa.float64())),
+        [["b", "a"], ["a"]],
     )
     assert values(found) == {"accuracy": 0.5, "sample_f1": 0.5}
 
@@ -144,7 +173,9 @@ def test_scores_are_the_same_every_time() -> None:
     rows = [chosen(list(np.log(rng.dirichlet([1, 1]))), labels) for _ in range(60)]
     golds = list(rng.choice(labels, 60))
     rules = Rules(kind="choose", labels=("no", "yes"), label_tokens=(1, 1))
-    assert str(score(rules, table(rows, **CHOOSE), golds)[1]) == str(score(rules, table(rows, **CHOOSE), golds)[1])
+    assert str(score(rules, table(rows, **CHOOSE), golds)[1]) == str(
+        score(rules, table(rows, **CHOOSE), golds)[1]
+    )
 
 
 def test_no_rows_have_no_metrics() -> None:

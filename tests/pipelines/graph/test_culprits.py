@@ -66,7 +66,9 @@ def records(job: Job) -> list[dict[str, Any]]:
     return [row for table in Output.at(job.output).iter_tables() for row in table.to_pylist()]
 
 
-def assert_only_these_failed(rows: list[dict[str, Any]], code: str, bad: tuple[int, ...] = BAD_ROWS) -> list[str]:
+def assert_only_these_failed(
+    rows: list[dict[str, Any]], code: str, bad: tuple[int, ...] = BAD_ROWS
+) -> list[str]:
     """The messages of the failed rows; all others are answered, once each, in order."""
     assert [row["row_key"] for row in rows] == [f"r{row}" for row in range(NUM_ROWS)]
     failed = [index for index, row in enumerate(rows) if row["error_code"] is not None]
@@ -129,9 +131,12 @@ def test_rows_that_end_the_engine_fail_alone(
         "killed without a word", "Segmentation fault", "a matrix that nothing can hold", "a step of the engine hangs",
     )  # fmt: skip
     write_input(tmp_path, bad)
-    monkeypatch.setattr("glm_batch.pipelines.graph.stages.HANG_LIMITS", HangLimits(first_step_s=3.0, step_s=3.0))
     monkeypatch.setattr(
-        "glm_batch.pipelines.graph.stages.ModelActor", actor_with(poisoned_engine(ends), tmp_path / "starts")
+        "glm_batch.pipelines.graph.stages.HANG_LIMITS", HangLimits(first_step_s=3.0, step_s=3.0)
+    )
+    monkeypatch.setattr(
+        "glm_batch.pipelines.graph.stages.ModelActor",
+        actor_with(poisoned_engine(ends), tmp_path / "starts"),
     )
     job = make_job(echo_checkpoint, tmp_path)
     result = run(job)
@@ -152,20 +157,28 @@ class Before:
     def num_rows(self, table: pa.Table) -> int:
         return self.step.num_rows(table)
 
-    def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
         if not lost:
             self.before(table, start, stop)
         return self.step(table, start, stop, lost)
 
 
-def worker_with(worker: type[RowWorker], name: str, before: Callable[[pa.Table, int, int], None], starts: Path) -> type:
-    """A worker that does something before the step `name`, and notes each of its processes in the file `starts`."""
+def worker_with(
+    worker: type[RowWorker], name: str, before: Callable[[pa.Table, int, int], None], starts: Path
+) -> type:
+    """A worker that does something before the step `name`, and notes each of its processes in the
+    file `starts`.
+    """
 
     class Noted(worker):  # type: ignore[misc, valid-type]
         def __init__(self, build: Any, *others: Any) -> None:
             with starts.open("a") as file:
                 file.write(f"{os.getpid()}\n")
-            super().__init__(lambda: [Before(s, before) if s.name == name else s for s in build()], *others)
+            super().__init__(
+                lambda: [Before(s, before) if s.name == name else s for s in build()], *others
+            )
 
     return Noted
 
@@ -183,10 +196,15 @@ def at_bad_rows(table: pa.Table, start: int, stop: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker", "step"), [(Preprocessor, "reading"), (Preprocessor, "preparing"), (Committer, "parsing")]
+    ("worker", "step"),
+    [(Preprocessor, "reading"), (Preprocessor, "preparing"), (Committer, "parsing")],
 )
 def test_rows_that_end_another_worker_fail_alone(
-    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: type[RowWorker], step: str
+    echo_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    worker: type[RowWorker],
+    step: str,
 ) -> None:
     write_input(tmp_path)
     patched = worker_with(worker, step, at_bad_rows, tmp_path / "starts")
@@ -195,7 +213,9 @@ def test_rows_that_end_another_worker_fail_alone(
     run(job)
     rows = records(job)
     if step == "reading":  # the key of a row that nobody can read is its place
-        assert [rows[row]["row_key"] for row in BAD_ROWS] == [f"{tmp_path}/in/a.parquet:{row}" for row in BAD_ROWS]
+        assert [rows[row]["row_key"] for row in BAD_ROWS] == [
+            f"{tmp_path}/in/a.parquet:{row}" for row in BAD_ROWS
+        ]
         rows = [row | {"row_key": f"r{index}"} for index, row in enumerate(rows)]
     assert_only_these_failed(rows, "worker_died")
 

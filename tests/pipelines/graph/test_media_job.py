@@ -1,4 +1,6 @@
-"""Whole jobs over images and videos with the echo engine: columns, messages, budgets, and every kind of bad file."""
+"""Whole jobs over images and videos with the echo engine: columns, messages, budgets, and every
+kind of bad file.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def job(checkpoint: str, folder: Path, table: dict[str, Any] | list[dict[str, Any]], **task: Any) -> Job:
+def job(
+    checkpoint: str, folder: Path, table: dict[str, Any] | list[dict[str, Any]], **task: Any
+) -> Job:
     if isinstance(table, dict):
         pq.write_table(pa.table(table), folder / "in.parquet")
     else:
@@ -68,29 +72,41 @@ def rows(a_job: Job) -> list[dict[str, Any]]:
 
 
 def shown(part: tuple[str, bytes]) -> list[dict[str, Any]]:
-    """A conversation about one file, as a Parquet column of messages holds it: absent fields are null."""
+    """A conversation about one file, as a Parquet column of messages holds it: absent fields are
+    null.
+    """
     kind, data = part
     source = {"bytes": data, "path": None}
     fields = {"text": None, "image": None, "video": None}
     return [
-        {"role": "user", "content": [fields | {"type": kind, kind: source}, fields | {"type": "text", "text": "?"}]}
+        {
+            "role": "user",
+            "content": [
+                fields | {"type": kind, kind: source},
+                fields | {"type": "text", "text": "?"},
+            ],
+        }
     ]
 
 
 def test_every_bad_image_and_video_in_one_job(checkpoint: str, tmp_path: Path) -> None:
     kinds = [("image", name, make(), code) for name, make, code in IMAGES]
     kinds += [("video", name, make(), code) for name, make, code in VIDEOS]
-    kinds = [(kind, name, data, code) for kind, name, data, code in kinds if isinstance(data, bytes)]
+    kinds = [
+        (kind, name, data, code) for kind, name, data, code in kinds if isinstance(data, bytes)
+    ]
     assert len(kinds) == len(IMAGES) + len(VIDEOS) - 3  # nulls and a number are no bytes
     chats = [shown((kind, data)) for kind, _, data, _ in kinds]
     found = rows(job(checkpoint, tmp_path, {"chat": chats}, prompt=None, messages="chat"))
-    assert {name: row["error_code"] or "ok" for (_, name, _, _), row in zip(kinds, found, strict=True)} == {
-        name: code for _, name, _, code in kinds
-    }
+    assert {
+        name: row["error_code"] or "ok" for (_, name, _, _), row in zip(kinds, found, strict=True)
+    } == {name: code for _, name, _, code in kinds}
     assert all((row["media_tokens"] or 0) > 0 for row in found if row["status"] == "ok")
 
 
-def test_bytes_paths_structs_and_data_urls_are_the_same_image(checkpoint: str, tmp_path: Path) -> None:
+def test_bytes_paths_structs_and_data_urls_are_the_same_image(
+    checkpoint: str, tmp_path: Path
+) -> None:
     root = tmp_path / "photos"
     root.mkdir()
     (root / "a.jpg").write_bytes(PHOTO)
@@ -100,8 +116,19 @@ def test_bytes_paths_structs_and_data_urls_are_the_same_image(checkpoint: str, t
     by_bytes = rows(job(checkpoint, tmp_path, {"photo": [PHOTO]}, image="photo"))[0]
     for number, cells in enumerate(
         [
-            ["a.jpg", str(root / "a.jpg"), url, "../secret.jpg", "missing.jpg", "https://example.org/a.jpg"],
-            [{"bytes": None, "path": "a.jpg"}, {"bytes": PHOTO, "path": "b.jpg"}, {"bytes": None, "path": None}],
+            [
+                "a.jpg",
+                str(root / "a.jpg"),
+                url,
+                "../secret.jpg",
+                "missing.jpg",
+                "https://example.org/a.jpg",
+            ],
+            [
+                {"bytes": None, "path": "a.jpg"},
+                {"bytes": PHOTO, "path": "b.jpg"},
+                {"bytes": None, "path": None},
+            ],
         ]
     ):
         folder = tmp_path / str(number)
@@ -120,7 +147,9 @@ def test_bytes_paths_structs_and_data_urls_are_the_same_image(checkpoint: str, t
 
 def test_lists_give_several_and_images_come_before_videos(checkpoint: str, tmp_path: Path) -> None:
     table = {
-        "photos": pa.array([[PHOTO, encoded(picture(56, 56), "PNG")], [PHOTO, None], []], pa.list_(pa.binary())),
+        "photos": pa.array(
+            [[PHOTO, encoded(picture(56, 56), "PNG")], [PHOTO, None], []], pa.list_(pa.binary())
+        ),
         "clip": [clip(8), clip(8), clip(8)],
     }
     several, null, none = rows(job(checkpoint, tmp_path, table, image="photos", video="clip"))
@@ -138,15 +167,21 @@ def test_messages_in_jsonl_show_images_in_openai_spelling(checkpoint: str, tmp_p
         [{"role": "assistant", "content": [part]}],
         [{"role": "user", "content": "only text"}],
     ]
-    good, bad, text = rows(job(checkpoint, tmp_path, [{"chat": chat} for chat in chats], prompt=None, messages="chat"))
+    good, bad, text = rows(
+        job(checkpoint, tmp_path, [{"chat": chat} for chat in chats], prompt=None, messages="chat")
+    )
     assert (good["status"], good["media_tokens"]) == ("ok", 20)
     assert bad["error_code"] == "bad_messages"
     assert (text["status"], text["media_tokens"]) == ("ok", 0)
 
 
-def test_a_smaller_budget_costs_fewer_tokens_and_names_another_job(checkpoint: str, tmp_path: Path) -> None:
+def test_a_smaller_budget_costs_fewer_tokens_and_names_another_job(
+    checkpoint: str, tmp_path: Path
+) -> None:
     whole = job(checkpoint, tmp_path, {"photo": [PHOTO]}, image="photo")
-    small = replace(whole, preprocess=PreprocessSection(max_pixels=4 * 28 * 28), output=str(tmp_path / "small"))
+    small = replace(
+        whole, preprocess=PreprocessSection(max_pixels=4 * 28 * 28), output=str(tmp_path / "small")
+    )
     assert rows(whole)[0]["media_tokens"] == 20
     assert rows(small)[0]["media_tokens"] <= 4
     assert small.preprocess != whole.preprocess
@@ -172,19 +207,28 @@ def test_units_of_large_images_have_few_rows(checkpoint: str, tmp_path: Path) ->
     a_job = job(checkpoint, tmp_path, {"photo": [photo] * 5000}, image="photo")
     files = Source(storage=a_job.storage, columns=("photo",)).list_files(a_job.input)
     patches = 16 * 28 * 28 * 3
-    assert make_plan(a_job, files, {}).unit_rows == min(HEAVY_UNIT_BYTES // max(patches, len(photo)), 5000 // 32)
-    wide = replace(a_job, preprocess=PreprocessSection(min_pixels=28 * 28 * 4096, max_pixels=28 * 28 * 4096))
+    assert make_plan(a_job, files, {}).unit_rows == min(
+        HEAVY_UNIT_BYTES // max(patches, len(photo)), 5000 // 32
+    )
+    wide = replace(
+        a_job, preprocess=PreprocessSection(min_pixels=28 * 28 * 4096, max_pixels=28 * 28 * 4096)
+    )
     assert make_plan(wide, files, {}).unit_rows == HEAVY_UNIT_BYTES // (4096 * 28 * 28 * 3)
 
 
 def test_a_classifier_and_vectors_over_images(checkpoint: str, tmp_path: Path) -> None:
-    """The prompt goes through the chat template, which places the image, though these kinds take raw text otherwise."""
+    """The prompt goes through the chat template, which places the image, though these kinds take
+    raw text otherwise.
+    """
     table = {"photo": [PHOTO, PHOTO[:100]]}
     embedded = rows(job(checkpoint, tmp_path, table, kind="embed", image="photo"))
     folder = tmp_path / "classifier"
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["Glm4vForSequenceClassification"], "id2label": {"0": "cat", "1": "dog", "2": "owl"}}
+    config |= {
+        "architectures": ["Glm4vForSequenceClassification"],
+        "id2label": {"0": "cat", "1": "dog", "2": "owl"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     a_job = job(str(folder), tmp_path, table, kind="classify", image="photo")
     classified = rows(replace(a_job, output=str(tmp_path / "classified")))

@@ -41,7 +41,9 @@ def make_job(folder: Path, name: str, ranks: int) -> Job:
         key="id",
         task=TaskConfig(kind="generate", prompt="Which team handles this ticket?\n\n{text}"),
         sampling=SamplingParams(max_tokens=6, ignore_eos=True),
-        engine=EngineSection(kind="torch", dtype="float32", device="cpu", tensor_parallel_size=ranks),
+        engine=EngineSection(
+            kind="torch", dtype="float32", device="cpu", tensor_parallel_size=ranks
+        ),
         commit=CommitSection(unit_rows=UNIT_ROWS),
     )
 
@@ -78,8 +80,14 @@ class Killer:
 
 def test_a_job_outlives_each_of_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glm_batch.pipelines.graph.stages.PATIENCE", Patience(backoff_s=0.1))
-    texts = [f"ticket {row}: my parcel {'is late ' * (row % 7)}and I was billed twice" for row in range(NUM_ROWS)]
-    pq.write_table(pa.table({"id": [f"r{row}" for row in range(NUM_ROWS)], "text": texts}), tmp_path / "in.parquet")
+    texts = [
+        f"ticket {row}: my parcel {'is late ' * (row % 7)}and I was billed twice"
+        for row in range(NUM_ROWS)
+    ]
+    pq.write_table(
+        pa.table({"id": [f"r{row}" for row in range(NUM_ROWS)], "text": texts}),
+        tmp_path / "in.parquet",
+    )
     alone, together = make_job(tmp_path, "alone", 1), make_job(tmp_path, "together", 2)
     run(alone)
     ranks, leaders = NewProcesses("ray::Rank"), NewProcesses("ray::MapWorker(MapBatches(ModelActor")
@@ -104,7 +112,8 @@ def test_replicas_are_added_while_units_wait(
     starts = tmp_path / "starts"
     monkeypatch.setattr("glm_batch.pipelines.graph.stages.ModelActor", actor_with(Slow, starts))
     job = replace(
-        make_echo_job(echo_checkpoint, tmp_path, unit_rows=4), engine=EngineSection(kind="echo", replicas=(1, 2))
+        make_echo_job(echo_checkpoint, tmp_path, unit_rows=4),
+        engine=EngineSection(kind="echo", replicas=(1, 2)),
     )
     assert run(job).summary.counts.ok == 400
     assert len(starts.read_text().split()) == 2

@@ -1,4 +1,6 @@
-"""Every row of the input is in exactly one unit, whatever the files and the cut; broken files are named."""
+"""Every row of the input is in exactly one unit, whatever the files and the cut; broken files are
+named.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from glm_batch.pipelines.tasks.prompts import cell_text
 from tests.s3_faults import new_bucket
 
 
-def make_job(*inputs: Path | str, unit_rows: Any = "auto", key: str | None = None, **changes: Any) -> Job:
+def make_job(
+    *inputs: Path | str, unit_rows: Any = "auto", key: str | None = None, **changes: Any
+) -> Job:
     return Job(
         model="m",
         input=[str(path) for path in inputs],
@@ -64,7 +68,10 @@ def write_parquet(path: Path, values: list[Any], **options: Any) -> Path:
 
 
 def write_jsonl(path: Path, values: list[str], end: str = "\n") -> Path:
-    path.write_text("\n".join(json.dumps({"text": value, "more": [1]}) for value in values) + end, encoding="utf-8")
+    path.write_text(
+        "\n".join(json.dumps({"text": value, "more": [1]}) for value in values) + end,
+        encoding="utf-8",
+    )
     return path
 
 
@@ -72,7 +79,9 @@ def check_line_numbers(table: pa.Table, path: str) -> None:
     """Each row of JSONL says which line of its file it is, empty lines counted."""
     if NUMBER in table.column_names:
         lines = Path(path).read_bytes().split(b"\n")
-        assert [lines[number - 1] for number in table[NUMBER].to_pylist()] == table[LINE].to_pylist()
+        assert [lines[number - 1] for number in table[NUMBER].to_pylist()] == table[
+            LINE
+        ].to_pylist()
 
 
 # ---- cutting
@@ -80,12 +89,17 @@ def check_line_numbers(table: pa.Table, path: str) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    files=st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.integers(1, 15)), min_size=1, max_size=4),
+    files=st.lists(
+        st.tuples(st.integers(0, 40), st.booleans(), st.integers(1, 15)), min_size=1, max_size=4
+    ),
     unit_rows=st.integers(1, 17),
     blank=st.lists(st.sampled_from(["", "\r"]), max_size=3),
 )
 def test_units_cover_all_rows_exactly_once(
-    tmp_path_factory: pytest.TempPathFactory, files: list[tuple[int, bool, int]], unit_rows: int, blank: list[str]
+    tmp_path_factory: pytest.TempPathFactory,
+    files: list[tuple[int, bool, int]],
+    unit_rows: int,
+    blank: list[str],
 ) -> None:
     folder = tmp_path_factory.mktemp("cut")
     paths, expected = [], []
@@ -108,21 +122,29 @@ def test_units_cover_all_rows_exactly_once(
     assert [unit.index for unit in plan.units()] == list(range(len(units)))
     assert [plan.unit_sizes[unit.index] for unit in plan.units()] == [len(unit) for unit in units]
     for unit in plan.units():
-        check_line_numbers(source.read(plan.files[unit.file].file, unit.rows), plan.files[unit.file].file.path)
+        check_line_numbers(
+            source.read(plan.files[unit.file].file, unit.rows), plan.files[unit.file].file.path
+        )
 
 
 def test_units_can_be_read_in_any_order(tmp_path: Path) -> None:
     """A worker goes on where it stopped when it can, and must not rely on it."""
     values = [str(row) for row in range(50)]
-    source, plan = planned(make_job(write_parquet(tmp_path / "a.parquet", values, row_group_size=12), unit_rows=7))
+    source, plan = planned(
+        make_job(write_parquet(tmp_path / "a.parquet", values, row_group_size=12), unit_rows=7)
+    )
     units = list(plan.units())
     for unit in [*units[::2], *reversed(units), units[3], units[3]]:
         table = source.read(plan.files[0].file, unit.rows)
         assert table["text"].to_pylist() == values[unit.rows.start : unit.rows.stop]
 
 
-def test_a_scan_in_small_pieces_finds_the_same_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job(write_jsonl(tmp_path / "a.jsonl", ["x" * (n % 31) for n in range(100)], end=""), unit_rows=9)
+def test_a_scan_in_small_pieces_finds_the_same_offsets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(
+        write_jsonl(tmp_path / "a.jsonl", ["x" * (n % 31) for n in range(100)], end=""), unit_rows=9
+    )
     _, whole = planned(job)
     monkeypatch.setattr("glm_batch.pipelines.input.source.SCAN_BYTES", 13)
     _, pieces = planned(job)
@@ -148,11 +170,17 @@ def test_a_plan_is_the_same_after_it_was_written_and_read(tmp_path: Path) -> Non
         (50_000_000, {}, 1000),
         (400_000_000, {}, 8000),
         (4_000_000_000, {}, 16_777),  # 1,000 bytes a row: the bytes of a unit are bounded
-        (4_000_000, {"task": TaskConfig(kind="generate"), "sampling": SamplingParams(max_tokens=640)}, 80),
+        (
+            4_000_000,
+            {"task": TaskConfig(kind="generate"), "sampling": SamplingParams(max_tokens=640)},
+            80,
+        ),
     ],
 )
 def test_auto_units(num_rows: int, changes: dict[str, Any], expected: int) -> None:
-    job = Job(**{"model": "m", "input": ["i"], "output": "o", "task": TaskConfig(kind="choose")} | changes)
+    job = Job(
+        **{"model": "m", "input": ["i"], "output": "o", "task": TaskConfig(kind="choose")} | changes
+    )
     assert choose_unit_rows(job, num_rows, 1000 * num_rows) == expected
 
 
@@ -181,7 +209,9 @@ def test_names_stay_as_the_job_spells_them(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("pattern", ["nothing/*.parquet", "absent.parquet", "notes.txt"])
-def test_what_is_no_input_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+def test_what_is_no_input_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ConfigError, match=pattern.replace("*", r"\*")):
@@ -195,29 +225,46 @@ def test_what_is_no_input_is_refused_by_name(tmp_path: Path, monkeypatch: pytest
 def test_a_truncated_parquet_file_is_named(tmp_path: Path, keep: int) -> None:
     path = write_parquet(tmp_path / "cut.parquet", [str(n) for n in range(100)])
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ConfigError, match=r"cut\.parquet cannot be read as Parquet; is it truncated"):
+    with pytest.raises(
+        ConfigError, match=r"cut\.parquet cannot be read as Parquet; is it truncated"
+    ):
         planned(make_job(path))
 
 
 def test_a_missing_column_is_told_with_the_nearest_known_one(tmp_path: Path) -> None:
     source = make_source("txt")
-    for path in (write_parquet(tmp_path / "a.parquet", ["x"]), write_jsonl(tmp_path / "b.jsonl", ["x"])):
-        with pytest.raises(ConfigError, match=rf"{path.name} has no column 'txt'; did you mean 'text'"):
+    for path in (
+        write_parquet(tmp_path / "a.parquet", ["x"]),
+        write_jsonl(tmp_path / "b.jsonl", ["x"]),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"{path.name} has no column 'txt'; did you mean 'text'"
+        ):
             source.schema(source.list_files([str(path)]))
 
 
 def test_extension_types_are_refused_before_arrow_revives_them(tmp_path: Path) -> None:
-    """Ray registers types whose revival unpickles bytes of the file: the footer is searched, not parsed."""
+    """Ray registers types whose revival unpickles bytes of the file: the footer is searched, not
+    parsed.
+    """
     field = pa.field(
         "image",
         pa.binary(),
-        metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object", "ARROW:extension:metadata": ""},
+        metadata={
+            "ARROW:extension:name": "ray.data.arrow_pickled_object",
+            "ARROW:extension:metadata": "",
+        },
     )
-    table = pa.table({"text": ["x"], "image": [b"y"]}).cast(pa.schema([("text", pa.string()), field]))
+    table = pa.table({"text": ["x"], "image": [b"y"]}).cast(
+        pa.schema([("text", pa.string()), field])
+    )
     pq.write_table(table, tmp_path / "a.parquet")
     footer = pq.read_metadata(tmp_path / "a.parquet").metadata[b"ARROW:schema"]
     assert b"ARROW:extension:name" in base64.b64decode(footer)
-    with pytest.raises(ConfigError, match=r"a\.parquet has a column of an Arrow extension type.*arrow_pickled_object"):
+    with pytest.raises(
+        ConfigError,
+        match=r"a\.parquet has a column of an Arrow extension type.*arrow_pickled_object",
+    ):
         planned(make_job(tmp_path / "a.parquet"))
 
 
@@ -229,9 +276,14 @@ def test_types_that_do_not_go_together_name_both_files(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changed_after_the_plan_is_noticed(tmp_path: Path) -> None:
-    for path in (write_parquet(tmp_path / "a.parquet", list("abc")), write_jsonl(tmp_path / "b.jsonl", list("abc"))):
+    for path in (
+        write_parquet(tmp_path / "a.parquet", list("abc")),
+        write_jsonl(tmp_path / "b.jsonl", list("abc")),
+    ):
         source, plan = planned(make_job(path, unit_rows=2))
-        write_parquet(path, ["a"]) if path.suffix == ".parquet" else write_jsonl(path, ["abcdefghijk"])
+        write_parquet(path, ["a"]) if path.suffix == ".parquet" else write_jsonl(
+            path, ["abcdefghijk"]
+        )
         with pytest.raises(ConfigError, match="has changed since the job was planned"):
             texts(source, plan)
 
@@ -242,10 +294,14 @@ def test_a_file_that_changed_after_the_plan_is_noticed(tmp_path: Path) -> None:
 def test_bad_lines_are_typed_row_by_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(
-        b'\xef\xbb\xbf{"text": "first"}\n{"text": \n[1]\n\xff\n{"text": "last"}\r\n' + b"[" * 100_000 + b"\n9" * 1
+        b'\xef\xbb\xbf{"text": "first"}\n{"text": \n[1]\n\xff\n{"text": "last"}\r\n'
+        + b"[" * 100_000
+        + b"\n9" * 1
     )
     source, plan = planned(make_job(path))
-    assert texts(source, plan) == [["first", "bad_json", "bad_json", "not_utf8", "last", "bad_json", "bad_json"]]
+    assert texts(source, plan) == [
+        ["first", "bad_json", "bad_json", "not_utf8", "last", "bad_json", "bad_json"]
+    ]
 
 
 def test_parquet_text_that_is_no_utf8_comes_as_bytes(tmp_path: Path) -> None:
@@ -266,7 +322,8 @@ def test_a_date_that_python_cannot_hold_harms_its_own_row(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("value", "code"), [(None, "null_key"), ([1], "wrong_type"), (1.5, "wrong_type"), ("\ud800", "wrong_type")]
+    ("value", "code"),
+    [(None, "null_key"), ([1], "wrong_type"), (1.5, "wrong_type"), ("\ud800", "wrong_type")],
 )
 def test_keys_that_are_none(value: Any, code: str) -> None:
     with pytest.raises(RowError) as caught:
@@ -286,7 +343,9 @@ def bucket(s3_server: str, tmp_path: Path) -> tuple[str, StorageSection]:
     """A bucket with two inputs of 20 rows each, and things beside them that are none."""
     values = [str(n) for n in range(20)]
     objects = {
-        "in/a.parquet": write_parquet(tmp_path / "a.parquet", values, row_group_size=6).read_bytes(),
+        "in/a.parquet": write_parquet(
+            tmp_path / "a.parquet", values, row_group_size=6
+        ).read_bytes(),
         "in/sub/b.jsonl": write_jsonl(tmp_path / "b.jsonl", values).read_bytes(),
         "in/_SUCCESS": b"",
         "in/notes.txt": b"none",
@@ -318,18 +377,24 @@ def test_objects_are_listed_and_read_like_files(
     source = Source(storage=storage, columns=("text",))
     plan = make_plan(job, source.list_files(job.input), {})
     assert [planned.file.name for planned in plan.files] == [f"{root}/{name}" for name in names]
-    assert [text for unit in texts(source, plan) for text in unit] == [str(n) for n in range(20)] * len(names)
+    assert [text for unit in texts(source, plan) for text in unit] == [
+        str(n) for n in range(20)
+    ] * len(names)
 
 
 @pytest.mark.parametrize("pattern", ["absent/*.parquet", "absent", "in/a.parq", "in/notes.txt"])
-def test_objects_that_are_no_input_are_refused_by_name(bucket: tuple[str, StorageSection], pattern: str) -> None:
+def test_objects_that_are_no_input_are_refused_by_name(
+    bucket: tuple[str, StorageSection], pattern: str
+) -> None:
     root, storage = bucket
     with pytest.raises(ConfigError, match=re.escape(pattern)):
         Source(storage=storage, columns=("text",)).list_files([f"{root}/{pattern}"])
 
 
 @pytest.mark.parametrize("name", ["in/a.parquet", "in/sub/b.jsonl"])
-def test_an_object_that_was_replaced_after_the_plan_is_noticed(bucket: tuple[str, StorageSection], name: str) -> None:
+def test_an_object_that_was_replaced_after_the_plan_is_noticed(
+    bucket: tuple[str, StorageSection], name: str
+) -> None:
     """Also by one of the same length: its tag tells."""
     root, storage = bucket
     job = make_job(f"{root}/{name}", unit_rows=8, storage=storage)
@@ -351,7 +416,9 @@ def test_a_listing_of_many_pages_is_whole(s3_server: str, monkeypatch: pytest.Mo
 
 
 def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
-    table = pa.table({"id": [f"r{row}" for row in range(90)], "text": [f"text {row}" for row in range(90)]})
+    table = pa.table(
+        {"id": [f"r{row}" for row in range(90)], "text": [f"text {row}" for row in range(90)]}
+    )
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, row_group_size=30, use_dictionary=False)
     start = pq.read_metadata(path).row_group(1).column(1).data_page_offset
@@ -367,7 +434,9 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
     lost = [row for row, text in enumerate(read["#lost"].to_pylist(), start=10) if text]
     assert lost == list(range(30, 60))
     assert read["#row"].to_pylist() == [row_key(file, row) for row in range(10, 80)]
-    assert read["in.text"].to_pylist() == [None if row in lost else f"text {row}" for row in range(10, 80)]
+    assert read["in.text"].to_pylist() == [
+        None if row in lost else f"text {row}" for row in range(10, 80)
+    ]
     assert read["#first"].to_pylist().index("a:1") == 15
     pieces = [Read(source)(order.to_table(), at, min(at + 7, 70)) for at in range(0, 70, 7)]
     assert pa.concat_tables(pieces).to_pylist()[:20] == read.to_pylist()[:20]

@@ -6,13 +6,28 @@ import pyarrow as pa
 import pytest
 
 from glm_batch.glm_actors.engines.engine_loop import EngineLoop
-from glm_batch.glm_actors.faults.spent import ENGINE_BUSY, ENGINE_IDLE, MEDIA, Stopwatch, spent, timed, with_spent
+from glm_batch.glm_actors.faults.spent import (
+    ENGINE_BUSY,
+    ENGINE_IDLE,
+    MEDIA,
+    Stopwatch,
+    spent,
+    timed,
+    with_spent,
+)
 from glm_batch.glm_actors.units.row_worker import RowWorker
 from glm_batch.models.engine.api.request import Generate, Request, SamplingParams
 from glm_batch.models.engine.echo import EchoEngine
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.tokenizer import Tokenizer
-from glm_batch.pipelines.metrics.bottleneck import COMMITTING, ENGINE, PREPARING, READING, bottleneck, summed
+from glm_batch.pipelines.metrics.bottleneck import (
+    COMMITTING,
+    ENGINE,
+    PREPARING,
+    READING,
+    bottleneck,
+    summed,
+)
 
 TINY = "examples/tiny_glm"
 
@@ -64,9 +79,12 @@ def test_seconds_travel_with_a_unit_through_its_steps():
         def num_rows(self, table: pa.Table) -> int:
             return table.num_rows
 
-        def __call__(self, table: pa.Table, start: int, stop: int, lost: RowError | None = None) -> pa.Table:
+        def __call__(
+            self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+        ) -> pa.Table:
             time.sleep(self._seconds)
-            return pa.table({"row": table["row"].slice(start, stop - start)})  # as steps do: a table of their own
+            # as steps do: a table of their own
+            return pa.table({"row": table["row"].slice(start, stop - start)})
 
     given = with_spent(pa.table({"row": [1, 2, 3]}), {"queue": 9.0})
     once = RowWorker(lambda: [Step(READING, 0.02), Step(PREPARING, 0.01)])(given)
@@ -82,14 +100,20 @@ def test_seconds_travel_with_a_unit_through_its_steps():
 
 def test_an_engine_says_how_long_it_worked_and_waited():
     tokenizer = Tokenizer.from_dir(TINY)
-    loop = EngineLoop(lambda: EchoEngine(tokenizer=tokenizer, hidden_size=8, num_labels=2, merge_size=None))
+    loop = EngineLoop(
+        lambda: EchoEngine(tokenizer=tokenizer, hidden_size=8, num_labels=2, merge_size=None)
+    )
     try:
         time.sleep(0.05)
         before = loop.take_usage()
         assert before.busy_s == before.idle_s == 0.0  # starting up is nobody's waiting
         begun = time.monotonic()
         for number in range(2):
-            request = Request(id=str(number), input_ids=(1, 2), work=Generate(sampling=SamplingParams(max_tokens=2)))
+            request = Request(
+                id=str(number),
+                input_ids=(1, 2),
+                work=Generate(sampling=SamplingParams(max_tokens=2)),
+            )
             loop.submit([request]).result(timeout=10)
             time.sleep(0.05)
         loop.submit([Request(id="last", input_ids=(1,), work=request.work)]).result(timeout=10)

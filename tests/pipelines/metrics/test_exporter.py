@@ -1,4 +1,6 @@
-"""What Prometheus collects from a cluster is what its jobs have committed, and the dashboard asks for nothing else."""
+"""What Prometheus collects from a cluster is what its jobs have committed, and the dashboard asks
+for nothing else.
+"""
 
 import json
 import re
@@ -23,13 +25,19 @@ DEADLINE_S = 30.0
 def collected(job: str) -> dict[tuple[str, str], float]:
     """This node's series of a job: by name and the tag that tells them apart."""
     (node,) = ray.nodes()
-    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as answer:
+    with urlopen(
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    ) as answer:
         text = answer.read().decode()
     found = {}
     for name, tags, value in SERIES.findall(text):
         named = dict(re.findall(r'(\w+)="([^"]*)"', tags))
         if named["job"] == job:
-            tag = "".join(value for key, value in named.items() if key in ("status", "code", "kind", "stage", "state"))
+            tag = "".join(
+                value
+                for key, value in named.items()
+                if key in ("status", "code", "kind", "stage", "state")
+            )
             found[name.removesuffix("_total"), tag] = float(value)
     return found
 
@@ -41,9 +49,18 @@ def test_a_cluster_tells_what_a_job_has_committed(echo_checkpoint: Path, tmp_pat
     result = run(job)
     fingerprint = result.manifest.fingerprint
     ledger = ray.remote(CountingLedger).options(num_cpus=0).remote(fingerprint, PATIENCE)
-    ray.get([ledger.arrive.remote("w"), ledger.begin.remote("w", "unit 0", 7), ledger.arrive.remote("w")])
+    ray.get(
+        [
+            ledger.arrive.remote("w"),
+            ledger.begin.remote("w", "unit 0", 7),
+            ledger.arrive.remote("w"),
+        ]
+    )
     deadline = time.monotonic() + DEADLINE_S
-    while ("recomputed_rows", "") not in (found := collected(fingerprint)) or ("rows", "ok") not in found:
+    while ("recomputed_rows", "") not in (found := collected(fingerprint)) or (
+        "rows",
+        "ok",
+    ) not in found:
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
     assert found["rows", "ok"] == 24
@@ -62,8 +79,14 @@ def test_a_cluster_tells_what_a_job_has_committed(echo_checkpoint: Path, tmp_pat
 
 def test_the_dashboard_draws_metrics_that_there_are():
     dashboard = json.loads(DASHBOARD.read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
-    asked = {name for query in queries for name in re.findall(rf"ray_{PREFIX}(\w+?)(?:_total)?\b(?=[{{\[])", query)}
+    queries = [
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())
+    ]
+    asked = {
+        name
+        for query in queries
+        for name in re.findall(rf"ray_{PREFIX}(\w+?)(?:_total)?\b(?=[{{\[])", query)
+    }
     assert asked == {metric.name for metric in METRICS}
     assert all(panel["title"] and panel["gridPos"] for panel in dashboard["panels"])
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

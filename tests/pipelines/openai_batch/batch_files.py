@@ -1,7 +1,7 @@
 """OpenAI batch files for tests, and the stages of their jobs in this process, without Ray.
 
-Run as batch_files.py JOB.json: commits all units of that job with the echo engine and finishes it, to be killed
-on the way.
+Run as batch_files.py JOB.json: commits all units of that job with the echo engine and finishes it,
+to be killed on the way.
 """
 
 from __future__ import annotations
@@ -44,18 +44,27 @@ def write_lines(path: Path, lines: Iterable[Json | str]) -> Path:
 
 def make_job(checkpoint: Path | str, folder: Path, **changes: Any) -> Job:
     given = {"input_format": "openai_batch", "engine": EngineSection(kind="echo"), **changes}
-    return Job(model=str(checkpoint), input=[str(folder / "requests.jsonl")], output=str(folder / "out"), **given)
+    return Job(
+        model=str(checkpoint),
+        input=[str(folder / "requests.jsonl")],
+        output=str(folder / "out"),
+        **given,
+    )
 
 
 class LocalStages:
-    """The steps of a job and its engine. `complete` may be told to lose rows as a dying worker does."""
+    """The steps of a job and its engine. `complete` may be told to lose rows as a dying worker
+    does.
+    """
 
     def __init__(self, spec: TaskSpec) -> None:
         self._spec = spec
         self._read = Read(job_source(spec.job))
         self._loop = EngineLoop(lambda: build_engine(engine_config(spec.job)))
 
-    def rows(self, order: Order, lose: Callable[[pa.Table], RowError | None] = lambda table: None) -> pa.Table:
+    def rows(
+        self, order: Order, lose: Callable[[pa.Table], RowError | None] = lambda table: None
+    ) -> pa.Table:
         """A unit's output columns. What `lose` says of a line's requests befalls it in parsing."""
         table = order.to_table()
         table = self._read(table, 0, self._read.num_rows(table))
@@ -93,7 +102,9 @@ def answer_all(job: Job) -> tuple[list[Json], list[Json]]:
 
 def exported(job: Job) -> tuple[list[Json], list[Json]]:
     store = Output.at(job.output, job.storage).store
-    good, bad = (store.read(name).decode().splitlines() for name in ("output.jsonl", "errors.jsonl"))
+    good, bad = (
+        store.read(name).decode().splitlines() for name in ("output.jsonl", "errors.jsonl")
+    )
     return [json.loads(text) for text in good], [json.loads(text) for text in bad]
 
 

@@ -1,4 +1,6 @@
-"""OpenAI batch files: a record for every line whatever is in it, and the two files that OpenAI would give."""
+"""OpenAI batch files: a record for every line whatever is in it, and the two files that OpenAI
+would give.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,12 @@ NUM_MANY = 50_000
 
 
 def chat(custom_id: Any, model: str, text: str = "Which shape is this?", **more: Any) -> Json:
-    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, **more}
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 8,
+        **more,
+    }
     return line(custom_id, CHAT, body)
 
 
@@ -60,10 +67,16 @@ def model(echo_checkpoint: Path) -> str:
 # ---- what comes out
 
 
-def test_lines_of_all_endpoints_come_out_in_the_clients_form(echo_checkpoint: Path, tmp_path: Path, model: str) -> None:
+def test_lines_of_all_endpoints_come_out_in_the_clients_form(
+    echo_checkpoint: Path, tmp_path: Path, model: str
+) -> None:
     lines = [
         chat("a", model),
-        line("b", COMPLETIONS, {"model": model, "prompt": ["one", "two", "three"], "n": 2, "max_tokens": 3}),
+        line(
+            "b",
+            COMPLETIONS,
+            {"model": model, "prompt": ["one", "two", "three"], "n": 2, "max_tokens": 3},
+        ),
         line("c", EMBEDDINGS, {"model": model, "input": ["x", "y", "z"]}),
         line("d", SCORE, {"model": model, "prompt": "Which?", "labels": ["circle", "square"]}),
         line("e", EMBEDDINGS, {"model": model, "input": [1, 2, 3]}, priority=7),
@@ -73,25 +86,45 @@ def test_lines_of_all_endpoints_come_out_in_the_clients_form(echo_checkpoint: Pa
     good, bad = answer_all(job)
     assert bad == []
     assert [each["custom_id"] for each in good] == ["a", "b", "c", "d", "e"]
-    assert all(set(each) == {"id", "custom_id", "response", "error"} and each["error"] is None for each in good)
+    assert all(
+        set(each) == {"id", "custom_id", "response", "error"} and each["error"] is None
+        for each in good
+    )
     assert all(set(each["response"]) == {"status_code", "request_id", "body"} for each in good)
     assert {each["response"]["status_code"] for each in good} == {200}
-    assert len({each["id"] for each in good}) == len({each["response"]["request_id"] for each in good}) == 5
+    assert (
+        len({each["id"] for each in good})
+        == len({each["response"]["request_id"] for each in good})
+        == 5
+    )
     bodies = [each["response"]["body"] for each in good]
     assert ChatCompletion.model_validate(bodies[0]).choices[0].message.content
     completion = Completion.model_validate(bodies[1])
     assert [choice.index for choice in completion.choices] == list(range(6))
     assert len({choice.text for choice in completion.choices[::2]}) == 3
-    assert [each.index for each in CreateEmbeddingResponse.model_validate(bodies[2]).data] == [0, 1, 2]
+    assert [each.index for each in CreateEmbeddingResponse.model_validate(bodies[2]).data] == [
+        0,
+        1,
+        2,
+    ]
     assert bodies[3]["label"] in ("circle", "square")
-    (table,) = [part for part in Output.at(job.output).iter_tables() if "b" in part["row_key"].to_pylist()]
+    (table,) = [
+        part for part in Output.at(job.output).iter_tables() if "b" in part["row_key"].to_pylist()
+    ]
     row = table.to_pylist()[1]
-    assert (row["status"], row["status_code"], row["url"], row["line"]) == ("ok", 200, COMPLETIONS, 2)
+    assert (row["status"], row["status_code"], row["url"], row["line"]) == (
+        "ok",
+        200,
+        COMPLETIONS,
+        2,
+    )
     assert json.loads(row["response"]) == bodies[1]
     assert row["prompt_tokens"] == bodies[1]["usage"]["prompt_tokens"]
 
 
-def test_every_kind_of_bad_line_is_told_and_none_is_lost(echo_checkpoint: Path, tmp_path: Path, model: str) -> None:
+def test_every_kind_of_bad_line_is_told_and_none_is_lost(
+    echo_checkpoint: Path, tmp_path: Path, model: str
+) -> None:
     good = chat("good", model)
     body = good["body"]
     bad_schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "no"}}}
@@ -130,7 +163,9 @@ def test_every_kind_of_bad_line_is_told_and_none_is_lost(echo_checkpoint: Path, 
     answered, refused = answer_all(job)
     # The echo engine classifies with any checkpoint.
     assert [each["custom_id"] for each in answered] == ["good", "b10", "last"]
-    expected = [(id, status, code) for _, id, status, code in lines if code] + [(None, None, "not_utf8")]
+    expected = [(id, status, code) for _, id, status, code in lines if code] + [
+        (None, None, "not_utf8")
+    ]
     told = []
     for each in refused:
         status = each["response"] and each["response"]["status_code"]
@@ -147,8 +182,12 @@ def test_every_kind_of_bad_line_is_told_and_none_is_lost(echo_checkpoint: Path, 
     assert (summary.rows, summary.ok, summary.error_rows) == (len(lines) + 3, 3, len(refused))
 
 
-def test_a_row_that_is_lost_on_the_way_is_the_servers_fault(echo_checkpoint: Path, tmp_path: Path, model: str) -> None:
-    write_lines(tmp_path / "requests.jsonl", [line("a", EMBEDDINGS, {"model": model, "input": ["x", "y"]})])
+def test_a_row_that_is_lost_on_the_way_is_the_servers_fault(
+    echo_checkpoint: Path, tmp_path: Path, model: str
+) -> None:
+    write_lines(
+        tmp_path / "requests.jsonl", [line("a", EMBEDDINGS, {"model": model, "input": ["x", "y"]})]
+    )
     prepared = prepare(make_job(echo_checkpoint, tmp_path), None)
     stages = LocalStages(prepared.spec)
     (unit,) = prepared.plan.units()
@@ -162,7 +201,10 @@ def test_a_row_that_is_lost_on_the_way_is_the_servers_fault(echo_checkpoint: Pat
 
 
 def test_names_of_the_model_and_seeds(echo_checkpoint: Path, tmp_path: Path) -> None:
-    write_lines(tmp_path / "requests.jsonl", [chat(name, name) for name in ("gpt-4", echo_checkpoint.name, "other")])
+    write_lines(
+        tmp_path / "requests.jsonl",
+        [chat(name, name) for name in ("gpt-4", echo_checkpoint.name, "other")],
+    )
     job = make_job(echo_checkpoint, tmp_path, requests=RequestsSection(models=["gpt-4"]))
     good, bad = answer_all(job)
     assert [each["response"]["body"]["model"] for each in good] == ["gpt-4", echo_checkpoint.name]
@@ -182,7 +224,9 @@ def test_names_of_the_model_and_seeds(echo_checkpoint: Path, tmp_path: Path) -> 
 # ---- jobs that cannot be
 
 
-def test_parquet_is_no_batch_file_and_rows_need_a_task(echo_checkpoint: Path, tmp_path: Path) -> None:
+def test_parquet_is_no_batch_file_and_rows_need_a_task(
+    echo_checkpoint: Path, tmp_path: Path
+) -> None:
     (tmp_path / "a.parquet").write_bytes(b"")
     job = replace(make_job(echo_checkpoint, tmp_path), input=[str(tmp_path / "a.parquet")])
     with pytest.raises(ConfigError, match=r"a\.parquet is no JSONL"):
@@ -195,10 +239,15 @@ def test_parquet_is_no_batch_file_and_rows_need_a_task(echo_checkpoint: Path, tm
 # ---- units
 
 
-def test_units_are_as_small_as_heavy_lines_need(echo_checkpoint: Path, tmp_path: Path, model: str) -> None:
+def test_units_are_as_small_as_heavy_lines_need(
+    echo_checkpoint: Path, tmp_path: Path, model: str
+) -> None:
     """Also where the heavy ones stand together behind many light ones."""
     heavy = "x" * (HEAVY_UNIT_BYTES // 8)
-    lines = [*(chat(f"light{n}", model) for n in range(2000)), *(chat(f"heavy{n}", model, heavy) for n in range(24))]
+    lines = [
+        *(chat(f"light{n}", model) for n in range(2000)),
+        *(chat(f"heavy{n}", model, heavy) for n in range(24)),
+    ]
     write_lines(tmp_path / "requests.jsonl", lines)
     job = make_job(echo_checkpoint, tmp_path)
     plan = make_plan(job, Source(storage=StorageSection(), columns=()).list_files(job.input), {})
@@ -211,14 +260,24 @@ def test_units_are_as_small_as_heavy_lines_need(echo_checkpoint: Path, tmp_path:
     plan = make_plan(job, Source(storage=StorageSection(), columns=()).list_files(job.input), {})
     assert plan.unit_rows == 16
     wide = RequestsSection(limits=Caps(max_inputs=10_000))
-    assert make_plan(replace(job, requests=wide), [plan.files[0].file], {}).unit_rows == plan.unit_rows
+    assert (
+        make_plan(replace(job, requests=wide), [plan.files[0].file], {}).unit_rows == plan.unit_rows
+    )
 
 
 # ---- crashes and retries
 
 
 @pytest.mark.parametrize(
-    "aim", ["after_manifest", "before_export", "before_rename:8", "before_rename:9", "after_export", "before_rename:10"]
+    "aim",
+    [
+        "after_manifest",
+        "before_export",
+        "before_rename:8",
+        "before_rename:9",
+        "after_export",
+        "before_rename:10",
+    ],
 )
 def test_a_kill_between_the_manifest_and_the_files_costs_a_rerun(
     echo_checkpoint: Path, tmp_path: Path, model: str, aim: str
@@ -228,7 +287,12 @@ def test_a_kill_between_the_manifest_and_the_files_costs_a_rerun(
     job = make_job(echo_checkpoint, tmp_path)
     (tmp_path / "job.json").write_bytes(job_file(job))
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "GLM_BATCH_CRASH_AT": aim}
-    driver = [sys.executable, "-m", "tests.pipelines.openai_batch.batch_files", str(tmp_path / "job.json")]
+    driver = [
+        sys.executable,
+        "-m",
+        "tests.pipelines.openai_batch.batch_files",
+        str(tmp_path / "job.json"),
+    ]
     done = subprocess.run(driver, cwd=ROOT, env=environment, check=False, timeout=240)
     assert done.returncode == -signal.SIGKILL
     output = Output.at(job.output)
@@ -240,14 +304,19 @@ def test_a_kill_between_the_manifest_and_the_files_costs_a_rerun(
     assert is_exported(output, manifest)
     assert {path: path.read_bytes() for path in Path(job.output).glob("parts/*")} == parts
     first = exported(job)
-    assert ([each["custom_id"] for each in first[0]], first[1][0]["error"]["line"]) == (["a", "b"], 2)
+    assert ([each["custom_id"] for each in first[0]], first[1][0]["error"]["line"]) == (
+        ["a", "b"],
+        2,
+    )
     (Path(job.output) / "output.jsonl").unlink()
     run(job)
     assert exported(job) == first
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_whole_job_and_a_retry_of_what_failed(echo_checkpoint: Path, tmp_path: Path, model: str) -> None:
+def test_a_whole_job_and_a_retry_of_what_failed(
+    echo_checkpoint: Path, tmp_path: Path, model: str
+) -> None:
     lines = [chat(f"r{n}", "later" if n % 5 == 0 else model) for n in range(23)]
     lines += [line("v", EMBEDDINGS, {"model": model, "input": ["x", "y"]}), chat("r1", model)]
     write_lines(tmp_path / "requests.jsonl", lines)
@@ -272,7 +341,11 @@ def test_a_whole_job_and_a_retry_of_what_failed(echo_checkpoint: Path, tmp_path:
 
 
 def test_the_files_lie_on_s3_too(
-    echo_checkpoint: Path, tmp_path: Path, model: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+    echo_checkpoint: Path,
+    tmp_path: Path,
+    model: str,
+    s3_server: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where they are too large for one call, and the store fails one in ten."""
     monkeypatch.setattr("glm_batch.pipelines.storage.s3.PART_BYTES", 5 << 20)
@@ -282,7 +355,10 @@ def test_the_files_lie_on_s3_too(
     storage = StorageSection(endpoint_url=s3_server)
     remote = replace(local, output=f"s3://{new_bucket(s3_server)}/out", storage=storage)
     answered, refused = answer_all(remote)
-    assert ([each["custom_id"] for each in answered], refused) == ([each["custom_id"] for each in lines[0]], [])
+    assert ([each["custom_id"] for each in answered], refused) == (
+        [each["custom_id"] for each in lines[0]],
+        [],
+    )
     with proxy(s3_server, seed=3, one_in=10, stall_s=0.05) as faulty:
         output = Output.at(remote.output, StorageSection(endpoint_url=faulty.url))
         big = os.urandom(1 << 20)
@@ -304,7 +380,9 @@ def many_lines(model: str) -> Iterator[Json | str]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_many_lines_need_no_memory_of_the_driver(echo_checkpoint: Path, tmp_path: Path, model: str) -> None:
+def test_many_lines_need_no_memory_of_the_driver(
+    echo_checkpoint: Path, tmp_path: Path, model: str
+) -> None:
     (tmp_path / "small").mkdir()
     write_lines(tmp_path / "small" / "requests.jsonl", [chat("a", model)])
     run(make_job(echo_checkpoint, tmp_path / "small"))  # what is imported and started once
@@ -321,4 +399,7 @@ def test_many_lines_need_no_memory_of_the_driver(echo_checkpoint: Path, tmp_path
         for number, text in zip(expected, stream, strict=True):
             assert text.startswith('{"id":"batch_req_')
             assert f'"custom_id":"request-{number}","response":{{"status_code":200' in text
-    assert json.loads((tmp_path / "out" / EXPORT).read_bytes())["files"]["errors.jsonl"]["lines"] == NUM_MANY // 100
+    assert (
+        json.loads((tmp_path / "out" / EXPORT).read_bytes())["files"]["errors.jsonl"]["lines"]
+        == NUM_MANY // 100
+    )

@@ -1,4 +1,5 @@
-"""A driver without Ray: the commit protocol of a whole output in one process, to be killed at any step.
+"""A driver without Ray: the commit protocol of a whole output in one process, to be killed at any
+step.
 
 Run as: crashing_driver.py FOLDER COMMAND, where COMMAND is label or gc.
 """
@@ -41,7 +42,9 @@ def label(output: Output) -> None:
         for unit in plan.units():
             if unit.index not in done:
                 keys = [str(row) for row in range(unit.rows.start, unit.rows.stop)]
-                output.commit(unit.index, pa.table({"row_key": keys}), Counts(rows=len(keys), ok=len(keys)))
+                output.commit(
+                    unit.index, pa.table({"row_key": keys}), Counts(rows=len(keys), ok=len(keys))
+                )
         lease.confirm()
         output.finish(plan, SCHEMA, {})
 

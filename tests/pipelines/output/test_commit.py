@@ -1,4 +1,6 @@
-"""The commit protocol: the first writer wins, nothing half-written counts, and no job writes over another."""
+"""The commit protocol: the first writer wins, nothing half-written counts, and no job writes over
+another.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,11 @@ def test_a_unit_becomes_one_part_with_its_checksum(output: Output) -> None:
     record = commit(output, 1, "a", "b")
     data = (root(output) / record.part).read_bytes()
     assert record.part.startswith("parts/unit-00000001-g1-")
-    assert (record.rows, record.num_bytes, record.checksum) == (2, len(data), hashlib.sha256(data).hexdigest())
+    assert (record.rows, record.num_bytes, record.checksum) == (
+        2,
+        len(data),
+        hashlib.sha256(data).hexdigest(),
+    )
     assert output.record(1) == record
     assert list((root(output) / "tmp").iterdir()) == []
 
@@ -67,7 +73,9 @@ def test_the_first_commit_of_a_unit_counts(output: Output) -> None:
     assert len(list((root(output) / "parts").iterdir())) == 1
 
 
-def test_of_many_racing_writers_one_wins_and_all_hear_of_it(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_racing_writers_one_wins_and_all_hear_of_it(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output.begin(make_plan())
     barrier = threading.Barrier(8)
     create = LocalStore.create
@@ -79,7 +87,8 @@ def test_of_many_racing_writers_one_wins_and_all_hear_of_it(output: Output, monk
     monkeypatch.setattr(LocalStore, "create", create_together)
     found: list[CommitRecord] = []
     threads = [
-        threading.Thread(target=lambda key: found.append(commit(output, 0, key)), args=(str(n),)) for n in range(8)
+        threading.Thread(target=lambda key: found.append(commit(output, 0, key)), args=(str(n),))
+        for n in range(8)
     ]
     for thread in threads:
         thread.start()
@@ -96,7 +105,9 @@ def test_the_manifest_names_every_part_in_input_order(output: Output) -> None:
         commit(output, unit, *keys)
     assert not output.status().finished
     manifest = output.finish(plan, SCHEMA, {"end_counted": False})
-    assert [key for table in output.iter_tables() for key in table["row_key"].to_pylist()] == list("abcde")
+    assert [key for table in output.iter_tables() for key in table["row_key"].to_pylist()] == list(
+        "abcde"
+    )
     assert manifest.counts == Counts(rows=5, ok=5)
     assert (manifest.fingerprint, manifest.facts) == (plan.fingerprint, {"end_counted": False})
     assert output.finish(plan, SCHEMA, {}) == manifest
@@ -134,7 +145,9 @@ def test_a_rerun_takes_up_the_plan_that_stands(output: Output) -> None:
 
 def test_another_job_is_refused_with_the_difference(output: Output) -> None:
     output.begin(make_plan(sampling={"seed": 0}))
-    with pytest.raises(ConfigError, match=r"(?s)begun by another job.*sampling\.seed: 0 -> 7") as caught:
+    with pytest.raises(
+        ConfigError, match=r"(?s)begun by another job.*sampling\.seed: 0 -> 7"
+    ) as caught:
         output.adopt(make_plan(sampling={"seed": 7}).identity)
     assert "task.prompt" not in str(caught.value)
 
@@ -153,7 +166,9 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         Output.at(str(tmp_path / "file")).adopt({})
 
 
-def test_a_part_that_could_not_be_written_leaves_nothing(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_could_not_be_written_leaves_nothing(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output.begin(make_plan())
 
     def full(descriptor: int) -> None:
@@ -169,7 +184,12 @@ def test_status_adds_up_what_is_committed(output: Output) -> None:
     output.begin(make_plan())
     commit(output, 2, "e")
     status = output.status()
-    assert (status.num_rows, status.num_units, status.units_done, status.finished) == (5, 3, 1, False)
+    assert (status.num_rows, status.num_units, status.units_done, status.finished) == (
+        5,
+        3,
+        1,
+        False,
+    )
     assert status.counts == Counts(rows=1, ok=1)
     with pytest.raises(ConfigError, match="holds no output"):
         Output.at(str(root(output) / "parts")).status()
@@ -212,6 +232,8 @@ def test_counts_add_up() -> None:
     one = Counts(rows=3, ok=1, errors={"bad_json": 2}, prompt_tokens=4, gold_rows=1, gold_correct=1)
     two = Counts(rows=1, errors={"bad_json": 1}, gold_rows=3)
     total = one + two
-    assert total == Counts(rows=4, ok=1, errors={"bad_json": 3}, prompt_tokens=4, gold_rows=4, gold_correct=1)
+    assert total == Counts(
+        rows=4, ok=1, errors={"bad_json": 3}, prompt_tokens=4, gold_rows=4, gold_correct=1
+    )
     assert (total.error_rows, total.error_rate, total.accuracy) == (3, 0.75, 0.25)
     assert Counts.from_json(json.loads(json.dumps(total.to_json()))) == total

@@ -1,4 +1,6 @@
-"""Drivers killed at each step of the commit protocol: a rerun completes the output, every row once, nothing torn."""
+"""Drivers killed at each step of the commit protocol: a rerun completes the output, every row once,
+nothing torn.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,19 @@ POINTS = [
     ("before_rename", UNITS + 2), ("after_part", UNITS), ("before_record", UNITS), ("before_link", UNITS + 3),
     ("after_record", UNITS), ("before_manifest", 1), ("after_manifest", 1),
 ]  # fmt: skip
-AIMS = [f"{point}:{count}" for point, most in POINTS for count in sorted({1, (most + 1) // 2, most})]
+AIMS = [
+    f"{point}:{count}" for point, most in POINTS for count in sorted({1, (most + 1) // 2, most})
+]
 
 
 def drive(folder: Path, aim: str = "", command: str = "label") -> int:
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "GLM_BATCH_CRASH_AT": aim}
-    driver = [sys.executable, str(Path(__file__).with_name("crashing_driver.py")), str(folder), command]
+    driver = [
+        sys.executable,
+        str(Path(__file__).with_name("crashing_driver.py")),
+        str(folder),
+        command,
+    ]
     return subprocess.run(driver, env=environment, check=False, timeout=200).returncode
 
 
@@ -53,7 +62,9 @@ def test_a_kill_at_any_step_costs_nothing_but_time(tmp_path: Path, aim: str) -> 
 
 
 def test_any_number_of_kills_in_a_row(tmp_path: Path) -> None:
-    """Seeded: each rerun dies somewhere, until one comes through because it gets nowhere near its aim."""
+    """Seeded: each rerun dies somewhere, until one comes through because it gets nowhere near its
+    aim.
+    """
     chance, folder = random.Random(5), tmp_path / "out"
     steps = [point for point, most in POINTS if most > 1]
     kills = 0

@@ -44,7 +44,8 @@ def test_orphans_go_and_the_rest_stays(output: Output) -> None:
         put(output, "tmp/4711"),
     }
     waiting = {
-        put(output, "parts/unit-00000001-g2-beef0000.parquet"),  # a worker of a dead retry may still commit it
+        # a worker of a dead retry may still commit it
+        put(output, "parts/unit-00000001-g2-beef0000.parquet"),
         put(output, "parts/unit-00000002-g1-beef0000.parquet"),
     }
     foreign = put(output, "parts/notes.txt")
@@ -98,7 +99,9 @@ def test_a_part_with_another_number_of_rows_is_found(output: Output) -> None:
     record = output.known_record(1, 1)
     content = json.loads(record.to_json()) | {"rows": 3}
     put(output, "commits/unit-00000001-g1.json", json.dumps(content).encode())
-    assert [problem for _, problem in output.verify()][1] == f"{record.part} holds 2 rows, its record says 3"
+    assert [problem for _, problem in output.verify()][
+        1
+    ] == f"{record.part} holds 2 rows, its record says 3"
 
 
 def test_a_manifest_that_says_something_else_is_found(tmp_path: Path) -> None:
@@ -107,7 +110,11 @@ def test_a_manifest_that_says_something_else_is_found(tmp_path: Path) -> None:
     commit(output, 0, "a", "b")
     output.finish(plan, SCHEMA, {})
     manifest = output.store.read("manifest.json")
-    put(output, "manifest.json", manifest.replace(output.known_record(0, 1).checksum.encode(), b"0" * 64))
+    put(
+        output,
+        "manifest.json",
+        manifest.replace(output.known_record(0, 1).checksum.encode(), b"0" * 64),
+    )
     ((_, problem),) = output.verify()
     assert "manifest.json says something else" in str(problem)
 
@@ -120,7 +127,9 @@ def test_a_record_that_was_removed_is_committed_again(output: Output) -> None:
     assert output.read_part(part_of(again))["row_key"].to_pylist() == ["c", "d"]
 
 
-def test_a_full_disk_leaves_an_output_that_goes_on(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_an_output_that_goes_on(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as full:
         full.setattr("glm_batch.pipelines.storage.storage.os.fsync", _no_space)
         with pytest.raises(StorageError, match=r"No space left.*what is committed stays"):

@@ -1,4 +1,6 @@
-"""What an engine has finished of a long unit survives it: nothing that was put aside is computed again."""
+"""What an engine has finished of a long unit survives it: nothing that was put aside is computed
+again.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def put_aside(journal: Journal, unit: int) -> set[str]:
 
 
 class OneByOne(EchoEngine):
-    """Finishes a request a step, in the order of arrival; row c fails, row h never ends before `gate` says so."""
+    """Finishes a request a step, in the order of arrival; row c fails, row h never ends before
+    `gate` says so.
+    """
 
     def __init__(self, completed: list[str], gate: Path) -> None:
         super().__init__()
@@ -108,13 +112,17 @@ class OneByOne(EchoEngine):
             return []
         self._completed.append(name)
         done = self._answer(self._waiting.pop(name))
-        return [replace(done, error=RowError("out_of_memory", "too large")) if name == "c" else done]
+        return [
+            replace(done, error=RowError("out_of_memory", "too large")) if name == "c" else done
+        ]
 
 
 def test_another_actor_takes_up_what_was_put_aside(journal: Journal, tmp_path: Path) -> None:
     classify = Classify()
     requests = [Request(id=name, input_ids=[5, 6], work=classify) for name in "abcdefghij"]
-    table = request_table(list("abcdefghij"), requests).append_column(UNIT, pa.array([3] * 10, pa.int32()))
+    table = request_table(list("abcdefghij"), requests).append_column(
+        UNIT, pa.array([3] * 10, pa.int32())
+    )
     completed: list[str] = []
 
     class Actor(ModelActor):
@@ -171,7 +179,9 @@ def test_a_killed_engine_costs_what_it_finished_since_the_last_write(
 
         return Mortal()
 
-    monkeypatch.setattr("glm_batch.pipelines.graph.stages.ModelActor", actor_with(build, tmp_path / "starts"))
+    monkeypatch.setattr(
+        "glm_batch.pipelines.graph.stages.ModelActor", actor_with(build, tmp_path / "starts")
+    )
     job = replace(
         make_job(echo_checkpoint, tmp_path, "mortal", NUM_ROWS),
         commit=CommitSection(unit_rows=NUM_ROWS, every_seconds=0.2),

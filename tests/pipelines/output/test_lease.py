@@ -1,4 +1,6 @@
-"""One driver owns an output: a living one is respected, a dead one is replaced, a replaced one stops."""
+"""One driver owns an output: a living one is respected, a dead one is replaced, a replaced one
+stops.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ import pytest
 
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import StorageSection
-from glm_batch.pipelines.output.lease import Holder, Lease, LeaseLostError, latest_epoch, own, take, tidy
+from glm_batch.pipelines.output.lease import (
+    Holder,
+    Lease,
+    LeaseLostError,
+    latest_epoch,
+    own,
+    take,
+    tidy,
+)
 from glm_batch.pipelines.storage.storage import LocalStore, S3Store, Store
 from tests.s3_faults import new_bucket
 
@@ -64,7 +74,10 @@ def test_a_released_lease_is_free_at_once(store: Store) -> None:
 
 
 def test_a_living_driver_is_respected_and_named(store: Store) -> None:
-    with own(store), pytest.raises(ConfigError, match=rf"process {os.getpid()} of .* on .*, since 20.*stop it"):
+    with (
+        own(store),
+        pytest.raises(ConfigError, match=rf"process {os.getpid()} of .* on .*, since 20.*stop it"),
+    ):
         take(store)
 
 
@@ -79,13 +92,17 @@ def test_a_driver_on_another_machine_is_respected_while_it_beats(store: Store) -
             return getattr(store, name)
 
         def read(self, name: str) -> bytes:
-            return json.dumps({"beat": next(beats)}).encode() if "beat" in name else store.read(name)
+            return (
+                json.dumps({"beat": next(beats)}).encode() if "beat" in name else store.read(name)
+            )
 
     with pytest.raises(ConfigError, match="is being written by another driver"):
         take(Beating())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [{"boot": "another"}, {"namespace": "another container"}, {"boot": ""}])
+@pytest.mark.parametrize(
+    "changes", [{"boot": "another"}, {"namespace": "another container"}, {"boot": ""}]
+)
 def test_a_driver_that_may_live_elsewhere_is_replaced_when_it_stays_silent(
     store: Store, changes: dict[str, str]
 ) -> None:
@@ -123,7 +140,9 @@ def test_a_driver_that_was_replaced_finds_out(store: Store) -> None:
             lease.confirm()
 
 
-def test_a_driver_that_cannot_renew_its_lease_gives_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_cannot_renew_its_lease_gives_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = LocalStore(tmp_path)
     store.prepare(["tmp", "lease"])
     with own(store) as lease:
@@ -137,12 +156,15 @@ def _full(store: LocalStore, name: str, data: bytes) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_taker_that_was_too_slow_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taker_that_was_too_slow_is_refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It saw epoch 1, and creates epoch 2 after epoch 3 has come and epoch 2 was tidied away."""
     leave(store, epoch=1, started="1")
     looks = iter([1])
     monkeypatch.setattr(
-        "glm_batch.pipelines.output.lease.latest_epoch", lambda store: next(looks, None) or latest_epoch(store)
+        "glm_batch.pipelines.output.lease.latest_epoch",
+        lambda store: next(looks, None) or latest_epoch(store),
     )
     leave(store, epoch=3)
     with pytest.raises(ConfigError, match="another driver has just started"):

@@ -1,4 +1,6 @@
-"""A headless Chromium that opens a page and tells what it did: DevTools protocol over a WebSocket, no driver needed."""
+"""A headless Chromium that opens a page and tells what it did: DevTools protocol over a WebSocket,
+no driver needed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from typing import Any
 import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-TROUBLE = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Page.javascriptDialogOpening")
+TROUBLE = (
+    "Log.entryAdded",
+    "Runtime.consoleAPICalled",
+    "Runtime.exceptionThrown",
+    "Page.javascriptDialogOpening",
+)
 
 
 class Tab:
@@ -38,18 +45,29 @@ class Tab:
 
     async def open(self, path: Path, *, width: int, scheme: str) -> None:
         await self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
-        await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        await self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self.events.clear()
         await self.call("Page.navigate", url=path.resolve().as_uri())
         while await self.value("document.readyState") != "complete":
             await asyncio.sleep(0.05)
-        await self.value("document.querySelectorAll('img').forEach((each) => { each.loading = 'eager'; })")
+        await self.value(
+            "document.querySelectorAll('img').forEach((each) => { each.loading = 'eager'; })"
+        )
         await asyncio.sleep(0.3)
 
     async def value(self, expression: str) -> Any:
-        return (await self.call("Runtime.evaluate", expression=expression, returnByValue=True))["result"].get("value")
+        return (await self.call("Runtime.evaluate", expression=expression, returnByValue=True))[
+            "result"
+        ].get("value")
 
     def troubles(self) -> list[str]:
         return [json.dumps(each)[:500] for each in self.events if each.get("method") in TROUBLE]
@@ -63,13 +81,27 @@ class Tab:
 async def chromium(profile: Path) -> AsyncIterator[Tab]:
     """Raises AssertionError where there is none: who asked for these tests wants to know."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
-    assert program, f"tests with a browser were asked for, and none of {', '.join(NAMES)} is installed"
+    assert program, (
+        f"tests with a browser were asked for, and none of {', '.join(NAMES)} is installed"
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+    options = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    )
     process = subprocess.Popen(
-        [program, *options, f"--remote-debugging-port={port}", f"--user-data-dir={profile}", "about:blank"],
+        [
+            program,
+            *options,
+            f"--remote-debugging-port={port}",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

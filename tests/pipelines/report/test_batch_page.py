@@ -1,4 +1,6 @@
-"""The page of an OpenAI batch file's answers: bodies that clients sent, and errors, none of which may run."""
+"""The page of an OpenAI batch file's answers: bodies that clients sent, and errors, none of which
+may run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ CHAT = "/v1/chat/completions"
 
 def test_a_batch_file_has_a_page(echo_checkpoint: Path, tmp_path: Path) -> None:
     def chat(name: str, text: str, model: str = echo_checkpoint.name) -> dict[str, object]:
-        return line(name, CHAT, {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 3})
+        return line(
+            name,
+            CHAT,
+            {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 3},
+        )
 
     hostile = [text for text in HOSTILE[::40] if len(text) < 200]
     lines = [chat(f"{n}-{text}", text) for n, text in enumerate(hostile)]

@@ -42,13 +42,17 @@ def masses() -> np.ndarray:
 
 def commit_all(job: Job, probabilities: np.ndarray, masses: np.ndarray) -> None:
     gold = [LABELS[k % 3] for k in range(ROWS - 2)] + [None, "purple"]
-    rows = pa.table({"id": [f"k{n}" for n in range(ROWS)], "text": [f"t{n}" for n in range(ROWS)], "gold": gold})
+    rows = pa.table(
+        {"id": [f"k{n}" for n in range(ROWS)], "text": [f"t{n}" for n in range(ROWS)], "gold": gold}
+    )
     answers = [chosen(p.tolist(), mass=m) for p, m in zip(probabilities, masses, strict=True)]
     answers[3] = {"error_code": "null_prompt"}
     commit_rows(job, rows, answers)
 
 
-def test_review_takes_turns_between_its_reasons(job: Job, probabilities: np.ndarray, masses: np.ndarray) -> None:
+def test_review_takes_turns_between_its_reasons(
+    job: Job, probabilities: np.ndarray, masses: np.ndarray
+) -> None:
     commit_all(job, probabilities, masses)
     table = review_table(Output.at(job.output), job, 10)
     ordered = np.sort(probabilities, axis=1)
@@ -71,7 +75,9 @@ def test_review_takes_turns_between_its_reasons(job: Job, probabilities: np.ndar
         assert row["label_probs"] == probabilities[number].tolist()
 
 
-def test_review_of_more_rows_than_there_are(job: Job, probabilities: np.ndarray, masses: np.ndarray) -> None:
+def test_review_of_more_rows_than_there_are(
+    job: Job, probabilities: np.ndarray, masses: np.ndarray
+) -> None:
     commit_all(job, probabilities, masses)
     keys = review_table(Output.at(job.output), job, 1000)["row_key"].to_pylist()
     assert sorted(keys) == sorted(f"k{n}" for n in range(ROWS) if n != 3)
@@ -110,7 +116,9 @@ def test_probabilities_are_what_cleanlab_asks_for(
     np.testing.assert_allclose(found.sum(axis=1), 1.0, rtol=1e-12)
     assert given.dtype == np.int64
     assert given.tolist() == [n % 3 for n in kept]
-    assert pq.read_table(tmp_path / "p.rows.parquet")["row_key"].to_pylist() == [f"k{n}" for n in kept]
+    assert pq.read_table(tmp_path / "p.rows.parquet")["row_key"].to_pylist() == [
+        f"k{n}" for n in kept
+    ]
     assert said == json.loads((tmp_path / "p.json").read_text())
     assert said["labels"] == LABELS
     assert said["left_out"] == {"failed": 1, "without_gold": 1, "gold_outside_of_the_labels": 1}
@@ -124,7 +132,11 @@ def test_probabilities_of_several_labels_are_refused(tmp_path: Path) -> None:
     types = {"scores": pa.list_(pa.float64()), "label": pa.list_(pa.string())}
     facts = {"problem_type": "multi_label_classification", "label_names": ["x"]}
     commit_rows(
-        job, pa.table({"id": [1], "text": ["a"]}), [{"scores": [0.9], "label": ["x"]}], types=types, facts=facts
+        job,
+        pa.table({"id": [1], "text": ["a"]}),
+        [{"scores": [0.9], "label": ["x"]}],
+        types=types,
+        facts=facts,
     )
     with pytest.raises(ConfigError, match="single-label"):
         write_pred_probs(Output.at(job.output), job, str(tmp_path / "p.npy"))
@@ -137,7 +149,9 @@ def test_the_command_writes_beside_the_output_or_elsewhere(
     job: Job, probabilities: np.ndarray, masses: np.ndarray, tmp_path: Path
 ) -> None:
     commit_all(job, probabilities, masses)
-    done = CliRunner().invoke(app, ["report", job.output, "--review", "4", "--pred-probs", str(tmp_path / "p.npy")])
+    done = CliRunner().invoke(
+        app, ["report", job.output, "--review", "4", "--pred-probs", str(tmp_path / "p.npy")]
+    )
     assert done.exit_code == 0, done.output
     assert "left out" in done.stdout
     for name in ("report.html", "review.parquet", "review.jsonl"):
@@ -148,7 +162,9 @@ def test_the_command_writes_beside_the_output_or_elsewhere(
     assert (tmp_path / "there" / "report.html").read_text().startswith("<!doctype html>")
 
 
-def test_the_job_file_names_its_output(job: Job, probabilities: np.ndarray, masses: np.ndarray, tmp_path: Path) -> None:
+def test_the_job_file_names_its_output(
+    job: Job, probabilities: np.ndarray, masses: np.ndarray, tmp_path: Path
+) -> None:
     commit_all(job, probabilities, masses)
     (tmp_path / "job.yaml").write_text(f"model: m\noutput: {job.output}\n")
     assert CliRunner().invoke(app, ["report", str(tmp_path / "job.yaml")]).exit_code == 0
@@ -164,7 +180,9 @@ def test_images_travel_with_the_rows(tmp_path: Path) -> None:
         task=TaskConfig(kind="choose", prompt="What?", image="image", labels=LABELS), commit=CommitSection(unit_rows=2),
     )  # fmt: skip
     images = [b"\xff\xd8\xff" + bytes([n]) for n in range(5)]
-    commit_rows(job, pa.table({"id": list(range(5)), "image": images}), [chosen([0.4, 0.3, 0.3])] * 5)
+    commit_rows(
+        job, pa.table({"id": list(range(5)), "image": images}), [chosen([0.4, 0.3, 0.3])] * 5
+    )
     table = review_table(Output.at(job.output), job, 3)
     assert table["image"].to_pylist() == images[:3]
     lines = [json.loads(line) for line in to_jsonl(table).splitlines()]

@@ -49,14 +49,22 @@ def test_there_are_a_thousand() -> None:
 
 
 def check(page: Page) -> None:
-    """Nothing but our own elements; one style and one script, as shipped; no handler, no link to elsewhere."""
+    """Nothing but our own elements; one style and one script, as shipped; no handler, no link to
+    elsewhere.
+    """
     assert {tag for tag, _ in page.elements} <= ALLOWED
     assert page.raw == {"style": [_asset("style.css")], "script": [_asset("sort.js")]}
     for tag, attributes in page.elements:
-        assert not [name for name in attributes if name.startswith("on") or name in ("style", "srcset", "action")]
+        assert not [
+            name
+            for name in attributes
+            if name.startswith("on") or name in ("style", "srcset", "action")
+        ]
         assert (attributes.get("href") or "#").startswith("#") or tag == "link"
         assert (attributes.get("src") or "data:image/").startswith("data:image/")
-    policies = [each["content"] for tag, each in page.elements if tag == "meta" and "http-equiv" in each]
+    policies = [
+        each["content"] for tag, each in page.elements if tag == "meta" and "http-equiv" in each
+    ]
     assert len(policies) == 1
     assert (policies[0] or "").startswith("default-src 'none';")
     assert not re.search("[\0\x07\x1b\x85\u200f\u202a-\u202e\u2066-\u2069\ufeff\u2028]", page.html)
@@ -65,12 +73,17 @@ def check(page: Page) -> None:
 
 @pytest.mark.parametrize("start", range(0, 1000, 250))
 def test_hostile_rows(start: int, tmp_path: Path) -> None:
-    """In every place that a user's text can take: keys, prompts, answers, labels, gold, errors, names."""
+    """In every place that a user's text can take: keys, prompts, answers, labels, gold, errors,
+    names.
+    """
     some = HOSTILE[start : start + 250]
     labels = [*some[:3], *LABELS]
     folder = tmp_path / "<img src=x onerror=alert(1)>"
     folder.mkdir()
-    job = a_job(folder, TaskConfig(kind="choose", system=some[0], prompt="{text}", labels=labels, gold="gold"))
+    job = a_job(
+        folder,
+        TaskConfig(kind="choose", system=some[0], prompt="{text}", labels=labels, gold="gold"),
+    )
     weights = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 32]
     answers = [
         {"error_code": f"code {text}", "error_message": text}
@@ -78,7 +91,9 @@ def test_hostile_rows(start: int, tmp_path: Path) -> None:
         else chosen(weights[n % 6 :] + weights[: n % 6], labels)
         for n, text in enumerate(some)
     ]
-    rows = pa.table({"id": [f"{n} {text}" for n, text in enumerate(some)], "text": some, "gold": some[::-1]})
+    rows = pa.table(
+        {"id": [f"{n} {text}" for n, text in enumerate(some)], "text": some, "gold": some[::-1]}
+    )
     check(page_of(commit_rows(job, rows, answers), job))
 
 
@@ -86,7 +101,12 @@ def test_hostile_rows(start: int, tmp_path: Path) -> None:
 def test_hostile_answers_of_each_kind(kind: str, tmp_path: Path) -> None:
     def answer(text: str) -> dict[str, object]:
         return {
-            "generate": {"text": text, "reasoning": text, "finish_reason": text, "logprobs": [-1.0]},
+            "generate": {
+                "text": text,
+                "reasoning": text,
+                "finish_reason": text,
+                "logprobs": [-1.0],
+            },
             "extract": {"json": json.dumps({text: text, "x": [text]})},
             "tag": {"tokens": [{"text": text, "start": 0, "end": 1, "label": text, "score": 0.5}]},
             "classify": {"scores": [0.4, 0.6], "label": text},
@@ -101,7 +121,9 @@ def test_hostile_answers_of_each_kind(kind: str, tmp_path: Path) -> None:
 def test_long_texts_are_cut_and_said_to_be(tmp_path: Path) -> None:
     job = a_job(tmp_path, TaskConfig(kind="generate", prompt="{text}", gold="gold"))
     long = "<script>x</script>" * 60_000
-    rows = pa.table({"id": [f"{n}{long}" for n in range(4)], "text": [long] * 4, "gold": [long[1:]] * 4})
+    rows = pa.table(
+        {"id": [f"{n}{long}" for n in range(4)], "text": [long] * 4, "gold": [long[1:]] * 4}
+    )
     answer = {"text": long, "reasoning": long, "finish_reason": "stop", "logprobs": None}
     answers = [answer, {"error_code": "odd", "error_message": long}] * 2
     page = page_of(commit_rows(job, rows, answers), job)
@@ -128,4 +150,12 @@ def test_charts_escape_what_they_write() -> None:
         point = charts.Point(x=1.0, y=0.5, low=0.4, high=0.6, name=text)
         svg = charts.scatter([point, point], title=text, x_name=text, y_name=text)
         root = ElementTree.fromstring(svg)
-        assert {each.tag for each in root.iter()} <= {"svg", "title", "desc", "line", "text", "circle", "path"}
+        assert {each.tag for each in root.iter()} <= {
+            "svg",
+            "title",
+            "desc",
+            "line",
+            "text",
+            "circle",
+            "path",
+        }

@@ -1,4 +1,5 @@
-"""Pages in a real browser, at two widths, light and dark: no error, no request, nothing too wide, and sorting works.
+"""Pages in a real browser, at two widths, light and dark: no error, no request, nothing too wide,
+and sorting works.
 
 Run by `make test-report`, which needs Chromium; without it these tests fail.
 """
@@ -39,10 +40,16 @@ def job_page(tmp_path: Path) -> Path:
     )  # fmt: skip
     stream = io.BytesIO()
     Image.fromarray(np.full((90, 120, 3), 200, np.uint8)).save(stream, "png")
-    columns = {"id": [f"{n} {text}" for n, text in enumerate(HOSTILE)], "text": HOSTILE, "gold": HOSTILE[::-1]}
+    columns = {
+        "id": [f"{n} {text}" for n, text in enumerate(HOSTILE)],
+        "text": HOSTILE,
+        "gold": HOSTILE[::-1],
+    }
     rows = pa.table({**columns, "image": [stream.getvalue()] * len(HOSTILE)})
     answers = [
-        chosen([0.7, 0.3] if n % 3 else [0.2, 0.8], labels) if n % 4 else {"error_code": text, "error_message": text}
+        chosen([0.7, 0.3] if n % 3 else [0.2, 0.8], labels)
+        if n % 4
+        else {"error_code": text, "error_message": text}
         for n, text in enumerate(HOSTILE)
     ]
     page = tmp_path / "report.html"
@@ -55,7 +62,9 @@ async def look(tab: Tab, page: Path) -> None:
     for width, scheme in LOOKS:
         await tab.open(page, width=width, scheme=scheme)
         assert tab.troubles() == []
-        assert [url for url in tab.requests() if not url.startswith("data:image/")] == [page.resolve().as_uri()]
+        assert [url for url in tab.requests() if not url.startswith("data:image/")] == [
+            page.resolve().as_uri()
+        ]
         assert await tab.value("document.documentElement.scrollWidth") <= width
         background = await tab.value("getComputedStyle(document.body).backgroundColor")
         assert background == {"light": "rgb(245, 246, 249)", "dark": "rgb(14, 18, 24)"}[scheme]

@@ -9,7 +9,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+)
 
 from glm_batch.glm_actors.faults.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, MEDIA
 from glm_batch.models.engine.api.request import SamplingParams
@@ -38,9 +43,13 @@ def frame() -> pd.DataFrame:
     rng = np.random.default_rng(3)
     probabilities = rng.dirichlet([0.6] * 3, ROWS)
     gold = [LABELS[rng.choice(3, p=p)] if rng.random() < 0.9 else None for p in probabilities]
-    codes = [str(rng.choice(["null_prompt", "bad_image"])) if rng.random() < 0.1 else None for _ in range(ROWS)]
+    codes = [
+        str(rng.choice(["null_prompt", "bad_image"])) if rng.random() < 0.1 else None
+        for _ in range(ROWS)
+    ]
     return pd.DataFrame(
-        {"p": list(probabilities), "gold": gold, "code": codes, "mass": rng.random(ROWS) * 0.3}, dtype=object
+        {"p": list(probabilities), "gold": gold, "code": codes, "mass": rng.random(ROWS) * 0.3},
+        dtype=object,
     )
 
 
@@ -48,7 +57,11 @@ def frame() -> pd.DataFrame:
 def made(frame: pd.DataFrame, tmp_path: Path) -> Any:
     job = choose_job(tmp_path)
     rows = pa.table(
-        {"id": list(range(ROWS)), "text": [f"text {k}" for k in range(ROWS)], "gold": frame["gold"].tolist()}
+        {
+            "id": list(range(ROWS)),
+            "text": [f"text {k}" for k in range(ROWS)],
+            "gold": frame["gold"].tolist(),
+        }
     )
     answers = [
         {"error_code": each.code} if each.code else chosen(each.p.tolist(), mass=each.mass)
@@ -79,13 +92,16 @@ def test_the_label_distribution(made: Any, frame: pd.DataFrame) -> None:
 def test_scores_against_gold(made: Any, frame: pd.DataFrame) -> None:
     with_gold = frame[frame["gold"].notna()]
     answers = [
-        "none" if code else LABELS[np.argmax(p)] for p, code in zip(with_gold["p"], with_gold["code"], strict=True)
+        "none" if code else LABELS[np.argmax(p)]
+        for p, code in zip(with_gold["p"], with_gold["code"], strict=True)
     ]
     gold = with_gold["gold"].tolist()
     page = page_of(*made)
     right = np.mean([a == g for a, g in zip(answers, gold, strict=True)])
     assert f"{right * 100:.1f} % of {len(gold)} rows with a gold answer are right" in page.text
-    assert f"balanced accuracy {balanced_accuracy_score(gold, answers):.4f}" in page.text.replace("\n", " ")
+    assert f"balanced accuracy {balanced_accuracy_score(gold, answers):.4f}" in page.text.replace(
+        "\n", " "
+    )
     assert f"macro F1 {f1_score(gold, answers, labels=LABELS, average='macro'):.4f}" in page.text
     counts = confusion_matrix(gold, answers, labels=[*LABELS, "none"])
     shown = page.table_with("(no answer)")
@@ -99,9 +115,15 @@ def test_scores_against_gold(made: Any, frame: pd.DataFrame) -> None:
 def test_reliability(made: Any, frame: pd.DataFrame) -> None:
     judged = frame[frame["gold"].notna() & frame["code"].isna()]
     sure = np.array([p.max() for p in judged["p"]])
-    right = np.array([LABELS[p.argmax()] == g for p, g in zip(judged["p"], judged["gold"], strict=True)])
+    right = np.array(
+        [LABELS[p.argmax()] == g for p, g in zip(judged["p"], judged["gold"], strict=True)]
+    )
     bins = pd.cut(sure, np.linspace(0, 1, NUM_BINS + 1), include_lowest=True)
-    grouped = pd.DataFrame({"sure": sure, "right": right}).groupby(bins, observed=True).agg(["mean", "size"])
+    grouped = (
+        pd.DataFrame({"sure": sure, "right": right})
+        .groupby(bins, observed=True)
+        .agg(["mean", "size"])
+    )
     page = page_of(*made)
     shown = page.table_with("mean confidence")
     assert [cells[0] for cells in shown] == [f"{value:.4f}" for value in grouped["sure"]["mean"]]
@@ -117,7 +139,14 @@ def test_reliability(made: Any, frame: pd.DataFrame) -> None:
 def test_seconds_by_stage_and_the_bottleneck(tmp_path: Path) -> None:
     job = choose_job(tmp_path)
     rows = pa.table({"id": list(map(str, range(20))), "text": ["x"] * 20, "gold": ["red"] * 20})
-    spent = {IN_ENGINE: 9.0, ENGINE_BUSY: 3.0, ENGINE_IDLE: 1.0, "reading": 0.5, MEDIA: 7.0, "preparing": 2.0}
+    spent = {
+        IN_ENGINE: 9.0,
+        ENGINE_BUSY: 3.0,
+        ENGINE_IDLE: 1.0,
+        "reading": 0.5,
+        MEDIA: 7.0,
+        "preparing": 2.0,
+    }
     page = page_of(commit_rows(job, rows, [chosen([0.5, 0.3, 0.2])] * 20, spent=spent), job)
     assert page.tiles["Engine busy"] == "6.0 s, 75.0 % of its time"
     assert page.tiles["Media"] == "14.0 s of workers' time"
@@ -146,20 +175,37 @@ def test_gold_of_a_changed_input_is_missing_and_said_to_be(made: Any, tmp_path: 
     assert page.tiles["Rows"] == str(ROWS)
 
 
-def test_a_carried_gold_column_stands_in_for_a_lost_input(frame: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_carried_gold_column_stands_in_for_a_lost_input(
+    frame: pd.DataFrame, tmp_path: Path
+) -> None:
     job = choose_job(tmp_path)
     rows = pa.table({"id": [1, 2], "text": ["a", "b"], "gold": ["red", "green"]})
-    answers = [{**chosen([0.8, 0.1, 0.1]), "gold": "red"}, {**chosen([0.7, 0.2, 0.1]), "gold": "green"}]
+    answers = [
+        {**chosen([0.8, 0.1, 0.1]), "gold": "red"},
+        {**chosen([0.7, 0.2, 0.1]), "gold": "green"},
+    ]
     output = commit_rows(job, rows, answers, types={**TYPES["choose"], "gold": pa.string()})
     (tmp_path / "in.parquet").unlink()
     assert "50.0 % of 2 rows" in page_of(output, job).text
 
 
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
-    "generate": ({}, {"text": "yes", "reasoning": None, "finish_reason": "length", "logprobs": [-0.1, -0.2]}, "yes"),
-    "extract": ({"schema": {"type": "object"}}, {"json": '{"order": "A1", "n": 2}'}, '{"n": 2, "order": "A1"}'),
+    "generate": (
+        {},
+        {"text": "yes", "reasoning": None, "finish_reason": "length", "logprobs": [-0.1, -0.2]},
+        "yes",
+    ),
+    "extract": (
+        {"schema": {"type": "object"}},
+        {"json": '{"order": "A1", "n": 2}'},
+        '{"n": 2, "order": "A1"}',
+    ),
     "classify": ({}, {"scores": [0.2, 0.8], "label": "spam"}, "spam"),
-    "tag": ({}, {"tokens": [{"text": "Rome", "start": 0, "end": 4, "label": "LOC", "score": 0.9}]}, None),
+    "tag": (
+        {},
+        {"tokens": [{"text": "Rome", "start": 0, "end": 4, "label": "LOC", "score": 0.9}]},
+        None,
+    ),
     "embed": ({}, {"vector": [0.0, 3.0, 4.0]}, None),
 }
 
@@ -168,7 +214,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 def test_every_kind_of_task_has_a_page(kind: str, tmp_path: Path) -> None:
     task, answer, gold = KINDS[kind]
     job = a_job(tmp_path, TaskConfig(kind=kind, prompt="{text}", gold=gold and "gold", **task))  # type: ignore[arg-type]
-    columns: dict[str, Any] = {"id": [1, 2, 3], "text": ["a", "b", "c"], **({"gold": [gold] * 3} if gold else {})}
+    columns: dict[str, Any] = {
+        "id": [1, 2, 3],
+        "text": ["a", "b", "c"],
+        **({"gold": [gold] * 3} if gold else {}),
+    }
     answers = [answer, {"error_code": "empty_text"}, answer]
     output = commit_rows(job, pa.table(columns), answers, facts={"label_names": ["ham", "spam"]})
     page = page_of(output, job)
@@ -181,10 +231,26 @@ def test_every_kind_of_task_has_a_page(kind: str, tmp_path: Path) -> None:
 
 def test_several_answers_a_row(tmp_path: Path) -> None:
     texts = pa.list_(pa.string())
-    types = {"text": texts, "reasoning": texts, "finish_reason": texts, "logprobs": pa.list_(pa.list_(pa.float32()))}
-    job = a_job(tmp_path, TaskConfig(kind="generate", prompt="{text}", gold="gold"), sampling=SamplingParams(n=2))
-    answer = {"text": ["4", "5"], "reasoning": [None, None], "finish_reason": ["stop", "stop"], "logprobs": [None] * 2}
-    output = commit_rows(job, pa.table({"id": [1], "text": ["2+2"], "gold": ["5"]}), [answer], types=types)
+    types = {
+        "text": texts,
+        "reasoning": texts,
+        "finish_reason": texts,
+        "logprobs": pa.list_(pa.list_(pa.float32())),
+    }
+    job = a_job(
+        tmp_path,
+        TaskConfig(kind="generate", prompt="{text}", gold="gold"),
+        sampling=SamplingParams(n=2),
+    )
+    answer = {
+        "text": ["4", "5"],
+        "reasoning": [None, None],
+        "finish_reason": ["stop", "stop"],
+        "logprobs": [None] * 2,
+    }
+    output = commit_rows(
+        job, pa.table({"id": [1], "text": ["2+2"], "gold": ["5"]}), [answer], types=types
+    )
     assert "50.0 % of 1 rows" in page_of(output, job).text
 
 
@@ -194,11 +260,16 @@ def test_several_labels_and_numbers_of_classify(tmp_path: Path) -> None:
     many = {"scores": pa.list_(pa.float64()), "label": pa.list_(pa.string())}
     answers = [{"scores": [0.9, 0.7], "label": ["x", "y"]}, {"scores": [0.9, 0.1], "label": ["x"]}]
     output = commit_rows(job, rows, answers, types=many, facts={"label_names": ["x", "y"]})
-    assert [cells[:3:2] for cells in page_of(output, job).table_with("bar")] == [["x", "2"], ["y", "1"]]
+    assert [cells[:3:2] for cells in page_of(output, job).table_with("bar")] == [
+        ["x", "2"],
+        ["y", "1"],
+    ]
     other = a_job(tmp_path, TaskConfig(kind="classify", prompt="{text}"))
     object.__setattr__(other, "output", str(tmp_path / "numbers"))
     numbers = {"scores": pa.list_(pa.float64()), "label": pa.float64()}
-    output = commit_rows(other, rows, [{"scores": [v], "label": v} for v in (-2.5, 4.0)], types=numbers)
+    output = commit_rows(
+        other, rows, [{"scores": [v], "label": v} for v in (-2.5, 4.0)], types=numbers
+    )
     assert "-2.5 to 4, mean 0.75" in page_of(output, other).text
 
 
@@ -245,7 +316,9 @@ def test_what_was_left_out_of_a_long_label_list_is_counted(tmp_path: Path) -> No
     rng = np.random.default_rng(1)
     answers = [chosen(rng.dirichlet([1] * 40).tolist(), labels) for _ in range(200)]
     gold = [labels[k % 40] for k in range(200)]
-    output = commit_rows(job, pa.table({"id": list(range(200)), "text": ["t"] * 200, "gold": gold}), answers)
+    output = commit_rows(
+        job, pa.table({"id": list(range(200)), "text": ["t"] * 200, "gold": gold}), answers
+    )
     found = collected(output, job).found
     page = page_of(output, job)
     bars = page.table_with("bar")

@@ -1,4 +1,6 @@
-"""What a report is computed with: choosing rows, times, pictures, charts, and memory that does not grow."""
+"""What a report is computed with: choosing rows, times, pictures, charts, and memory that does not
+grow.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from glm_batch.pipelines.job import CommitSection, Job, MediaSection, TaskConfig
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.commit import CommitRecord
 from glm_batch.pipelines.report import charts
-from glm_batch.pipelines.report.tallies import MAX_VALUES, Lowest, NumberRange, UnitHistogram, Values, random_scores
+from glm_batch.pipelines.report.tallies import (
+    MAX_VALUES,
+    Lowest,
+    NumberRange,
+    UnitHistogram,
+    Values,
+    random_scores,
+)
 from glm_batch.pipelines.report.text import compact, duration, percent
 from glm_batch.pipelines.report.thumbnails import pictures
 from glm_batch.pipelines.report.timeline import Clock
@@ -37,7 +46,9 @@ def test_the_lowest_rows_are_those_of_a_sort(units: list[list[float]], size: int
     found = Lowest(size)
     for unit, scores in enumerate(units):
         found.offer(unit, pa.table({"n": list(range(len(scores)))}), np.array(scores, np.float64))
-    every = [(score, unit, row) for unit, scores in enumerate(units) for row, score in enumerate(scores)]
+    every = [
+        (score, unit, row) for unit, scores in enumerate(units) for row, score in enumerate(scores)
+    ]
     expected = sorted(each for each in every if each[0] == each[0])[:size]
     assert [(each.score, each.unit, each.row) for each in found.rows] == expected
     assert all(each.columns == {"n": each.row} for each in found.rows)
@@ -52,7 +63,11 @@ def test_a_sample_is_fair() -> None:
 def test_counts_of_values_keep_their_sum() -> None:
     values = Values()
     values.add((str(number), 2) for number in range(MAX_VALUES + 10))
-    assert (len(values.counts), values.others, values.total) == (MAX_VALUES, 20, 2 * MAX_VALUES + 20)
+    assert (len(values.counts), values.others, values.total) == (
+        MAX_VALUES,
+        20,
+        2 * MAX_VALUES + 20,
+    )
 
 
 def test_a_histogram_of_shares_and_of_numbers() -> None:
@@ -68,7 +83,9 @@ def test_a_histogram_of_shares_and_of_numbers() -> None:
     assert abs(np.median(numbers.sample)) < 2
 
 
-def record(unit: int, committed: float | None, seconds: float | None = 2.0, generation: int = 1) -> CommitRecord:
+def record(
+    unit: int, committed: float | None, seconds: float | None = 2.0, generation: int = 1
+) -> CommitRecord:
     return CommitRecord(
         unit=unit, generation=generation, part="p", rows=10, num_bytes=1, checksum="", counts=Counts(),
         at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(committed)) if committed is not None else "",
@@ -93,7 +110,11 @@ def test_pauses_and_stalls_are_told_apart() -> None:
 
 
 def test_records_of_earlier_versions_have_no_times() -> None:
-    kept = {name: value for name, value in json.loads(record(0, 5.0).to_json()).items() if name not in ("at", "spent")}
+    kept = {
+        name: value
+        for name, value in json.loads(record(0, 5.0).to_json()).items()
+        if name not in ("at", "spent")
+    }
     clock = Clock()
     clock.add(CommitRecord.from_json(json.dumps(kept).encode()))
     clock.add(record(1, None, None, generation=2))
@@ -118,12 +139,20 @@ def media_job(folder: Path, **media: object) -> Job:
 
 def test_a_small_image_comes_back_as_it_was(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 255, (48, 64, 3))
-    sources = [encoded(image), b"no image", "https://example.org/a.png?token=secret", "../outside.png", None]
+    sources = [
+        encoded(image),
+        b"no image",
+        "https://example.org/a.png?token=secret",
+        "../outside.png",
+        None,
+    ]
     parts = [MediaPart(kind="image", source=source) for source in sources]
     good, *bad = pictures(media_job(tmp_path, root=str(tmp_path)), parts)
     ((url, caption),) = good.frames
     assert (good.size, caption) == ("64 x 48", "")
-    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+    shown = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    )
     np.testing.assert_array_equal(shown, image)
     assert all(each.problem and not each.frames for each in bad)
     assert "secret" not in bad[1].problem
@@ -134,7 +163,11 @@ def test_pictures_of_rows_stand_in_the_page(tmp_path: Path) -> None:
     images = [encoded(np.full((300, 400, 3), 90)), b"broken"]
     rows = pa.table({"id": ["a", "b"], "image": images})
     answers = [chosen([0.9, 0.1], ["a", "b"]), {"error_code": "bad_image"}]
-    found = [attributes for tag, attributes in page_of(commit_rows(job, rows, answers), job).elements if tag == "img"]
+    found = [
+        attributes
+        for tag, attributes in page_of(commit_rows(job, rows, answers), job).elements
+        if tag == "img"
+    ]
     assert found
     assert all((each["src"] or "").startswith("data:image/jpeg;base64,") for each in found)
     assert all("of row" in (each["alt"] or "") for each in found)
@@ -153,16 +186,26 @@ def test_charts_are_well_formed_and_described() -> None:
     for svg in (
         charts.histogram([(3, 1, 0), (0, 0, 0)], [0, 0.5, 1], title="a", x_name="b"),
         charts.reliability([(0.5, 0.4, 0.2, 0.6, 7)], title="a"),
-        charts.throughput([0, 1, 2], [5, 0], title="a", mean=2.5, pauses=[(1, "paused")], stalls=[(1, 2)]),
+        charts.throughput(
+            [0, 1, 2], [5, 0], title="a", mean=2.5, pauses=[(1, "paused")], stalls=[(1, 2)]
+        ),
         charts.scatter(
-            [charts.Point(x=2, y=0.5, low=0.4, high=0.6, name="A", group=3)], title="a", x_name="", y_name=""
+            [charts.Point(x=2, y=0.5, low=0.4, high=0.6, name="A", group=3)],
+            title="a",
+            x_name="",
+            y_name="",
         ),
     ):
         root = ElementTree.fromstring(svg)
         assert [each.tag for each in root][:2] == ["title", "desc"]
         assert root[0].text
         assert root[1].text
-        numbers = [value for each in root.iter() for name, value in each.items() if name in ("x", "y", "width", "cy")]
+        numbers = [
+            value
+            for each in root.iter()
+            for name, value in each.items()
+            if name in ("x", "y", "width", "cy")
+        ]
         assert all(np.isfinite(float(value)) for value in numbers)
 
 
@@ -183,7 +226,12 @@ def test_numbers_for_people() -> None:
         "> 99.9 %",
         "100 %",
     ]
-    assert [duration(s) for s in (2.43, 200, 18_120, 273_600)] == ["2.4 s", "3 min 20 s", "5 h 02 min", "3 d 4 h"]
+    assert [duration(s) for s in (2.43, 200, 18_120, 273_600)] == [
+        "2.4 s",
+        "3 min 20 s",
+        "5 h 02 min",
+        "3 d 4 h",
+    ]
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
@@ -194,7 +242,13 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         folder.mkdir()
         job = choose_job(folder)
         object.__setattr__(job, "commit", CommitSection(unit_rows=200))
-        rows = pa.table({"id": list(range(200 * units)), "text": ["t"] * 200 * units, "gold": ["red"] * 200 * units})
+        rows = pa.table(
+            {
+                "id": list(range(200 * units)),
+                "text": ["t"] * 200 * units,
+                "gold": ["red"] * 200 * units,
+            }
+        )
         output = commit_rows(job, rows, [chosen([0.5, 0.3, 0.2])] * 200 * units)
         collected(output, job)  # what is imported and cached on the way counts for neither
         tracemalloc.start()

@@ -14,11 +14,21 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.report import charts
 from glm_batch.pipelines.report.review import CELLS, sweep_review_table
-from glm_batch.pipelines.report.sweep_page import frontier, is_sweep, read_results, render_sweep, sweep_cells
+from glm_batch.pipelines.report.sweep_page import (
+    frontier,
+    is_sweep,
+    read_results,
+    render_sweep,
+    sweep_cells,
+)
 from tests.pipelines.report.test_hostile_text import HOSTILE, check
 from tests.pipelines.report.world import LABELS, Page, choose_job, chosen, commit_rows
 
-ANSWERS = {"one": ["red", "red", "blue"], "two": ["red", "green", "blue"], "three": ["red", "blue", None]}
+ANSWERS = {
+    "one": ["red", "red", "blue"],
+    "two": ["red", "green", "blue"],
+    "three": ["red", "blue", None],
+}
 GOLD = ["red", "green", "blue"]
 
 
@@ -69,7 +79,9 @@ def test_the_table_holds_each_cell_with_its_interval(sweep: Output) -> None:
     assert [cells[1].split()[0] for cells in rows] == ["0.500", "0.800", "0.700"]
     assert rows[1][1].split() == ["0.800", "0.700", "to", "0.900"]
     assert [cells[5].split()[0] for cells in rows] == ["baseline", "+0.300*", "+0.300*"]
-    values = [float(each["data-value"] or "nan") for tag, each in page.elements if each.get("data-value")]
+    values = [
+        float(each["data-value"] or "nan") for tag, each in page.elements if each.get("data-value")
+    ]
     assert 25.0 in values  # tokens of a row: 100 over three rows with gold and one without
     assert "B answers best, 80.0 % right at 50 tokens a row. That is more than chance." in page.text
 
@@ -84,7 +96,8 @@ def test_disagreements_stand_with_their_cells(sweep: Output) -> None:
 
 def test_what_no_cell_beats() -> None:
     points = [
-        charts.Point(x=x, y=y, low=y, high=y, name="") for x, y in ((3, 0.5), (1, 0.4), (2, 0.3), (4, 0.6), (1, 0.2))
+        charts.Point(x=x, y=y, low=y, high=y, name="")
+        for x, y in ((3, 0.5), (1, 0.4), (2, 0.3), (4, 0.6), (1, 0.2))
     ]
     assert frontier(points) == [(1, 0.4), (3, 0.5), (4, 0.6)]
 
@@ -112,7 +125,11 @@ def test_review_of_a_sweep_begins_with_disagreement(sweep: Output, tmp_path: Pat
     cells = sweep_cells(read_results(sweep))
     table = sweep_review_table(sweep, cells, dict.fromkeys(ANSWERS, (output, job)), 2)
     first = table.to_pylist()[0]
-    assert (first["row_key"], first["prompt"], first["disagreement"]) == ("b", "Which? y", pytest.approx(2 / 3))
+    assert (first["row_key"], first["prompt"], first["disagreement"]) == (
+        "b",
+        "Which? y",
+        pytest.approx(2 / 3),
+    )
     assert CELLS in first["reasons"]
     assert {each["cell"]: each["answer"] for each in first["answers"]} == {
         "one": "red", "two": "green", "three": "blue"

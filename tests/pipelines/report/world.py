@@ -39,7 +39,9 @@ Answer = Mapping[str, Any]
 
 
 def choose_job(root: Path, **task: Any) -> Job:
-    return a_job(root, TaskConfig(kind="choose", prompt="Which? {text}", labels=LABELS, gold="gold", **task))
+    return a_job(
+        root, TaskConfig(kind="choose", prompt="Which? {text}", labels=LABELS, gold="gold", **task)
+    )
 
 
 def a_job(root: Path, task: TaskConfig, **rest: Any) -> Job:
@@ -62,13 +64,17 @@ def commit_rows(
     identity: Mapping[str, Any] | None = None,
     spent: Mapping[str, float] | None = None,
 ) -> Output:
-    """Writes the input and commits an answer for each of its rows; `units` bounds how many units are committed."""
+    """Writes the input and commits an answer for each of its rows; `units` bounds how many units
+    are committed.
+    """
     pq.write_table(rows, job.input[0])
     output = Output.at(job.output)
     known = dict(identity or {"task": {"kind": job.task.kind}, "input": {}})
     plan = output.begin(make_plan(job, job_source(job).list_files(job.input), known))
     output.store.write(JOB, job_file(job))
-    schema = pa.schema(ROW_COLUMNS | dict(types or TYPES[job.task.kind]) | dict.fromkeys(TOKENS, pa.int32()))
+    schema = pa.schema(
+        ROW_COLUMNS | dict(types or TYPES[job.task.kind]) | dict.fromkeys(TOKENS, pa.int32())
+    )
     keys = [str(key) for key in rows["id"].to_pylist()]
     first = 0
     for unit in plan.units():
@@ -77,7 +83,9 @@ def commit_rows(
             some = zip(keys[first:last], answers[first:last], strict=True)
             whole = [{"row_key": key, **row(**answer)} for key, answer in some]
             table = pa.Table.from_pylist(whole, schema)
-            output.commit(unit.index, table, counts_of(table), spent=dict(spent or {IN_ENGINE: seconds}))
+            output.commit(
+                unit.index, table, counts_of(table), spent=dict(spent or {IN_ENGINE: seconds})
+            )
         first = last
     if units is None:
         output.finish(plan, schema, dict(facts or {}))
@@ -89,10 +97,19 @@ def row(**answer: Any) -> dict[str, Any]:
     if answer.get("error_code"):
         status = {"status": "error", "error_message": answer.get("error_message", "it is broken")}
         return {"attempts": 1, **status, **dict.fromkeys(TOKENS), **answer}
-    return {"status": "ok", "error_code": None, "error_message": None, "attempts": 1, **TOKENS, **answer}
+    return {
+        "status": "ok",
+        "error_code": None,
+        "error_message": None,
+        "attempts": 1,
+        **TOKENS,
+        **answer,
+    }
 
 
-def chosen(probabilities: Sequence[float], labels: Sequence[str] = LABELS, mass: float = 0.01) -> dict[str, Any]:
+def chosen(
+    probabilities: Sequence[float], labels: Sequence[str] = LABELS, mass: float = 0.01
+) -> dict[str, Any]:
     best = int(np.argmax(probabilities))
     return {
         "label": labels[best], "probability": probabilities[best], "label_probs": list(probabilities),
@@ -103,7 +120,9 @@ def chosen(probabilities: Sequence[float], labels: Sequence[str] = LABELS, mass:
 def counts_of(table: pa.Table) -> Counts:
     codes = Counter(code for code in table["error_code"].to_pylist() if code is not None)
     tokens = {name: sum(value or 0 for value in table[name].to_pylist()) for name in TOKENS}
-    return Counts(rows=table.num_rows, ok=table.num_rows - codes.total(), errors=dict(codes), **tokens)
+    return Counts(
+        rows=table.num_rows, ok=table.num_rows - codes.total(), errors=dict(codes), **tokens
+    )
 
 
 def collected(output: Output, job: Job) -> Collected:
@@ -116,7 +135,9 @@ def page_of(output: Output, job: Job) -> Page:
 
 @dataclass
 class Page(HTMLParser):
-    """The elements of a page: (tag, attributes), texts, and the cells of each table as they are shown."""
+    """The elements of a page: (tag, attributes), texts, and the cells of each table as they are
+    shown.
+    """
 
     html: str = ""
     elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)

@@ -44,7 +44,8 @@ def extended(job: Job) -> Plan:
 def test_added_files_need_to_be_asked_for(job: Job) -> None:
     add(job, "b.jsonl", GOOD)
     with pytest.raises(
-        ConfigError, match=r"(?s)begun by another job.*--extend takes up files that were added.*b\.jsonl"
+        ConfigError,
+        match=r"(?s)begun by another job.*--extend takes up files that were added.*b\.jsonl",
     ):
         prepare(job, Output.at(job.output))
 
@@ -56,7 +57,8 @@ def test_units_of_known_files_keep_their_numbers(job: Job) -> None:
     plan = extended(job)
     assert list(plan.units())[: len(before)] == before
     assert [Path(planned.file.name).name for planned in plan.files] == ["a.parquet", "Z.jsonl"]
-    assert plan.duplicates == {(1, 1): (0, 3)}  # the known row keeps its key, whatever the names' order
+    # the known row keeps its key, whatever the names' order
+    assert plan.duplicates == {(1, 1): (0, 3)}
     standing = Output.at(job.output).standing_plan()
     assert standing == plan
     assert prepare(job, Output.at(job.output)).plan == plan  # from now on, without being asked
@@ -98,7 +100,9 @@ def test_another_question_is_refused_though_files_were_added(job: Job) -> None:
 def test_files_that_would_change_the_outputs_types_are_refused(job: Job) -> None:
     table = {"id": ["x"], "text": ["t"], "size": [0.5], "gold": ["circle"]}
     pq.write_table(pa.table(table), Path(job.input[0]) / "b.parquet")
-    with pytest.raises(ConfigError, match="column 'size' has type double, and the output holds int64"):
+    with pytest.raises(
+        ConfigError, match="column 'size' has type double, and the output holds int64"
+    ):
         prepare(job, Output.at(job.output), extend=True)
 
 
@@ -107,7 +111,14 @@ def test_a_finished_output_takes_up_new_rows_and_keeps_the_others(job: Job) -> N
     run(job)
     output = Output.at(job.output)
     before, first = all_rows(job), output.manifest()
-    add(job, "Z.jsonl", *(json.dumps({"id": f"n{n}", "text": "new", "size": n, "gold": "circle"}) for n in range(9)))
+    add(
+        job,
+        "Z.jsonl",
+        *(
+            json.dumps({"id": f"n{n}", "text": "new", "size": n, "gold": "circle"})
+            for n in range(9)
+        ),
+    )
     result = run(job, extend=True)
     assert result.summary.resumed_rows == 10
     assert result.manifest.parts[: len(first.parts)] == first.parts

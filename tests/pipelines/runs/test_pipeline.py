@@ -1,4 +1,6 @@
-"""Whole jobs with the echo engine: every row comes out once, in one schema, whatever is wrong with it."""
+"""Whole jobs with the echo engine: every row comes out once, in one schema, whatever is wrong with
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def make_job(checkpoint: Path, folder: Path, unit_rows: Any = 7, **changes: Any) -> Job:
-    task = TaskConfig(kind="choose", prompt="Which shape? {text}", labels=["circle", "square"], gold="gold")
+    task = TaskConfig(
+        kind="choose", prompt="Which shape? {text}", labels=["circle", "square"], gold="gold"
+    )
     job = Job(
         model=str(checkpoint),
         input=[str(folder / "in")],
@@ -67,7 +71,9 @@ def all_rows(job: Job) -> list[dict[str, Any]]:
 GOOD = json.dumps({"id": "j0", "text": "shape", "size": 1, "gold": "circle"})
 
 
-def test_every_row_comes_out_once_and_bad_rows_say_why(echo_checkpoint: Path, tmp_path: Path) -> None:
+def test_every_row_comes_out_once_and_bad_rows_say_why(
+    echo_checkpoint: Path, tmp_path: Path
+) -> None:
     bad = {
         "{": "bad_json",
         '"text"': "bad_json",
@@ -86,10 +92,23 @@ def test_every_row_comes_out_once_and_bad_rows_say_why(echo_checkpoint: Path, tm
     result = run(job, seen.append)
     rows = all_rows(job)
     file = str(tmp_path / "in" / "b.jsonl")
-    expected = [f"p{row}" for row in range(23)] + ["j0", f"{file}:1", f"{file}:2", "j1", "j2", "j3", "j4", "p5", "j0"]
+    expected = [f"p{row}" for row in range(23)] + [
+        "j0",
+        f"{file}:1",
+        f"{file}:2",
+        "j1",
+        "j2",
+        "j3",
+        "j4",
+        "p5",
+        "j0",
+    ]
     assert [row["row_key"] for row in rows] == [*expected, f"{file}:9", "j5", "j6"]
     assert [row["error_code"] for row in rows] == [None] * 24 + list(bad.values()) + [None]
-    assert all((row["status"] == "ok") == (row["error_code"] is None) == (row["label"] is not None) for row in rows)
+    assert all(
+        (row["status"] == "ok") == (row["error_code"] is None) == (row["label"] is not None)
+        for row in rows
+    )
     assert [row["size"] for row in rows[:4]] == [None, 1, 2, None]
     assert {row["attempts"] for row in rows} == {1}
     assert "p5' is the key of an earlier row" in rows[30]["error_message"]
@@ -98,14 +117,15 @@ def test_every_row_comes_out_once_and_bad_rows_say_why(echo_checkpoint: Path, tm
     assert result.summary.counts.gold_rows == 24
     assert result.summary.counts.gold_correct == sum(row["label"] == "circle" for row in rows[:24])
     assert [progress.phase for progress in seen[:2]] == ["planning", "starting"]
-    assert (seen[-1].phase, seen[-1].units_done, seen[-1].counts) == ("done", 6, result.summary.counts)
+    assert (seen[-1].phase, seen[-1].units_done, seen[-1].counts) == (
+        "done",
+        6,
+        result.summary.counts,
+    )
     assert result.manifest.facts["end_counted"] is False
 
 
-@pytest.mark.parametrize(
-    ("unit_rows", "units"),
-    [(1, 11), ("auto", 1)],
-)
+@pytest.mark.parametrize(("unit_rows", "units"), [(1, 11), ("auto", 1)])
 def test_units_of_any_size_give_the_same_rows(
     echo_checkpoint: Path, tmp_path: Path, unit_rows: Any, units: int
 ) -> None:
@@ -120,7 +140,9 @@ def test_units_of_any_size_give_the_same_rows(
     ]
 
 
-def test_a_job_of_several_waves(echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_several_waves(
+    echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("glm_batch.pipelines.runs.pipeline.WAVE_UNITS", 2)
     write_input(tmp_path, num_parquet=11)
     job = make_job(echo_checkpoint, tmp_path, 3)
@@ -129,7 +151,9 @@ def test_a_job_of_several_waves(echo_checkpoint: Path, tmp_path: Path, monkeypat
     assert [row["id"] for row in all_rows(job)] == [f"p{row}" for row in range(11)]
 
 
-def test_a_part_of_errors_alone_has_the_schema_of_the_others(echo_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_part_of_errors_alone_has_the_schema_of_the_others(
+    echo_checkpoint: Path, tmp_path: Path
+) -> None:
     write_input(tmp_path, num_parquet=7, jsonl=("{",) * 7)
     job = make_job(echo_checkpoint, tmp_path)
     first = run(job)
@@ -141,16 +165,22 @@ def test_a_part_of_errors_alone_has_the_schema_of_the_others(echo_checkpoint: Pa
     second = run(job)
     assert (second.summary.resumed_rows, second.summary.working_s) == (14, 0.0)
     assert second.manifest == first.manifest
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "parts").iterdir()} == parts
+    assert {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "parts").iterdir()
+    } == parts
 
 
-def test_another_question_for_the_same_output_is_refused(echo_checkpoint: Path, tmp_path: Path) -> None:
+def test_another_question_for_the_same_output_is_refused(
+    echo_checkpoint: Path, tmp_path: Path
+) -> None:
     write_input(tmp_path)
     job = make_job(echo_checkpoint, tmp_path)
     output = Output.at(job.output)
     begun = prepare(job, output)
     other = replace(job, task=replace(job.task, prompt="What is {text}?"))
-    with pytest.raises(ConfigError, match=r'task\.prompt: "Which shape\? \{text\}" -> "What is \{text\}\?"'):
+    with pytest.raises(
+        ConfigError, match=r'task\.prompt: "Which shape\? \{text\}" -> "What is \{text\}\?"'
+    ):
         prepare(other, output)
     same = replace(job, commit=CommitSection(unit_rows=3), max_error_rate=0.5)
     assert prepare(same, output).plan == begun.plan
@@ -165,7 +195,9 @@ def test_an_input_that_changed_is_another_job(echo_checkpoint: Path, tmp_path: P
         prepare(job, Output.at(job.output))
 
 
-def test_a_checkpoint_that_was_trained_on_is_another_job(echo_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_trained_on_is_another_job(
+    echo_checkpoint: Path, tmp_path: Path
+) -> None:
     """Also where only the weights differ, and the files are as large as before."""
     checkpoint = shutil.copytree(echo_checkpoint, tmp_path / "checkpoint")
     (checkpoint / "model.safetensors").write_bytes(b"0" * 1000)
@@ -210,7 +242,9 @@ def test_messages_and_generation(echo_checkpoint: Path, tmp_path: Path) -> None:
     assert [row["answer"] for row in rows] == ['{"a": 1}', "[2]", "three"]
 
 
-def test_a_checkpoint_that_the_engine_refuses_is_a_config_error(echo_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_the_engine_refuses_is_a_config_error(
+    echo_checkpoint: Path, tmp_path: Path
+) -> None:
     write_input(tmp_path, num_parquet=2)
     job = make_job(echo_checkpoint, tmp_path, engine=EngineSection(kind="vllm"))
     with pytest.raises(ConfigError, match=r"engine\.kind: vLLM is not installed"):
@@ -229,7 +263,9 @@ KILLED_DRIVER = """
 """
 
 
-def test_a_killed_driver_loses_nothing_and_repeats_nothing(echo_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(
+    echo_checkpoint: Path, tmp_path: Path
+) -> None:
     write_input(tmp_path, num_parquet=400)
     script = textwrap.dedent(KILLED_DRIVER).format(
         tests=str(Path(__file__).parent), checkpoint=str(echo_checkpoint), folder=str(tmp_path)
@@ -257,9 +293,13 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(echo_checkpoint: Path
 def test_a_lost_engine_ends_the_job_with_its_reason(
     echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process of a dead engine is restarted; when none of them answers a row, the last one's reason is told."""
+    """The process of a dead engine is restarted; when none of them answers a row, the last one's
+    reason is told.
+    """
     write_input(tmp_path, num_parquet=4)
-    monkeypatch.setattr("glm_batch.pipelines.graph.stages.PATIENCE", Patience(barren_deaths=3, backoff_s=0.1))
+    monkeypatch.setattr(
+        "glm_batch.pipelines.graph.stages.PATIENCE", Patience(barren_deaths=3, backoff_s=0.1)
+    )
     monkeypatch.setattr("glm_batch.pipelines.graph.stages.ModelActor", _dying_actor())
     with pytest.raises(EngineError, match="the device is lost"):
         run(make_job(echo_checkpoint, tmp_path))

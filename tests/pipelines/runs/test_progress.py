@@ -15,7 +15,14 @@ from glm_batch.pipelines.runs.progress import Work
 from glm_batch.pipelines.runs.stop import TooManyErrorsError
 from tests.pipelines.output.test_commit import commit, make_plan
 
-JOB = Job(model="m", input=["i"], output="o", task=TaskConfig(kind="choose"), fail_fast=True, max_error_rate=0.2)
+JOB = Job(
+    model="m",
+    input=["i"],
+    output="o",
+    task=TaskConfig(kind="choose"),
+    fail_fast=True,
+    max_error_rate=0.2,
+)
 
 
 @pytest.fixture
@@ -42,7 +49,8 @@ def test_fail_fast_waits_for_one_row_more_than_may_fail(work: Work) -> None:
     for _ in range(5):
         work.add_checked(JOB, record(failed(2)))
     with pytest.raises(
-        TooManyErrorsError, match=r"11 rows failed \(bad_json 11\).*20\.00% of 50: stopped with 7 of 25"
+        TooManyErrorsError,
+        match=r"11 rows failed \(bad_json 11\).*20\.00% of 50: stopped with 7 of 25",
     ):
         work.add_checked(JOB, record(failed(1)))
     with pytest.raises(TooManyErrorsError):

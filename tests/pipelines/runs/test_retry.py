@@ -44,7 +44,9 @@ def test_failed_rows_are_found_by_code(codes: list[str], positions: list[int]) -
 def test_rows_come_back_to_their_places_and_attempts_add_up() -> None:
     table = part(("a", None, 1), ("b", "x", 2), ("c", "y", 1), ("d", "x", 1))
     again = part(("b", None, 1), ("d", "z", 3))
-    assert merged(table, again, ["x"]) == part(("a", None, 1), ("b", None, 3), ("c", "y", 1), ("d", "z", 4))
+    assert merged(table, again, ["x"]) == part(
+        ("a", None, 1), ("b", None, 3), ("c", "y", 1), ("d", "z", 4)
+    )
     with pytest.raises(RuntimeError, match="1 rows came back for 2"):
         merged(table, again.slice(1), ["x"])
 
@@ -70,15 +72,24 @@ def with_failures(job: Job, output: str, every: int) -> Job:
         right = sum(row["label"] == "circle" for row in lost)
         for row in lost:
             values = dict.fromkeys(name for name in row if name not in KEPT) | {"prompt_tokens": 3}
-            row |= values | {"status": "error", "error_code": "engine_lost", "error_message": "it died"}
+            row |= values | {
+                "status": "error",
+                "error_code": "engine_lost",
+                "error_message": "it died",
+            }
         table = pa.Table.from_pylist(rows, source.read_part(part_of(record)).schema)
         tokens = {
-            name: sum(row[name] or 0 for row in rows) for name in ("prompt_tokens", "cached_tokens", "output_tokens")
+            name: sum(row[name] or 0 for row in rows)
+            for name in ("prompt_tokens", "cached_tokens", "output_tokens")
         }
         counts = record.counts
         errors = dict(counts.errors) | ({"engine_lost": len(lost)} if lost else {})
         counts = replace(
-            counts, ok=counts.ok - len(lost), errors=errors, gold_correct=counts.gold_correct - right, **tokens
+            counts,
+            ok=counts.ok - len(lost),
+            errors=errors,
+            gold_correct=counts.gold_correct - right,
+            **tokens,
         )
         target.commit(record.unit, table, counts)
     target.finish(plan, source.manifest().schema, source.manifest().facts)
@@ -114,7 +125,9 @@ def test_failed_rows_become_what_an_undisturbed_run_gives(done: Job, tmp_path: P
     assert "no row failed with engine_lost" in nothing.notes[0]
 
 
-def test_a_retry_that_died_is_completed_by_a_rerun_of_either_command(done: Job, tmp_path: Path) -> None:
+def test_a_retry_that_died_is_completed_by_a_rerun_of_either_command(
+    done: Job, tmp_path: Path
+) -> None:
     """Some units have their next generation, the manifest does not know."""
     broken = with_failures(done, str(tmp_path / "broken"), every=3)
     output, source = Output.at(broken.output), Output.at(done.output)
@@ -147,13 +160,17 @@ def test_the_kept_job_is_the_job(done: Job) -> None:
 def test_a_retry_may_change_limits_and_nothing_else(done: Job) -> None:
     output = Output.at(done.output)
     kept = output.kept_job()
-    patient, _ = load_kept_job(kept, "job.json", ["media.decode_timeout_s=1200.0", "media.hosts=[example.org]"])
+    patient, _ = load_kept_job(
+        kept, "job.json", ["media.decode_timeout_s=1200.0", "media.hosts=[example.org]"]
+    )
     assert (patient.media.decode_timeout_s, patient.media.hosts) == (1200.0, ["example.org"])
     retry_failed(patient, output, ["no such code"])
     other, _ = load_kept_job(kept, "job.json", ["task.prompt={text}!"])
     with pytest.raises(ConfigError, match=r"this is another job now.*\n  task\.prompt: "):
         retry_failed(other, output, [])
-    with pytest.raises(ConfigError, match=r"--set media\.decode_timeout: unknown key.*decode_timeout_s"):
+    with pytest.raises(
+        ConfigError, match=r"--set media\.decode_timeout: unknown key.*decode_timeout_s"
+    ):
         load_kept_job(kept, "job.json", ["media.decode_timeout=9"])
 
 

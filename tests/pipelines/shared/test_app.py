@@ -21,21 +21,33 @@ def engine(echo_checkpoint: Path) -> EngineConfig:
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, **identities: ModelIdentity) -> None:
-    monkeypatch.setattr("glm_batch.pipelines.shared.app._deployments", lambda app: sorted(identities))
-    monkeypatch.setattr("glm_batch.pipelines.shared.app._identity", lambda app, name: identities[name])
+    monkeypatch.setattr(
+        "glm_batch.pipelines.shared.app._deployments", lambda app: sorted(identities)
+    )
+    monkeypatch.setattr(
+        "glm_batch.pipelines.shared.app._identity", lambda app, name: identities[name]
+    )
 
 
 def test_an_application_of_another_version_is_refused_with_both_named(
     engine: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = ModelIdentity.of(engine)
-    serve(monkeypatch, a=replace(mine, version="9.9"), b=replace(mine, version="9.9", dtype="bfloat16"))
+    serve(
+        monkeypatch,
+        a=replace(mine, version="9.9"),
+        b=replace(mine, version="9.9", dtype="bfloat16"),
+    )
     with pytest.raises(ConfigError) as caught:
         shared_model("live", engine)
-    assert f"--app live: it runs glm-batch 9.9, and this is glm-batch {mine.version}" in str(caught.value)
+    assert f"--app live: it runs glm-batch 9.9, and this is glm-batch {mine.version}" in str(
+        caught.value
+    )
 
 
-def test_the_right_one_of_several_models_is_found(engine: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_right_one_of_several_models_is_found(
+    engine: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = ModelIdentity.of(engine)
     serve(monkeypatch, a=replace(mine, dtype="bfloat16"), b=mine)
     assert shared_model("live", engine).deployment == "b"

@@ -1,4 +1,6 @@
-"""Whole jobs from S3 to S3 through a faulty network: the rows of an undisturbed run on local disks, once each."""
+"""Whole jobs from S3 to S3 through a faulty network: the rows of an undisturbed run on local disks,
+once each.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +48,17 @@ def test_a_job_under_faults_gives_the_rows_of_an_undisturbed_one(
     output = Output.at(remote.output, StorageSection(endpoint_url=s3_server))
     folder, bucket = str(tmp_path / "in"), remote.input[0].removesuffix("/*")
     expected = json.loads(json.dumps(rows_of(Output.at(local.output))).replace(folder, bucket))
-    assert [{**row, "cached_tokens": 0} for row in rows_of(output)] == [{**row, "cached_tokens": 0} for row in expected]
+    assert [{**row, "cached_tokens": 0} for row in rows_of(output)] == [
+        {**row, "cached_tokens": 0} for row in expected
+    ]
     assert output.status().finished
     rerun = replace(remote, storage=StorageSection(endpoint_url=s3_server))
     assert run(rerun).summary.resumed_rows == 153
 
 
-def test_another_job_for_the_same_prefix_is_refused(echo_checkpoint: Path, tmp_path: Path, s3_server: str) -> None:
+def test_another_job_for_the_same_prefix_is_refused(
+    echo_checkpoint: Path, tmp_path: Path, s3_server: str
+) -> None:
     write_input(tmp_path, num_parquet=5)
     remote = upload(make_job(echo_checkpoint, tmp_path), tmp_path, s3_server)
     run(remote)

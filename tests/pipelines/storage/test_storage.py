@@ -1,4 +1,6 @@
-"""Stores keep the few promises that the commit protocol rests upon, on disk and on S3, and under faults."""
+"""Stores keep the few promises that the commit protocol rests upon, on disk and on S3, and under
+faults.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_listing_and_deletion(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
     store.write("plan.json", b"{}")
     pages = list(store.pages("parts"))
     assert max(map(len, pages)) <= 2
-    assert sorted(entry.name for page in pages for entry in page) == [f"parts/{number}" for number in range(5)]
+    assert sorted(entry.name for page in pages for entry in page) == [
+        f"parts/{number}" for number in range(5)
+    ]
     assert {entry.size for page in pages for entry in page} == set(range(5))
     root = [entry for page in store.pages() for entry in page if entry.name != "tmp"]
     assert sorted(root, key=lambda entry: entry.name) == [
@@ -79,7 +83,9 @@ def test_listing_and_deletion(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_store_without_conditional_writes_is_refused(s3_server: str) -> None:
     with proxy(s3_server, one_in=10**9, conditional=False) as careless:
-        store = open_store(f"s3://{new_bucket(s3_server)}/out", StorageSection(endpoint_url=careless.url))
+        store = open_store(
+            f"s3://{new_bucket(s3_server)}/out", StorageSection(endpoint_url=careless.url)
+        )
         with pytest.raises(ConfigError, match="lets a second writer replace a file"):
             check_store(store)
 
@@ -94,12 +100,17 @@ def test_another_kind_of_place_is_refused() -> None:
         open_store("gs://bucket/out", StorageSection())
 
 
-def test_without_credentials_the_remedy_is_told(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_credentials_the_remedy_is_told(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    monkeypatch.setattr("glm_batch.pipelines.storage.s3.READ_TIMEOUT_S", 59)  # a connection of its own
+    # a connection of its own
+    monkeypatch.setattr("glm_batch.pipelines.storage.s3.READ_TIMEOUT_S", 59)
     storage = StorageSection(endpoint_url=s3_server + "/")
-    with pytest.raises(PermissionError, match=r"no credentials; set AWS_ACCESS_KEY_ID and such, or storage\.anon"):
+    with pytest.raises(
+        PermissionError, match=r"no credentials; set AWS_ACCESS_KEY_ID and such, or storage\.anon"
+    ):
         S3(storage).read("s3://bucket/key")
     with pytest.raises(FileNotFoundError):
         S3(StorageSection(endpoint_url=s3_server, anon=True)).read("s3://bucket/key")
@@ -122,7 +133,9 @@ def test_every_fault_is_survived_and_logged_with_its_reason(
         assert reason in caplog.text
 
 
-def test_a_fault_that_stays_is_an_error_with_its_place(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_stays_is_an_error_with_its_place(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("glm_batch.pipelines.storage.s3.FIRST_PAUSE_S", 0.001)
     with proxy(s3_server, one_in=1, stall_s=0.01) as broken:
         monkeypatch.setattr(broken, "draw", lambda: "503")
@@ -131,7 +144,9 @@ def test_a_fault_that_stays_is_an_error_with_its_place(s3_server: str, monkeypat
 
 
 @pytest.mark.parametrize("read_ahead", [1, 7, 1 << 20])
-def test_an_object_reads_like_a_file(s3_server: str, read_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_reads_like_a_file(
+    s3_server: str, read_ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("glm_batch.pipelines.storage.s3.READ_AHEAD_BYTES", read_ahead)
     data = bytes(range(100))
     s3, url = S3(StorageSection(endpoint_url=s3_server)), f"s3://{new_bucket(s3_server)}/a"
@@ -157,8 +172,11 @@ def test_a_copy_is_whole_and_outlives_what_it_was_made_of(store: Store) -> None:
     assert store.size("b/parts/third.parquet") is None
 
 
-def test_a_folder_goes_with_all_that_is_in_it_and_nothing_else(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glm_batch.pipelines.storage.s3.PAGE_KEYS", 4)  # what is removed spans pages
+def test_a_folder_goes_with_all_that_is_in_it_and_nothing_else(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what is removed spans pages
+    monkeypatch.setattr("glm_batch.pipelines.storage.s3.PAGE_KEYS", 4)
     store.prepare(["a/parts", "a/commits", "ab", "tmp"])
     names = [f"a/parts/{number}" for number in range(9)] + ["a/plan.json", "a/commits/1"]
     for name in [*names, "ab/stays", "a.json"]:

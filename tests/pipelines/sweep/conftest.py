@@ -1,4 +1,6 @@
-"""A small sweep over pictures and texts, on the shipped checkpoint with the echo engine: its answers are exact."""
+"""A small sweep over pictures and texts, on the shipped checkpoint with the echo engine: its
+answers are exact.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ SHAPES = ["circle", "square", "triangle", "star"]
 NUM_ROWS = 23
 
 
-def cell(sweep_output: str, name: str, dataset: str, files: Sequence[str], task: TaskConfig, **changes: Any) -> Cell:
+def cell(
+    sweep_output: str,
+    name: str,
+    dataset: str,
+    files: Sequence[str],
+    task: TaskConfig,
+    **changes: Any,
+) -> Cell:
     job = Job(
         model=str(EXAMPLES / "tiny_glm"),
         input=list(files),
@@ -31,7 +40,11 @@ def cell(sweep_output: str, name: str, dataset: str, files: Sequence[str], task:
         commit=CommitSection(unit_rows=5),
         max_error_rate=1.0,
     )
-    coordinates = dict.fromkeys(AXES, "default") | {"dataset": dataset, "task": name.partition("-")[0], "prompt": name}
+    coordinates = dict.fromkeys(AXES, "default") | {
+        "dataset": dataset,
+        "task": name.partition("-")[0],
+        "prompt": name,
+    }
     return Cell(name=name, coordinates=coordinates, job=replace(job, **changes))
 
 
@@ -39,7 +52,9 @@ def make_sweep(folder: Path) -> Sweep:
     """Four cells of pictures (two prompts, two budgets) and three of texts (two of one prompt)."""
     output = str(folder / "out")
     pictures, texts = str(folder / "pictures.parquet"), str(folder / "texts.parquet")
-    shape = TaskConfig(kind="choose", image="image", labels=SHAPES, gold="gold_shape", label_logprobs=True)
+    shape = TaskConfig(
+        kind="choose", image="image", labels=SHAPES, gold="gold_shape", label_logprobs=True
+    )
     cells = [
         cell(
             output, f"shape-{words}-{pixels}", "pictures", [pictures], replace(shape, prompt=prompt),
@@ -48,7 +63,9 @@ def make_sweep(folder: Path) -> Sweep:
         for words, prompt in (("short", "Which shape?"), ("long", "Which of these shapes is in the picture?"))
         for pixels in (7056, 14112)
     ]  # fmt: skip
-    team = TaskConfig(kind="choose", prompt="Team? {text}", labels=["billing", "other"], gold="gold_label")
+    team = TaskConfig(
+        kind="choose", prompt="Team? {text}", labels=["billing", "other"], gold="gold_label"
+    )
     reply = TaskConfig(kind="generate", prompt="Answer: {text}", gold="gold_reply")
     cells += [
         cell(output, "team", "texts", [texts], team),
@@ -63,7 +80,9 @@ def make_sweep(folder: Path) -> Sweep:
 
 def write_input(folder: Path) -> None:
     """The shards' first rows, a broken picture and a doubled key among them."""
-    pictures = pq.read_table(EXAMPLES / "shapes" / "shapes-1.parquet").slice(0, NUM_ROWS).to_pylist()
+    pictures = (
+        pq.read_table(EXAMPLES / "shapes" / "shapes-1.parquet").slice(0, NUM_ROWS).to_pylist()
+    )
     pictures[7]["image"] = b"no picture"
     pictures[11]["id"] = pictures[3]["id"]
     pq.write_table(pa.Table.from_pylist(pictures), folder / "pictures.parquet", row_group_size=10)

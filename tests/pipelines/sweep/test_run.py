@@ -1,4 +1,6 @@
-"""A sweep's cells come out as the same jobs alone, whatever they share, and whenever the sweep was interrupted."""
+"""A sweep's cells come out as the same jobs alone, whatever they share, and whenever the sweep was
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -66,22 +68,29 @@ def test_the_page_shows_what_evaluate_keeps(whole: Sweep) -> None:
         assert cell.cost == each.tokens_per_row > 0
         assert cell.name in page.text
     counts = results.cells[0].score
-    assert results.cells[0].tokens_per_row == sum(results.cells[0].tokens[kind] for kind in ("prompt", "output")) / (
-        counts.rows + counts.without_gold
-    )
+    assert results.cells[0].tokens_per_row == sum(
+        results.cells[0].tokens[kind] for kind in ("prompt", "output")
+    ) / (counts.rows + counts.without_gold)
 
 
 def test_interrupted_sweeps_go_on_unit_by_unit(whole: Sweep) -> None:
-    """Some units of some cells, and one cell, are lost, as if the sweep had died before it committed them."""
+    """Some units of some cells, and one cell, are lost, as if the sweep had died before it
+    committed them.
+    """
     seen: list[Progress] = []
     ran = run_sweep(whole, seen.append)
-    assert {progress.phase for progress in seen} == {"planning", "done"}  # a finished sweep starts nothing
+    # a finished sweep starts nothing
+    assert {progress.phase for progress in seen} == {"planning", "done"}
     before, results = by_cell(ran), results_of(whole, ran)
     for number, cell in enumerate(whole.cells):
         for path in sorted((Path(cell.job.output) / "commits").iterdir())[number % 3 :: 2]:
             path.unlink()
     shutil.rmtree(Path(whole.cells[1].job.output))
-    kept = {path: path.read_bytes() for cell in whole.cells for path in Path(cell.job.output).glob("commits/*")}
+    kept = {
+        path: path.read_bytes()
+        for cell in whole.cells
+        for path in Path(cell.job.output).glob("commits/*")
+    }
     ran = run_sweep(whole, seen.append)
     assert by_cell(ran) == before
     assert {path: path.read_bytes() for path in kept} == kept
@@ -108,8 +117,15 @@ def test_results_are_kept_and_can_be_compared(whole: Sweep) -> None:
     assert first["errors"] == {"duplicate_key": 1, "bad_image": 1}
     assert sum(map(sum, first["confusion"]["counts"])) == first["rows"]
     assert [each["baseline"] for each in content["comparisons"][:3]] == ["shape-long-14112"] * 3
-    scored = {name: each["value"] for name, each in content["cells"][6]["metrics"].items() if name.startswith("gold")}
-    logprobs, tokens = math.log(0.8) * NUM_ROWS, sum(row["gold_num_tokens"] for row in rows(ran.cells[6].output))
+    scored = {
+        name: each["value"]
+        for name, each in content["cells"][6]["metrics"].items()
+        if name.startswith("gold")
+    }
+    logprobs, tokens = (
+        math.log(0.8) * NUM_ROWS,
+        sum(row["gold_num_tokens"] for row in rows(ran.cells[6].output)),
+    )
     assert scored == {  # the echo engine gives a single continuation four fifths
         "gold_log_likelihood": pytest.approx(math.log(0.8), abs=1e-4),
         "gold_token_log_likelihood": pytest.approx(logprobs / tokens, abs=1e-4),
@@ -129,6 +145,8 @@ def test_a_jobs_output_is_no_place_for_a_sweep(sweep: Sweep) -> None:
 
 def test_another_sweeps_cell_is_refused_by_name(whole: Sweep) -> None:
     cell = whole.cells[4]
-    changed = replace(cell, job=replace(cell.job, task=replace(cell.job.task, prompt="Who? {text}")))
+    changed = replace(
+        cell, job=replace(cell.job, task=replace(cell.job.task, prompt="Who? {text}"))
+    )
     with pytest.raises(ConfigError, match=r"team: output: .* was begun by another job"):
         run_sweep(replace(whole, cells=(changed,)))

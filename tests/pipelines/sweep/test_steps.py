@@ -1,4 +1,6 @@
-"""What cells share on their way: rows, decoded media, prompts; and that pieces of a bundle are the bundle."""
+"""What cells share on their way: rows, decoded media, prompts; and that pieces of a bundle are the
+bundle.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,21 @@ from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.planning.plan import job_source
 from glm_batch.pipelines.runs.pipeline import Prepared, prepare
-from glm_batch.pipelines.sweep.bundles import CELL, BundleJournal, cell_and_key, make_bundles, request_id
+from glm_batch.pipelines.sweep.bundles import (
+    CELL,
+    BundleJournal,
+    cell_and_key,
+    make_bundles,
+    request_id,
+)
 from glm_batch.pipelines.sweep.cells import Sweep
-from glm_batch.pipelines.sweep.sweep_steps import PARSED, ParseBundle, ReadBundle, RenderBundle, _from_bytes
+from glm_batch.pipelines.sweep.sweep_steps import (
+    PARSED,
+    ParseBundle,
+    ReadBundle,
+    RenderBundle,
+    _from_bytes,
+)
 from glm_batch.pipelines.tasks.prompts import input_columns
 from glm_batch.pipelines.tasks.rows import TaskSpec, task_runner
 from glm_batch.pipelines.tasks.tasks import TaskRunner
@@ -30,7 +44,9 @@ from tests.pipelines.sweep.conftest import NUM_ROWS
 
 @pytest.fixture
 def specs(sweep: Sweep) -> Iterator[list[TaskSpec]]:
-    found = [replace(each.spec, run_id="one", name=str(n)) for n, each in enumerate(prepared(sweep))]
+    found = [
+        replace(each.spec, run_id="one", name=str(n)) for n, each in enumerate(prepared(sweep))
+    ]
     yield found
     for spec in found:
         task_runner(spec).close()
@@ -77,7 +93,9 @@ def test_media_are_decoded_once_for_each_budget_and_travel_once(
     assert keys == [key for key in keys[::4] for _ in range(4)]
 
 
-def test_equal_prompts_are_made_once(sweep: Sweep, specs: list[TaskSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_are_made_once(
+    sweep: Sweep, specs: list[TaskSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The two generating cells differ in sampling alone."""
     made: list[int] = []
     prompts = TaskRunner.prompts
@@ -107,7 +125,9 @@ def test_pieces_of_a_bundle_are_the_bundle(sweep: Sweep, specs: list[TaskSpec]) 
     assert lost["row_key"][0].as_py() == whole[5][0]  # the first row's third cell asks twice
 
 
-def test_a_cell_scores_its_gold_answers_beside_one_that_does_not(sweep: Sweep, specs: list[TaskSpec]) -> None:
+def test_a_cell_scores_its_gold_answers_beside_one_that_does_not(
+    sweep: Sweep, specs: list[TaskSpec]
+) -> None:
     step, rows = RenderBundle(specs), read(sweep, range(5, 7))
     table = step(rows, 0, step.num_rows(rows))
     assert num_requests(table) == [1, 2] * 5
@@ -116,9 +136,13 @@ def test_a_cell_scores_its_gold_answers_beside_one_that_does_not(sweep: Sweep, s
     engine = build_engine(EngineConfig(model=sweep.cells[5].job.model, kind="echo"))
     engine.submit(asked)
     completed = with_completions(table, engine.step())
-    parsed = [_from_bytes(piece.as_buffer()) for piece in ParseBundle(specs)(completed, 0, table.num_rows)[PARSED]]
+    parsed = [
+        _from_bytes(piece.as_buffer())
+        for piece in ParseBundle(specs)(completed, 0, table.num_rows)[PARSED]
+    ]
     assert "gold_logprob" not in parsed[0].column_names
-    assert parsed[1]["gold_logprob"].to_pylist() == [pytest.approx(math.log(0.8))] * 5  # as the echo engine has it
+    # as the echo engine has it
+    assert parsed[1]["gold_logprob"].to_pylist() == [pytest.approx(math.log(0.8))] * 5
     assert [each["status"].to_pylist() for each in parsed] == [["ok"] * 5] * 2
 
 
@@ -150,11 +174,17 @@ def test_what_a_bundle_puts_aside_lies_with_its_cells(tmp_path: Path) -> None:
     outputs = [Output.at(str(tmp_path / name)) for name in ("a", "b")]
     for output in outputs:
         output.store.prepare(("journal", "tmp"))
-    journals = {cell: Journal(output=output, every_seconds=1.0) for cell, output in enumerate(outputs)}
+    journals = {
+        cell: Journal(output=output, every_seconds=1.0) for cell, output in enumerate(outputs)
+    }
     journal = BundleJournal(journals=journals, cells={7: ((0, 3), (1, 4))}, every_seconds=1.0)
     ids = [request_id(cell, key) for key in ("x/1", "y") for cell in (0, 1)]
     journal.write(7, pa.table({"row_key": ids[:3], "n": [0, 1, 2]}))
-    found = {id: n for table in journal.read(7) for id, n in zip(*table.to_pydict().values(), strict=True)}
+    found = {
+        id: n
+        for table in journal.read(7)
+        for id, n in zip(*table.to_pydict().values(), strict=True)
+    }
     assert found == dict(zip(ids[:3], range(3), strict=True))
     assert [table["row_key"].to_pylist() for table in journals[0].read(3)] == [["x/1", "y"]]
     assert [table["row_key"].to_pylist() for table in journals[1].read(4)] == [["x/1"]]

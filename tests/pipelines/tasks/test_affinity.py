@@ -1,4 +1,6 @@
-"""Units that begin alike meet the replica that knows their beginning, and no replica is left idle for it."""
+"""Units that begin alike meet the replica that knows their beginning, and no replica is left idle
+for it.
+"""
 
 import os
 import random
@@ -13,7 +15,14 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_batch.pipelines.tasks.affinity import AHEAD, GRAIN, MAX_KEYS, Affinity, prefix_key, with_prefix_key
+from glm_batch.pipelines.tasks.affinity import (
+    AHEAD,
+    GRAIN,
+    MAX_KEYS,
+    Affinity,
+    prefix_key,
+    with_prefix_key,
+)
 
 DOCUMENTS = [[document] * GRAIN for document in range(4)]
 
@@ -30,11 +39,15 @@ def test_units_about_one_document_have_one_key():
     keys = [key_of([[*document, 7, question] for question in range(5)]) for document in DOCUMENTS]
     assert None not in keys
     assert len(set(keys)) == len(DOCUMENTS)
-    assert keys[0] == key_of([[*DOCUMENTS[0], 7, 90], None, [*DOCUMENTS[0], 7, 91, 92]])  # a bad row changes nothing
-    assert keys[0] == key_of([[*DOCUMENTS[0], 7, 8, 1], [*DOCUMENTS[0], 7, 8, 2]])  # nor do questions that begin alike
+    # a bad row changes nothing
+    assert keys[0] == key_of([[*DOCUMENTS[0], 7, 90], None, [*DOCUMENTS[0], 7, 91, 92]])
+    # nor do questions that begin alike
+    assert keys[0] == key_of([[*DOCUMENTS[0], 7, 8, 1], [*DOCUMENTS[0], 7, 8, 2]])
 
 
-@pytest.mark.parametrize("prompts", [[], [None, None], [[1, 2, 3]], [[1, *DOCUMENTS[0]], [2, *DOCUMENTS[0]]]])
+@pytest.mark.parametrize(
+    "prompts", [[], [None, None], [[1, 2, 3]], [[1, *DOCUMENTS[0]], [2, *DOCUMENTS[0]]]]
+)
 def test_where_little_is_shared_there_is_no_key(prompts: list[list[int] | None]):
     assert key_of(prompts) is None
 
@@ -47,7 +60,9 @@ def test_a_table_keeps_its_rows_and_its_other_metadata():
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 8), st.integers(1, 6))
-def test_no_replica_is_far_ahead_of_the_least_busy_one(seed: int, replicas: int, keys: int, most: int):
+def test_no_replica_is_far_ahead_of_the_least_busy_one(
+    seed: int, replicas: int, keys: int, most: int
+):
     dice, affinity = random.Random(seed), Affinity[int]()
     units = dict.fromkeys(range(replicas), 0)
     for _ in range(100):

@@ -1,4 +1,6 @@
-"""task.gold_logprobs from a row to its columns: the oracle's log-probabilities, and what becomes of rows without."""
+"""task.gold_logprobs from a row to its columns: the oracle's log-probabilities, and what becomes of
+rows without.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,21 @@ from glm_batch.models.processing.chat import Chat
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.values import LINE
 from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
-from glm_batch.pipelines.tasks.rows import TaskSpec, parse_unit, render_unit, task_runner, unit_table
+from glm_batch.pipelines.tasks.rows import (
+    TaskSpec,
+    parse_unit,
+    render_unit,
+    task_runner,
+    unit_table,
+)
 from glm_batch.pipelines.tasks.schema import output_schema
 from glm_batch.pipelines.tasks.tasks import TaskRunner
 from tests.models.conftest import load_oracle
 
 MODEL = Path(__file__).parents[3] / "examples" / "tiny_glm"
-TASK = TaskConfig(kind="generate", prompt="Answer in a sentence: {text}", gold="answer", gold_logprobs=True)
+TASK = TaskConfig(
+    kind="generate", prompt="Answer in a sentence: {text}", gold="answer", gold_logprobs=True
+)
 SAMPLING = SamplingParams(max_tokens=4)
 QUESTION = "Where is my parcel? It was sent to Berlin two weeks ago and nobody could tell me what has become of it."
 ANSWERS = ["We will look into it today.", "no", None, " \n", 42]
@@ -87,7 +97,8 @@ def test_log_probabilities_are_the_oracles_and_the_prompt_is_computed_once(spec:
     rows = parse_unit(spec, completions).to_pylist()
     assert [row["status"] for row in rows] == ["ok"] * len(ANSWERS)
     for row, answer in zip(rows, ANSWERS, strict=True):
-        assert row["text"] == rows[0]["text"]  # the question is the same, whatever is scored beside it
+        # the question is the same, whatever is scored beside it
+        assert row["text"] == rows[0]["text"]
         if answer is None or not str(answer).strip():
             assert (row["gold_logprob"], row["gold_num_tokens"]) == (None, None)
         else:
@@ -110,16 +121,26 @@ def test_through_the_actor_with_several_outputs() -> None:
     """The echo engine gives a single continuation four fifths."""
     spec = spec_of("several", sampling=replace(SAMPLING, n=2), engine=EngineSection(kind="echo"))
     table = render_unit(spec, read(["yes", None, "no"]))
-    rows = parse_unit(spec, ModelActor(EngineConfig(model=str(MODEL), kind="echo"), 1)(table)).to_pylist()
-    assert [row["gold_logprob"] for row in rows] == [pytest.approx(math.log(0.8)), None, pytest.approx(math.log(0.8))]
+    rows = parse_unit(
+        spec, ModelActor(EngineConfig(model=str(MODEL), kind="echo"), 1)(table)
+    ).to_pylist()
+    assert [row["gold_logprob"] for row in rows] == [
+        pytest.approx(math.log(0.8)),
+        None,
+        pytest.approx(math.log(0.8)),
+    ]
     assert [len(row["text"]) for row in rows] == [2, 2, 2]
     task_runner(spec).close()
 
 
 def test_what_ended_the_worker_is_the_error_of_the_whole_row(spec: TaskSpec) -> None:
     table = render_unit(spec, read(["yes"]))
-    lost: Answer[list[Completion]] = Answer(start=0, stop=1, result=RowError("worker_died", "twice"))
-    (row,) = parse_unit(spec, with_completions(table, _completions(lost, to_requests(table)))).to_pylist()
+    lost: Answer[list[Completion]] = Answer(
+        start=0, stop=1, result=RowError("worker_died", "twice")
+    )
+    (row,) = parse_unit(
+        spec, with_completions(table, _completions(lost, to_requests(table)))
+    ).to_pylist()
     assert (row["status"], row["error_code"], row["gold_logprob"]) == ("error", "worker_died", None)
 
 
@@ -135,7 +156,9 @@ def test_an_answer_that_the_engine_cannot_score_is_the_rows_error(spec: TaskSpec
     assert [row["text"] for row in rows] == [None, None, "x"]
 
 
-def test_a_checkpoint_that_would_reason_first_is_refused(tmp_path: Path, echo_checkpoint: Path) -> None:
+def test_a_checkpoint_that_would_reason_first_is_refused(
+    tmp_path: Path, echo_checkpoint: Path
+) -> None:
     folder = shutil.copytree(echo_checkpoint, tmp_path / "checkpoint")
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text() + "{# reads enable_thinking #}")

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.pipelines.job import Job, TaskConfig
-from glm_batch.pipelines.tasks.prompts import PromptTemplate, conversation, input_columns, media_columns
+from glm_batch.pipelines.tasks.prompts import (
+    PromptTemplate,
+    conversation,
+    input_columns,
+    media_columns,
+)
 
 
 def job(**task: Any) -> Job:
@@ -43,7 +48,9 @@ def test_values_are_never_read_as_templates(row: dict[str, str]) -> None:
     assert text == f"<{row['a']}|{row['b c']}|{row['d-e']}>"
 
 
-@pytest.mark.parametrize("text", ["{", "}", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{0x!}", "{a{b}}"])
+@pytest.mark.parametrize(
+    "text", ["{", "}", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{0x!}", "{a{b}}"]
+)
 def test_a_field_that_is_no_column_name_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"task\.prompt"):
         PromptTemplate.parse(text)
@@ -104,7 +111,9 @@ def test_media_stand_before_the_text_images_first_in_the_order_of_their_columns(
 
 
 @pytest.mark.parametrize("value", [None, [], [b"x", None], {"bytes": None, "path": None}])
-def test_a_row_without_its_image_is_an_error_and_not_a_question_about_nothing(value: object) -> None:
+def test_a_row_without_its_image_is_an_error_and_not_a_question_about_nothing(
+    value: object,
+) -> None:
     with pytest.raises(RowError) as caught:
         parts({"photo": value}, prompt="What?", image="photo")
     assert caught.value.code == "null_media"

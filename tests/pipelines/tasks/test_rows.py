@@ -16,7 +16,8 @@ def test_a_worker_that_goes_on_to_another_job_ends_the_decoder_of_the_first(
 ) -> None:
     job = Job(model="m", input=["i"], output="o", task=TaskConfig(kind="generate", prompt="{text}"))
     first, second = (
-        rows.TaskSpec(job=job, model_dir=str(echo_checkpoint), schema=pa.schema([]), run_id=name) for name in "ab"
+        rows.TaskSpec(job=job, model_dir=str(echo_checkpoint), schema=pa.schema([]), run_id=name)
+        for name in "ab"
     )
     monkeypatch.setattr(rows, "_runners", {})
     closed: list[object] = []

@@ -18,12 +18,26 @@ from hypothesis import strategies as st
 
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine import EngineConfig, build_engine
-from glm_batch.models.engine.api.request import Choose, Completion, Embed, Generate, Output, SamplingParams
+from glm_batch.models.engine.api.request import (
+    Choose,
+    Completion,
+    Embed,
+    Generate,
+    Output,
+    SamplingParams,
+)
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
 from glm_batch.pipelines.tasks.prompts import Row
 from glm_batch.pipelines.tasks.schema import output_schema
-from glm_batch.pipelines.tasks.tasks import TASK_COLUMNS, JsonValidator, Prompt, TaskRunner, check_schema, row_seed
+from glm_batch.pipelines.tasks.tasks import (
+    TASK_COLUMNS,
+    JsonValidator,
+    Prompt,
+    TaskRunner,
+    check_schema,
+    row_seed,
+)
 
 ORDER = {
     "type": "object",
@@ -56,7 +70,9 @@ def job(kind: str = "choose", **changes: Any) -> Job:
         defaults["labels"] = ["red", "green", "blue"]
     if kind == "extract":
         defaults["schema"] = ORDER
-    return Job(model="m", input=["i"], output="o", task=TaskConfig(kind=kind, **(defaults | changes)))  # type: ignore[arg-type]
+    return Job(
+        model="m", input=["i"], output="o", task=TaskConfig(kind=kind, **(defaults | changes))
+    )  # type: ignore[arg-type]
 
 
 def runner(checkpoint: Path, a_job: Job) -> TaskRunner:
@@ -131,7 +147,9 @@ def test_messages_come_from_structs_or_json_text(checkpoint: Path) -> None:
     assert code_of(ids, task, {}) == "missing_column"
 
 
-def test_the_limit_keeps_room_for_the_answer_and_the_error_gives_both_counts(checkpoint: Path) -> None:
+def test_the_limit_keeps_room_for_the_answer_and_the_error_gives_both_counts(
+    checkpoint: Path,
+) -> None:
     limited = replace(job("generate", prompt="{text}"), engine=EngineSection(max_model_len=20))
     task = runner(checkpoint, limited)
     overhead = len(ids(task, {"text": "x"})) - 1
@@ -174,13 +192,20 @@ def scored(**fields: Any) -> Completion:
 
 
 def generated(*texts: str, reason: Any = "stop", logprobs: Any = None) -> Completion:
-    outputs = tuple(Output(token_ids=(1, 2), text=text, finish_reason=reason, logprobs=logprobs) for text in texts)
-    return Completion(id="k", finish_reason=reason, prompt_tokens=5, output_tokens=2, outputs=outputs)
+    outputs = tuple(
+        Output(token_ids=(1, 2), text=text, finish_reason=reason, logprobs=logprobs)
+        for text in texts
+    )
+    return Completion(
+        id="k", finish_reason=reason, prompt_tokens=5, output_tokens=2, outputs=outputs
+    )
 
 
 def test_choose_columns_are_the_contracts_formulas(checkpoint: Path) -> None:
     joint = [0.2, 0.5, 0.1]
-    columns = runner(checkpoint, job()).to_columns(scored(choice_logprobs=tuple(map(math.log, joint))), {})
+    columns = runner(checkpoint, job()).to_columns(
+        scored(choice_logprobs=tuple(map(math.log, joint))), {}
+    )
     assert columns["label"] == "green"
     assert columns["label_probs"] == pytest.approx([0.25, 0.625, 0.125])
     assert columns["probability"] == pytest.approx(0.625)
@@ -189,32 +214,51 @@ def test_choose_columns_are_the_contracts_formulas(checkpoint: Path) -> None:
 
 
 def test_choose_survives_probabilities_below_the_smallest_float(checkpoint: Path) -> None:
-    columns = runner(checkpoint, job()).to_columns(scored(choice_logprobs=(-2000.0, -2001.0, -math.inf)), {})
+    columns = runner(checkpoint, job()).to_columns(
+        scored(choice_logprobs=(-2000.0, -2001.0, -math.inf)), {}
+    )
     assert columns["label_probs"] == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e), 0.0])
     assert columns["off_set_mass"] == 1.0
 
 
 def test_choose_tells_log_probabilities_too_small_for_the_rest_if_asked(checkpoint: Path) -> None:
     logprobs = (-2000.0, -2001.0, -math.inf)
-    columns = runner(checkpoint, job(label_logprobs=True)).to_columns(scored(choice_logprobs=logprobs), {})
+    columns = runner(checkpoint, job(label_logprobs=True)).to_columns(
+        scored(choice_logprobs=logprobs), {}
+    )
     assert columns["label_logprobs"] == list(logprobs)
-    failed = runner(checkpoint, job(label_logprobs=True)).error_columns(RowError("aborted", "so it was"))
+    failed = runner(checkpoint, job(label_logprobs=True)).error_columns(
+        RowError("aborted", "so it was")
+    )
     assert failed["label_logprobs"] is None
 
 
 @pytest.mark.parametrize("logprobs", [(math.nan, -1.0, -1.0), (-math.inf,) * 3])
-def test_choose_without_any_finite_score_is_an_error(checkpoint: Path, logprobs: tuple[float, ...]) -> None:
+def test_choose_without_any_finite_score_is_an_error(
+    checkpoint: Path, logprobs: tuple[float, ...]
+) -> None:
     columns = runner(checkpoint, job()).to_columns(scored(choice_logprobs=logprobs), {})
     assert columns["error_code"] == "not_finite"
     assert columns["label"] is None
 
 
 def test_generate_gives_plain_values_for_one_and_lists_for_many(checkpoint: Path) -> None:
-    one = runner(checkpoint, job("generate")).to_columns(generated("hi", logprobs=(-0.5, -0.25)), {})
-    assert (one["text"], one["reasoning"], one["finish_reason"], one["logprobs"]) == ("hi", None, "stop", [-0.5, -0.25])
+    one = runner(checkpoint, job("generate")).to_columns(
+        generated("hi", logprobs=(-0.5, -0.25)), {}
+    )
+    assert (one["text"], one["reasoning"], one["finish_reason"], one["logprobs"]) == (
+        "hi",
+        None,
+        "stop",
+        [-0.5, -0.25],
+    )
     many_job = replace(job("generate"), sampling=SamplingParams(n=2))
     many = runner(checkpoint, many_job).to_columns(generated("a", "b", reason="length"), {})
-    assert (many["text"], many["finish_reason"], many["logprobs"]) == (["a", "b"], ["length"] * 2, [None, None])
+    assert (many["text"], many["finish_reason"], many["logprobs"]) == (
+        ["a", "b"],
+        ["length"] * 2,
+        [None, None],
+    )
 
 
 def test_extract_keeps_valid_json_and_types_each_failure(checkpoint: Path) -> None:
@@ -223,12 +267,24 @@ def test_extract_keeps_valid_json_and_types_each_failure(checkpoint: Path) -> No
     cut = task.to_columns(generated('{"order_id": "A', reason="length"), {})
     assert (cut["error_code"], cut["json"]) == ("output_truncated", None)
     assert "sampling.max_tokens" in cut["error_message"]
-    for wrong in ("", "hello", '{"order_id": 3}', '{"other": 1}', '{"order_id": NaN}', "[" * 100_000):
+    for wrong in (
+        "",
+        "hello",
+        '{"order_id": 3}',
+        '{"other": 1}',
+        '{"order_id": NaN}',
+        "[" * 100_000,
+    ):
         assert task.to_columns(generated(wrong), {})["error_code"] == "invalid_json", wrong
 
 
 @example("\x7f")  # JSON takes it as it stands, the grammar's library only spelled out
-@given(st.recursive(st.none() | st.text(max_size=3) | st.integers(-9, 9), lambda inner: st.lists(inner, max_size=3)))
+@given(
+    st.recursive(
+        st.none() | st.text(max_size=3) | st.integers(-9, 9),
+        lambda inner: st.lists(inner, max_size=3),
+    )
+)
 def test_the_validator_agrees_with_jsonschema(value: object) -> None:
     text = json.dumps({"order_id": value}, ensure_ascii=False)
     try:
@@ -260,7 +316,11 @@ def test_a_schema_that_cannot_be_followed_is_refused() -> None:
     ],
 )  # fmt: skip
 def test_classify_by_problem_type(
-    checkpoint: Path, config: dict[str, Any], logits: list[float], scores: list[float], label: object
+    checkpoint: Path,
+    config: dict[str, Any],
+    logits: list[float],
+    scores: list[float],
+    label: object,
 ) -> None:
     write_config(checkpoint, architectures=["Glm4ForSequenceClassification"], **config)
     a_job = job("classify", prompt="{text}")
@@ -281,7 +341,13 @@ def test_tag_gives_each_token_its_text_and_offsets(checkpoint: Path) -> None:
     logits[0, 1] = math.log(3)
     tokens = task.to_columns(scored(array=logits), row)["tokens"]
     write_config(checkpoint)
-    assert tokens[0] == {"text": "a", "start": 0, "end": 1, "label": "B", "score": pytest.approx(0.75)}
+    assert tokens[0] == {
+        "text": "a",
+        "start": 0,
+        "end": 1,
+        "label": "B",
+        "score": pytest.approx(0.75),
+    }
     assert len(tokens) == num_tokens
     assert all(token["text"] == row["text"][token["start"] : token["end"]] for token in tokens)
     assert tokens[-1]["end"] == 3
@@ -297,9 +363,18 @@ def test_embed_refuses_the_wrong_width_and_non_finite_vectors(checkpoint: Path) 
 
 def test_engine_errors_and_aborts_become_the_rows_error(checkpoint: Path) -> None:
     task = runner(checkpoint, job())
-    broken = Completion(id="k", finish_reason="error", prompt_tokens=9, error=RowError("prompt_too_long", "9 tokens"))
+    broken = Completion(
+        id="k",
+        finish_reason="error",
+        prompt_tokens=9,
+        error=RowError("prompt_too_long", "9 tokens"),
+    )
     columns = task.to_columns(broken, {})
-    assert (columns["status"], columns["error_code"], columns["prompt_tokens"]) == ("error", "prompt_too_long", 9)
+    assert (columns["status"], columns["error_code"], columns["prompt_tokens"]) == (
+        "error",
+        "prompt_too_long",
+        9,
+    )
     assert task.to_columns(Completion(id="k", finish_reason="abort"), {})["error_code"] == "aborted"
 
 
@@ -315,20 +390,29 @@ def test_an_errored_row_has_the_same_columns(checkpoint: Path, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["choose", "generate", "classify", "tag", "embed"])
 def test_from_row_to_arrow_through_an_engine(checkpoint: Path, kind: str) -> None:
-    """The echo engine once answered in a width of its own, so that a dry run failed on every row of these kinds."""
+    """The echo engine once answered in a width of its own, so that a dry run failed on every row of
+    these kinds.
+    """
     write_config(checkpoint, id2label={"0": "a", "1": "b", "2": "c"})
     a_job = job(kind, prompt="{text}")
     task = runner(checkpoint, a_job)
     engine = build_engine(EngineConfig(model=str(checkpoint), kind="echo"))
     rows = {"k1": {"text": "hello"}, "k2": {"text": "world, you"}}
     engine.submit([task.request(key, prompt(task, row)) for key, row in rows.items()])
-    records = [{"row_key": each.id, "attempts": 1, **task.to_columns(each, rows[each.id])} for each in engine.step()]
+    records = [
+        {"row_key": each.id, "attempts": 1, **task.to_columns(each, rows[each.id])}
+        for each in engine.step()
+    ]
     schema = output_schema(a_job, load_config(checkpoint), {})
     write_config(checkpoint)
     table = pa.Table.from_pylist(records, schema)
     assert table["status"].to_pylist() == ["ok", "ok"]
     assert sorted(table["row_key"].to_pylist()) == ["k1", "k2"]
-    assert all(table[name].null_count == 0 for name in TASK_COLUMNS[kind] if name not in ("reasoning", "logprobs"))
+    assert all(
+        table[name].null_count == 0
+        for name in TASK_COLUMNS[kind]
+        if name not in ("reasoning", "logprobs")
+    )
 
 
 # ---- gold
@@ -346,7 +430,9 @@ def test_from_row_to_arrow_through_an_engine(checkpoint: Path, kind: str) -> Non
         ("extract", {"json": '{"order_id":null}'}, "not json", False),
     ],
 )
-def test_gold(checkpoint: Path, kind: str, columns: dict[str, Any], gold: object, right: bool | None) -> None:
+def test_gold(
+    checkpoint: Path, kind: str, columns: dict[str, Any], gold: object, right: bool | None
+) -> None:
     task = runner(checkpoint, job(kind))
     assert task.is_right({"status": "ok"} | columns, gold) is right
     if gold is not None:

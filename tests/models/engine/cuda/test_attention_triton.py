@@ -1,4 +1,5 @@
-"""The fused attention against one query at a time, over the batches that the scheduler really makes.
+"""The fused attention against one query at a time, over the batches that the scheduler really
+makes.
 
 Needs a CUDA device; with TRITON_INTERPRET=1 and triton installed it runs without one, slowly.
 """
@@ -28,7 +29,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("seed", SEEDS[: 24 if DEVICE.type == "cuda" else 3])
-def test_attention_is_that_of_one_query_at_a_time(monkeypatch: pytest.MonkeyPatch, seed: int, splits: int) -> None:
+def test_attention_is_that_of_one_query_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, seed: int, splits: int
+) -> None:
     from glm_batch.models.engine.cuda import attention_triton
     from glm_batch.models.engine.cuda.runner_cuda import paged_queries
 
@@ -44,5 +47,7 @@ def test_attention_is_that_of_one_query_at_a_time(monkeypatch: pytest.MonkeyPatc
         whole = attention_triton.attend_paged(q, k, v, paged_queries(batch.groups, DEVICE))
         torch.testing.assert_close(whole.cpu(), expected, atol=1e-5, rtol=0)
         rows = torch.from_numpy(batch.out_rows)
-        wanted = attention_triton.attend_paged(q[rows.to(DEVICE)], k, v, paged_queries(batch.out_groups, DEVICE))
+        wanted = attention_triton.attend_paged(
+            q[rows.to(DEVICE)], k, v, paged_queries(batch.out_groups, DEVICE)
+        )
         torch.testing.assert_close(wanted.cpu(), expected[rows], atol=1e-5, rtol=0)

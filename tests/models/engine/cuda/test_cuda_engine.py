@@ -1,6 +1,8 @@
-"""The engine with fused kernels and recorded decode steps gives what the plain engine gives, for every kind of work.
+"""The engine with fused kernels and recorded decode steps gives what the plain engine gives, for
+every kind of work.
 
-Needs a CUDA device; with TRITON_INTERPRET=1 and triton installed it runs without one, slowly and without recording.
+Needs a CUDA device; with TRITON_INTERPRET=1 and triton installed it runs without one, slowly and
+without recording.
 """
 
 from __future__ import annotations
@@ -14,7 +16,16 @@ import pytest
 import torch
 
 from glm_batch.models.checkpoint.config_reader import load_config
-from glm_batch.models.engine import Choose, Completion, Embed, EngineConfig, Generate, Inspect, Request, SamplingParams
+from glm_batch.models.engine import (
+    Choose,
+    Completion,
+    Embed,
+    EngineConfig,
+    Generate,
+    Inspect,
+    Request,
+    SamplingParams,
+)
 from glm_batch.models.engine.cuda.kernels import resolve_tile_queries
 from glm_batch.models.engine.cuda.paged import TILE_ROWS
 from glm_batch.models.engine.torch_engine import TorchEngine
@@ -26,13 +37,21 @@ from tests.models.triton_device import DEVICE, fused_engine
 __all__ = ["make_glm4v"]  # a fixture
 
 ATOL = 5e-5
-LIMITS: dict[str, Any] = {"kv_cache_tokens": 2048, "max_step_tokens": 64, "max_num_seqs": 6, "dtype": "float32"}
+LIMITS: dict[str, Any] = {
+    "kv_cache_tokens": 2048,
+    "max_step_tokens": 64,
+    "max_num_seqs": 6,
+    "dtype": "float32",
+}
 
 
 def requests(work: Any, count: int) -> list[Request]:
     """Prompts that share a beginning, of many lengths."""
     prefix = random_ids(7, 29)
-    return [Request(id=f"r{i}", input_ids=prefix + random_ids(i, 2 + 11 * i % 37), work=work) for i in range(count)]
+    return [
+        Request(id=f"r{i}", input_ids=prefix + random_ids(i, 2 + 11 * i % 37), work=work)
+        for i in range(count)
+    ]
 
 
 def run(engine: TorchEngine, wanted: list[Request]) -> dict[str, Completion]:
@@ -47,8 +66,14 @@ def assert_same(one: dict[str, Completion], other: dict[str, Completion]) -> Non
     assert one.keys() == other.keys()
     for id, a in one.items():
         b = other[id]
-        assert (a.error, a.finish_reason, a.cached_tokens) == (b.error, b.finish_reason, b.cached_tokens)
-        assert [output.token_ids for output in a.outputs] == [output.token_ids for output in b.outputs]
+        assert (a.error, a.finish_reason, a.cached_tokens) == (
+            b.error,
+            b.finish_reason,
+            b.cached_tokens,
+        )
+        assert [output.token_ids for output in a.outputs] == [
+            output.token_ids for output in b.outputs
+        ]
         for x, y in zip(a.outputs, b.outputs, strict=True):
             np.testing.assert_allclose(x.logprobs or (), y.logprobs or (), atol=ATOL)
         np.testing.assert_allclose(a.choice_logprobs or (), b.choice_logprobs or (), atol=ATOL)
@@ -58,7 +83,9 @@ def assert_same(one: dict[str, Completion], other: dict[str, Completion]) -> Non
 
 WORKS = {
     "greedy": Generate(sampling=SamplingParams(max_tokens=6, ignore_eos=True, logprobs=1)),
-    "sampled": Generate(sampling=SamplingParams(max_tokens=5, ignore_eos=True, temperature=1.0, top_p=0.9, n=2)),
+    "sampled": Generate(
+        sampling=SamplingParams(max_tokens=5, ignore_eos=True, temperature=1.0, top_p=0.9, n=2)
+    ),
     "choose": Choose(choices=((5,), (5, 6), (7, 8, 9), (7, 8, 10)), count_end=True),
     "embed": Embed(pooling="mean"),
     "inspect": Inspect(what="hidden_states"),
@@ -68,7 +95,9 @@ WORKS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["glm", "glm4"])
 @pytest.mark.parametrize("work", WORKS)
-def test_fused_engine_is_the_plain_one(make_checkpoint: MakeCheckpoint, family: str, work: str) -> None:
+def test_fused_engine_is_the_plain_one(
+    make_checkpoint: MakeCheckpoint, family: str, work: str
+) -> None:
     path = make_checkpoint(family)
     wanted = requests(WORKS[work], 8 if DEVICE.type == "cuda" else 3)
     plain = TorchEngine.from_checkpoint(EngineConfig(model=str(path), device=str(DEVICE), **LIMITS))
@@ -82,7 +111,10 @@ def test_fused_engine_is_the_plain_one(make_checkpoint: MakeCheckpoint, family: 
 @pytest.mark.parametrize("work", ["greedy", "choose"])
 def test_fused_engine_sees_images_and_videos(make_glm4v: MakeGlm4v, work: str) -> None:
     path = make_glm4v()
-    prompts = [make_prompt(parts, seed=i) for i, parts in enumerate([[9, (1, 4, 4), 3], [4, [(2, 4, 4)], 2], [12]])]
+    prompts = [
+        make_prompt(parts, seed=i)
+        for i, parts in enumerate([[9, (1, 4, 4), 3], [4, [(2, 4, 4)], 2], [12]])
+    ]
     wanted = [
         Request(id=str(i), input_ids=prompt.ids, media=prompt.media, work=WORKS[work])
         for i, prompt in enumerate(prompts)
@@ -135,4 +167,7 @@ def test_a_tile_has_as_many_queries_as_its_rows_hold(
     """Eight query heads of two kv heads: four rows a query."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     config = EngineConfig(model=str(make_checkpoint(shape="gqa4")), cuda_kernels=True)
-    assert resolve_tile_queries(config, load_config(config.model), torch.device("cuda")) == TILE_ROWS // 4
+    assert (
+        resolve_tile_queries(config, load_config(config.model), torch.device("cuda"))
+        == TILE_ROWS // 4
+    )

@@ -1,4 +1,6 @@
-"""The block-table form of a step says of every query exactly which keys it sees, over the scheduler's own batches."""
+"""The block-table form of a step says of every query exactly which keys it sees, over the
+scheduler's own batches.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ TILE_QUERIES = 4
 
 
 def paged_batch(step: Step) -> Batch:
-    return build_paged_batch(step.chunks, block_size=step.block_size, tile_queries=TILE_QUERIES, eos_token_ids=(1,))[0]
+    return build_paged_batch(
+        step.chunks, block_size=step.block_size, tile_queries=TILE_QUERIES, eos_token_ids=(1,)
+    )[0]
 
 
 def seen_by_layout(layout: PagedLayout) -> list[list[int]]:
@@ -38,7 +42,9 @@ def sees(layout: PagedLayout, sequence: int, row: int, key: int) -> bool:
     if layout.tree_starts is None or layout.tree_rows is None or layout.tree_bits is None:
         return False
     node = key - layout.tree_starts[sequence]
-    return bool(0 <= node < layout.tree_bits.shape[1] and layout.tree_bits[layout.tree_rows[row], node])
+    return bool(
+        0 <= node < layout.tree_bits.shape[1] and layout.tree_bits[layout.tree_rows[row], node]
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS[:10])
@@ -59,4 +65,6 @@ def test_all_else_is_as_in_the_plain_batch(seed: int) -> None:
     for step in islice(steps(seed), 8):
         batch = paged_batch(step)
         for name in names:
-            np.testing.assert_array_equal(getattr(batch, name), getattr(step.batch, name), err_msg=name)
+            np.testing.assert_array_equal(
+                getattr(batch, name), getattr(step.batch, name), err_msg=name
+            )

@@ -1,4 +1,6 @@
-"""Constrained outputs of a model with random logits: always valid, and ended exactly where the grammar may end."""
+"""Constrained outputs of a model with random logits: always valid, and ended exactly where the
+grammar may end.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ from glm_batch.models.engine.execution.sampler import SampleRow, sample
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.tokenizer import Tokenizer
 
-CORPUS = ['{"order_id": "A-1001", "reason": "damaged", "days": 12, "items": [true, false, null]}\n', "你好，世界 café "]
+CORPUS = [
+    '{"order_id": "A-1001", "reason": "damaged", "days": 12, "items": [true, false, null]}\n',
+    "你好，世界 café ",
+]
 
 SCHEMAS: list[dict[str, Any]] = [
     {
@@ -48,7 +53,10 @@ SCHEMAS: list[dict[str, Any]] = [
     },
     {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 6}, "inner": {"$ref": "#/$defs/point"}},
+        "properties": {
+            "name": {"type": "string", "maxLength": 6},
+            "inner": {"$ref": "#/$defs/point"},
+        },
         "required": ["inner"],
         "additionalProperties": False,
         "$defs": {
@@ -76,16 +84,23 @@ REGEXES = [
 
 
 def build_tokenizer(*, has_eos: bool = True) -> Tokenizer:
-    """A byte-level BPE of 330 tokens; one of its EOS tokens is, as GLM-4.1V's, ordinary text to the library."""
+    """A byte-level BPE of 330 tokens; one of its EOS tokens is, as GLM-4.1V's, ordinary text to the
+    library.
+    """
     raw = tokenizers.Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw.train_from_iterator(
-        CORPUS * 3, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+        CORPUS * 3,
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False),
     )
-    raw.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|endoftext|>", "<|user|>", "[MASK]")])
-    raw.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>", "</answer>")])
+    raw.add_special_tokens(
+        [AddedToken(token, normalized=False) for token in ("<|endoftext|>", "<|user|>", "[MASK]")]
+    )
+    raw.add_tokens(
+        [AddedToken(token, normalized=False) for token in ("<think>", "</think>", "</answer>")]
+    )
     ends = [raw.token_to_id(token) for token in ("<|endoftext|>", "<|user|>", "</answer>")]
     return Tokenizer(raw, eos_token_ids=ends if has_eos else ())
 
@@ -119,7 +134,9 @@ def feed(matcher: Matcher, tokenizer: Tokenizer, text: str) -> Matcher:
 
 
 def generate(matcher: Matcher, tokenizer: Tokenizer, seed: int, *, jump: bool = False) -> str:
-    """Text from random logits through the real sampler, until EOS or until nothing but EOS may follow."""
+    """Text from random logits through the real sampler, until EOS or until nothing but EOS may
+    follow.
+    """
     generator = torch.Generator().manual_seed(seed)
     params = SamplingParams(temperature=1.0, seed=seed, max_tokens=2000)
     ids: list[int] = []
@@ -145,7 +162,10 @@ def generate(matcher: Matcher, tokenizer: Tokenizer, seed: int, *, jump: bool = 
 def test_random_outputs_are_valid_json(
     schema: dict[str, Any], jump: bool, constraints: Constraints, tokenizer: Tokenizer
 ) -> None:
-    texts = {generate(constraints.start(schema_of(schema)), tokenizer, seed, jump=jump) for seed in range(12)}
+    texts = {
+        generate(constraints.start(schema_of(schema)), tokenizer, seed, jump=jump)
+        for seed in range(12)
+    }
     assert len(texts) > 3, "random logits lead to different outputs"
     for text in texts:
         jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
@@ -156,7 +176,10 @@ def test_random_outputs_are_valid_json(
 def test_random_outputs_match_the_regex(
     pattern: str, jump: bool, constraints: Constraints, tokenizer: Tokenizer
 ) -> None:
-    texts = {generate(constraints.start(regex_of(pattern)), tokenizer, seed, jump=jump) for seed in range(25)}
+    texts = {
+        generate(constraints.start(regex_of(pattern)), tokenizer, seed, jump=jump)
+        for seed in range(25)
+    }
     assert len(texts) > 1
     assert not [text for text in texts if not re.fullmatch(pattern, text)]
 
@@ -181,7 +204,9 @@ def test_eos_is_allowed_exactly_where_the_regex_matches(
         assert allowed_ids(matcher) == sorted(tokenizer.eos_token_ids)
 
 
-def test_eos_is_allowed_exactly_where_the_json_is_complete(constraints: Constraints, tokenizer: Tokenizer) -> None:
+def test_eos_is_allowed_exactly_where_the_json_is_complete(
+    constraints: Constraints, tokenizer: Tokenizer
+) -> None:
     for seed, schema in enumerate(SCHEMAS * 3):
         choose = random.Random(seed)
         matcher, ids = constraints.start(schema_of(schema)), []
@@ -206,14 +231,22 @@ def is_json(text: str, schema: dict[str, Any]) -> bool:
 def test_the_mask_is_every_token_that_can_lead_to_a_match(
     pattern: str, constraints: Constraints, tokenizer: Tokenizer
 ) -> None:
-    """The oracle is partial matching; where the next tokens are forced, the mask holds the first of them alone."""
+    """The oracle is partial matching; where the next tokens are forced, the mask holds the first of
+    them alone.
+    """
     plain = [id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id).isascii()]
-    plain = [id for id in plain if id not in tokenizer.special_ids and tokenizer.decode([id])[0] != "<"]
+    plain = [
+        id for id in plain if id not in tokenizer.special_ids and tokenizer.decode([id])[0] != "<"
+    ]
     for seed in range(6):
         choose = random.Random(seed)
         matcher, text = constraints.start(regex_of(pattern)), ""
         while not matcher.is_done:
-            possible = [id for id in plain if regex.fullmatch(pattern, text + tokenizer.decode([id]), partial=True)]
+            possible = [
+                id
+                for id in plain
+                if regex.fullmatch(pattern, text + tokenizer.decode([id]), partial=True)
+            ]
             ends = list(tokenizer.eos_token_ids) if matcher.may_stop else []
             forced = matcher.forced_tokens()
             assert allowed_ids(matcher) == (forced[:1] or sorted(possible + ends))
@@ -247,8 +280,12 @@ def test_forced_tokens_are_the_only_way_on(
         matcher.accept(token)
 
 
-def test_control_tokens_never_appear_inside_text(constraints: Constraints, tokenizer: Tokenizer) -> None:
-    """`</answer>` ends GLM-4.1V's answer but is no special token: inside a string it would end the JSON."""
+def test_control_tokens_never_appear_inside_text(
+    constraints: Constraints, tokenizer: Tokenizer
+) -> None:
+    """`</answer>` ends GLM-4.1V's answer but is no special token: inside a string it would end the
+    JSON.
+    """
     matcher = feed(constraints.start(schema_of({"type": "string"})), tokenizer, '"ab')
     allowed = set(allowed_ids(matcher))
     control = {id for text in tokenizer.control_tokens for id in tokenizer.encode_control(text)}
@@ -257,7 +294,9 @@ def test_control_tokens_never_appear_inside_text(constraints: Constraints, token
     assert set(tokenizer.encode("</answer>")) <= allowed
 
 
-def test_whitespace_between_json_tokens_is_free_but_bounded(constraints: Constraints, tokenizer: Tokenizer) -> None:
+def test_whitespace_between_json_tokens_is_free_but_bounded(
+    constraints: Constraints, tokenizer: Tokenizer
+) -> None:
     schema = schema_of({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]})
     feed(constraints.start(schema), tokenizer, '{\n    "a": null\n}')
     blank = tokenizer.encode(" ")
@@ -281,7 +320,9 @@ def test_copies_go_their_own_ways(constraints: Constraints, tokenizer: Tokenizer
 def test_each_constraint_is_compiled_once(tokenizer: Tokenizer) -> None:
     constraints = Constraints(tokenizer)
     feed(constraints.start(regex_of("ab")), tokenizer, "a")
-    assert tokenizer.decode(constraints.start(regex_of("ab")).forced_tokens()) == "ab", "a fresh start each time"
+    assert tokenizer.decode(constraints.start(regex_of("ab")).forced_tokens()) == "ab", (
+        "a fresh start each time"
+    )
     constraints.start(schema_of({"const": "ab"}))
     info = constraints._compiled.cache_info()
     assert (info.misses, info.hits) == (2, 1)
@@ -297,7 +338,10 @@ def test_each_constraint_is_compiled_once(tokenizer: Tokenizer) -> None:
         (Constraint(kind="json_schema", text="[]"), "must be a JSON object"),
         (Constraint(kind="json_schema", text='{"type": "obj"}'), "Invalid type: obj"),
         (Constraint(kind="json_schema", text='{"not": {}}'), 'Unimplemented keys: ["not"]'),
-        (Constraint(kind="json_schema", text='{"type": "integer", "minimum": 5, "maximum": 2}'), "Unsatisfiable"),
+        (
+            Constraint(kind="json_schema", text='{"type": "integer", "minimum": 5, "maximum": 2}'),
+            "Unsatisfiable",
+        ),
     ],
     ids=str,
 )
@@ -308,7 +352,9 @@ def test_an_unusable_constraint_is_refused_with_the_reason(
         constraints.start(constraint)
 
 
-def test_a_token_that_is_not_allowed_is_a_row_error(constraints: Constraints, tokenizer: Tokenizer) -> None:
+def test_a_token_that_is_not_allowed_is_a_row_error(
+    constraints: Constraints, tokenizer: Tokenizer
+) -> None:
     matcher = constraints.start(regex_of("ab"))
     with pytest.raises(RowError, match="constraint"):
         feed(matcher, tokenizer, "x")

@@ -1,4 +1,6 @@
-"""Memory that runs out in a step costs smaller steps, or the row that does not fit alone; nothing else changes."""
+"""Memory that runs out in a step costs smaller steps, or the row that does not fit alone; nothing
+else changes.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,22 @@ import numpy as np
 import pytest
 import torch
 
-from glm_batch.models.engine import Choose, Completion, Embed, EngineConfig, Generate, Request, SamplingParams
+from glm_batch.models.engine import (
+    Choose,
+    Completion,
+    Embed,
+    EngineConfig,
+    Generate,
+    Request,
+    SamplingParams,
+)
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.engine.execution.runner import StepOutput
-from glm_batch.models.engine.scheduling.step_size import STEPS_TO_RECOVER, StepSize, is_out_of_memory
+from glm_batch.models.engine.scheduling.step_size import (
+    STEPS_TO_RECOVER,
+    StepSize,
+    is_out_of_memory,
+)
 from glm_batch.models.engine.torch_engine import TorchEngine
 from tests.models.conftest import MakeCheckpoint, random_ids
 
@@ -25,7 +39,9 @@ ATOL = 5e-5
 class FullRunner:
     """A runner whose device says that it is full, before or after it has computed the step."""
 
-    def __init__(self, runner: Any, does_not_fit: Callable[[Batch], bool], *, late: bool = False) -> None:
+    def __init__(
+        self, runner: Any, does_not_fit: Callable[[Batch], bool], *, late: bool = False
+    ) -> None:
         self.config, self.num_failures = runner.config, 0
         self._runner, self._does_not_fit, self._late = runner, does_not_fit, late
 
@@ -46,9 +62,13 @@ def path(make_checkpoint: MakeCheckpoint) -> Path:
     return make_checkpoint("glm4")
 
 
-def build(path: Path, does_not_fit: Callable[[Batch], bool] | None = None, **config: Any) -> TorchEngine:
+def build(
+    path: Path, does_not_fit: Callable[[Batch], bool] | None = None, **config: Any
+) -> TorchEngine:
     late = config.pop("late", False)
-    engine = TorchEngine.from_checkpoint(EngineConfig(model=str(path), **({"kv_cache_tokens": 4096} | config)))
+    engine = TorchEngine.from_checkpoint(
+        EngineConfig(model=str(path), **({"kv_cache_tokens": 4096} | config))
+    )
     if does_not_fit:
         engine._runner = FullRunner(engine._runner, does_not_fit, late=late)
     return engine
@@ -70,13 +90,23 @@ def run(engine: TorchEngine, requests: list[Request]) -> dict[str, Completion]:
 
 def mixed_requests() -> list[Request]:
     """Prompts that share a beginning, of many lengths, for every kind of work."""
-    schema = SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0, seed=3, n=2, logprobs=1)
+    schema = SamplingParams(
+        max_tokens=12, ignore_eos=True, temperature=1.0, seed=3, n=2, logprobs=1
+    )
     penalised = SamplingParams(max_tokens=15, ignore_eos=True, repetition_penalty=1.3, min_tokens=3)
-    works = [Generate(sampling=schema), Generate(sampling=penalised), Choose(choices=((5,), (5, 6), (7, 8, 9)))]
+    works = [
+        Generate(sampling=schema),
+        Generate(sampling=penalised),
+        Choose(choices=((5,), (5, 6), (7, 8, 9))),
+    ]
     works += [Embed(pooling="mean"), Embed()]  # type: ignore[list-item]
     prefix = random_ids(7, 29)
     return [
-        Request(id=f"r{i}", input_ids=prefix + random_ids(i, 2 + 11 * i % 37), work=works[i % len(works)])
+        Request(
+            id=f"r{i}",
+            input_ids=prefix + random_ids(i, 2 + 11 * i % 37),
+            work=works[i % len(works)],
+        )
         for i in range(20)
     ]
 
@@ -90,7 +120,9 @@ def assert_same(found: dict[str, Completion], expected: dict[str, Completion]) -
     for key, want in expected.items():
         got = found[key]
         assert got.error is None
-        assert [output.token_ids for output in got.outputs] == [output.token_ids for output in want.outputs]
+        assert [output.token_ids for output in got.outputs] == [
+            output.token_ids for output in want.outputs
+        ]
         np.testing.assert_allclose(got.choice_logprobs or [], want.choice_logprobs or [], atol=ATOL)
         if want.array is not None:
             np.testing.assert_allclose(got.array, want.array, atol=ATOL)
@@ -102,18 +134,29 @@ def assert_same(found: dict[str, Completion], expected: dict[str, Completion]) -
     [{}, {"max_step_tokens": 40, "max_num_seqs": 5}, {"kv_cache_tokens": 150, "block_size": 4}],
     ids=["plain", "small steps", "preempted"],
 )
-def test_steps_that_fail_at_random_change_no_answer(path: Path, seed: int, config: dict[str, Any]) -> None:
+def test_steps_that_fail_at_random_change_no_answer(
+    path: Path, seed: int, config: dict[str, Any]
+) -> None:
     requests = mixed_requests()
     expected = run(build(path, **config), requests)
     chance = random.Random(seed)
-    engine = build(path, lambda batch: len(batch.input_ids) > 1 and chance.random() < 0.5, late=seed % 2 == 0, **config)
+    engine = build(
+        path,
+        lambda batch: len(batch.input_ids) > 1 and chance.random() < 0.5,
+        late=seed % 2 == 0,
+        **config,
+    )
     assert_same(run(engine, requests), expected)
     assert engine._runner.num_failures > 0  # type: ignore[attr-defined]
 
 
 def test_steps_shrink_to_what_fits_and_grow_again(path: Path) -> None:
     requests = [
-        Request(id=f"r{i}", input_ids=random_ids(i, 60), work=Generate(sampling=SamplingParams(max_tokens=40)))
+        Request(
+            id=f"r{i}",
+            input_ids=random_ids(i, 60),
+            work=Generate(sampling=SamplingParams(max_tokens=40)),
+        )
         for i in range(6)
     ]
     is_full = True
@@ -134,7 +177,9 @@ def test_a_row_that_does_not_fit_alone_fails_alone(path: Path, where: int) -> No
     prompts = [without_poison(random_ids(i, 40)) for i in range(8)]
     prompts[where][20] = POISON
     work = Generate(sampling=SamplingParams(max_tokens=10, ignore_eos=True))
-    requests = [Request(id=f"r{i}", input_ids=prompt, work=work) for i, prompt in enumerate(prompts)]
+    requests = [
+        Request(id=f"r{i}", input_ids=prompt, work=work) for i, prompt in enumerate(prompts)
+    ]
     engine = build(path, lambda batch: POISON in batch.input_ids)
     # The model may write that token too: then the other rows would not fit either.
     found = run(engine, requests)

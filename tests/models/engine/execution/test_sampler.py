@@ -1,4 +1,6 @@
-"""The sampler against transformers' logits processors, against the distributions it must follow, and its seeds."""
+"""The sampler against transformers' logits processors, against the distributions it must follow,
+and its seeds.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,25 @@ from transformers.generation import logits_process as hf
 
 from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.engine.execution import sampler
-from glm_batch.models.engine.execution.sampler import SampleRow, exponential_noise, noise_key, sample
+from glm_batch.models.engine.execution.sampler import (
+    SampleRow,
+    exponential_noise,
+    noise_key,
+    sample,
+)
 
 VOCAB = 40
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
-def row(prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **options: Any) -> SampleRow:
-    own = {name: options.pop(name) for name in ("sample_index", "end_ids", "bitmask") if name in options}
+def row(
+    prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **options: Any
+) -> SampleRow:
+    own = {
+        name: options.pop(name)
+        for name in ("sample_index", "end_ids", "bitmask")
+        if name in options
+    }
     return SampleRow(params=SamplingParams(**options), prompt_ids=prompt, output_ids=output, **own)
 
 
@@ -37,7 +50,9 @@ def draws(logits: torch.Tensor, count: int, **options: Any) -> Counter[int]:
 
 
 def chi_square(observed: Counter[int], probabilities: torch.Tensor) -> float:
-    """(statistic - degrees of freedom) / sqrt(2 * degrees of freedom): about standard normal for a true sampler."""
+    """(statistic - degrees of freedom) / sqrt(2 * degrees of freedom): about standard normal for a
+    true sampler.
+    """
     count = sum(observed.values())
     expected = {id: float(p) * count for id, p in enumerate(probabilities) if p > 0}
     assert set(observed) <= set(expected), "an id of probability 0 was drawn"
@@ -83,7 +98,12 @@ def reference(
         {"repetition_penalty": 0.7, "top_p": 0.9},
         {"presence_penalty": 1.5},
         {"frequency_penalty": 0.8, "top_k": 20},
-        {"repetition_penalty": 1.3, "presence_penalty": -0.7, "frequency_penalty": 0.4, "top_p": 0.95},
+        {
+            "repetition_penalty": 1.3,
+            "presence_penalty": -0.7,
+            "frequency_penalty": 0.4,
+            "top_p": 0.95,
+        },
     ],
     ids=str,
 )
@@ -101,7 +121,9 @@ def test_draws_follow_the_distribution_of_transformers(
 
 
 def test_the_support_is_exactly_that_of_transformers() -> None:
-    """Every token the filters leave can be drawn, and no other: with flat kept logits each shows up."""
+    """Every token the filters leave can be drawn, and no other: with flat kept logits each shows
+    up.
+    """
     torch.manual_seed(0)
     for _ in range(50):
         logits = 1.5 * torch.randn(VOCAB)
@@ -119,11 +141,19 @@ def test_the_support_is_exactly_that_of_transformers() -> None:
         assert ours == theirs
 
 
-def test_a_narrow_window_draws_the_same_tokens_as_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_window_draws_the_same_tokens_as_the_whole_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(1)
     logits = torch.randn(60, 500)
     rows = [
-        row(seed=i, temperature=0.5 + i % 7 / 4, top_k=i % 5 * 9, top_p=[1.0, 0.3, 0.9][i % 3], min_p=i % 2 * 0.1)
+        row(
+            seed=i,
+            temperature=0.5 + i % 7 / 4,
+            top_k=i % 5 * 9,
+            top_p=[1.0, 0.3, 0.9][i % 3],
+            min_p=i % 2 * 0.1,
+        )
         for i in range(60)
     ]
     tokens = []
@@ -151,18 +181,35 @@ def test_greedy_rows_take_the_argmax_and_sampled_rows_of_temperature_zero_too() 
 def test_penalties_change_a_greedy_choice() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 7], logits[0, 8] = 2.0, 1.5
-    assert sample(logits, [row(prompt=(7,), repetition_penalty=2.0)], vocab_size=VOCAB).token_ids == [8]
-    assert sample(logits, [row(prompt=(7,), presence_penalty=2.0)], vocab_size=VOCAB).token_ids == [7]
-    assert sample(logits, [row(output=(7,), presence_penalty=0.6)], vocab_size=VOCAB).token_ids == [8]
-    assert sample(logits, [row(output=(7,), frequency_penalty=0.4)], vocab_size=VOCAB).token_ids == [7]
-    assert sample(logits, [row(output=(7, 7), frequency_penalty=0.4)], vocab_size=VOCAB).token_ids == [8]
+    assert sample(
+        logits, [row(prompt=(7,), repetition_penalty=2.0)], vocab_size=VOCAB
+    ).token_ids == [8]
+    assert sample(logits, [row(prompt=(7,), presence_penalty=2.0)], vocab_size=VOCAB).token_ids == [
+        7
+    ]
+    assert sample(logits, [row(output=(7,), presence_penalty=0.6)], vocab_size=VOCAB).token_ids == [
+        8
+    ]
+    assert sample(
+        logits, [row(output=(7,), frequency_penalty=0.4)], vocab_size=VOCAB
+    ).token_ids == [7]
+    assert sample(
+        logits, [row(output=(7, 7), frequency_penalty=0.4)], vocab_size=VOCAB
+    ).token_ids == [8]
 
 
 def test_a_request_draws_the_same_tokens_in_any_batch() -> None:
     torch.manual_seed(3)
     logits = torch.randn(24, VOCAB)
     rows = [
-        row(seed=i, output=tuple(range(i % 4)), temperature=1.0, top_k=i % 3 * 4, sample_index=i % 2, logprobs=i % 2)
+        row(
+            seed=i,
+            output=tuple(range(i % 4)),
+            temperature=1.0,
+            top_k=i % 3 * 4,
+            sample_index=i % 2,
+            logprobs=i % 2,
+        )
         for i in range(24)
     ]
     together = sample(logits, rows, vocab_size=VOCAB).token_ids
@@ -180,7 +227,19 @@ def test_seed_index_and_position_each_change_the_draw() -> None:
         return sample(logits, [row(**{**base, **change})], vocab_size=5000).token_ids[0]
 
     assert draw() == draw()
-    assert len({draw(), draw(seed=2), draw(sample_index=1), draw(output=(4, 4)), draw(seed=-1), draw(seed=2**70)}) == 6
+    assert (
+        len(
+            {
+                draw(),
+                draw(seed=2),
+                draw(sample_index=1),
+                draw(output=(4, 4)),
+                draw(seed=-1),
+                draw(seed=2**70),
+            }
+        )
+        == 6
+    )
     assert draw(output=(9,)) == draw(), "the ids before do not matter, the position does"
 
 
@@ -196,7 +255,9 @@ def test_noise_is_standard_exponential_and_independent_across_ids_and_positions(
 
 
 def test_noise_values_are_frozen() -> None:
-    """Written down from the definition in plain integers; reruns on any device and version must repeat them."""
+    """Written down from the definition in plain integers; reruns on any device and version must
+    repeat them.
+    """
 
     def by_definition(key: int, id: int) -> float:
         mask = (1 << 64) - 1
@@ -208,38 +269,56 @@ def test_noise_values_are_frozen() -> None:
 
     keys = [noise_key(seed, 3, 5) for seed in range(6)]
     ids = [0, 1, 31, 151551]
-    wanted = torch.tensor([[by_definition(key, id) for id in ids] for key in keys], dtype=torch.float64)
-    torch.testing.assert_close(exponential_noise(torch.tensor(keys), torch.tensor(ids)), wanted, rtol=1e-14, atol=0)
+    wanted = torch.tensor(
+        [[by_definition(key, id) for id in ids] for key in keys], dtype=torch.float64
+    )
+    torch.testing.assert_close(
+        exponential_noise(torch.tensor(keys), torch.tensor(ids)), wanted, rtol=1e-14, atol=0
+    )
     assert noise_key(0, 0, 0) == 2558736989570252433
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen() -> None:
     logits = torch.zeros(6, VOCAB + 24)
     logits[:, VOCAB:] = 50.0
-    rows = [row(), row(temperature=1.0), row(temperature=1.0, top_k=3), row(temperature=3.0, top_p=0.5)]
+    rows = [
+        row(),
+        row(temperature=1.0),
+        row(temperature=1.0, top_k=3),
+        row(temperature=3.0, top_p=0.5),
+    ]
     rows += [row(repetition_penalty=2.0, prompt=(VOCAB + 1, 3)), row(logprobs=5)]
     sampled = sample(logits, rows, vocab_size=VOCAB)
     assert max(sampled.token_ids) < VOCAB
     top = sampled.top_logprobs[5]
     assert top is not None
     assert all(entry.token_id < VOCAB for entry in top)
-    assert top[0].logprob == pytest.approx(-50 - math.log(24), abs=1e-3), "the padding's probability is the model's"
+    assert top[0].logprob == pytest.approx(-50 - math.log(24), abs=1e-3), (
+        "the padding's probability is the model's"
+    )
 
 
 def test_end_ids_wait_for_min_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 9], logits[0, 11] = 5.0, 4.0
     options = {"min_tokens": 2, "end_ids": (9, 11), "max_tokens": 9}
-    assert sample(logits, [row(output=(1,), **options)], vocab_size=VOCAB).token_ids[0] not in (9, 11)
+    assert sample(logits, [row(output=(1,), **options)], vocab_size=VOCAB).token_ids[0] not in (
+        9,
+        11,
+    )
     assert sample(logits, [row(output=(1, 1), **options)], vocab_size=VOCAB).token_ids == [9]
 
 
 def test_a_finished_constraint_outranks_min_tokens() -> None:
     options = {"min_tokens": 5, "end_ids": (9,), "max_tokens": 9}
-    sampled = sample(torch.zeros(1, VOCAB), [row(bitmask=bitmask([9]), **options)], vocab_size=VOCAB)
+    sampled = sample(
+        torch.zeros(1, VOCAB), [row(bitmask=bitmask([9]), **options)], vocab_size=VOCAB
+    )
     assert sampled.token_ids == [9]
     assert not sampled.errors
-    both = sample(torch.zeros(1, VOCAB), [row(bitmask=bitmask([9, 35]), **options)], vocab_size=VOCAB)
+    both = sample(
+        torch.zeros(1, VOCAB), [row(bitmask=bitmask([9, 35]), **options)], vocab_size=VOCAB
+    )
     assert both.token_ids == [35]
 
 
@@ -252,7 +331,9 @@ def test_only_ids_of_the_bitmask_are_chosen(options: dict[str, Any]) -> None:
     sampled = sample(logits, rows, vocab_size=VOCAB)
     assert all(token in ids for token, ids in zip(sampled.token_ids, allowed, strict=True))
     if not options:
-        masked = [max(ids, key=lambda id, i=i: float(logits[i, id])) for i, ids in enumerate(allowed)]
+        masked = [
+            max(ids, key=lambda id, i=i: float(logits[i, id])) for i, ids in enumerate(allowed)
+        ]
         assert sampled.token_ids == masked
 
 
@@ -279,19 +360,29 @@ def test_logprobs_are_those_of_the_unchanged_model_distribution() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 4}])
-def test_a_row_that_cannot_be_sampled_is_an_error_of_that_row_alone(options: dict[str, Any]) -> None:
+def test_a_row_that_cannot_be_sampled_is_an_error_of_that_row_alone(
+    options: dict[str, Any],
+) -> None:
     logits = torch.zeros(4, VOCAB)
     logits[1, 3] = math.nan
     logits[2, 3] = math.inf
     rows = [row(**options), row(**options), row(**options), row(bitmask=bitmask([]), **options)]
     sampled = sample(logits, rows, vocab_size=VOCAB)
-    assert {i: error.code for i, error in sampled.errors.items()} == {1: "not_finite", 2: "not_finite", 3: "no_token"}
+    assert {i: error.code for i, error in sampled.errors.items()} == {
+        1: "not_finite",
+        2: "not_finite",
+        3: "no_token",
+    }
 
 
 def test_the_logits_are_left_as_they_were() -> None:
     logits = torch.randn(2, VOCAB)
     before = logits.clone()
-    sample(logits, [row(repetition_penalty=2.0), row(temperature=1.0, bitmask=bitmask([1, 2]))], vocab_size=VOCAB)
+    sample(
+        logits,
+        [row(repetition_penalty=2.0), row(temperature=1.0, bitmask=bitmask([1, 2]))],
+        vocab_size=VOCAB,
+    )
     assert torch.equal(logits, before)
 
 
@@ -300,7 +391,13 @@ def test_every_device_draws_the_same_tokens(device: str) -> None:
     torch.manual_seed(6)
     logits = torch.randn(64, 5000)
     rows = [
-        row(seed=i, temperature=1.0, top_k=i % 3 * 50, top_p=[1.0, 0.8][i % 2], repetition_penalty=1 + i % 4 / 10)
+        row(
+            seed=i,
+            temperature=1.0,
+            top_k=i % 3 * 50,
+            top_p=[1.0, 0.8][i % 2],
+            repetition_penalty=1 + i % 4 / 10,
+        )
         for i in range(64)
     ]
     tokens = sample(logits.to(device), rows, vocab_size=5000).token_ids

@@ -1,4 +1,6 @@
-"""A prompt's own log-probabilities: those of a plain forward, however the prompt is cut, cached or batched."""
+"""A prompt's own log-probabilities: those of a plain forward, however the prompt is cut, cached or
+batched.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from glm_batch.models.engine import Completion, EngineConfig, Generate, PromptScores, Request, SamplingParams, Score
+from glm_batch.models.engine import (
+    Completion,
+    EngineConfig,
+    Generate,
+    PromptScores,
+    Request,
+    SamplingParams,
+    Score,
+)
 from glm_batch.models.engine.execution import runner as runner_module
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.processing.tokenizer import Tokenizer
@@ -26,7 +36,9 @@ def path(make_checkpoint: MakeCheckpoint) -> Path:
 
 
 def build(path: Path, **config: Any) -> TorchEngine:
-    return TorchEngine.from_checkpoint(EngineConfig(model=str(path), **({"kv_cache_tokens": 4096} | config)))
+    return TorchEngine.from_checkpoint(
+        EngineConfig(model=str(path), **({"kv_cache_tokens": 4096} | config))
+    )
 
 
 def run(engine: TorchEngine, requests: list[Request]) -> dict[str, Completion]:
@@ -48,10 +60,14 @@ def scores_of(completion: Completion) -> PromptScores:
     return completion.scores
 
 
-def assert_equals(found: PromptScores, logprobs: torch.Tensor, ids: list[int], num_ids: int, top: int) -> None:
+def assert_equals(
+    found: PromptScores, logprobs: torch.Tensor, ids: list[int], num_ids: int, top: int
+) -> None:
     """`logprobs` [tokens, vocab_size] of the oracle."""
     np.testing.assert_allclose(found.logprobs, logprobs[range(len(ids) - 1), ids[1:]], atol=ATOL)
-    np.testing.assert_allclose(found.top_logprobs, logprobs[:-1, :num_ids].topk(top).values, atol=ATOL)
+    np.testing.assert_allclose(
+        found.top_logprobs, logprobs[:-1, :num_ids].topk(top).values, atol=ATOL
+    )
     picked = logprobs[:-1].gather(1, torch.from_numpy(found.top_ids))
     np.testing.assert_allclose(found.top_logprobs, picked, atol=ATOL)
 
@@ -72,7 +88,9 @@ def reference(path: Path, ids: list[int]) -> torch.Tensor:
     ],
     ids=["together", "small steps", "one token steps", "no prefix cache", "little cache"],
 )
-def test_they_are_those_of_a_plain_forward(path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_those_of_a_plain_forward(
+    path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With slices of three rows, and answers written in the same steps."""
     monkeypatch.setattr(runner_module, "LOGIT_ROWS", 3)
     prefix = random_ids(1, 16)
@@ -92,7 +110,10 @@ def test_the_likeliest_tokens_two_numbers_are_the_same(path: Path) -> None:
     """Clients compare them to see whether a text is what the model would write by itself."""
     engine = build(path)
     prompt = random_ids(3, 20)
-    written = run(engine, [Request(id="w", input_ids=prompt, work=Generate(sampling=SamplingParams(max_tokens=20)))])
+    written = run(
+        engine,
+        [Request(id="w", input_ids=prompt, work=Generate(sampling=SamplingParams(max_tokens=20)))],
+    )
     ids = prompt + list(written["w"].outputs[0].token_ids)
     found = scores_of(run(engine, [score("r", ids, 1)])["r"])
     assert (found.logprobs[19:] == found.top_logprobs[19:, 0]).all()

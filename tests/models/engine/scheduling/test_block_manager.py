@@ -1,4 +1,6 @@
-"""The block manager's books under random use, and the prefix index against a plain dictionary of texts."""
+"""The block manager's books under random use, and the prefix index against a plain dictionary of
+texts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ SIZE = 2
 
 
 def remember(blocks: BlockManager, tokens: list[int]) -> list[int]:
-    """Holds and registers all full blocks of a text, reusing what is known; returns the block table."""
+    """Holds and registers all full blocks of a text, reusing what is known; returns the block
+    table.
+    """
     table = blocks.find_prefix(tokens, len(tokens))
     blocks.hold(table)
     before = blocks.contents(table[-1]) if table else ROOT
@@ -25,7 +29,9 @@ def remember(blocks: BlockManager, tokens: list[int]) -> list[int]:
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
-    """Texts over two letters come and go; whatever the order, books balance and hits hold the asked-for text."""
+    """Texts over two letters come and go; whatever the order, books balance and hits hold the
+    asked-for text.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +88,9 @@ def test_equal_blocks_after_different_prefixes_are_different() -> None:
 
 
 def test_a_reused_parent_takes_its_children_out_of_reach() -> None:
-    """A block id that comes to hold another text must not make its old children look like that text's."""
+    """A block id that comes to hold another text must not make its old children look like that
+    text's.
+    """
     blocks = BlockManager(3, SIZE)
     table = remember(blocks, [1, 1, 2, 2])
     blocks.release(table)
@@ -121,8 +129,10 @@ def test_texts_that_come_once_leave_what_was_found_again_and_memory_alone() -> N
         blocks.release(table)
         blocks.check()
     assert len(blocks.find_prefix(shared, 4)) == 2
-    assert len(used) <= 2 + 6 + 2  # the shared ones, those kept in case they come again, those in use
-    assert len(blocks.find_prefix([*shared, 999, 999, 999, 999], 8)) == 4  # the last ones are still there
+    # the shared ones, those kept in case they come again, those in use
+    assert len(used) <= 2 + 6 + 2
+    # the last ones are still there
+    assert len(blocks.find_prefix([*shared, 999, 999, 999, 999], 8)) == 4
 
 
 def test_what_was_found_again_is_given_up_last_but_given_up() -> None:

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from glm_batch.models.engine.scheduling.choice_tree import PROMPT, ChoiceTree
 
 Label = tuple[int, ...]
-labels = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple), min_size=1, max_size=8, unique=True)
+labels = st.lists(
+    st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple),
+    min_size=1,
+    max_size=8,
+    unique=True,
+)
 
 
 def logprob(before: Label, token: int) -> float:
@@ -29,14 +34,17 @@ def test_joint_logprobs_equal_label_by_label(choices: list[Label], count_end: bo
     edges = {i: logprob(text_at(tree, node), token) for i, (node, token) in enumerate(tree.edges)}
     ends = {node: logprob(text_at(tree, node), -1) for node in tree.ends}
     expected = [
-        sum(logprob(choice[:i], token) for i, token in enumerate(choice)) + (logprob(choice, -1) if count_end else 0)
+        sum(logprob(choice[:i], token) for i, token in enumerate(choice))
+        + (logprob(choice, -1) if count_end else 0)
         for choice in choices
     ]
     np.testing.assert_allclose(tree.label_logprobs(edges, ends), expected)
 
 
 @given(labels, st.booleans())
-def test_every_node_is_computed_once_and_for_a_reason(choices: list[Label], count_end: bool) -> None:
+def test_every_node_is_computed_once_and_for_a_reason(
+    choices: list[Label], count_end: bool
+) -> None:
     tree = ChoiceTree.build(tuple(choices), count_end=count_end)
     texts = [text_at(tree, node) for node in range(len(tree.tokens))]
     assert len(set(texts)) == len(texts)

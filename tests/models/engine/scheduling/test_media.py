@@ -1,4 +1,6 @@
-"""Images and videos in the engine: however they are batched, cut, cached or sampled, the numbers stay the same."""
+"""Images and videos in the engine: however they are batched, cut, cached or sampled, the numbers
+stay the same.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ __all__ = ["make_glm4v"]  # a fixture
 
 ATOL = 5e-5
 GREEDY = Generate(sampling=SamplingParams(max_tokens=12, ignore_eos=True, logprobs=1))
-SAMPLED = Generate(sampling=SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, n=2, logprobs=1))
+SAMPLED = Generate(
+    sampling=SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, n=2, logprobs=1)
+)
 CHOOSE = Choose(choices=((5,), (5, 6), (7, 8, 9), (7, 8, 10)), count_end=True)
 PARTS: list[list[Part]] = [
     [9, (1, 6, 4), 3],
@@ -61,7 +65,9 @@ def path(make_glm4v: MakeGlm4v) -> Path:
 
 
 def build(path: Path, **config: Any) -> TorchEngine:
-    return TorchEngine.from_checkpoint(EngineConfig(model=str(path), **({"kv_cache_tokens": 2048} | config)))
+    return TorchEngine.from_checkpoint(
+        EngineConfig(model=str(path), **({"kv_cache_tokens": 2048} | config))
+    )
 
 
 def encoded(engine: TorchEngine) -> int:
@@ -116,7 +122,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def one_by_one(path: Path) -> dict[str, list[Completion]]:
     """Every request alone in a fresh engine: nothing is shared, cut or remembered."""
     return {
-        name: [run(build(path, prefix_caching=False), [request("r", p, work)])["r"] for p in PROMPTS]
+        name: [
+            run(build(path, prefix_caching=False), [request("r", p, work)])["r"] for p in PROMPTS
+        ]
         for name, work in WORKS.items()
     }
 
@@ -165,13 +173,19 @@ def test_generated_tokens_stand_where_the_prompts_media_end(path: Path) -> None:
 def test_choices_after_media_equal_whole_forwards(path: Path) -> None:
     oracle = load_glm4v(path)
     prompt = PROMPTS[3]
-    found = run(build(path), [request("r", prompt, replace(CHOOSE, count_end=False))])["r"].choice_logprobs
+    found = run(build(path), [request("r", prompt, replace(CHOOSE, count_end=False))])[
+        "r"
+    ].choice_logprobs
     expected = []
     for choice in CHOOSE.choices:
         types = prompt.types + [0] * len(choice)
-        whole = Prompt(prompt.ids + list(choice), types, prompt.items, rope_index(types, prompt.items, 2))
+        whole = Prompt(
+            prompt.ids + list(choice), types, prompt.items, rope_index(types, prompt.items, 2)
+        )
         logprobs = torch.from_numpy(oracle_logits(oracle, whole)).double().log_softmax(-1)
-        expected.append(sum(float(logprobs[len(prompt.ids) - 1 + i, token]) for i, token in enumerate(choice)))
+        expected.append(
+            sum(float(logprobs[len(prompt.ids) - 1 + i, token]) for i, token in enumerate(choice))
+        )
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -179,7 +193,9 @@ def test_choices_after_media_equal_whole_forwards(path: Path) -> None:
 
 
 def test_the_same_text_with_another_image_is_another_prompt(path: Path) -> None:
-    """Placeholders have equal ids: without the digest in its key the second prompt would read the first one's image."""
+    """Placeholders have equal ids: without the digest in its key the second prompt would read the
+    first one's image.
+    """
     engine = build(path, block_size=4)
     first, other = (make_prompt([9, (1, 6, 4), 3], seed=7) for _ in range(2))
     other.items[0] = make_item(99, (1, 6, 4))
@@ -238,7 +254,9 @@ def test_many_frames_go_through_the_tower_in_several_passes(
 ) -> None:
     engine = build(path)
     engine._runner.encoder._max_patches = 20  # type: ignore[attr-defined]  # two of the smaller frames, one larger
-    found = run(engine, [request(str(i), prompt, WORKS["hidden"]) for i, prompt in enumerate(PROMPTS)])
+    found = run(
+        engine, [request(str(i), prompt, WORKS["hidden"]) for i, prompt in enumerate(PROMPTS)]
+    )
     for i, want in enumerate(one_by_one["hidden"]):
         assert_same(found[str(i)], want)
 
@@ -256,7 +274,9 @@ def test_media_that_do_not_fit_together_are_encoded_apart(
         return forward(patches, grids)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(encoder._tower, "forward_uint8", full)
-    found = run(engine, [request(str(i), prompt, WORKS["hidden"]) for i, prompt in enumerate(PROMPTS)])
+    found = run(
+        engine, [request(str(i), prompt, WORKS["hidden"]) for i, prompt in enumerate(PROMPTS)]
+    )
     for i, want in enumerate(one_by_one["hidden"]):
         assert_same(found[str(i)], want)
 
@@ -288,11 +308,16 @@ def test_placeholders_and_features_must_agree(path: Path) -> None:
     assert media is not None
     fewer = replace(media, items=media.items[1:])
     assert (
-        refusal(path, prompt, fewer) == "[media_mismatch] the prompt has 8 image tokens, its 1 images give 4 features"
+        refusal(path, prompt, fewer)
+        == "[media_mismatch] the prompt has 8 image tokens, its 1 images give 4 features"
     )
     no_video = replace(media, items=media.items[:1] + media.items[2:])
-    assert "the prompt has 6 video frame tokens, its 0 videos give 0 features" in refusal(path, prompt, no_video)
-    assert "the prompt has 8 image tokens, its 0 images give 0 features" in refusal(path, prompt, None)
+    assert "the prompt has 6 video frame tokens, its 0 videos give 0 features" in refusal(
+        path, prompt, no_video
+    )
+    assert "the prompt has 8 image tokens, its 0 images give 0 features" in refusal(
+        path, prompt, None
+    )
 
 
 def test_images_in_another_order_than_their_placeholders_are_refused(path: Path) -> None:
@@ -321,7 +346,13 @@ def test_broken_items_are_refused(path: Path, change: dict[str, Any], message: s
 
 
 @pytest.mark.parametrize(
-    "positions", [np.zeros((3, 4), np.int64), np.zeros((3, 20), np.int32), np.full((3, 20), -1), np.full((3, 20), 20)]
+    "positions",
+    [
+        np.zeros((3, 4), np.int64),
+        np.zeros((3, 20), np.int32),
+        np.full((3, 20), -1),
+        np.full((3, 20), 20),
+    ],
 )
 def test_broken_positions_are_refused(path: Path, positions: np.ndarray) -> None:
     prompt = PROMPTS[0]
@@ -337,5 +368,8 @@ def test_a_text_model_refuses_media(make_checkpoint: MakeCheckpoint) -> None:
 
 
 def test_placeholder_ids_mean_nothing_to_a_text_model(make_checkpoint: MakeCheckpoint) -> None:
-    done = run(build(make_checkpoint("glm4")), [Request(id="r", input_ids=[*random_ids(1, 5), IMAGE], work=GREEDY)])
+    done = run(
+        build(make_checkpoint("glm4")),
+        [Request(id="r", input_ids=[*random_ids(1, 5), IMAGE], work=GREEDY)],
+    )
     assert done["r"].error is None

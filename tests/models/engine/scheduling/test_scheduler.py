@@ -1,11 +1,20 @@
-"""Scheduling policy by tables and random loads: all finishes, nothing leaks, the old never wait for the young."""
+"""Scheduling policy by tables and random loads: all finishes, nothing leaks, the old never wait for
+the young.
+"""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_batch.models.engine.api.request import BATCH, ONLINE, Generate, Priority, Request, SamplingParams
+from glm_batch.models.engine.api.request import (
+    BATCH,
+    ONLINE,
+    Generate,
+    Priority,
+    Request,
+    SamplingParams,
+)
 from glm_batch.models.engine.scheduling.block_manager import BlockManager
 from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
 from glm_batch.models.engine.scheduling.sequence import Sequence
@@ -14,18 +23,27 @@ SIZE = 4
 
 
 def make_sequence(name: str, prompt: list[int], priority: Priority = ONLINE) -> Sequence:
-    request = Request(id=name, input_ids=prompt, work=Generate(sampling=SamplingParams()), priority=priority)
+    request = Request(
+        id=name, input_ids=prompt, work=Generate(sampling=SamplingParams()), priority=priority
+    )
     return Sequence(request=request, sample_index=0, tokens=list(prompt), num_prompt=len(prompt))
 
 
-def make_scheduler(num_blocks: int, *, step: int = 16, seqs: int = 8, batch_step: int | None = None) -> Scheduler:
+def make_scheduler(
+    num_blocks: int, *, step: int = 16, seqs: int = 8, batch_step: int | None = None
+) -> Scheduler:
     return Scheduler(
-        BlockManager(num_blocks, SIZE), max_step_tokens=step, max_num_seqs=seqs, batch_step_tokens=batch_step
+        BlockManager(num_blocks, SIZE),
+        max_step_tokens=step,
+        max_num_seqs=seqs,
+        batch_step_tokens=batch_step,
     )
 
 
 def compute(chunks: list[Chunk], token: int = 9) -> None:
-    """What the engine does after a step: count the tokens as computed, append a sampled one to complete sequences."""
+    """What the engine does after a step: count the tokens as computed, append a sampled one to
+    complete sequences.
+    """
     for chunk in chunks:
         chunk.sequence.num_computed = chunk.end
         if not chunk.sequence.num_owed:
@@ -43,7 +61,8 @@ def test_prompts_fill_the_step_and_are_cut_at_its_end() -> None:
     first = scheduler.schedule()
     assert spans(first) == [("a", 0, 8), ("b", 0, 2)]
     compute(first)
-    assert spans(scheduler.schedule()) == [("a", 8, 9), ("b", 2, 8)]  # a decode and a prefill chunk in one step
+    # a decode and a prefill chunk in one step
+    assert spans(scheduler.schedule()) == [("a", 8, 9), ("b", 2, 8)]
 
 
 def test_a_prefix_is_shared_within_the_step_that_computes_it() -> None:
@@ -101,7 +120,11 @@ def test_online_requests_go_before_batch_ones_that_came_earlier() -> None:
     first = scheduler.schedule()
     assert spans(first) == [("online", 0, 4), ("batch", 10, 16)]
     compute(first)
-    assert spans(scheduler.schedule()) == [("online", 4, 5), ("batch", 16, 17), ("more batch", 0, 8)]
+    assert spans(scheduler.schedule()) == [
+        ("online", 4, 5),
+        ("batch", 16, 17),
+        ("more batch", 0, 8),
+    ]
 
 
 def test_a_step_takes_batch_tokens_up_to_its_limit_and_fewer_beside_online_ones() -> None:
@@ -112,7 +135,8 @@ def test_a_step_takes_batch_tokens_up_to_its_limit_and_fewer_beside_online_ones(
     compute(first)
     scheduler.add(make_sequence("online", list(range(100, 110))))
     second = scheduler.schedule()
-    assert spans(second) == [("online", 0, 10)]  # more than the limit by itself: nothing is left for the batch
+    # more than the limit by itself: nothing is left for the batch
+    assert spans(second) == [("online", 0, 10)]
     compute(second)
     third = scheduler.schedule()
     assert spans(third) == [("online", 10, 11), ("batch", 12, 14)]  # a quarter of 12 in all
@@ -151,7 +175,12 @@ def test_a_full_house_of_batch_sequences_gives_its_places_to_online_ones() -> No
 
 def test_a_step_that_is_taken_back_leaves_everybody_in_the_old_order() -> None:
     scheduler = make_scheduler(64, step=64)
-    for name, first, priority in (("a", 0, BATCH), ("b", 50, BATCH), ("x", 100, ONLINE), ("y", 150, ONLINE)):
+    for name, first, priority in (
+        ("a", 0, BATCH),
+        ("b", 50, BATCH),
+        ("x", 100, ONLINE),
+        ("y", 150, ONLINE),
+    ):
         scheduler.add(make_sequence(name, list(range(first, first + 8)), priority))
     scheduler.take_back(scheduler.schedule())
     assert [sequence.request.id for sequence in scheduler.waiting] == ["x", "y", "a", "b"]
@@ -160,7 +189,12 @@ def test_a_step_that_is_taken_back_leaves_everybody_in_the_old_order() -> None:
 @settings(deadline=None, max_examples=150)
 @given(
     lengths=st.lists(
-        st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(0, 2), st.sampled_from([ONLINE, BATCH])),
+        st.tuples(
+            st.integers(1, 20),
+            st.integers(1, 12),
+            st.integers(0, 2),
+            st.sampled_from([ONLINE, BATCH]),
+        ),
         min_size=1,
         max_size=12,
     ),
@@ -171,13 +205,20 @@ def test_a_step_that_is_taken_back_leaves_everybody_in_the_old_order() -> None:
     late=st.integers(0, 6),
 )
 def test_every_load_finishes_and_leaks_nothing(
-    lengths: list[tuple[int, int, int, Priority]], num_blocks: int, step: int, seqs: int, batch_step: int, late: int
+    lengths: list[tuple[int, int, int, Priority]],
+    num_blocks: int,
+    step: int,
+    seqs: int,
+    batch_step: int,
+    late: int,
 ) -> None:
     scheduler = make_scheduler(num_blocks, step=step, seqs=seqs, batch_step=batch_step)
     wanted = {}
     sequences = []
     for i, (num_prompt, num_output, shared, priority) in enumerate(lengths):
-        prompt = [7] * min(num_prompt, shared * SIZE) + [100 + i] * max(num_prompt - shared * SIZE, 0)
+        prompt = [7] * min(num_prompt, shared * SIZE) + [100 + i] * max(
+            num_prompt - shared * SIZE, 0
+        )
         sequences.append(make_sequence(str(i), prompt, priority))
         wanted[str(i)] = num_prompt + num_output
     first = max(len(sequences) - late, 0)

@@ -32,24 +32,33 @@ from tests.models.conftest import MakeCheckpoint, random_ids
 LABEL_TOLERANCE = 1e-3
 SCHEMA = {
     "type": "object",
-    "properties": {"label": {"enum": ["a", "bc"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "properties": {
+        "label": {"enum": ["a", "bc"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
     "required": ["label", "count"],
     "additionalProperties": False,
 }
 
 
 def generate(constraint: Constraint | None = None, **sampling: Any) -> Generate:
-    return Generate(sampling=SamplingParams(**({"max_tokens": 12} | sampling)), constraint=constraint)
+    return Generate(
+        sampling=SamplingParams(**({"max_tokens": 12} | sampling)), constraint=constraint
+    )
 
 
 WORKS: dict[str, Work] = {
     "greedy": generate(),
     "likeliest": generate(logprobs=3, ignore_eos=True),
     "stop": generate(stop=("\n", "a", "é"), max_tokens=40, ignore_eos=True),
-    "penalties": generate(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, ignore_eos=True),
+    "penalties": generate(
+        repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, ignore_eos=True
+    ),
     "least": generate(min_tokens=10),
     "copies": generate(n=2),
-    "regex": generate(Constraint(kind="regex", text=r"[A-Z]{2}-[0-9]{4}(, (yes|nein))?"), max_tokens=40),
+    "regex": generate(
+        Constraint(kind="regex", text=r"[A-Z]{2}-[0-9]{4}(, (yes|nein))?"), max_tokens=40
+    ),
     "open end": generate(Constraint(kind="regex", text="[a-z]+"), max_tokens=40),
     "json": generate(Constraint(kind="json_schema", text=json.dumps(SCHEMA)), max_tokens=80),
     "one token": Choose(choices=((5,), (7,), (9,))),
@@ -84,12 +93,16 @@ def run(engine: Engine, requests: list[Request]) -> dict[str, Completion]:
     return {completion.id: completion for completion in done}
 
 
-def both(path: Path, requests: list[Request], **config: Any) -> Iterator[tuple[Request, Completion, Completion]]:
+def both(
+    path: Path, requests: list[Request], **config: Any
+) -> Iterator[tuple[Request, Completion, Completion]]:
     """Each request, what TorchEngine makes of it, and what VllmEngine does."""
     answers = []
     for kind in ("torch", "vllm"):
         engine = build_engine(
-            EngineConfig(model=str(path), kind=kind, max_model_len=256, kv_cache_tokens=4096, **config)
+            EngineConfig(
+                model=str(path), kind=kind, max_model_len=256, kv_cache_tokens=4096, **config
+            )
         )
         answers.append(run(engine, requests))
         engine.close()
@@ -97,7 +110,9 @@ def both(path: Path, requests: list[Request], **config: Any) -> Iterator[tuple[R
 
 
 @pytest.mark.parametrize(("family", "shape", "head"), CHECKPOINTS)
-def test_every_work_gives_what_torch_gives(make_checkpoint: MakeCheckpoint, family: str, shape: str, head: str) -> None:
+def test_every_work_gives_what_torch_gives(
+    make_checkpoint: MakeCheckpoint, family: str, shape: str, head: str
+) -> None:
     path = make_checkpoint(family, shape, head)
     shared = random_ids(1, 40)  # longer than a block of vLLM's
     requests = [
@@ -105,23 +120,32 @@ def test_every_work_gives_what_torch_gives(make_checkpoint: MakeCheckpoint, fami
         for name in OF_HEAD[head]
         for i in range(3)
     ]
-    padded = Request(id="padded", input_ids=[*random_ids(3, 9), 256, 256], work=WORKS[OF_HEAD[head][0]])
+    padded = Request(
+        id="padded", input_ids=[*random_ids(3, 9), 256, 256], work=WORKS[OF_HEAD[head][0]]
+    )
     for asked, expected, got in both(path, [*requests, padded]):
         assert_equal(asked, expected, got)
 
 
 def assert_equal(asked: Request, expected: Completion, got: Completion) -> None:
     assert expected.error is got.error is None, asked.id
-    assert (got.finish_reason, got.prompt_tokens) == (expected.finish_reason, expected.prompt_tokens), asked.id
+    assert (got.finish_reason, got.prompt_tokens) == (
+        expected.finish_reason,
+        expected.prompt_tokens,
+    ), asked.id
     assert got.output_tokens == expected.output_tokens, asked.id
     assert 0 <= got.cached_tokens < len(asked.input_ids)
     for one, other in zip(expected.outputs, got.outputs, strict=True):
         assert (other.token_ids, other.text) == (one.token_ids, one.text), asked.id
-        assert (other.finish_reason, other.stop_reason) == (one.finish_reason, one.stop_reason), asked.id
+        assert (other.finish_reason, other.stop_reason) == (one.finish_reason, one.stop_reason), (
+            asked.id
+        )
         np.testing.assert_allclose(other.logprobs or (), one.logprobs or (), atol=LABEL_TOLERANCE)
         tops = [[top.token_id for top in tops] for tops in one.top_logprobs or ()]
         assert [[top.token_id for top in tops] for tops in other.top_logprobs or ()] == tops
-    np.testing.assert_allclose(got.choice_logprobs or (), expected.choice_logprobs or (), atol=LABEL_TOLERANCE)
+    np.testing.assert_allclose(
+        got.choice_logprobs or (), expected.choice_logprobs or (), atol=LABEL_TOLERANCE
+    )
     if expected.array is not None:
         assert got.array is not None
         assert (got.array.shape, got.array.dtype) == (expected.array.shape, np.float32)
@@ -134,7 +158,9 @@ def test_two_ranks_give_what_one_gives(make_checkpoint: MakeCheckpoint) -> None:
     requests = [Request(id=name, input_ids=random_ids(1, 40), work=WORKS[name]) for name in names]
     answers = []
     for kind, ranks in (("torch", 1), ("vllm", 2)):
-        engine = build_engine(EngineConfig(model=path, kind=kind, max_model_len=256, tensor_parallel_size=ranks))
+        engine = build_engine(
+            EngineConfig(model=path, kind=kind, max_model_len=256, tensor_parallel_size=ranks)
+        )
         answers.append(run(engine, requests))
         engine.close()
     for asked in requests:
@@ -143,7 +169,9 @@ def test_two_ranks_give_what_one_gives(make_checkpoint: MakeCheckpoint) -> None:
 
 @pytest.fixture(scope="module")
 def vllm_engine(make_checkpoint: MakeCheckpoint) -> Iterator[Engine]:
-    config = EngineConfig(model=str(make_checkpoint("glm4")), kind="vllm", max_model_len=256, kv_cache_tokens=4096)
+    config = EngineConfig(
+        model=str(make_checkpoint("glm4")), kind="vllm", max_model_len=256, kv_cache_tokens=4096
+    )
     engine = build_engine(config)
     yield engine
     engine.close()
@@ -153,14 +181,18 @@ def test_likeliest_tokens_are_told_beside_labels(vllm_engine: Engine) -> None:
     """vLLM 0.32 gives token 0 at -inf for them in every step that scores given ids as well."""
     asked = Request(id="w", input_ids=random_ids(1, 20), work=generate(logprobs=4, ignore_eos=True))
     alone = run(vllm_engine, [asked])["w"].outputs[0].top_logprobs
-    scored = [Request(id=f"c{i}", input_ids=random_ids(i, 20), work=WORKS["tree"]) for i in range(4)]
+    scored = [
+        Request(id=f"c{i}", input_ids=random_ids(i, 20), work=WORKS["tree"]) for i in range(4)
+    ]
     found = run(vllm_engine, [*scored[:2], asked, *scored[2:]])
     assert found["w"].outputs[0].top_logprobs == alone
     assert all(found[each.id].choice_logprobs is not None for each in scored)
 
 
 def test_labels_share_the_prompt(vllm_engine: Engine) -> None:
-    """Forks of one prompt, and later prompts with the same beginning, do not compute its whole blocks again."""
+    """Forks of one prompt, and later prompts with the same beginning, do not compute its whole
+    blocks again.
+    """
     prompt = random_ids(99, 100)
     first = Request(id="first", input_ids=prompt, work=WORKS["tree"])
     later = Request(id="later", input_ids=[*prompt, 1, 2], work=WORKS["tree"])
@@ -190,7 +222,9 @@ def test_long_prompts_are_seeded_too(vllm_engine: Engine) -> None:
         (generate(Constraint(kind="regex", text="(")), "invalid_constraint"),
     ],
 )
-def test_what_vllm_cannot_do_is_its_requests_error(vllm_engine: Engine, work: Work, code: str) -> None:
+def test_what_vllm_cannot_do_is_its_requests_error(
+    vllm_engine: Engine, work: Work, code: str
+) -> None:
     bad = Request(id="bad", input_ids=random_ids(1, 20), work=work)
     done = run(vllm_engine, [bad, Request(id="good", input_ids=random_ids(2, 20), work=generate())])
     assert done["bad"].error is not None
@@ -206,7 +240,9 @@ def test_what_vllm_cannot_do_is_its_requests_error(vllm_engine: Engine, work: Wo
         ({"kv_cache_tokens": 64, "max_model_len": 512}, "vLLM cannot run"),
     ],
 )
-def test_settings_that_vllm_cannot_take(make_checkpoint: MakeCheckpoint, change: dict[str, Any], message: str) -> None:
+def test_settings_that_vllm_cannot_take(
+    make_checkpoint: MakeCheckpoint, change: dict[str, Any], message: str
+) -> None:
     build: Callable[[], Engine] = lambda: build_engine(  # noqa: E731
         EngineConfig(model=str(make_checkpoint("glm4")), kind="vllm", **change)
     )

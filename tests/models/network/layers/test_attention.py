@@ -1,7 +1,8 @@
-"""Both forms of attention against one query at a time, over the batches that the scheduler really makes.
+"""Both forms of attention against one query at a time, over the batches that the scheduler really
+makes.
 
-The oracle reads from the sequences themselves what a token may see and where that lies in the cache; it knows nothing
-of groups, prefixes, padding or pieces.
+The oracle reads from the sequences themselves what a token may see and where that lies in the
+cache; it knows nothing of groups, prefixes, padding or pieces.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Step:
 
 
 def random_tree(rng: np.random.Generator) -> ChoiceTree:
-    choices = {tuple(rng.integers(0, 3, rng.integers(1, 6)).tolist()) for _ in range(rng.integers(1, 7))}
+    choices = {
+        tuple(rng.integers(0, 3, rng.integers(1, 6)).tolist()) for _ in range(rng.integers(1, 7))
+    }
     return ChoiceTree.build(tuple(sorted(choices)), count_end=bool(rng.integers(2)))
 
 
@@ -52,7 +55,9 @@ def random_sequence(rng: np.random.Generator, i: int) -> Sequence:
     tree = random_tree(rng) if isinstance(work, Choose) else None
     tokens = prompt + list(tree.tokens if tree else ())
     request = Request(id=str(i), input_ids=prompt, work=work)
-    return Sequence(request=request, sample_index=0, tokens=tokens, num_prompt=len(prompt), tree=tree)
+    return Sequence(
+        request=request, sample_index=0, tokens=tokens, num_prompt=len(prompt), tree=tree
+    )
 
 
 def steps(seed: int) -> Iterator[Step]:
@@ -86,7 +91,9 @@ def visible_slots(step: Step) -> list[list[int]]:
     for chunk in step.chunks:
         sequence = chunk.sequence
         for index in range(chunk.start, chunk.end):
-            seen = list(range(min(index + 1, sequence.num_prompt)) if sequence.tree else range(index + 1))
+            seen = list(
+                range(min(index + 1, sequence.num_prompt)) if sequence.tree else range(index + 1)
+            )
             if sequence.tree and index >= sequence.num_prompt:
                 node = index - sequence.num_prompt
                 while node >= 0:
@@ -97,7 +104,9 @@ def visible_slots(step: Step) -> list[list[int]]:
     return found
 
 
-def attend_one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[list[int]]) -> torch.Tensor:
+def attend_one_by_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[list[int]]
+) -> torch.Tensor:
     """q [rows, heads, D]: query head i reads kv head i // G."""
     out = torch.empty_like(q, dtype=torch.float64)
     for row, slots in enumerate(seen):
@@ -110,7 +119,10 @@ def attend_one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: l
 
 def tensors(groups: tuple[Group, ...]) -> tuple[AttentionGroup, ...]:
     config = SimpleNamespace(
-        num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, num_hidden_layers=1
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        num_hidden_layers=1,
     )
     model = SimpleNamespace(
         config=config,
@@ -124,7 +136,9 @@ def tensors(groups: tuple[Group, ...]) -> tuple[AttentionGroup, ...]:
 
 @pytest.mark.parametrize("max_scores", [batching.MAX_SCORES, 3000])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_attention_is_that_of_one_query_at_a_time(monkeypatch: pytest.MonkeyPatch, seed: int, max_scores: int) -> None:
+def test_attention_is_that_of_one_query_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, seed: int, max_scores: int
+) -> None:
     monkeypatch.setattr(batching, "MAX_SCORES", max_scores)
     generator = torch.Generator().manual_seed(seed)
     for step in islice(steps(seed), 12):
@@ -147,22 +161,35 @@ def test_the_random_loads_reach_every_case(monkeypatch: pytest.MonkeyPatch) -> N
         for step in steps(seed):
             for group in step.batch.groups:
                 for part in group.parts:
-                    one, prefix = len(part.rows) == 1, "prefix" if len(group.prefix_slots) else "no prefix"
+                    one, prefix = (
+                        len(part.rows) == 1,
+                        "prefix" if len(group.prefix_slots) else "no prefix",
+                    )
                     seen.add(("one sequence" if one else "many sequences", prefix))
                     seen.add("padded queries" if part.keep is not None else "equal queries")
-            long = [chunk for chunk in step.chunks if chunk.end - chunk.start > batching.SHORT_QUERIES]
+            long = [
+                chunk for chunk in step.chunks if chunk.end - chunk.start > batching.SHORT_QUERIES
+            ]
             if sum(len(group.parts) for group in step.batch.groups) > len(step.chunks):
                 seen.add("pieces")
             if long and len(long) < len(step.chunks):
                 seen.add("long beside short")
-            if any(chunk.sequence.tree and chunk.end > chunk.sequence.num_prompt for chunk in step.chunks):
+            if any(
+                chunk.sequence.tree and chunk.end > chunk.sequence.num_prompt
+                for chunk in step.chunks
+            ):
                 seen.add("tree")
             if any(
-                chunk.sequence.tree and chunk.sequence.num_prompt < chunk.start < chunk.end for chunk in step.chunks
+                chunk.sequence.tree and chunk.sequence.num_prompt < chunk.start < chunk.end
+                for chunk in step.chunks
             ):
                 seen.add("cut tree")
     assert seen == {
-        *((count, prefix) for count in ("one sequence", "many sequences") for prefix in ("prefix", "no prefix")),
+        *(
+            (count, prefix)
+            for count in ("one sequence", "many sequences")
+            for prefix in ("prefix", "no prefix")
+        ),
         *("padded queries", "equal queries", "pieces", "long beside short", "tree", "cut tree"),
     }
 

@@ -1,4 +1,6 @@
-"""Rotary embedding: against the formula written out number by number, and transformers' frequencies."""
+"""Rotary embedding: against the formula written out number by number, and transformers'
+frequencies.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,27 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from glm_batch.models.checkpoint.model_config import RopeConfig
-from glm_batch.models.network.layers.rope import RopeTable, axis_of_pair, inverse_frequencies, rotate_
+from glm_batch.models.network.layers.rope import (
+    RopeTable,
+    axis_of_pair,
+    inverse_frequencies,
+    rotate_,
+)
 
 CPU = torch.device("cpu")
 PLAIN = RopeConfig(rope_type="default", rope_theta=1e4, rotary_dim=8)
 
 
 def turned(x: torch.Tensor, positions: list[int], rope: RopeConfig) -> torch.Tensor:
-    return rotate_(x.clone(), RopeTable(rope, device=CPU).lookup(torch.tensor(positions), max(positions)))
+    return rotate_(
+        x.clone(), RopeTable(rope, device=CPU).lookup(torch.tensor(positions), max(positions))
+    )
 
 
 def by_formula(x: torch.Tensor, positions: list[int], rope: RopeConfig) -> torch.Tensor:
-    """Pair (2j, 2j + 1) of every head turns by position * theta^(-2j / rotary_dim); the other dimensions stay."""
+    """Pair (2j, 2j + 1) of every head turns by position * theta^(-2j / rotary_dim); the other
+    dimensions stay.
+    """
     out = x.double()
     for row, position in enumerate(positions):
         for head in range(x.shape[1]):
@@ -39,7 +50,9 @@ def test_pairs_turn_by_the_formula(rotary_dim: int) -> None:
     rope = RopeConfig(rope_type="default", rope_theta=5e6, rotary_dim=rotary_dim)
     x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
     positions = [0, 7, 7, 300, 2]
-    torch.testing.assert_close(turned(x, positions, rope).double(), by_formula(x, positions, rope), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        turned(x, positions, rope).double(), by_formula(x, positions, rope), atol=1e-4, rtol=0
+    )
 
 
 def test_position_zero_and_the_other_dimensions_stay_as_they_are() -> None:
@@ -52,7 +65,9 @@ def test_position_zero_and_the_other_dimensions_stay_as_they_are() -> None:
 
 def test_scores_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-    scores = [float((turned(q, [p], PLAIN) * turned(k, [p - 5], PLAIN)).sum()) for p in (5, 6, 40, 200)]
+    scores = [
+        float((turned(q, [p], PLAIN) * turned(k, [p - 5], PLAIN)).sum()) for p in (5, 6, 40, 200)
+    ]
     assert max(scores) - min(scores) < 1e-4
 
 
@@ -88,9 +103,13 @@ def test_tables_grow_on_demand_and_keep_their_values() -> None:
 
 
 def test_far_positions_keep_their_precision() -> None:
-    """float32 angles at 131071 are off by up to 2^-8; the reference has the same, and ours are no worse."""
+    """float32 angles at 131071 are off by up to 2^-8; the reference has the same, and ours are no
+    worse.
+    """
     (far,) = RopeTable(PLAIN, device=CPU).lookup(torch.tensor([131071]), 131071)[:, 0]
-    exact = torch.polar(torch.ones(4).double(), 131071 * 1e4 ** (-torch.arange(0, 8, 2).double() / 8))
+    exact = torch.polar(
+        torch.ones(4).double(), 131071 * 1e4 ** (-torch.arange(0, 8, 2).double() / 8)
+    )
     assert (far - exact).abs().max() < 2**-7
 
 
@@ -128,7 +147,9 @@ def test_scaled_frequencies_equal_transformers(case: str, partial: float, theta:
     )
     frequencies, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, CPU)
     fields = {"original_max_position_embeddings": original} | scaling
-    ours, our_factor = inverse_frequencies(RopeConfig(rope_theta=theta, rotary_dim=int(128 * partial), **fields))
+    ours, our_factor = inverse_frequencies(
+        RopeConfig(rope_theta=theta, rotary_dim=int(128 * partial), **fields)
+    )
     torch.testing.assert_close(ours, frequencies, rtol=1e-6, atol=0)
     assert our_factor == pytest.approx(factor, rel=1e-12)
 
@@ -165,10 +186,16 @@ def test_each_pair_turns_by_its_own_axis_without_starting_anew() -> None:
             angle = int(positions[axis, row]) * 1e4 ** (-2 * j / 16)
             a, b = x[row, :, 2 * j].double(), x[row, :, 2 * j + 1].double()
             torch.testing.assert_close(
-                found[row, :, 2 * j].double(), a * math.cos(angle) - b * math.sin(angle), atol=1e-4, rtol=0
+                found[row, :, 2 * j].double(),
+                a * math.cos(angle) - b * math.sin(angle),
+                atol=1e-4,
+                rtol=0,
             )
             torch.testing.assert_close(
-                found[row, :, 2 * j + 1].double(), b * math.cos(angle) + a * math.sin(angle), atol=1e-4, rtol=0
+                found[row, :, 2 * j + 1].double(),
+                b * math.cos(angle) + a * math.sin(angle),
+                atol=1e-4,
+                rtol=0,
             )
     assert torch.equal(found[..., 16:], x[..., 16:])
 
