@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from glm_batch.pipelines.input.values import same_json
+
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d+)?")
 
@@ -92,13 +94,6 @@ def field_matches(answer: Any, gold: Any) -> dict[str, bool]:
     }
 
 
-def same_json(left: Any, right: Any) -> bool:
-    """Equal JSON values; unlike in Python, true and 1 differ."""
-    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True) or (
-        _is_number(left) and _is_number(right) and left == right
-    )
-
-
 def majority(answers: Sequence[str | None]) -> str | None:
     """The most frequent answer, the earliest of those that tie; None is no vote."""
     votes = Counter(answer for answer in answers if answer is not None)
@@ -112,7 +107,3 @@ def pass_at(k: int, num_samples: int, num_right: int) -> float:
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} of {num_samples} samples")
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

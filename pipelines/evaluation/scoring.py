@@ -35,7 +35,6 @@ from glm_batch.pipelines.evaluation.agreement import (
     normalised_match,
     numeric_match,
     pass_at,
-    same_json,
 )
 from glm_batch.pipelines.evaluation.intervals import (
     CONFIDENCE,
@@ -53,6 +52,7 @@ from glm_batch.pipelines.evaluation.reliability import (
     expected_calibration_error,
     reliability,
 )
+from glm_batch.pipelines.input.values import json_or_text, same_json
 
 Match = Literal["exact", "normalised", "numeric"]
 Floats = npt.NDArray[np.float64]
@@ -269,7 +269,7 @@ def _objects(
     """JSON: right where the whole value is equal; `field_accuracy` is the share of the gold's
     fields that are.
     """
-    wanted = [_gold_object(gold) for gold in golds]
+    wanted = [json_or_text(gold) for gold in golds]
     texts = table["json"].to_pylist()
     found = [json_value(text) for text in texts]
     fields = [
@@ -486,9 +486,3 @@ def _matrix(table: pa.Table, name: str, width: int) -> Floats:
     return np.array([row or nothing for row in table[name].to_pylist()], np.float64).reshape(
         table.num_rows, width
     )
-
-
-def _gold_object(gold: Any) -> Any:
-    """A gold text is read as JSON where it is JSON."""
-    is_json, value = json_value(gold) if isinstance(gold, str) else (True, gold)
-    return value if is_json else gold

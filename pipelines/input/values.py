@@ -58,6 +58,25 @@ def parse_line(line: bytes) -> Row | RowError:
     return row
 
 
+def json_or_text(value: Any) -> Any:
+    """What a cell stands for as JSON: a text is read as JSON where it is JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def same_json(left: Any, right: Any) -> bool:
+    """Whether two JSON values are equal: 12 is 12.0 wherever it stands, true is not 1."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(
+            same_json(value, right[name]) for name, value in left.items()
+        )
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(map(same_json, left, right))
+    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
+
+
 def decode_rows(table: pa.Table) -> list[Row | RowError]:
     """The rows of a unit's table, in order. Bytes that are no UTF-8 stay bytes in their column."""
     if LINE in table.column_names and NUMBER in table.column_names:

@@ -43,6 +43,7 @@ from glm_batch.models.processing.prompt import MediaPrompts
 from glm_batch.models.processing.scores import Scaling, class_scores, label_scores, softmax
 from glm_batch.models.processing.tokenizer import Tokenizer
 from glm_batch.pipelines.calibration.calibration import Calibration, read_calibration
+from glm_batch.pipelines.input.values import json_or_text, same_json
 from glm_batch.pipelines.job import Job, TaskConfig
 from glm_batch.pipelines.tasks.job_media import (
     media_budgets,
@@ -277,11 +278,10 @@ class TaskRunner:
                 texts = columns["text"] if isinstance(columns["text"], list) else [columns["text"]]
                 return bool(texts[0].strip() == str(gold).strip())
             case "extract":
-                return _same_json(columns["json"], gold)
+                return same_json(json.loads(columns["json"]), json_or_text(gold))
             case "classify" if self._problem_type == "multi_label_classification":
-                return isinstance(gold, list | tuple) and set(columns["label"]) == {
-                    str(label) for label in gold
-                }
+                golds = gold if isinstance(gold, list | tuple) else [gold]
+                return set(columns["label"]) == {str(label) for label in golds}
             case "classify" if self._problem_type == "single_label_classification":
                 return bool(columns["label"] == str(gold))
         raise ConfigError(
@@ -628,17 +628,6 @@ def _finite(array: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArra
             "not_finite", "the model's output holds NaN or infinity: try engine.dtype float32"
         )
     return array.astype(np.float64)
-
-
-def _same_json(text: str, gold: object) -> bool:
-    """Equal as JSON values; a gold text is read as JSON too. Null and an absent key are not the
-    same.
-    """
-    try:
-        expected = json.loads(gold) if isinstance(gold, str) else gold
-    except ValueError:
-        return False
-    return bool(json.loads(text) == expected)
 
 
 def _refuse_constant(name: str) -> None:
