@@ -12,8 +12,8 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.models.engine.api.request import SamplingParams
+from glm_batch.models.request_limits import RequestLimits
 
 Auto = Literal["auto"]
 TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed", "requests"]
@@ -153,7 +153,7 @@ class RequestsSection:
 
     models: list[str] = field(default_factory=list)
     thinking: bool = False
-    limits: Caps = field(default_factory=Caps)
+    limits: RequestLimits = field(default_factory=RequestLimits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.jobs.files.job_file import Problem
 from glm_batch.models.engine.api.request import SamplingParams
+from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import (
     Job,
     MediaSection,
@@ -67,12 +67,12 @@ def check_requests(job: Job) -> Iterator[Problem]:
     yield from _check_limits(job.requests.limits)
 
 
-def _check_limits(limits: Caps) -> Iterator[Problem]:
-    for field in fields(Caps):
+def _check_limits(limits: RequestLimits) -> Iterator[Problem]:
+    for field in fields(RequestLimits):
         value, key = getattr(limits, field.name), f"requests.limits.{field.name}"
         if isinstance(value, int | float) and not 0 < value < float("inf"):
             yield Problem(key=key, message=f"it is {value}, but it must be above 0")
-        if field.name in OF_SERVERS and value != getattr(Caps(), field.name):
+        if field.name in OF_SERVERS and value != getattr(RequestLimits(), field.name):
             yield Problem(key=key, message="it is a server's alone, so it has no effect; remove it")
 
 

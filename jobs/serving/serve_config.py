@@ -15,7 +15,7 @@ from pathlib import Path
 
 from glm_batch.glm_actors.media.media_rules import endpoints
 from glm_batch.glm_actors.serving.openai.prompter import Prompter
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeSettings
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import deployment_name
 from glm_batch.jobs.checks.checks import weight_problems
 from glm_batch.jobs.files.job_file import Place, Problem, read_yaml
@@ -24,6 +24,7 @@ from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.vllm.vllm_limits import check_installed, checkpoint_problem
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.layers.parallel import check_parts
+from glm_batch.models.request_limits import RequestLimits
 
 WHAT = "a serve configuration is a mapping of keys (models, host, port, token_env, limits ...)"
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
@@ -64,7 +65,7 @@ def _key_problems(settings: ServeSettings) -> Iterator[Problem]:
         yield Problem(key="models", message="it is empty; name at least one model")
     if not 1 <= settings.port <= 65535:
         yield Problem(key="port", message=f"it is {settings.port}, but it must be 1 to 65535")
-    for field in dataclasses.fields(Caps):
+    for field in dataclasses.fields(RequestLimits):
         value = getattr(settings.limits, field.name)
         if not isinstance(value, list) and not 0 < value < float("inf"):
             yield Problem(
@@ -140,7 +141,7 @@ def _read_token(path: str) -> str | None:
         return None
 
 
-def _model_problems(name: str, model: ServedModel, caps: Caps) -> Iterator[Problem]:
+def _model_problems(name: str, model: ServedModel, caps: RequestLimits) -> Iterator[Problem]:
     key, path = f"models.{name}.model", Path(model.model)
     if not path.is_dir():
         yield Problem(

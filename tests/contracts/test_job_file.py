@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.jobs.files.job_file import describe, job_keys
+from glm_batch.models.request_limits import RequestLimits
 
 TEXT, TEXT_OR_NULL, TEXTS = "text", "text or null", "a list of text"
 WHOLE, NUMBER, SWITCH = "a whole number", "a number", "true or false"
@@ -111,7 +111,7 @@ def test_keys_types_and_defaults() -> None:
     }
     limits = {name for name in known if name.startswith("requests.limits.")}
     # as in a server's configuration
-    assert limits == {f"requests.limits.{field.name}" for field in fields(Caps)}
+    assert limits == {f"requests.limits.{field.name}" for field in fields(RequestLimits)}
     assert {name: known[name] for name in known.keys() - limits} == KEYS
 
 

@@ -21,7 +21,7 @@ from glm_batch.glm_actors.serving.openai.api_errors import (
     too_large,
     unavailable,
 )
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
+from glm_batch.models.request_limits import RequestLimits
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -43,7 +43,7 @@ class Border:
     `num_active` requests are being answered.
     """
 
-    def __init__(self, app: App, caps: Caps, token_digest: bytes | None) -> None:
+    def __init__(self, app: App, caps: RequestLimits, token_digest: bytes | None) -> None:
         self._app, self._caps, self._token_digest = app, caps, token_digest
         self.draining = False
         self.num_active = 0

@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse
 
 from glm_batch.glm_actors.serving.http.border import OPEN_PATHS
 from glm_batch.glm_actors.serving.http.document_page import page
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
+from glm_batch.models.request_limits import RequestLimits
 
 Json = dict[str, Any]
 STREAMING = ("/v1/chat/completions", "/v1/completions")
@@ -57,7 +57,7 @@ ERROR: Json = {
 }
 
 
-def describe(app: FastAPI, caps: Caps) -> None:
+def describe(app: FastAPI, caps: RequestLimits) -> None:
     """Gives an application with all its routes the document and the page, both made when they are
     first asked for.
     """
@@ -78,7 +78,7 @@ def describe(app: FastAPI, caps: Caps) -> None:
     app.get("/docs")(docs)
 
 
-def _document(app: FastAPI, caps: Caps) -> Json:
+def _document(app: FastAPI, caps: RequestLimits) -> Json:
     found = get_openapi(title=app.title, version=app.version, description=ABOUT, routes=app.routes)
     components = found.setdefault("components", {})
     schemas = components.setdefault("schemas", {})

@@ -41,7 +41,7 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     ScoreRequest,
     TokenizeRequest,
 )
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
+from glm_batch.models.request_limits import RequestLimits
 
 Json = dict[str, Any]
 Found = TypeVar("Found")
@@ -76,7 +76,7 @@ class JsonResponse(Response):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
-def build_app(backend: Backend, caps: Caps, token_digest: bytes | None) -> Border:
+def build_app(backend: Backend, caps: RequestLimits, token_digest: bytes | None) -> Border:
     """The application, behind its border."""
     app = FastAPI(
         title="glm-batch",

@@ -26,7 +26,6 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     ScoreRequest,
 )
 from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
     checked,
@@ -39,6 +38,7 @@ from glm_batch.glm_actors.serving.openai.work import (
 from glm_batch.models.engine.api.request import Choose, Classify, Completion, Delta, Embed, Request
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.scores import class_scores, label_scores
+from glm_batch.models.request_limits import RequestLimits
 
 __all__ = ["Json", "StreamTask", "Task", "build_task", "usage_of"]
 
@@ -70,7 +70,7 @@ class StreamTask(Task, Protocol):
 
 
 def build_task(
-    body: Body, prompter: Prompter, schemas: SchemaChecker, caps: Caps, *, thinking: bool
+    body: Body, prompter: Prompter, schemas: SchemaChecker, caps: RequestLimits, *, thinking: bool
 ) -> Task:
     """The task of a request. `thinking` is the model's default. Raises ApiError and RowError."""
     match body:
@@ -90,7 +90,7 @@ def build_task(
 class EmbeddingTask:
     """POST /v1/embeddings"""
 
-    def __init__(self, body: EmbeddingRequest, prompter: Prompter, caps: Caps) -> None:
+    def __init__(self, body: EmbeddingRequest, prompter: Prompter, caps: RequestLimits) -> None:
         self._model, self._as_text = body.model, body.encoding_format == "base64"
         prompts = raw_prompts(body.input, prompter, caps, "input")
         self.requests = requests_of(
@@ -118,7 +118,7 @@ class EmbeddingTask:
 class ScoreTask:
     """POST /v1/score: what the batch path's kind choose computes for a row."""
 
-    def __init__(self, body: ScoreRequest, prompter: Prompter, caps: Caps) -> None:
+    def __init__(self, body: ScoreRequest, prompter: Prompter, caps: RequestLimits) -> None:
         if len(body.labels) > caps.max_labels:
             raise bad("labels", f"{len(body.labels)} labels; this server takes {caps.max_labels}")
         if (body.prompt is None) == (body.messages is None):
@@ -158,7 +158,7 @@ class ScoreTask:
 class ClassifyTask:
     """POST /v1/classify: what the batch path's kind classify computes for a row."""
 
-    def __init__(self, body: ClassifyRequest, prompter: Prompter, caps: Caps) -> None:
+    def __init__(self, body: ClassifyRequest, prompter: Prompter, caps: RequestLimits) -> None:
         self._model, self._config = body.model, prompter.config
         prompts = raw_prompts(body.input, prompter, caps, "input")
         self.requests = requests_of(new_id("cls"), prompts, Classify())

@@ -17,10 +17,10 @@ from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
 from glm_batch.glm_actors.serving.openai.reasoning import ReasoningStream
 from glm_batch.glm_actors.serving.openai.sampling import chat_sampling, constraint_of
 from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.glm_actors.serving.openai.tools import CallStream, find_calls, tools_of
 from glm_batch.glm_actors.serving.openai.work import Json, checked, envelope, request_of, usage_of
 from glm_batch.models.engine.api.request import Completion, Delta, Generate, Output, Request
+from glm_batch.models.request_limits import RequestLimits
 
 NEXT_CALL = "<|assistant|>"  # what a model of 0414 writes between two calls
 
@@ -35,7 +35,7 @@ class ChatTask:
         body: ChatRequest,
         prompter: Prompter,
         schemas: SchemaChecker,
-        caps: Caps,
+        caps: RequestLimits,
         *,
         thinking: bool,
     ) -> None:

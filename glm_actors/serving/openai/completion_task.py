@@ -18,7 +18,6 @@ from glm_batch.glm_actors.serving.openai.logprobs import completion_logprobs, pr
 from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
 from glm_batch.glm_actors.serving.openai.protocol import CompletionRequest
 from glm_batch.glm_actors.serving.openai.sampling import completion_sampling
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
     checked,
@@ -29,6 +28,7 @@ from glm_batch.glm_actors.serving.openai.work import (
 )
 from glm_batch.models.engine.api.request import Completion, Delta, Generate, Output, Request, Score
 from glm_batch.models.errors import RowError
+from glm_batch.models.request_limits import RequestLimits
 
 Lists = dict[str, list[Any]]
 NOTHING = Delta(id="", index=0, token_ids=(), text="", finish_reason="length")
@@ -42,7 +42,7 @@ class CompletionTask:
     in the cache.
     """
 
-    def __init__(self, body: CompletionRequest, prompter: Prompter, caps: Caps) -> None:
+    def __init__(self, body: CompletionRequest, prompter: Prompter, caps: RequestLimits) -> None:
         id = f"cmpl-{uuid.uuid4().hex}"
         self._envelope = envelope(id, "text_completion", body.model)
         self._tokenizer = prompter.tokenizer
@@ -66,7 +66,7 @@ class CompletionTask:
         self._number = {request.id: number for number, request in enumerate(writing)}
         self._shown: dict[int, int] = {}  # characters that a choice's chunks have shown
 
-    def _check_size(self, caps: Caps) -> None:
+    def _check_size(self, caps: RequestLimits) -> None:
         """An answer must fit into memory: it has some numbers for each token of its prompts, once
         for each choice.
         """

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from glm_batch.glm_actors.media.media_loader import MediaLoader, MediaRules
 from glm_batch.glm_actors.media.media_source import url_of
 from glm_batch.glm_actors.serving.openai.api_errors import bad
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.glm_actors.serving.openai.tools import for_template, takes_tools, uses_tools
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.request import Media
@@ -27,6 +26,7 @@ from glm_batch.models.processing.messages import media_parts
 from glm_batch.models.processing.patches import MediaPatches
 from glm_batch.models.processing.prompt import MediaPrompts
 from glm_batch.models.processing.tokenizer import Tokenizer
+from glm_batch.models.request_limits import RequestLimits
 
 if TYPE_CHECKING:
     from glm_batch.glm_actors.media.fetcher import Fetcher
@@ -51,7 +51,7 @@ class Prompter:
     use it.
     """
 
-    def __init__(self, model_dir: str, caps: Caps) -> None:
+    def __init__(self, model_dir: str, caps: RequestLimits) -> None:
         """Raises ConfigError for a checkpoint whose files cannot be used. One without a chat
         template has no chat.
         """
@@ -72,7 +72,7 @@ class Prompter:
             self._allow(caps)
         self._choices = lru_cache(LABEL_SETS)(self._tokenize_labels)
 
-    def _allow(self, caps: Caps) -> None:
+    def _allow(self, caps: RequestLimits) -> None:
         """Opens the way to the network where there are hosts that may be asked."""
         rules = MediaRules(
             hosts=tuple(caps.media_hosts),

@@ -17,15 +17,15 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     Sampled,
 )
 from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.models.engine.api.request import Constraint, SamplingParams
+from glm_batch.models.request_limits import RequestLimits
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 SEEDS = 1 << 63
 
 
 def sampling_of(
-    body: Sampled, caps: Caps, *, max_tokens: int | None, logprobs: int | None
+    body: Sampled, caps: RequestLimits, *, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
     """OpenAI's defaults where the request says nothing: temperature 1, one output, a seed of its
     own.
@@ -71,7 +71,7 @@ def sampling_of(
     )
 
 
-def chat_sampling(body: ChatRequest, caps: Caps) -> SamplingParams:
+def chat_sampling(body: ChatRequest, caps: RequestLimits) -> SamplingParams:
     """Raises ApiError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs", "it goes with logprobs: true")
@@ -81,7 +81,7 @@ def chat_sampling(body: ChatRequest, caps: Caps) -> SamplingParams:
     )
 
 
-def completion_sampling(body: CompletionRequest, caps: Caps) -> SamplingParams:
+def completion_sampling(body: CompletionRequest, caps: RequestLimits) -> SamplingParams:
     """Raises ApiError."""
     given = min(COMPLETION_TOKENS, caps.max_tokens) if body.max_tokens is None else body.max_tokens
     if given == 0 and not body.echo:
@@ -90,7 +90,7 @@ def completion_sampling(body: CompletionRequest, caps: Caps) -> SamplingParams:
 
 
 def constraint_of(
-    format_: ResponseFormat | None, caps: Caps, schemas: SchemaChecker
+    format_: ResponseFormat | None, caps: RequestLimits, schemas: SchemaChecker
 ) -> Constraint | None:
     """The schema that the answer must match. Raises ApiError for one that decoding cannot follow."""
     if format_ is None or format_.type == "text":

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest, Function, ToolChoice
 from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.models.engine.api.request import Constraint
 from glm_batch.models.engine.decoding.constraints import JSON_WHITESPACE
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.chat import Chat
+from glm_batch.models.request_limits import RequestLimits
 
 Json = dict[str, Any]
 Message = Mapping[str, Any]
@@ -66,7 +66,7 @@ class Tools:
             {"type": "function", "function": _shown(function)} for function in self.functions
         ] or None
 
-    def constraint(self, caps: Caps, schemas: SchemaChecker) -> Constraint | None:
+    def constraint(self, caps: RequestLimits, schemas: SchemaChecker) -> Constraint | None:
         """What holds the answer to a call that must be, or a strict function's arguments to their
         schema.
 

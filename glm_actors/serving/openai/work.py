@@ -15,8 +15,8 @@ from typing import Any
 from glm_batch.glm_actors.serving.openai.api_errors import bad, internal, of_row
 from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
 from glm_batch.glm_actors.serving.openai.protocol import Prompts
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.models.engine.api.request import Completion, Request, Work
+from glm_batch.models.request_limits import RequestLimits
 
 Json = dict[str, Any]
 
@@ -50,7 +50,9 @@ def checked(completions: Sequence[Completion]) -> Sequence[Completion]:
     return completions
 
 
-def raw_prompts(prompts: Prompts, prompter: Prompter, caps: Caps, param: str) -> list[Prompt]:
+def raw_prompts(
+    prompts: Prompts, prompter: Prompter, caps: RequestLimits, param: str
+) -> list[Prompt]:
     """A text, texts, token ids or lists of these."""
     if isinstance(prompts, str):
         return [prompter.raw(prompts, param)]

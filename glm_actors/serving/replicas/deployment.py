@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, busy, unavailable
 from glm_batch.glm_actors.serving.openai.pieces import Address, Mailbox, Outlets, Piece
 from glm_batch.glm_actors.serving.openai.protocol import Body
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeSettings
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.shared.shared_line import Callers
 from glm_batch.glm_actors.shared.shared_model import Answer, BatchWork, ModelIdentity
 from glm_batch.glm_actors.units.model_actor import CPU_SETTINGS
+from glm_batch.models.request_limits import RequestLimits
 
 if TYPE_CHECKING:
     from glm_batch.glm_actors.serving.http.listener import Listener
@@ -46,7 +47,7 @@ class ModelDeployment:
     them as its own.
     """
 
-    def __init__(self, model: ServedModel, caps: Caps, num_threads: int) -> None:
+    def __init__(self, model: ServedModel, caps: RequestLimits, num_threads: int) -> None:
         # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch
         # is imported.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
@@ -97,7 +98,11 @@ class Ingress:
     """The HTTP process. Its application is built where it runs."""
 
     def __init__(
-        self, caps: Caps, token_digest: bytes | None, replicas: Mapping[str, int], *handles: Any
+        self,
+        caps: RequestLimits,
+        token_digest: bytes | None,
+        replicas: Mapping[str, int],
+        *handles: Any,
     ) -> None:
         """`replicas` are the most that each model may have; `handles` are the models' in that
         order.
@@ -318,7 +323,7 @@ def _num_gpus(model: ServedModel) -> int:
     return model.engine.tensor_parallel_size if model.wants_gpu else 0
 
 
-def _scaling(model: ServedModel, caps: Caps) -> dict[str, Any]:
+def _scaling(model: ServedModel, caps: RequestLimits) -> dict[str, Any]:
     least, most = model.replica_range
     if least == most:
         return {"num_replicas": least}

@@ -40,7 +40,7 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     TokenizeRequest,
 )
 from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.shared.shared_model import (
     Answer,
     BatchWork,
@@ -49,6 +49,7 @@ from glm_batch.glm_actors.shared.shared_model import (
 )
 from glm_batch.models.engine import Completion, Delta, Engine, Request, build_engine
 from glm_batch.models.errors import EngineError, RowError
+from glm_batch.models.request_limits import RequestLimits
 
 TEXT_THREADS = 2
 SLOW_THREADS = 4
@@ -85,7 +86,7 @@ class Replica:
     one that cannot be.
     """
 
-    def __init__(self, model: ServedModel, caps: Caps) -> None:
+    def __init__(self, model: ServedModel, caps: RequestLimits) -> None:
         self.name = uuid.uuid4().hex[:8]
         self._model, self._caps = model, caps
         self._in_flight = 0

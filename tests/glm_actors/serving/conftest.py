@@ -21,8 +21,9 @@ import pytest
 import yaml
 
 from glm_batch.glm_actors.serving.openai.protocol import Body
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
 from glm_batch.glm_actors.serving.replicas.replica import Piece, Replica
+from glm_batch.models.request_limits import RequestLimits
 
 ROOT = Path(__file__).parents[3]
 TINY = str(ROOT / "examples" / "tiny_glm")
@@ -125,7 +126,7 @@ def replica() -> Iterator[Replica]:
     model = ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14))
     built = Replica(
         model,
-        Caps(
+        RequestLimits(
             max_queue=6,
             max_media=2,
             max_pixels=1_000_000,

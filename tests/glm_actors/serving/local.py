@@ -11,15 +11,15 @@ import uvicorn
 
 from glm_batch.glm_actors.serving.http.border import digest_of
 from glm_batch.glm_actors.serving.http.http_app import build_app
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import TOKEN, LocalBackend
 
 START_S = 60.0
 
 
 @contextmanager
-def serving(replicas: Mapping[str, Replica], caps: Caps) -> Iterator[str]:
+def serving(replicas: Mapping[str, Replica], caps: RequestLimits) -> Iterator[str]:
     """The URL at which models are served by name while the block runs."""
     app = build_app(LocalBackend(replicas), caps, digest_of(TOKEN))
     server = uvicorn.Server(

@@ -14,14 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from glm_batch.glm_actors.serving.http.http_app import build_app
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import EngineSection, RequestsSection
 from tests.glm_actors.serving.conftest import ROOT, TINY, LocalBackend
 from tests.pipelines.openai_batch.batch_files import Json, answer_all, line, make_job, write_lines
 
 MODEL = Path(TINY).name
-LIMITS = Caps(
+LIMITS = RequestLimits(
     max_tokens=64,
     max_n=3,
     max_media=2,

@@ -14,13 +14,13 @@ import pytest
 from glm_batch.glm_actors.serving.http.border import digest_of
 from glm_batch.glm_actors.serving.http.document_page import page, type_text
 from glm_batch.glm_actors.serving.http.http_app import build_app
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
+from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import TOKEN, LocalBackend
 
 
 def get(path: str, token: str | None = TOKEN) -> httpx.Response:
     async def once() -> httpx.Response:
-        app = build_app(LocalBackend({}), Caps(max_n=7), digest_of(TOKEN))
+        app = build_app(LocalBackend({}), RequestLimits(max_n=7), digest_of(TOKEN))
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app=app), base_url="http://server"
         ) as client:

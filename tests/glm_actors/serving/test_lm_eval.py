@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.models.engine import EngineConfig
 from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.tasks.tasks import Columns, TaskRunner
 from tests.glm_actors.serving.conftest import MODEL, TINY, TOKEN
@@ -41,9 +42,9 @@ class Evaluated:
 def url() -> Iterator[str]:
     replica = Replica(
         ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14)),
-        Caps(),
+        RequestLimits(),
     )
-    with serving({MODEL: replica}, Caps()) as found:
+    with serving({MODEL: replica}, RequestLimits()) as found:
         yield found
     replica.close()
 

@@ -17,13 +17,13 @@ import psutil
 import pytest
 
 from glm_batch.glm_actors.serving.openai.serve_settings import (
-    Caps,
     ServedModel,
     ServeEngine,
     ServeSettings,
 )
 from glm_batch.glm_actors.serving.replicas.deployment import APP_NAME, deployment_name
 from glm_batch.jobs.serving.serve import start
+from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import TINY
 from tests.ray_processes import ray_processes
 
@@ -119,7 +119,9 @@ def port(ray_cluster: None) -> Iterator[int]:
         PAIR: ServedModel(model=TINY, engine=engine, replicas=2),
         GROWING: ServedModel(model=TINY, engine=engine, replicas=[1, 2]),
     }
-    start(ServeSettings(models=models, port=number, limits=Caps(max_queue=MAX_QUEUE)), None)
+    start(
+        ServeSettings(models=models, port=number, limits=RequestLimits(max_queue=MAX_QUEUE)), None
+    )
     yield number
     ray_serve.shutdown()
 

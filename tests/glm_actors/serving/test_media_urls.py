@@ -16,9 +16,9 @@ import yaml
 
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError
 from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.jobs.serving.serve_config import check_settings, load_settings
 from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import MODEL, TINY
 from tests.glm_actors.serving.test_server import picture
 
@@ -58,7 +58,7 @@ def host() -> Iterator[str]:
     thread.join()
 
 
-def shown(caps: Caps, *urls: str) -> Prompt:
+def shown(caps: RequestLimits, *urls: str) -> Prompt:
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     prompter = Prompter(TINY, caps)
     try:
@@ -71,7 +71,7 @@ def shown(caps: Caps, *urls: str) -> Prompt:
 
 def test_a_fetched_picture_is_the_inline_one(host: str) -> None:
     inline = "data:image/png;base64," + base64.b64encode(IMAGE).decode()
-    caps = Caps(media_private_hosts=[host])
+    caps = RequestLimits(media_private_hosts=[host])
     prompt = shown(caps, f"http://{host}/picture", inline, f"http://{host}/picture")
     assert prompt.media is not None
     assert len({item.digest for item in prompt.media.items}) == 1
@@ -115,7 +115,7 @@ def test_what_is_not_fetched(
     host: str, allowed: dict[str, list[str]], path: str, code: str, message: str
 ) -> None:
     """A refusal tells nothing of addresses inside."""
-    caps = Caps(
+    caps = RequestLimits(
         **{key: [each.format(host=host) for each in hosts] for key, hosts in allowed.items()}
     )  # type: ignore[arg-type]
     with pytest.raises(RowError, match=message) as caught:
@@ -128,7 +128,7 @@ def test_what_is_not_fetched(
 def test_all_media_of_a_request_have_a_limit_together(host: str) -> None:
     with pytest.raises(ApiError, match="together"):
         shown(
-            Caps(media_private_hosts=[host], max_body_bytes=len(IMAGE) - 1),
+            RequestLimits(media_private_hosts=[host], max_body_bytes=len(IMAGE) - 1),
             f"http://{host}/picture",
         )
 

@@ -21,11 +21,12 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     EmbeddingRequest,
     ScoreRequest,
 )
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps, ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.jobs.files.job_file import load_job
 from glm_batch.models.engine import Completion, EngineConfig
 from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import Job, TaskConfig
 from glm_batch.pipelines.tasks.tasks import Columns, Prompt, TaskRunner
 from tests.glm_actors.serving.conftest import MODEL, ROOT, TINY
@@ -203,7 +204,7 @@ def test_classes(make_checkpoint: MakeCheckpoint) -> None:
     engine = TorchEngine.from_checkpoint(EngineConfig(model=path, kv_cache_tokens=1024))
     expected = batch(job, [{"text": text} for text in texts], engine)
     small = ServeEngine(kv_cache_tokens=1024)
-    replica = Replica(ServedModel(model=path, engine=small), Caps())
+    replica = Replica(ServedModel(model=path, engine=small), RequestLimits())
     (answer,) = ask(replica, [ClassifyRequest(model="c", input=texts)])
     replica.close()
     for (columns, _), item in zip(expected, answer["data"], strict=True):

@@ -26,7 +26,6 @@ import yaml
 from typer.testing import CliRunner
 
 from glm_batch.glm_actors.serving.openai.serve_settings import (
-    Caps,
     ServedModel,
     ServeEngine,
     ServeSettings,
@@ -43,6 +42,7 @@ from glm_batch.jobs.files.job_file import load_job
 from glm_batch.jobs.serving.serve import start
 from glm_batch.models.engine.api.request import BATCH, Generate, Request, SamplingParams
 from glm_batch.models.errors import ConfigError, EngineError
+from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines import run
 from glm_batch.pipelines.job import Job, TaskConfig
 from glm_batch.pipelines.metrics.counts import Progress
@@ -55,7 +55,7 @@ EXAMPLES = ROOT / "examples"
 SHARED = "shared"  # not the name of a model of the session's server, which is about, too
 NUM_ROWS = 800
 LONG = 60  # tokens that only a poisoned prompt has
-CAPS = Caps()
+CAPS = RequestLimits()
 BODY = {
     "model": SHARED,
     "messages": [{"role": "user", "content": "Where is my parcel?"}],
@@ -93,7 +93,7 @@ def alone(
     return records(run(make_job(tickets, tmp_path_factory.mktemp("alone"))))
 
 
-def deploy(port: int = 8000, limits: Caps = CAPS, **engine: Any) -> None:
+def deploy(port: int = 8000, limits: RequestLimits = CAPS, **engine: Any) -> None:
     """Starts the application, or replaces its model's replicas if the engine's settings are others
     than before.
     """

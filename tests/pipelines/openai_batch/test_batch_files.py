@@ -20,8 +20,8 @@ import pytest
 from openai.types import BatchError, Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
-from glm_batch.glm_actors.serving.openai.serve_settings import Caps
 from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines import run
 from glm_batch.pipelines.graph.steps import Order
 from glm_batch.pipelines.input.source import Source
@@ -158,7 +158,7 @@ def test_every_kind_of_bad_line_is_told_and_none_is_lost(
     write_lines(tmp_path / "requests.jsonl", texts)
     with (tmp_path / "requests.jsonl").open("ab") as stream:
         stream.write(b'{"custom_id": "\xff"}\n')
-    limits = RequestsSection(limits=Caps(max_body_bytes=8000))
+    limits = RequestsSection(limits=RequestLimits(max_body_bytes=8000))
     job = make_job(echo_checkpoint, tmp_path, requests=limits, commit=CommitSection(unit_rows=4))
     answered, refused = answer_all(job)
     # The echo engine classifies with any checkpoint.
@@ -259,7 +259,7 @@ def test_units_are_as_small_as_heavy_lines_need(
     write_lines(tmp_path / "requests.jsonl", vectors)
     plan = make_plan(job, Source(storage=StorageSection(), columns=()).list_files(job.input), {})
     assert plan.unit_rows == 16
-    wide = RequestsSection(limits=Caps(max_inputs=10_000))
+    wide = RequestsSection(limits=RequestLimits(max_inputs=10_000))
     assert (
         make_plan(replace(job, requests=wide), [plan.files[0].file], {}).unit_rows == plan.unit_rows
     )
