@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from glm_batch.models import rooms
 from glm_batch.models.errors import ConfigError, GlmBatchError
 
 EXIT_OK = 0
@@ -77,12 +78,10 @@ def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = Fal
     model.
     """
     with errors_for_people(debug):
-        from glm_batch.jobs.sweep.sweep_config import is_sweep
+        from glm_batch.jobs.files.job_file import is_sweep
 
         if is_sweep(job):
-            from glm_batch.jobs.sweep.sweep_plan import plan_sweep
-
-            plan_sweep(job, overrides or [])
+            rooms.load("jobs.sweep.sweep_plan").plan_sweep(job, overrides or [])
             return
         from glm_batch.jobs.plans.job_plan import plan as run_plan
 
@@ -107,7 +106,7 @@ def label(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(hidden=not rooms.is_here("evaluation"))
 def evaluate(
     sweep: Annotated[
         str, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).", show_default=False)
@@ -128,13 +127,12 @@ def evaluate(
     one stopped.
     """
     with errors_for_people(debug):
-        from glm_batch.jobs.sweep.evaluate import evaluate as run_evaluate
-
-        code = run_evaluate(sweep, overrides or [], compare)
+        command = rooms.load("jobs.sweep.evaluate")
+        code = command.evaluate(sweep, overrides or [], compare)
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(hidden=not rooms.is_here("cron"))
 def cron(
     job: JobArgument,
     overrides: SetOption = None,
@@ -167,9 +165,7 @@ def cron(
     schedulers.
     """
     with errors_for_people(debug):
-        from glm_batch.jobs.cron.cron import cron as run_cron
-
-        code = run_cron(
+        code = rooms.load("jobs.cron.cron").cron(
             job,
             overrides or [],
             max_units=max_units,
@@ -198,7 +194,7 @@ def status(
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command()
+@app.command(hidden=not rooms.is_here("report"))
 def report(
     output: Annotated[
         str,
@@ -240,15 +236,12 @@ def report(
     Loads no model.
     """
     with errors_for_people(debug):
-        from glm_batch.jobs.report.report import Wanted
-        from glm_batch.jobs.report.report import report as run_report
-
-        run_report(
-            output, Wanted(to=to, review=review, pred_probs=pred_probs), endpoint_url=endpoint_url
-        )
+        command = rooms.load("jobs.report.report")
+        wanted = command.Wanted(to=to, review=review, pred_probs=pred_probs)
+        command.report(output, wanted, endpoint_url=endpoint_url)
 
 
-@app.command()
+@app.command(hidden=not rooms.is_here("calibration"))
 def calibrate(
     output: OutputArgument,
     bias: Annotated[bool, typer.Option("--bias", help="Fit a bias for each label too.")] = False,
@@ -268,9 +261,8 @@ def calibrate(
     Loads no model.
     """
     with errors_for_people(debug):
-        from glm_batch.jobs.calibration.calibrate import calibrate as run_calibrate
-
-        run_calibrate(output, to=to, bias=bias, endpoint_url=endpoint_url)
+        command = rooms.load("jobs.calibration.calibrate")
+        command.calibrate(output, to=to, bias=bias, endpoint_url=endpoint_url)
 
 
 @app.command()
@@ -308,7 +300,7 @@ def gc(
         run_gc(output, endpoint_url=endpoint_url)
 
 
-@app.command()
+@app.command(hidden=not rooms.is_here("serving"))
 def serve(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="What to serve (YAML).", show_default=False)
@@ -320,9 +312,7 @@ def serve(
 ) -> None:
     """Answer requests over HTTP with an OpenAI-compatible interface, until Ctrl-C or SIGTERM."""
     with errors_for_people(debug):
-        from glm_batch.jobs.serving.serve import serve as run_serve
-
-        run_serve(config, insecure=insecure)
+        rooms.load("jobs.serving.serve").serve(config, insecure=insecure)
 
 
 @app.command()

@@ -161,6 +161,12 @@ def read_yaml(
     return data, dict(_key_lines(node, "", path))
 
 
+def is_sweep(path: str) -> bool:
+    """Whether a file holds a sweep and no job. Raises ConfigError when it cannot be read."""
+    data, _ = read_yaml(path)
+    return "models" in data and "datasets" in data
+
+
 def _key_lines(node: yaml.Node | None, prefix: str, path: str) -> Iterator[tuple[str, int]]:
     """The line of each key. YAML would let the last of two equal keys win in silence: here they are
     refused.

@@ -92,12 +92,6 @@ class SweepFile:
     storage: StorageSection = field(default_factory=StorageSection)
 
 
-def is_sweep(path: str) -> bool:
-    """Whether a file holds a sweep and no job. Raises ConfigError when it cannot be read."""
-    data, _ = read_yaml(path)
-    return "models" in data and "datasets" in data
-
-
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> tuple[Sweep, Place]:
     """Reads the file, applies `a.b=value` overrides and lays out the grid.
 

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from glm_batch.jobs.sweep.sweep_config import check_sweep, is_sweep, load_sweep
+from glm_batch.jobs.files.job_file import is_sweep
+from glm_batch.jobs.sweep.sweep_config import check_sweep, load_sweep
 from glm_batch.models.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
