@@ -24,7 +24,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import httpcore
 
-from glm_batch.glm_actors.media.media_rules import (
+from glm_batch.glm_actors.media.media_source import (
     DEFAULT_PORTS,
     Endpoint,
     MediaRules,

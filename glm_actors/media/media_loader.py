@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from glm_batch.glm_actors.media.decoder import Decoder
 from glm_batch.glm_actors.media.decoder_child import Setup
-from glm_batch.glm_actors.media.media_rules import MediaRules
-from glm_batch.glm_actors.media.media_source import Url, read_source, url_of
+from glm_batch.glm_actors.media.media_source import MediaRules, Url, read_source, url_of
 from glm_batch.models.byte_cache import ByteCache
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
 from glm_batch.models.checkpoint.normalization import MediaKind

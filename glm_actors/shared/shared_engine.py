@@ -17,18 +17,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from glm_batch.glm_actors.shared.shared_model import (
-    Answer,
     AppFailedError,
     BatchWork,
+    Line,
     ModelIdentity,
     NoReplicaError,
+    RayLine,
     ReplicaLostError,
     SharedModel,
 )
 from glm_batch.glm_actors.shared.shared_suspects import Search
+from glm_batch.models.engine.api.interface import Engine
 from glm_batch.models.engine.api.request import BATCH, Completion, Delta, Request, refuse_known_ids
 from glm_batch.models.errors import ConfigError, EngineError
 
@@ -36,14 +38,6 @@ STEP_S = 0.5  # that a step waits for an answer
 MESSAGE_ROWS = 32
 MESSAGE_BYTES = 8 << 20  # of media
 T = TypeVar("T")
-
-
-class Line(Protocol):
-    """The way to an application's model. Both raise NoReplicaError and ReplicaLostError."""
-
-    async def identity(self) -> ModelIdentity: ...
-    async def ask(self, work: BatchWork) -> Answer: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +207,13 @@ class SharedEngine:
             f"{self._where} no longer serves the job's model ({found}): what is committed stays; go on with an "
             "application that does, or without --app"
         )
+
+
+def connect(model: SharedModel) -> Engine:
+    """The engine of a batch worker. Raises ConfigError where the application serves another model
+    by now.
+    """
+    return SharedEngine(model, RayLine(model))
 
 
 def _cut(requests: Sequence[Request]) -> Iterator[list[Request]]:

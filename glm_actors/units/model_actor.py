@@ -15,20 +15,25 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
-from glm_batch.glm_actors.engines.engine_loop import EngineLoop
+from glm_batch.glm_actors.engines.engine_loop import EngineLoop, Submission
 from glm_batch.glm_actors.engines.worker_group import WorkerGroup, needs_ranks
 from glm_batch.glm_actors.faults.guard import Answer, Guard, RayBook
 from glm_batch.glm_actors.faults.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, spent, with_spent
 from glm_batch.glm_actors.faults.startup import loading
 from glm_batch.glm_actors.faults.watchdog import STDERR, HangLimits, Watchdog
-from glm_batch.glm_actors.shared.shared_line import connect
+from glm_batch.glm_actors.shared.shared_engine import connect
 from glm_batch.glm_actors.shared.shared_model import AppFailedError, SharedModel
-from glm_batch.glm_actors.units.batches import num_requests, to_requests, with_completions
-from glm_batch.glm_actors.units.unit_journal import Journal, UnitJournal
+from glm_batch.glm_actors.units.batches import (
+    completion_table,
+    num_requests,
+    to_completions,
+    to_requests,
+    with_completions,
+)
 from glm_batch.models.engine import Completion, Engine, EngineConfig, Request, build_engine
 from glm_batch.models.errors import EngineError, GlmBatchError, RowError
 
@@ -43,6 +48,9 @@ CPU_SETTINGS = {
 # cores too. Online there are none, and threads that go to sleep between two operators cost a decode
 # step a tenth of its time.
 BATCH_SETTINGS = CPU_SETTINGS | {"GOMP_SPINCOUNT": "1000"}
+
+
+PROMPTNESS = 0.8  # of the time within which things must be durable: writing takes some, too
 
 
 class ModelActor:
@@ -158,3 +166,63 @@ def _completions(
         yield Completion(
             id=request.id, finish_reason="error", prompt_tokens=tokens, error=answer.result
         )
+
+
+class Journal(Protocol):
+    """A durable place for tables of completions, by the number of their unit."""
+
+    @property
+    def every_seconds(self) -> float: ...
+    def write(self, unit: int, table: pa.Table) -> None: ...
+    def read(self, unit: int) -> Sequence[pa.Table]: ...
+
+
+class UnitJournal:
+    """The journal of one unit; without a Journal nothing is kept."""
+
+    def __init__(self, journal: Journal | None, unit: int = 0) -> None:
+        self._journal, self._unit = journal, unit
+        tables = journal.read(unit) if journal else ()
+        found = [completion for table in tables for completion in to_completions(table)]
+        self._known = {each.id: each for each in found if isinstance(each, Completion)}
+        self._unwritten: list[Completion] = []
+        self._written_at = time.monotonic()
+
+    def complete(self, loop: EngineLoop, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request: those that an earlier attempt has left, and the loop's
+        for the rest.
+        """
+        submission = loop.submit([request for request in requests if request.id not in self._known])
+        taken = 0
+        while not self._wait(submission):
+            taken = self._take(submission, taken)
+            self._write()
+        self._take(submission, taken)
+        new = {completion.id: completion for completion in submission.result()}
+        return [self._known.get(request.id) or new[request.id] for request in requests]
+
+    def _wait(self, submission: Submission) -> bool:
+        """Whether everything is finished; False when it is time to write."""
+        if self._journal is None:
+            submission.result()
+            return True
+        due = self._written_at + PROMPTNESS * self._journal.every_seconds
+        try:
+            submission.result(timeout=max(due - time.monotonic(), 0.0))
+        except TimeoutError:
+            return False
+        return True
+
+    def _take(self, submission: Submission, taken: int) -> int:
+        """Takes over what came after the first `taken`; returns how many there are now."""
+        finished = submission.finished()
+        # An error is not kept: what was in its way may be gone when the row is tried again.
+        self._unwritten += [completion for completion in finished[taken:] if not completion.error]
+        return len(finished)
+
+    def _write(self) -> None:
+        assert self._journal is not None
+        if self._unwritten:
+            self._journal.write(self._unit, completion_table(self._unwritten))
+            self._unwritten = []
+        self._written_at = time.monotonic()

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from glm_batch.glm_actors.media.media_rules import endpoints
+from glm_batch.glm_actors.media.media_source import endpoints
 from glm_batch.glm_actors.serving.openai.prompter import Prompter
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import deployment_name

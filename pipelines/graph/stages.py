@@ -20,9 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from glm_batch.glm_actors.faults.suspects import Ledger, Patience
 from glm_batch.glm_actors.faults.watchdog import HangLimits
 from glm_batch.glm_actors.shared.shared_model import SharedModel
-from glm_batch.glm_actors.units.model_actor import ModelActor
+from glm_batch.glm_actors.units.model_actor import Journal, ModelActor
 from glm_batch.glm_actors.units.row_worker import RowWorker, Step
-from glm_batch.glm_actors.units.unit_journal import Journal
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.pipelines.cluster.shares import Workers
 from glm_batch.pipelines.graph.dispatch import ByAffinity

@@ -13,16 +13,19 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from glm_batch.glm_actors.serving.http.border import Border
-from glm_batch.glm_actors.serving.http.document import describe
 from glm_batch.glm_actors.serving.http.http_metrics import Metrics
+from glm_batch.glm_actors.serving.http.pieces import Piece
 from glm_batch.glm_actors.serving.openai.api_errors import (
     MAX_MESSAGE,
     ApiError,
@@ -30,7 +33,6 @@ from glm_batch.glm_actors.serving.openai.api_errors import (
     of_problems,
     unknown_model,
 )
-from glm_batch.glm_actors.serving.openai.pieces import Piece
 from glm_batch.glm_actors.serving.openai.protocol import (
     Body,
     ChatRequest,
@@ -45,6 +47,22 @@ from glm_batch.models.request_limits import RequestLimits
 
 Json = dict[str, Any]
 Found = TypeVar("Found")
+ABOUT = "OpenAI's routes and some of our own. What a request asks for is done or refused."
+STATUSES = {
+    400: "A field is wrong; `param` names it.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    408: "The request did not arrive in time.",
+    413: "The body is too large.",
+    415: "The body is compressed.",
+    429: "The queue is full; Retry-After says when to come again.",
+    431: "The headers are too large.",
+    500: "The server failed; its log says more.",
+    503: "The model is not available, or the server ends.",
+    504: "The request took too long and was ended.",
+}
+ALWAYS = (408, 413, 415, 431, 500, 503)
+KEY = HTTPBearer(auto_error=False)  # for the document; the border looks at it
 CREATED = 0  # of a model: OpenAI wants a time, a checkpoint has none
 
 
@@ -76,19 +94,52 @@ class JsonResponse(Response):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
+class Refusal(BaseModel):
+    """What is wrong with a request; `param` names the field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Refused(BaseModel):
+    """OpenAI's form of every error."""
+
+    error: Refusal
+
+
 def build_app(backend: Backend, caps: RequestLimits, token_digest: bytes | None) -> Border:
     """The application, behind its border."""
     app = FastAPI(
         title="glm-batch",
-        docs_url=None,
+        description=ABOUT,
+        docs_url=None,  # FastAPI's page loads its scripts from elsewhere
         redoc_url=None,
         default_response_class=JsonResponse,
         redirect_slashes=False,
     )
     _add_errors(app)
     _Routes(backend).add_to(app)
-    describe(app, caps)
+    document = app.openapi()  # which FastAPI makes once
+    document["x-limits"] = asdict(caps)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # of which 400 takes the place here
+    for name in ("HTTPValidationError", "ValidationError"):
+        del document["components"]["schemas"][name]
     return Border(app, caps, token_digest)
+
+
+def _told(*statuses: int, sse: bool = False) -> dict[str, Any]:
+    """What a route's operation tells beside its answer, and that it wants the key."""
+    responses: dict[int | str, Json] = {
+        status: {"model": Refused, "description": STATUSES[status]}
+        for status in (*ALWAYS, 401, *statuses)
+    }
+    if sse:
+        responses[200] = {"content": {"text/event-stream": {}}}
+    return {"responses": responses, "dependencies": [Depends(KEY)]}
 
 
 class _Routes:
@@ -99,16 +150,23 @@ class _Routes:
         self._metrics = Metrics()
 
     def add_to(self, app: FastAPI) -> None:
-        app.get("/health")(self.health)
-        app.get("/metrics")(self.show_metrics)
-        app.get("/v1/models")(self.list_models)
-        app.get("/v1/models/{model:path}")(self.show_model)
-        app.post("/v1/chat/completions")(self.chat)
-        app.post("/v1/completions")(self.complete)
-        app.post("/v1/embeddings")(self.embed)
-        app.post("/v1/score")(self.score)
-        app.post("/v1/classify")(self.classify)
-        app.post("/tokenize")(self.tokenize)
+        healthy = {**_told()["responses"], 503: {"description": "A model has no replica."}}
+        del healthy[401]  # the one route that is open to all
+        app.get("/health", responses=healthy)(self.health)
+        app.get("/metrics", response_class=PlainTextResponse, **_told())(self.show_metrics)
+        app.get("/docs", response_class=PlainTextResponse, **_told())(self.point_to_document)
+        app.get("/v1/models", **_told())(self.list_models)
+        app.get("/v1/models/{model:path}", **_told(400, 404))(self.show_model)
+        for path, method in (
+            ("/v1/chat/completions", self.chat),
+            ("/v1/completions", self.complete),
+            ("/v1/embeddings", self.embed),
+            ("/v1/score", self.score),
+            ("/v1/classify", self.classify),
+            ("/tokenize", self.tokenize),
+        ):
+            streams = path.endswith("/completions")
+            app.post(path, **_told(400, 404, 429, 504, sse=streams))(method)
 
     async def health(self) -> Response:
         """200 when every model has a replica that works."""
@@ -119,6 +177,10 @@ class _Routes:
         """Prometheus' text form."""
         text = self._metrics.text(await self._backend.stats())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def point_to_document(self) -> Response:
+        """Where the interface is described."""
+        return PlainTextResponse("The interface is described at /openapi.json (OpenAPI 3.1).\n")
 
     async def list_models(self) -> Response:
         return JsonResponse(

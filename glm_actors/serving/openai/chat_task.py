@@ -14,12 +14,19 @@ from glm_batch.glm_actors.serving.openai.api_errors import bad
 from glm_batch.glm_actors.serving.openai.logprobs import chat_logprobs
 from glm_batch.glm_actors.serving.openai.prompter import Prompter
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
-from glm_batch.glm_actors.serving.openai.reasoning import ReasoningStream
-from glm_batch.glm_actors.serving.openai.sampling import chat_sampling, constraint_of
 from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.tools import CallStream, find_calls, tools_of
-from glm_batch.glm_actors.serving.openai.work import Json, checked, envelope, request_of, usage_of
+from glm_batch.glm_actors.serving.openai.work import (
+    Json,
+    chat_sampling,
+    checked,
+    constraint_of,
+    envelope,
+    request_of,
+    usage_of,
+)
 from glm_batch.models.engine.api.request import Completion, Delta, Generate, Output, Request
+from glm_batch.models.processing.chat import REASONING_TAGS, Chat
 from glm_batch.models.request_limits import RequestLimits
 
 NEXT_CALL = "<|assistant|>"  # what a model of 0414 writes between two calls
@@ -147,3 +154,48 @@ def _thinks(body: ChatRequest, default: bool, *, constrained: bool) -> bool:
             "an answer that is held to a schema is written without reasoning; leave one of them out",
         )
     return (default if asked is None else asked) and not constrained
+
+
+class ReasoningStream:
+    """One output. Joined, what `add` returns is what Chat.split_reasoning makes of the whole text."""
+
+    def __init__(self, chat: Chat, *, thinking: bool) -> None:
+        self._chat = chat
+        self._thinking = thinking
+        self._text = ""
+        self._reasoning = self._answer = ""
+
+    def add(self, piece: str, *, last: bool) -> tuple[str, str]:
+        """(reasoning, answer) that became certain with this piece of text."""
+        self._text += piece
+        certain = (
+            self._text
+            if last
+            else self._text[: len(self._text) - _unfinished(self._text, self._chat.separator)]
+        )
+        reasoning, answer = self._chat.split_reasoning(certain, thinking=self._thinking)
+        if not last:
+            reasoning, answer = (reasoning or "").rstrip(), answer.rstrip()
+        more_reasoning, self._reasoning = _gain(self._reasoning, reasoning or "")
+        more_answer, self._answer = _gain(self._answer, answer)
+        return more_reasoning, more_answer
+
+
+def _gain(known: str, now: str) -> tuple[str, str]:
+    """What `now` has beyond what is known already; nothing can be taken back."""
+    return (now[len(known) :], now) if now.startswith(known) else ("", known)
+
+
+def _unfinished(text: str, separator: str) -> int:
+    """Characters at the end that may be the beginning of a tag or, where nothing else stands, of
+    the separator.
+    """
+    if len(text) < len(separator) and separator.startswith(text):
+        return len(text)
+    tail = text[-max(map(len, REASONING_TAGS)) :]
+    start = tail.rfind("<")
+    if start >= 0 and any(
+        tag.startswith(tail[start:]) and tag != tail[start:] for tag in REASONING_TAGS
+    ):
+        return len(tail) - start
+    return 0

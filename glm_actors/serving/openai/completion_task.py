@@ -17,10 +17,10 @@ from glm_batch.glm_actors.serving.openai.api_errors import bad, of_row
 from glm_batch.glm_actors.serving.openai.logprobs import completion_logprobs, prompt_logprobs
 from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
 from glm_batch.glm_actors.serving.openai.protocol import CompletionRequest
-from glm_batch.glm_actors.serving.openai.sampling import completion_sampling
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
     checked,
+    completion_sampling,
     envelope,
     raw_prompts,
     request_of,

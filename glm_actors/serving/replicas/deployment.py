@@ -13,12 +13,11 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from glm_batch.glm_actors.serving.http.pieces import Address, Mailbox, Outlets, Piece
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, busy, unavailable
-from glm_batch.glm_actors.serving.openai.pieces import Address, Mailbox, Outlets, Piece
 from glm_batch.glm_actors.serving.openai.protocol import Body
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
-from glm_batch.glm_actors.shared.shared_line import Callers
-from glm_batch.glm_actors.shared.shared_model import Answer, BatchWork, ModelIdentity
+from glm_batch.glm_actors.shared.shared_model import Answer, BatchWork, Callers, ModelIdentity
 from glm_batch.glm_actors.units.model_actor import CPU_SETTINGS
 from glm_batch.models.request_limits import RequestLimits
 
@@ -80,7 +79,7 @@ class ModelDeployment:
         return self._replica.identity
 
     async def work(self, work: BatchWork, lifeline: Any) -> Answer:
-        """For batch jobs: see glm_actors.shared.shared_line."""
+        """For batch jobs: see glm_actors.shared.shared_model."""
         return await self._replica.work(work, self._callers.gone(work.caller, lifeline))
 
     async def stats(self) -> Json:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from glm_batch.glm_actors.engines.engine_loop import EngineLoop, OnDeltas, Submission
 from glm_batch.glm_actors.engines.worker_group import WorkerGroup, needs_ranks
 from glm_batch.glm_actors.faults.watchdog import STDERR, HangLimits, Watchdog
+from glm_batch.glm_actors.serving.http.pieces import Give, Piece
 from glm_batch.glm_actors.serving.openai.api_errors import (
     ApiError,
     busy,
@@ -31,7 +32,6 @@ from glm_batch.glm_actors.serving.openai.api_errors import (
     unavailable,
 )
 from glm_batch.glm_actors.serving.openai.api_tasks import Json, StreamTask, Task, build_task
-from glm_batch.glm_actors.serving.openai.pieces import Give, Piece
 from glm_batch.glm_actors.serving.openai.prompter import Prompter
 from glm_batch.glm_actors.serving.openai.protocol import (
     Body,

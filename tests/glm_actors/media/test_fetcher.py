@@ -16,7 +16,7 @@ import pytest
 
 from glm_batch.glm_actors.media import fetcher
 from glm_batch.glm_actors.media.fetcher import FetchAhead, Fetcher, is_global, shown
-from glm_batch.glm_actors.media.media_rules import MediaRules
+from glm_batch.glm_actors.media.media_source import MediaRules
 from glm_batch.models.errors import ConfigError, RowError
 
 BODY = bytes(range(256)) * 40

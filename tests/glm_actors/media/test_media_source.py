@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 
-from glm_batch.glm_actors.media.media_rules import MediaRules
-from glm_batch.glm_actors.media.media_source import READ_AT_ONCE, Url, read_source, url_of
+from glm_batch.glm_actors.media.media_source import (
+    READ_AT_ONCE,
+    MediaRules,
+    Url,
+    read_source,
+    url_of,
+)
 from glm_batch.models.errors import ConfigError, RowError
 
 DATA = bytes(range(256))

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from glm_batch.glm_actors.serving.openai import pieces
-from glm_batch.glm_actors.serving.openai.pieces import Address, Mailbox, Outlets, Piece
+from glm_batch.glm_actors.serving.http import pieces
+from glm_batch.glm_actors.serving.http.pieces import Address, Mailbox, Outlets, Piece
 
 
 @contextlib.contextmanager

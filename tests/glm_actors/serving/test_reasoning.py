@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from glm_batch.glm_actors.serving.openai.chat_task import ReasoningStream
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
-from glm_batch.glm_actors.serving.openai.reasoning import ReasoningStream
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.models.processing.chat import Chat

@@ -59,7 +59,14 @@ def test_serve_run(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("serve")), "run", str(ray_file)]
     log = tmp_path / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            preexec_fn=take_interrupts,
+        )
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, log)
         client = openai.OpenAI(
@@ -87,6 +94,11 @@ def test_serve_run(tmp_path: Path) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def take_interrupts() -> None:
+    """A shell's background job ignores SIGINT, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

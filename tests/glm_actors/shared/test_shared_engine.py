@@ -28,8 +28,7 @@ from glm_batch.glm_actors.shared.shared_model import (
     SharedModel,
 )
 from glm_batch.glm_actors.shared.shared_suspects import BARREN_DEATHS
-from glm_batch.glm_actors.units.model_actor import ModelActor
-from glm_batch.glm_actors.units.unit_journal import UnitJournal
+from glm_batch.glm_actors.units.model_actor import ModelActor, UnitJournal
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.api.request import (
     BATCH,

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from glm_batch.glm_actors.media.media_rules import MediaRules
-from glm_batch.glm_actors.media.media_source import read_source
+from glm_batch.glm_actors.media.media_source import MediaRules, read_source
 from glm_batch.jobs.__main__ import app
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import CommitSection, Job, TaskConfig
