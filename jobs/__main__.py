@@ -187,7 +187,7 @@ def status(
 ) -> None:
     """Show how far an output is: units, rows by status and error code, tokens, accuracy."""
     with errors_for_people(debug):
-        from glm_batch.jobs.commands.status import status as run_status
+        from glm_batch.jobs.commands.outputs import status as run_status
 
         is_sound = run_status(output, verify=verify, endpoint_url=endpoint_url)
     if not is_sound:
@@ -281,7 +281,7 @@ def retry(
 ) -> None:
     """Process the failed rows of an output again, and replace their records."""
     with errors_for_people(debug):
-        from glm_batch.jobs.commands.retry import retry as run_retry
+        from glm_batch.jobs.commands.outputs import retry as run_retry
 
         code = run_retry(
             output, codes or [], overrides or [], endpoint_url=endpoint_url, app=app_name
@@ -295,7 +295,7 @@ def gc(
 ) -> None:
     """Remove what crashes and retries left in an output."""
     with errors_for_people(debug):
-        from glm_batch.jobs.commands.gc import gc as run_gc
+        from glm_batch.jobs.commands.outputs import gc as run_gc
 
         run_gc(output, endpoint_url=endpoint_url)
 

@@ -25,8 +25,8 @@ ORDER = """
     pipelines/storage pipelines/input pipelines/evaluation pipelines/calibration
     pipelines/metrics pipelines/tasks pipelines/planning pipelines/output pipelines/cluster
     pipelines/openai_batch pipelines/shared pipelines/graph pipelines/runs pipelines/cron
-    pipelines/sweep pipelines/report jobs/files jobs/openai_batch jobs/checks jobs/display
-    jobs/plans jobs/commands jobs/report jobs/calibration jobs/cron jobs/sweep jobs/serving
+    pipelines/sweep pipelines/report jobs/files jobs/checks jobs/display
+    jobs/plans jobs/openai_batch jobs/commands jobs/report jobs/calibration jobs/cron jobs/sweep jobs/serving
     jobs
 """.split()  # noqa: SIM905
 # Folders that hold rooms and no modules of their own.
@@ -41,7 +41,6 @@ PENDING = {
     ("models/engine/cuda", "models/engine"),
     ("models/engine", "models/engine/vllm"),
     ("pipelines/planning", "pipelines/openai_batch"),
-    ("jobs/commands", "pipelines/cron"),
 }
 ALLOWED: dict[str, tuple[str, ...]] = {
     "ray": ("glm_actors/", "pipelines/", "jobs/"),

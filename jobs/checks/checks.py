@@ -12,33 +12,24 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-from glm_batch.jobs.checks.cluster_plan import num_gpus
 from glm_batch.jobs.files.job_file import Place, Problem, job_keys
-from glm_batch.jobs.openai_batch.request_checks import check_requests, check_rows_alone
+from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.request import SamplingParams
-from glm_batch.models.engine.vllm.vllm_limits import (
-    check_installed,
-    checkpoint_problem,
-    sampling_problems,
-)
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.layers.parallel import check_parts
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import Source
-from glm_batch.pipelines.job import Job, MediaSection, TaskConfig
+from glm_batch.pipelines.job import Job, MediaSection, RequestsSection, TaskConfig
 from glm_batch.pipelines.planning.plan import check_formats
 from glm_batch.pipelines.tasks.prompts import PromptTemplate, input_columns, media_columns
 from glm_batch.pipelines.tasks.schema import output_schema
 from glm_batch.pipelines.tasks.tasks import TaskRunner, check_schema
-
-if TYPE_CHECKING:
-    from glm_batch.pipelines.openai_batch.requests import RequestRunner
 
 HEADS = {
     "choose": "causal_lm",
@@ -74,7 +65,7 @@ OF_MEDIA = (
 class Checked:
     """What the checks read on the way, for whoever goes on with it."""
 
-    runner: TaskRunner | RequestRunner
+    runner: Any  # a TaskRunner, or the runner of an OpenAI batch file
     config: ModelConfig
     source: Source
     files: list[InputFile]
@@ -106,12 +97,12 @@ def check_job(job: Job, place: Place, *, may_be_gone: bool = False) -> Checked:
     return Checked(runner=runner, config=config, source=source, files=files, schema=schema)
 
 
-def _runner(job: Job) -> TaskRunner | RequestRunner:
+def _runner(job: Job) -> Any:
     if not job.asks_by_row:
         return TaskRunner(job, job.model)
-    from glm_batch.pipelines.openai_batch.requests import RequestRunner
-
-    return RequestRunner(job, os.path.abspath(job.model))
+    return rooms.load("pipelines.openai_batch.requests").RequestRunner(
+        job, os.path.abspath(job.model)
+    )
 
 
 def is_s3(path: str) -> bool:
@@ -136,14 +127,31 @@ def check_keys(job: Job) -> Iterator[Problem]:
                     key=key,
                     message="no input or output is an s3:// path, so it has no effect; remove it",
                 )
-    if job.asks_by_row:
-        yield from check_requests(job)
-    else:
-        yield from check_rows_alone(job)
+    yield from _check_requests(job) if job.asks_by_row else _check_rows_alone(job)
     if task.kind != "requests":
         yield from _check_task(job)
     yield from _check_engine(job)
     yield from _check_ranges(job)
+
+
+def _check_requests(job: Job) -> Iterator[Problem]:
+    try:
+        yield from rooms.load("jobs.openai_batch.request_checks").check_requests(job)
+    except ConfigError as error:  # that room is not here
+        yield _problem_from(error, "input_format")
+
+
+def _check_rows_alone(job: Job) -> Iterator[Problem]:
+    """What only makes sense where each row is a request of its own."""
+    if job.task.kind == "requests":
+        message = "missing; every job needs it, but for one with input_format: openai_batch"
+        yield Problem(key="task", message=message)
+    for field in fields(RequestsSection):
+        if getattr(job.requests, field.name) != getattr(RequestsSection(), field.name):
+            yield Problem(
+                key=f"requests.{field.name}",
+                message="only input_format: openai_batch takes it; remove it",
+            )
 
 
 def _check_task(job: Job) -> Iterator[Problem]:
@@ -295,7 +303,7 @@ def _check_engine(job: Job) -> Iterator[Problem]:
             message=f'it is "{engine.device}", but it must be auto, cpu or cuda',
         )
     elif engine.device.startswith("cuda") and not (
-        has_cuda_device() or job.cluster.gpus not in ("auto", 0) or "RAY_ADDRESS" in os.environ
+        num_gpus() > 0 or job.cluster.gpus not in ("auto", 0) or "RAY_ADDRESS" in os.environ
     ):
         yield Problem(
             key="engine.device", message="this machine has no NVIDIA device; use auto or cpu"
@@ -306,18 +314,24 @@ def _check_vllm(job: Job) -> Iterator[Problem]:
     """What vLLM cannot do with the job's keys alone; a cluster's workers may have it though this
     machine does not.
     """
+    try:
+        limits = rooms.load("models.engine.vllm.vllm_limits")
+    except ConfigError as error:
+        yield _problem_from(error, "engine.kind")
+        return
     if "RAY_ADDRESS" not in os.environ:
         try:
-            check_installed()
+            limits.check_installed()
         except ConfigError as error:
             yield _problem_from(error, "engine.kind")
-    for name, message in sampling_problems(job.sampling, constrained=job.task.kind == "extract"):
+    constrained = job.task.kind == "extract"
+    for name, message in limits.sampling_problems(job.sampling, constrained=constrained):
         yield Problem(key=f"sampling.{name}", message=f"{message}; or use engine.kind torch")
 
 
-def has_cuda_device() -> bool:
-    """Whether this machine has a GPU."""
-    return num_gpus() > 0
+def num_gpus() -> int:
+    """The device files that NVIDIA's driver made, which costs no import of torch to see."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _check_ranges(job: Job) -> Iterator[Problem]:
@@ -410,13 +424,10 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
         return None, [_of_model(str(error))]
     problems = [_of_model(text) for text in _head_problems(job, config)]
     problems += _limit_problems(job, config)
-    kind = job.task.kind
-    if (
-        job.engine.kind == "vllm"
-        and kind != "requests"
-        and (refusal := checkpoint_problem(config, kind))
-    ):
-        problems.append(Problem(key="engine.kind", message=refusal))
+    if job.engine.kind == "vllm" and job.task.kind != "requests":
+        limits = rooms.load("models.engine.vllm.vllm_limits")
+        if refusal := limits.checkpoint_problem(config, job.task.kind):
+            problems.append(Problem(key="engine.kind", message=refusal))
     if not (path / "tokenizer.json").is_file():
         problems.append(
             _of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text")

@@ -1,4 +1,4 @@
-"""The commands on jobs and outputs: one file each, from arguments to an exit code.
+"""The commands of the core, from arguments to an exit code.
 
-May import `checks` and `display`. Read label.py.
+May import `checks` and `display`. Read label.py, then outputs.py.
 """

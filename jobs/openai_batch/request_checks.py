@@ -12,33 +12,14 @@ from dataclasses import fields
 from glm_batch.jobs.files.job_file import Problem
 from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.request_limits import RequestLimits
-from glm_batch.pipelines.job import (
-    Job,
-    MediaSection,
-    PreprocessSection,
-    RequestsSection,
-    TaskConfig,
-)
+from glm_batch.pipelines.job import Job, MediaSection, PreprocessSection, TaskConfig
 
 # Limits of a server that a file never meets.
 OF_SERVERS = ("max_queue", "request_s", "body_s", "drain_s")
 
 
-def check_rows_alone(job: Job) -> Iterator[Problem]:
-    """For input_format rows."""
-    if job.task.kind == "requests":
-        message = "missing; every job needs it, but for one with input_format: openai_batch"
-        yield Problem(key="task", message=message)
-    for field in fields(RequestsSection):
-        if getattr(job.requests, field.name) != getattr(RequestsSection(), field.name):
-            yield Problem(
-                key=f"requests.{field.name}",
-                message="only input_format: openai_batch takes it; remove it",
-            )
-
-
 def check_requests(job: Job) -> Iterator[Problem]:
-    """For input_format openai_batch."""
+    """Keys of a job with input_format openai_batch that mean nothing there."""
     if job.task != TaskConfig(kind="requests"):
         message = "with input_format: openai_batch each line says what is asked; remove it"
         yield Problem(key="task", message=message)

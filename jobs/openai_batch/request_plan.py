@@ -1,27 +1,19 @@
-"""`glm-batch plan` of an OpenAI batch file: what a sample of its lines asks for.
-
-Owns the sample's requests and their lines of the report; the estimate and its basis are
-jobs.plans.job_plan's. Starts no Ray.
-"""
+"""`glm-batch plan` of an OpenAI batch file: a sample of its lines, what they ask for, the estimate."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from glm_batch.jobs.checks.checks import Checked
+from glm_batch.jobs.plans import job_plan
 from glm_batch.models.engine.api.request import Request
 from glm_batch.models.errors import RowError
-from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.input.values import LINE, NUMBER, parse_line, row_key
 from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.planning.plan import Plan, Unit
-
-if TYPE_CHECKING:
-    from glm_batch.glm_actors.serving.openai.api_errors import ApiError
-    from glm_batch.pipelines.openai_batch.requests import RequestRunner
+from glm_batch.pipelines.planning.plan import Plan
 
 LINES_PER_UNIT = 64
 MEDIA_LINES_PER_UNIT = 8
@@ -34,7 +26,7 @@ class RequestSample:
     """
 
     requests: list[tuple[str, str, list[Request]]]
-    errors: list[tuple[str, RowError | ApiError]]
+    errors: list[tuple[str, RowError]]
     units: int
 
     @property
@@ -46,17 +38,30 @@ class RequestSample:
         return [request for _, _, requests in self.requests for request in requests]
 
 
-def take_requests(
-    runner: RequestRunner, source: Source, plan: Plan, units: Sequence[Unit]
-) -> RequestSample:
-    """The first lines of these units."""
+def plan_lines(
+    job: Job, checked: Checked, plan: Plan
+) -> tuple[list[tuple[str, str]], Iterator[tuple[str, str]]]:
+    """Some prompts with their places, and name and text of each line below them."""
+    sample = take_requests(checked, plan)
+    decode = checked.runner.prompter.tokenizer.decode
+    asked = [(f"{where}, {url}", each) for where, url, some in sample.requests for each in some]
+    prompts = [
+        (where, decode(list(request.input_ids), skip_special_tokens=False))
+        for where, request in job_plan.evenly(asked)
+    ]
+    return prompts, _report_lines(job, checked, plan, sample)
+
+
+def take_requests(checked: Checked, plan: Plan) -> RequestSample:
+    """The first lines of a few units that are spread evenly over the input."""
     good: list[tuple[str, str, list[Request]]] = []
-    errors: list[tuple[str, RowError | ApiError]] = []
-    with closing(runner):
-        most = LINES_PER_UNIT if runner.prompter.config.vision is None else MEDIA_LINES_PER_UNIT
+    errors: list[tuple[str, RowError]] = []
+    units = job_plan.spread(plan)
+    with closing(checked.runner) as runner:
+        most = LINES_PER_UNIT if checked.config.vision is None else MEDIA_LINES_PER_UNIT
         for unit in units:
             file = plan.files[unit.file].file
-            lines = source.read(file, unit.rows).slice(0, most)
+            lines = checked.source.read(file, unit.rows).slice(0, most)
             pairs = zip(lines[LINE].to_pylist(), lines[NUMBER].to_pylist(), strict=True)
             for row, (line, number) in enumerate(pairs, unit.rows.start):
                 where = f"{file.name}, line {number}"
@@ -64,19 +69,38 @@ def take_requests(
                 if asked.error is None:
                     good.append((where, asked.url or "", asked.requests))
                 else:
-                    errors.append((where, asked.error))
+                    error = RowError(
+                        asked.error.code or f"http_{asked.error.status}", asked.error.message
+                    )
+                    errors.append((where, error))
     return RequestSample(requests=good, errors=errors, units=len(units))
 
 
-def request_lines(
-    job: Job, sample: RequestSample, models: Sequence[str]
+def _report_lines(
+    job: Job, checked: Checked, plan: Plan, sample: RequestSample
 ) -> Iterator[tuple[str, str]]:
-    """Name and text of the plan's lines about what is asked for."""
+    sampled = f"{sample.rows:,} lines from {sample.units}"
+    yield from job_plan.plan_lines(job, checked, plan, sampled)
+    named = " or ".join(checked.runner.models)
     yield (
         "input format",
-        f"OpenAI batch: each line is a request of its own, to a model named {' or '.join(models)}",
+        f"OpenAI batch: each line is a request of its own, to a model named {named}",
     )
     yield "answers", f"{job.output}/output.jsonl and errors.jsonl, once all is done"
     urls = Counter(url for _, url, _ in sample.requests)
     if urls:
         yield "requests", ", ".join(f"{url} {count:,}" for url, count in urls.most_common())
+    yield from job_plan.error_lines(sample.errors)
+    requests = sample.all_requests
+    if not requests:
+        yield job_plan.NO_ESTIMATE
+        return
+    ids = [list(request.input_ids) for request in requests]
+    lengths, works = [len(each) for each in ids], [request.work for request in requests]
+    share = job_plan.shared_prefix_share(ids)
+    yield job_plan.lengths_line(lengths)
+    yield job_plan.shared_line(share)
+    num_requests = round(plan.num_rows * len(requests) / sample.rows)
+    estimate = job_plan.estimate_job(checked.config, works, lengths, share, num_requests)
+    yield job_plan.estimate_line(estimate, works, "output")
+    yield "time", job_plan.time_text(job, estimate, num_requests)

@@ -23,13 +23,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from glm_batch.glm_actors.serving.openai.api_errors import ApiError
 from glm_batch.jobs.checks.checks import Checked, check_job
-from glm_batch.jobs.checks.cluster_plan import cluster_lines, described_nodes
 from glm_batch.jobs.display.display import clock_time, short
 from glm_batch.jobs.files.job_file import load_job
-from glm_batch.jobs.openai_batch.request_plan import RequestSample, request_lines, take_requests
+from glm_batch.jobs.plans.cluster_plan import cluster_lines, described_nodes
 from glm_batch.jobs.plans.media_plan import MediaSize, media_lines, media_note, media_tokens
+from glm_batch.models import rooms
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.request import Choose, Generate, Work
 from glm_batch.models.errors import RowError
@@ -90,24 +89,12 @@ def plan(path: str, overrides: Sequence[str]) -> None:
     job, place = load_job(path, overrides)
     checked = check_job(job, place)
     units = make_plan(job, checked.files, {})
-    if isinstance(checked.runner, TaskRunner):
-        sample = take_sample(checked, checked.runner, units)
-        _show(units, sample.prompts, report_lines(job, checked, checked.runner, units, sample))
-        return
-    requests = take_requests(checked.runner, checked.source, units, _spread(units))
-    shown = _evenly(
-        [
-            (f"{where}, {url}", request)
-            for where, url, found in requests.requests
-            for request in found
-        ]
-    )
-    decode = checked.runner.prompter.tokenizer.decode
-    prompts = [
-        (where, decode(list(request.input_ids), skip_special_tokens=False))
-        for where, request in shown
-    ]
-    _show(units, prompts, requests_report(job, checked, checked.runner.models, units, requests))
+    if job.asks_by_row:
+        shown, lines = rooms.load("jobs.openai_batch.request_plan").plan_lines(job, checked, units)
+    else:
+        sample = take_sample(checked, units)
+        shown, lines = sample.prompts, report_lines(job, checked, units, sample)
+    _show(units, shown, lines)
 
 
 def _show(plan: Plan, prompts: Sequence[tuple[str, str]], lines: Iterator[tuple[str, str]]) -> None:
@@ -123,7 +110,7 @@ def _show(plan: Plan, prompts: Sequence[tuple[str, str]], lines: Iterator[tuple[
     console.print(table)
 
 
-def _evenly(items: Sequence[T]) -> list[T]:
+def evenly(items: Sequence[T]) -> list[T]:
     """Some of the items, from all over them."""
     if not items:
         return []
@@ -135,9 +122,9 @@ def _evenly(items: Sequence[T]) -> list[T]:
     ]
 
 
-def take_sample(checked: Checked, runner: TaskRunner, plan: Plan) -> Sample:
+def take_sample(checked: Checked, plan: Plan) -> Sample:
     """The first rows of a few units that are spread evenly over the input."""
-    units = _spread(plan)
+    units, runner = spread(plan), checked.runner
     good: list[tuple[str, Row]] = []
     ids: list[list[int]] = []
     media: list[MediaSize] = []
@@ -146,7 +133,7 @@ def take_sample(checked: Checked, runner: TaskRunner, plan: Plan) -> Sample:
     with closing(runner):
         for unit in units:
             begun = time.perf_counter()
-            sampled = list(_sampled(checked, runner, plan, unit))
+            sampled = list(_sampled(checked, plan, unit))
             seconds.append((time.perf_counter() - begun) / len(sampled))
             for where, row, prompt in sampled:
                 if isinstance(prompt, RowError):
@@ -155,7 +142,7 @@ def take_sample(checked: Checked, runner: TaskRunner, plan: Plan) -> Sample:
                 ids.append(told_apart(prompt, checked.config))
                 media += map(MediaSize.of, prompt.patches)
                 good.append((where + "".join(map(media_note, prompt.patches)), row))
-    prompts = [(where, runner.render(row)) for where, row in _evenly(good)]
+    prompts = [(where, runner.render(row)) for where, row in evenly(good)]
     return Sample(
         ids=ids,
         prompts=prompts,
@@ -168,10 +155,10 @@ def take_sample(checked: Checked, runner: TaskRunner, plan: Plan) -> Sample:
 
 
 def _sampled(
-    checked: Checked, runner: TaskRunner, plan: Plan, unit: Unit
+    checked: Checked, plan: Plan, unit: Unit
 ) -> Iterator[tuple[str, Row, Prompt | RowError]]:
     """(place, row, prompt or error) of the first rows of a unit."""
-    file = plan.files[unit.file].file
+    file, runner = plan.files[unit.file].file, checked.runner
     num_rows = MEDIA_ROWS_PER_UNIT if runner.reads_media else ROWS_PER_UNIT
     rows = decode_rows(checked.source.read(file, unit.rows).slice(0, num_rows))
     prompts = iter(runner.prompts([row for row in rows if not isinstance(row, RowError)]))
@@ -198,53 +185,27 @@ def files_table(plan: Plan) -> Table:
 
 
 def report_lines(
-    job: Job, checked: Checked, runner: TaskRunner, plan: Plan, sample: Sample
+    job: Job, checked: Checked, plan: Plan, sample: Sample
 ) -> Iterator[tuple[str, str]]:
     """Name and text of each line below the prompts."""
-    yield from _plan_lines(job, checked, plan, f"{sample.rows:,} rows from {sample.units}")
-    yield from _error_lines(sample.errors)
+    runner = checked.runner
+    yield from plan_lines(job, checked, plan, f"{sample.rows:,} rows from {sample.units}")
+    yield from error_lines(sample.errors)
     yield from _label_lines(job, runner)
     if not sample.ids:
         yield NO_ESTIMATE
         return
     lengths, share = [len(ids) for ids in sample.ids], shared_prefix_share(sample.ids)
-    yield _lengths_line(lengths)
+    yield lengths_line(lengths)
     yield from media_lines(job, sample.media, sum(lengths))
-    yield _shared_line(share)
+    yield shared_line(share)
     of_media = sum(media_tokens(job, job.preprocess, sample.media)) / len(lengths)
     estimate = estimate_job(checked.config, [runner.work], lengths, share, plan.num_rows, of_media)
-    yield _estimate_line(
-        estimate, [runner.work], "label" if job.task.kind == "choose" else "output"
-    )
+    yield estimate_line(estimate, [runner.work], "label" if job.task.kind == "choose" else "output")
     yield "time", time_text(job, estimate, plan.num_rows, sample.row_seconds)
 
 
-def requests_report(
-    job: Job, checked: Checked, models: Sequence[str], plan: Plan, sample: RequestSample
-) -> Iterator[tuple[str, str]]:
-    """The same of an OpenAI batch file, whose rows may each ask for several things."""
-    yield from _plan_lines(job, checked, plan, f"{sample.rows:,} lines from {sample.units}")
-    yield from request_lines(job, sample, models)
-    yield from _error_lines(sample.errors)
-    requests = sample.all_requests
-    if not requests:
-        yield NO_ESTIMATE
-        return
-    ids = [list(request.input_ids) for request in requests]
-    lengths, share, works = (
-        [len(each) for each in ids],
-        shared_prefix_share(ids),
-        [each.work for each in requests],
-    )
-    yield _lengths_line(lengths)
-    yield _shared_line(share)
-    num_requests = round(plan.num_rows * len(requests) / sample.rows)
-    estimate = estimate_job(checked.config, works, lengths, share, num_requests)
-    yield _estimate_line(estimate, works, "output")
-    yield "time", time_text(job, estimate, num_requests)
-
-
-def _plan_lines(job: Job, checked: Checked, plan: Plan, sampled: str) -> Iterator[tuple[str, str]]:
+def plan_lines(job: Job, checked: Checked, plan: Plan, sampled: str) -> Iterator[tuple[str, str]]:
     yield "rows", f"{plan.num_rows:,} in {plan.num_units:,} units of up to {plan.unit_rows:,} rows"
     yield "output", f"{job.output}: columns {', '.join(checked.schema.names)}"
     yield from cluster_lines(job)
@@ -256,7 +217,7 @@ def _plan_lines(job: Job, checked: Checked, plan: Plan, sampled: str) -> Iterato
         )
 
 
-def _lengths_line(lengths: Sequence[int]) -> tuple[str, str]:
+def lengths_line(lengths: Sequence[int]) -> tuple[str, str]:
     return (
         "prompt tokens",
         f"min {min(lengths)}, median {statistics.median(lengths):.0f}, "
@@ -264,14 +225,14 @@ def _lengths_line(lengths: Sequence[int]) -> tuple[str, str]:
     )
 
 
-def _shared_line(share: float) -> tuple[str, str]:
+def shared_line(share: float) -> tuple[str, str]:
     return (
         "shared prefix",
         f"{share:.0%} of the prompt tokens repeat the beginning of another sampled prompt",
     )
 
 
-def _estimate_line(estimate: Estimate, works: Sequence[Work], what: str) -> tuple[str, str]:
+def estimate_line(estimate: Estimate, works: Sequence[Work], what: str) -> tuple[str, str]:
     at_most = "at most " if any(isinstance(work, Generate) for work in works) else ""
     return (
         "estimate",
@@ -400,7 +361,7 @@ def excerpt(text: str) -> str:
     )
 
 
-def _spread(plan: Plan) -> list[Unit]:
+def spread(plan: Plan) -> list[Unit]:
     wanted = {round(number) for number in np.linspace(0, plan.num_units - 1, SAMPLED_UNITS)}
     return [unit for unit in plan.units() if unit.index in wanted]
 
@@ -413,7 +374,7 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def _error_lines(errors: Sequence[tuple[str, RowError | ApiError]]) -> Iterator[tuple[str, str]]:
+def error_lines(errors: Sequence[tuple[str, RowError]]) -> Iterator[tuple[str, str]]:
     yield "errors", f"{len(errors):,} of the sampled rows" if errors else "none in the sample"
     for code, count in Counter(error.code for _, error in errors).most_common():
         where, error = next((where, error) for where, error in errors if error.code == code)

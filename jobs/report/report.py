@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_batch.jobs.commands.place import opened
+from glm_batch.jobs.commands.outputs import opened
 from glm_batch.jobs.files.job_file import load_kept_job, read_yaml
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import Job, StorageSection

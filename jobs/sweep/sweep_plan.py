@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from glm_batch.jobs.checks.checks import Checked
-from glm_batch.jobs.checks.cluster_plan import described_nodes
 from glm_batch.jobs.display.display import clock_time, short
+from glm_batch.jobs.plans.cluster_plan import described_nodes
 from glm_batch.jobs.plans.job_plan import (
     GEMM_SHARE,
     ROW_OVERHEAD_S,
@@ -56,7 +56,7 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
             (cell.job.model, cell.dataset, each.runner.prompt_key),
         )
         if question not in samples:
-            samples[question] = take_sample(each, each.runner, plan)
+            samples[question] = take_sample(each, plan)
         line, rows, tokens, seconds = _line(
             cell, each, each.runner.work, plan, samples[question], rate
         )

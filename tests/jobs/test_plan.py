@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_batch.jobs.checks.checks import check_job
-from glm_batch.jobs.checks.cluster_plan import cluster_lines
 from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.plans.cluster_plan import cluster_lines
 from glm_batch.jobs.plans.job_plan import (
     estimate_job,
     excerpt,
@@ -67,7 +67,7 @@ def test_the_sample_holds_good_rows_and_typed_errors(work: Any) -> None:
     job, place = load_job(work.write_job().name)
     checked = check_job(job, place)
     assert isinstance(checked.runner, TaskRunner)
-    sample = take_sample(checked, checked.runner, make_plan(job, checked.files, {}))
+    sample = take_sample(checked, make_plan(job, checked.files, {}))
     assert sample.rows == 8
     assert len(sample.ids) == 4
     assert [error.code for _, error in sample.errors] == [
@@ -165,7 +165,7 @@ def test_plan_for_a_cluster_that_is_not_here(work: Any, capsys: pytest.CaptureFi
 
 def test_plan_of_this_machine(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr("glm_batch.jobs.checks.cluster_plan.num_gpus", lambda: 0)
+    monkeypatch.setattr("glm_batch.jobs.plans.cluster_plan.num_gpus", lambda: 0)
     job, _ = load_job(work.write_job().name)
     assert list(cluster_lines(job)) == [
         ("cluster", "this machine: 1 node of 4 cores and 0 GPUs"),

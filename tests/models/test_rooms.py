@@ -23,7 +23,6 @@ PENDING = {
     ("core", "serving"),
     ("core", "shared"),
     ("core", "vllm"),
-    ("core", "cron"),
     ("cron", "calibration"),
     ("serving", "vllm"),
 }

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from glm_batch.jobs.commands.gc import gc
-from glm_batch.jobs.commands.retry import retry
+from glm_batch.jobs.commands.outputs import gc, retry
 from glm_batch.pipelines import run
 from glm_batch.pipelines.cron.incremental import Choices, Night, run_night
 from glm_batch.pipelines.job import Job

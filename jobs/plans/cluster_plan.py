@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
+from glm_batch.jobs.checks.checks import num_gpus
 from glm_batch.pipelines.cluster.shares import Load, Node, Workers, placed, share_out
 from glm_batch.pipelines.job import Job
 
@@ -23,11 +23,6 @@ def described_nodes(job: Job) -> tuple[Node, ...]:
     return (Node(cores=cores, cpus=float(cores), gpus=gpus),) * (
         1 if section.nodes == "auto" else section.nodes
     )
-
-
-def num_gpus() -> int:
-    """The device files that NVIDIA's driver made, which costs no import of torch to see."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def cluster_lines(job: Job) -> Iterator[tuple[str, str]]:
