@@ -29,8 +29,8 @@ from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine import Choose, Generate, Request, SamplingParams, Work
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.engine.execution.runner import StepOutput
+from glm_batch.models.engine.execution.settings import Limits, resolve_end_ids
 from glm_batch.models.engine.scheduling.scheduler import Scheduler
-from glm_batch.models.engine.settings import Limits, resolve_end_ids
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.processing.tokenizer import Tokenizer
 

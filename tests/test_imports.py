@@ -36,10 +36,6 @@ PENDING = {
     ("models/checkpoint", "models/processing"),
     ("models/network/layers", "models/network"),
     ("models/processing", "models/engine/api"),
-    ("models/engine/execution", "models/engine/cuda"),
-    ("models/engine/execution", "models/engine"),
-    ("models/engine/cuda", "models/engine"),
-    ("models/engine", "models/engine/vllm"),
     ("pipelines/planning", "pipelines/openai_batch"),
 }
 ALLOWED: dict[str, tuple[str, ...]] = {

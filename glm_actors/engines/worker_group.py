@@ -235,7 +235,7 @@ def _words(failure: Exception) -> str:
 
 
 def _backend(config: EngineConfig) -> Backend:
-    from glm_batch.models.engine.settings import resolve_device
+    from glm_batch.models.engine.execution.settings import resolve_device
 
     return "nccl" if resolve_device(config.device).type == "cuda" else "gloo"
 

@@ -1,14 +1,13 @@
-"""The engine: requests in, completions out. `build_engine` is the one place that chooses torch,
-vllm or echo.
+"""The engine: requests in, completions out. `build_engine` chooses torch, vllm or echo.
 
 Read torch_engine.py first: it is the loop around a scheduler and a runner; what it is made of lies
 in `api` (the vocabulary), `scheduling`, `decoding` and `execution`; `vllm` and `cuda` can be taken
-away. llm.py is the few-line Python door. Everything else of `models` may be imported; nothing
-imports this but through `models.engine`.
+away and are reached through `models.rooms`. llm.py is the few-line Python door.
 """
 
 from __future__ import annotations
 
+from glm_batch.models import rooms
 from glm_batch.models.engine.api.interface import Engine, EngineConfig
 from glm_batch.models.engine.api.request import (
     Choose,
@@ -77,16 +76,17 @@ def build_engine(config: EngineConfig, group: TorchGroup | None = None) -> Engin
             merge_size=model.vision.spatial_merge_size if model.vision else None,
         )
     from glm_batch.models.checkpoint.config_reader import load_config
-    from glm_batch.models.engine.settings import resolve_auto
-    from glm_batch.models.engine.vllm.vllm_limits import check_installed, set_environment
+    from glm_batch.models.engine.execution.settings import resolve_auto
 
     config = resolve_auto(config, load_config(config.model))
     if config.kind == "vllm":
-        check_installed()
-        set_environment(config.device)
-        from glm_batch.models.engine.vllm.vllm_engine import VllmEngine
-
-        return VllmEngine.from_checkpoint(config)
+        limits = rooms.load("models.engine.vllm.vllm_limits")
+        limits.check_installed()
+        limits.set_environment(config.device)
+        engine: Engine = rooms.load("models.engine.vllm.vllm_engine").VllmEngine.from_checkpoint(
+            config
+        )
+        return engine
     from glm_batch.models.engine.torch_engine import TorchEngine
 
     return TorchEngine.from_checkpoint(config, group)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from glm_batch.models import rooms
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.api.request import (
@@ -34,20 +35,19 @@ from glm_batch.models.engine.api.request import (
     TopLogprob,
     refuse_known_ids,
 )
-from glm_batch.models.engine.cuda.batch_paged import build_paged_batch
 from glm_batch.models.engine.decoding.constraints import Constraints
 from glm_batch.models.engine.decoding.decoding import Decoding
 from glm_batch.models.engine.execution.batch import Batch, Wanted, build_batch, ranking
 from glm_batch.models.engine.execution.ranks import build_runner, lead
 from glm_batch.models.engine.execution.runner import Runner, StepOutput
 from glm_batch.models.engine.execution.sampler import SampleRow, sample
+from glm_batch.models.engine.execution.settings import UNPROVEN_STEPS, Limits, resolve_end_ids
 from glm_batch.models.engine.scheduling.block_manager import BlockManager
 from glm_batch.models.engine.scheduling.choice_tree import ChoiceTree
 from glm_batch.models.engine.scheduling.placeholders import PlacedMedia, place
 from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
 from glm_batch.models.engine.scheduling.sequence import Sequence
 from glm_batch.models.engine.scheduling.step_size import StepSize, is_out_of_memory
-from glm_batch.models.engine.settings import UNPROVEN_STEPS, Limits, resolve_end_ids
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.network.layers.parallel import TorchGroup
 from glm_batch.models.processing.tokenizer import Tokenizer
@@ -183,7 +183,7 @@ class TorchEngine:
         end_ids = self.tokenizer.eos_token_ids
         if self.limits.tile_queries:
             block_size, tile_queries = self.limits.block_size, self.limits.tile_queries
-            batch, wanted = build_paged_batch(
+            batch, wanted = rooms.load("models.engine.cuda.batch_paged").build_paged_batch(
                 chunks, block_size=block_size, tile_queries=tile_queries, eos_token_ids=end_ids
             )
         else:

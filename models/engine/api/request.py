@@ -21,6 +21,7 @@ FinishReason = Literal["stop", "length", "scored", "error", "abort"]
 Priority = Literal[0, 1]
 ONLINE: Priority = 0  # somebody waits for it
 BATCH: Priority = 1  # may take what the others leave
+GREEDY_BELOW = 1e-5  # temperature: in float32 one token has all the probability anyway
 MAX_TOP = 100  # alternatives that are reported at one position
 
 
@@ -71,6 +72,11 @@ class SamplingParams:
         ):
             if wrong:
                 raise ValueError(f"sampling.{name}={getattr(self, name)!r}: it must be {rule}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return self.temperature < GREEDY_BELOW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,8 @@
-"""Which kernels TorchEngine runs on: plain torch anywhere, or the fused ones on NVIDIA GPUs; and
-the runner for each.
-
-Imports triton only where it is asked for.
-"""
+"""Where the fused kernels can run, and the runner that does; imports triton only to build that."""
 
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,11 +11,9 @@ from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.cuda.paged import TILE_ROWS
 from glm_batch.models.engine.execution.media_encoder import MediaEncoder
 from glm_batch.models.engine.execution.runner import TorchRunner
+from glm_batch.models.engine.execution.settings import Limits
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.registry import Model
-
-if TYPE_CHECKING:
-    from glm_batch.models.engine.settings import Limits
 
 
 def resolve_tile_queries(config: EngineConfig, model: ModelConfig, device: torch.device) -> int:
@@ -45,16 +38,13 @@ def resolve_tile_queries(config: EngineConfig, model: ModelConfig, device: torch
 
 
 def make_runner(model: Model, limits: Limits, encoder: MediaEncoder | None) -> TorchRunner:
-    """The runner of a single process that reads batches as `limits.tile_queries` says."""
-    num_slots = limits.num_blocks * limits.block_size
-    if not limits.tile_queries:
-        return TorchRunner(model, num_slots=num_slots, encoder=encoder)
+    """The runner of a single process with the fused kernels."""
     from glm_batch.models.engine.cuda.runner_cuda import CudaRunner  # needs triton
 
     max_blocks = -(-limits.max_model_len // limits.block_size)
     return CudaRunner(
         model,
-        num_slots=num_slots,
+        num_slots=limits.num_blocks * limits.block_size,
         max_seqs=limits.max_num_seqs,
         max_blocks=max_blocks,
         encoder=encoder,

@@ -15,16 +15,21 @@ from typing import Literal
 import numpy as np
 import torch
 
+from glm_batch.models import rooms
 from glm_batch.models.checkpoint.normalization import MediaKind
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.api.request import MediaItem
-from glm_batch.models.engine.cuda.kernels import make_runner
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.engine.execution.media_encoder import Key, MediaEncoder
 from glm_batch.models.engine.execution.runner import StepOutput, TorchRunner
+from glm_batch.models.engine.execution.settings import (
+    Limits,
+    resolve_device,
+    resolve_dtype,
+    resolve_limits,
+)
 from glm_batch.models.engine.scheduling.placeholders import Span
 from glm_batch.models.engine.scheduling.step_size import is_out_of_memory
-from glm_batch.models.engine.settings import Limits, resolve_device, resolve_dtype, resolve_limits
 from glm_batch.models.errors import EngineError
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup, TorchGroup, dealt
 from glm_batch.models.network.registry import build_model
@@ -52,7 +57,13 @@ def build_runner(config: EngineConfig, group: ParallelGroup = SINGLE) -> tuple[T
         )
     elif model.vision:
         encoder = MediaEncoder(model.vision, device=device, max_bytes=limits.media_cache_bytes)
-    return make_runner(model, limits, encoder), limits
+    if limits.tile_queries:
+        runner: TorchRunner = rooms.load("models.engine.cuda.kernels").make_runner(
+            model, limits, encoder
+        )
+        return runner, limits
+    num_slots = limits.num_blocks * limits.block_size
+    return TorchRunner(model, num_slots=num_slots, encoder=encoder), limits
 
 
 def lead(config: EngineConfig, group: TorchGroup) -> tuple[LeadingRunner, Limits]:

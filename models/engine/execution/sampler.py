@@ -23,8 +23,6 @@ from torch import Tensor
 from glm_batch.models.engine.api.request import SamplingParams, TopLogprob
 from glm_batch.models.errors import RowError
 
-# temperatures under this are greedy: in float32 one token has all the probability anyway
-GREEDY_BELOW = 1e-5
 # candidates looked at first by top-k, top-p and min-p; rows that need more are sorted whole
 WINDOW = 1024
 # Bounds of the 64-bit temporaries while rows sample from the whole vocabulary: a CPU's cache (3
@@ -52,10 +50,6 @@ class SampleRow:
     bitmask: NDArray[np.int32] | None = None
 
     @property
-    def is_greedy(self) -> bool:
-        return self.params.temperature < GREEDY_BELOW
-
-    @property
     def has_penalties(self) -> bool:
         params = self.params
         return (
@@ -79,7 +73,7 @@ class SampleRow:
     def is_plain(self) -> bool:
         """True when the answer is the argmax of the logits as they are."""
         return (
-            self.is_greedy
+            self.params.is_greedy
             and not self.has_penalties
             and self.bitmask is None
             and not self.forbidden_ids
@@ -162,12 +156,12 @@ def _choose(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
     filtered = [
         i
         for i, row in enumerate(rows)
-        if not row.is_greedy and _filters(row.params, logits.shape[1])
+        if not row.params.is_greedy and _filters(row.params, logits.shape[1])
     ]
     unfiltered = [
         i
         for i, row in enumerate(rows)
-        if not row.is_greedy and not _filters(row.params, logits.shape[1])
+        if not row.params.is_greedy and not _filters(row.params, logits.shape[1])
     ]
     if filtered:
         chosen[filtered] = _sample_filtered(logits, rows, filtered)

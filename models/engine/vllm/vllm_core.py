@@ -17,7 +17,7 @@ from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.api.request import Priority
 from glm_batch.models.engine.execution.kv_cache import bytes_per_token, default_kv_tokens
-from glm_batch.models.engine.settings import resolve_auto
+from glm_batch.models.engine.execution.settings import resolve_auto
 from glm_batch.models.engine.vllm.vllm_limits import set_environment
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.processing.tokenizer import Tokenizer

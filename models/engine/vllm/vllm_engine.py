@@ -35,8 +35,8 @@ from glm_batch.models.engine.api.request import (
 )
 from glm_batch.models.engine.decoding.constraints import Constraints
 from glm_batch.models.engine.decoding.decoding import Decoding
+from glm_batch.models.engine.execution.settings import resolve_end_ids
 from glm_batch.models.engine.scheduling.placeholders import PlacedMedia
-from glm_batch.models.engine.settings import resolve_end_ids
 from glm_batch.models.engine.torch_engine import choice_tree, pooled_index
 from glm_batch.models.engine.vllm.vllm_admission import check, place_media
 from glm_batch.models.engine.vllm.vllm_core import Runner, VllmCore, VllmSettings, resolve_settings
@@ -53,7 +53,6 @@ from glm_batch.models.engine.vllm.vllm_requests import (
     Fork,
     Vocabulary,
     choice_forks,
-    is_greedy,
     pooling_fork,
     sample_forks,
 )
@@ -387,7 +386,7 @@ def _outputs(pending: _Pending) -> tuple[Output, ...]:
     if not isinstance(work, Generate):
         return ()
     found = [each.decoding for each in pending.transcripts.values() if each.decoding.finish_reason]
-    copies = work.sampling.n if is_greedy(work.sampling) else 1
+    copies = work.sampling.n if work.sampling.is_greedy else 1
     return tuple(decoding.output() for decoding in found) * copies
 
 
@@ -396,7 +395,7 @@ def _deltas(pending: _Pending, id: str) -> list[Delta]:
     index, decoding = list(pending.forks).index(id), pending.transcripts[id].decoding
     delta = decoding.delta(pending.request.id, index)
     work = pending.request.work
-    if isinstance(work, Generate) and is_greedy(work.sampling):
+    if isinstance(work, Generate) and work.sampling.is_greedy:
         return [replace(delta, index=copy) for copy in range(work.sampling.n)]
     return [delta]
 

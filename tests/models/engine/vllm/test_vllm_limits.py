@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
-from glm_batch.models.engine import settings
+from glm_batch.models.engine import build_engine
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.api.request import SamplingParams
+from glm_batch.models.engine.execution import settings
 from glm_batch.models.engine.vllm import vllm_limits
 from glm_batch.models.errors import ConfigError
 from tests.models.conftest import MakeCheckpoint
@@ -156,3 +158,21 @@ def test_what_is_given_stays(make_checkpoint: MakeCheckpoint) -> None:
         replace(given, max_step_tokens="auto", block_size="auto"), load_config(path)
     )
     assert (sized.max_step_tokens, sized.block_size) == (4096, 32)
+
+
+def test_without_the_optional_rooms_there_is_torch(
+    monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    install(monkeypatch, vllm="0.32.0")
+    monkeypatch.setattr(rooms, "_HOME", tmp_path)
+    config = EngineConfig(model=str(make_checkpoint("glm4")), device="cpu", kv_cache_tokens=256)
+    engine = build_engine(config)
+    assert type(engine).__name__ == "TorchEngine"
+    engine.close()
+    with pytest.raises(ConfigError, match=r"no the vLLM engine \(models/engine/vllm\)"):
+        build_engine(replace(config, kind="vllm"))
+    with pytest.raises(ConfigError, match=r"no kernels for CUDA \(models/engine/cuda\)"):
+        build_engine(replace(config, cuda_kernels=True))
+    monkeypatch.setattr(settings.torch.cuda, "is_available", lambda: True)
+    found = settings.resolve_auto(replace(config, device="cuda"), load_config(config.model))
+    assert found.kind == "torch"

@@ -1,8 +1,4 @@
-"""What "auto" means: engine, device, dtype and sizes, resolved from an EngineConfig and the
-checkpoint.
-
-Knows nothing of requests or scheduling.
-"""
+"""What "auto" means: engine, device, dtype and sizes, from an EngineConfig and the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,12 +7,11 @@ from typing import Literal
 
 import torch
 
+from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.interface import Auto, EngineConfig
-from glm_batch.models.engine.cuda.kernels import resolve_tile_queries
 from glm_batch.models.engine.execution.kv_cache import default_kv_tokens
-from glm_batch.models.engine.vllm.vllm_limits import checkpoint_problem, is_installed
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup
 from glm_batch.models.processing.tokenizer import Tokenizer
@@ -32,6 +27,9 @@ MEDIA_CACHE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 # found again gives its memory to new rows, so that a long stream of rows of their own needs no more
 # of it than a short one.
 UNPROVEN_STEPS = 64
+DTYPE_NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,18 +146,12 @@ def resolve_limits(
             if config.media_cache_bytes == "auto"
             else config.media_cache_bytes
         ),
-        tile_queries=resolve_tile_queries(config, model, device),
+        tile_queries=(
+            rooms.load("models.engine.cuda.kernels").resolve_tile_queries(config, model, device)
+            if config.cuda_kernels
+            else 0
+        ),
     )
-
-
-# TorchEngine's tables are above. vLLM left alone takes 128 sequences and 2,048 tokens a step, made
-# for latency; its CPU kernels want blocks of 32 tokens or a multiple, and only whole blocks are
-# shared.
-VLLM_STEP_TOKENS = {"cpu": 4096, "cuda": 8192}
-VLLM_BLOCK_SIZE = {"cpu": 32, "cuda": 16}
-DTYPE_NAMES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
-    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
-}  # fmt: skip
 
 
 def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
@@ -175,25 +167,27 @@ def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     device = resolve_device(config.device)
     kind = config.kind
     if kind == "auto":
-        alone = config.tensor_parallel_size == 1
-        able = (
-            device.type == "cuda" and is_installed() and not checkpoint_problem(model, config.task)
-        )
-        kind = "vllm" if able and alone else "torch"
-    vllm = kind == "vllm"
+        kind = "vllm" if _vllm_is_better(config, model, device) else "torch"
+    step_tokens, block_size = STEP_TOKENS, BLOCK_SIZE
+    if kind == "vllm":
+        limits = rooms.load("models.engine.vllm.vllm_limits")
+        step_tokens, block_size = limits.STEP_TOKENS, limits.BLOCK_SIZE
     return replace(
         config,
         kind=kind,
         device=str(device),
         dtype=DTYPE_NAMES[resolve_dtype(config, device)],
         max_num_seqs=_given(config.max_num_seqs, NUM_SEQS[device.type]),
-        max_step_tokens=_given(
-            config.max_step_tokens, (VLLM_STEP_TOKENS if vllm else STEP_TOKENS)[device.type]
-        ),
-        block_size=_given(
-            config.block_size, (VLLM_BLOCK_SIZE if vllm else BLOCK_SIZE)[device.type]
-        ),
+        max_step_tokens=_given(config.max_step_tokens, step_tokens[device.type]),
+        block_size=_given(config.block_size, block_size[device.type]),
     )
+
+
+def _vllm_is_better(config: EngineConfig, model: ModelConfig, device: torch.device) -> bool:
+    if device.type != "cuda" or config.tensor_parallel_size > 1 or not rooms.is_here("vllm"):
+        return False
+    limits = rooms.load("models.engine.vllm.vllm_limits")
+    return limits.is_installed() and not limits.checkpoint_problem(model, config.task)
 
 
 def _given(value: int | Auto, default: int) -> int:
