@@ -1,6 +1,8 @@
 # make demo   label the shipped tickets, pictures and clips and print the accuracy against gold
 # make sweep  round the shipped model's weights and evaluate both: a table of accuracies with intervals and comparisons
+# make check  ruff, mypy and the quick tests: without Ray, browser, server or network, in under 3 minutes on two cores
 # make test   everything that a change must pass: ruff, mypy, pytest
+# make docs   the manual, strictly, into build/site
 # make test-vllm   the tests of engine.kind vllm, with vLLM for CPUs in an environment of its own
 # make test-report   pages of reports in a real browser; needs chromium on the PATH and fails without it
 # make test-faults   the long form of the kill suite, about 25 minutes on two quiet cores; GLM_BATCH_FAULTS_SEED=N
@@ -14,21 +16,26 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 VLLM_BIN := $(VLLM_VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-DEMO := out/demo
 
 .DELETE_ON_ERROR:
-.PHONY: demo sweep test test-vllm test-report test-faults clean
+.PHONY: demo sweep check docs test test-vllm test-report test-faults clean
 
 demo: $(VENV)/installed
-	@rm -rf $(DEMO)
-	@for job in route extract reply shape colour count motion; do \
-		$(BIN)/glm-batch label examples/$$job.yaml --set output=$(DEMO)/$$job || exit $$?; echo; \
-	done
-	@echo "The labelled rows lie below $(DEMO)."
+	@$(BIN)/glm-batch demo
 
 sweep: $(VENV)/installed
 	@$(BIN)/python examples/round_weights.py examples/tiny_glm out/tiny_glm_3bit --bits 3
 	$(BIN)/glm-batch evaluate examples/sweep.yaml
+
+check: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 -m quick --no-loadscope-reorder
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The manual is build/site/index.html"
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -63,6 +70,10 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing glm-batch and what its tests need into $(VENV); the first time takes some minutes"
 	@$(BIN)/python $(PIP_INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml | $(VENV)/bin/python
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[docs]'
 	@touch $@ $(VENV)/installed
 
 # torchaudio and torchcodec come along, built for CUDA: importing them fails beside vLLM's CPU torch.

@@ -18,10 +18,10 @@ import typer
 from glm_batch.models import rooms
 from glm_batch.models.errors import ConfigError, GlmBatchError
 
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_BAD_CONFIG = 2
-EXIT_ROW_ERRORS = 3
+EXIT_OK = 0  # all rows ok, or no more errors than max_error_rate allows
+EXIT_FAILED = 1  # the job failed; the same command goes on with it
+EXIT_BAD_CONFIG = 2  # bad configuration: nothing was started
+EXIT_ROW_ERRORS = 3  # more row errors than max_error_rate, finished or stopped by fail_fast
 SHOWN_LINES = 6
 
 app = typer.Typer(
@@ -327,6 +327,20 @@ def inspect(
         from glm_batch.jobs.commands.inspect import inspect as run_inspect
 
         run_inspect(model)
+
+
+@app.command(hidden=not rooms.is_here("demo"))
+def demo(
+    jobs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[JOB]...", help="Some of the jobs.", show_default=False),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Label the tickets, pictures and clips that ship with glm-batch; lays them out in ./examples."""
+    with errors_for_people(debug):
+        code = rooms.load("jobs.demo.demo").demo(jobs or [])
+    raise typer.Exit(code)
 
 
 @app.command()

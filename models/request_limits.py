@@ -7,37 +7,30 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
-    """The `limits:` section: what one request may ask for, and how many may be about.
+    """The `limits:` section: what one request may ask for, and how many may be about."""
 
-    `max_tokens` bounds what a request may write and is also the default of chat.
-    `max_prompt_logprobs` counts those of all prompt tokens and alternatives in an answer,
-    `max_pixels` an image's pixels before decoding. URLs are fetched from `media_hosts`, where they
-    lead to public addresses, and from `media_private_hosts`, wherever they lead; from nowhere else,
-    and all of one request's together have no more than `max_body_bytes`. `fetch_s` is how long one
-    may take, `schema_s` is how long a JSON schema may take to compile. `max_queue` counts the
-    requests that wait or run in one replica; what comes beyond is told to come again. Times are
-    seconds; `drain_s` is how long requests may take to end once the server shall stop.
-    """
-
+    # of a request; all that its URLs lead to together has no more either
     max_body_bytes: int = 32 << 20
-    max_prompt_chars: int = 1_000_000
-    max_tokens: int = 4096
-    max_n: int = 8
-    max_stop: int = 16
-    max_logprobs: int = 20
-    max_prompt_logprobs: int = 1_000_000
-    max_inputs: int = 256
-    max_labels: int = 256
-    max_schema_bytes: int = 64 << 10
-    max_media: int = 16
-    max_media_bytes: int = 24 << 20
-    max_pixels: int = 50_000_000
+    max_prompt_chars: int = 1_000_000  # characters of a prompt
+    max_tokens: int = 4096  # what a request may write, and chat's default
+    max_n: int = 8  # outputs for one prompt
+    max_stop: int = 16  # stop strings
+    max_logprobs: int = 20  # alternatives at each token
+    max_prompt_logprobs: int = 1_000_000  # of all prompt tokens and alternatives in an answer
+    max_inputs: int = 256  # prompts or texts in one request
+    max_labels: int = 256  # labels of /v1/score
+    max_schema_bytes: int = 64 << 10  # of a JSON schema
+    max_media: int = 16  # images and videos in one request
+    max_media_bytes: int = 24 << 20  # of each
+    max_pixels: int = 50_000_000  # an image's, before decoding
+    # hosts that URLs are fetched from, where they lead to public addresses
     media_hosts: list[str] = field(default_factory=list)
+    # hosts that URLs are fetched from, wherever they lead
     media_private_hosts: list[str] = field(default_factory=list)
-    max_queue: int = 512
-    request_s: float = 600.0
-    body_s: float = 30.0
-    fetch_s: float = 10.0
-    decode_s: float = 30.0
-    schema_s: float = 2.0
-    drain_s: float = 60.0
+    max_queue: int = 512  # requests that wait or run in one replica; more are told to come again
+    request_s: float = 600.0  # seconds for a request
+    body_s: float = 30.0  # seconds for a body to arrive
+    fetch_s: float = 10.0  # seconds for a URL
+    decode_s: float = 30.0  # seconds for an image or video
+    schema_s: float = 2.0  # seconds for a JSON schema to compile
+    drain_s: float = 60.0  # seconds for requests to end once the server shall stop

@@ -54,6 +54,7 @@ ROOMS = {
         needs=("evaluation", "report"),
     ),
     "cron": Room("dated versions of an output", ("pipelines/cron", "jobs/cron")),
+    "demo": Room("the demo", ("jobs/demo",)),
 }
 
 

@@ -21,46 +21,43 @@ TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskConfig:
-    """What is asked of the model for each row; kind "requests" says that each row says so itself.
+    """What is asked of the model for each row."""
 
-    `prompt` is a template over columns ("{text}"); `messages` names a column that holds chat
-    messages instead. `gold` names a column with the right answer: the summary then prints the
-    accuracy. `calibration` is a file that `glm-batch calibrate` has written.
-    """
-
-    kind: TaskKind
-    system: str | None = None
-    prompt: str | None = None
+    kind: TaskKind  # "requests": each row asks for itself (input_format openai_batch)
+    system: str | None = None  # a system message
+    prompt: str | None = None  # a template over columns: "{text}"; {{ and }} are literal braces
+    # or: a column of chat messages (structs, or JSON text) instead of prompt
     messages: str | None = None
+    # column(s): bytes, path, URL or data URL; a list column gives several images
     image: str | list[str] | None = None
+    # the same for clips; media come before the prompt's text, images first
     video: str | list[str] | None = None
-    labels: list[str] | None = None
+    labels: list[str] | None = None  # choose: any strings, of one or many tokens each
+    # choose: count the label's end? auto: if one label begins another
     end_of_label: Literal["auto", "always", "never"] = "auto"
-    label_logprobs: bool = False
+    label_logprobs: bool = False  # choose: a column with each label's joint log-probability
+    # generate: columns with the gold answer's log-probability after the prompt
     gold_logprobs: bool = False
-    calibration: str | None = None
-    schema: dict[str, Any] | None = None
-    thinking: bool = False
-    pooling: Literal["last", "mean"] = "last"
-    normalize: bool = False
-    gold: str | None = None
+    calibration: str | None = None  # choose, classify: a file of `glm-batch calibrate`
+    schema: dict[str, Any] | None = None  # extract: a JSON schema
+    thinking: bool = False  # generate: let the model reason first, into the column `reasoning`
+    pooling: Literal["last", "mean"] = "last"  # embed: the last token's state, or the mean
+    normalize: bool = False  # embed: vectors of length 1
+    gold: str | None = None  # a column with the right answer: the summary then tells the accuracy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSection:
-    """The `engine:` section; all but `replicas` goes to models.engine.EngineConfig.
+    """The `engine:` section; all but `replicas` goes to EngineConfig."""
 
-    Two `replicas` are the fewest and the most: the pool grows while units wait, as far as the
-    cluster has room.
-    """
-
-    kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    tensor_parallel_size: int = 1
+    kind: Literal["auto", "torch", "vllm", "echo"] = "auto"  # echo is a dry run without a model
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float16: glm alone
+    device: str = "auto"  # auto, cpu or cuda
+    tensor_parallel_size: int = 1  # ranks that hold one model together, each on a GPU of its own
+    # engines that share the rows; [fewest, most] grows while rows wait
     replicas: int | tuple[int, int] = 1
-    max_step_tokens: int | Auto = "auto"
-    max_model_len: int | Auto = "auto"
+    max_step_tokens: int | Auto = "auto"  # tokens of one forward pass
+    max_model_len: int | Auto = "auto"  # prompt and answer together, in tokens
 
     @property
     def replica_range(self) -> tuple[int, int]:
@@ -70,114 +67,100 @@ class EngineSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSection:
-    """The `cluster:` section: machines to plan for, each with so many cores and GPUs; "auto" is
-    this machine.
+    """The `cluster:` section: machines for `glm-batch plan` to plan for.
 
-    It tells `glm-batch plan` alone: a run takes the cluster that it finds.
+    It tells `plan` alone: a run takes the cluster that it finds.
     """
 
-    nodes: int | Auto = "auto"
-    cpus: int | Auto = "auto"
-    gpus: int | Auto = "auto"
+    nodes: int | Auto = "auto"  # how many; auto: this machine
+    cpus: int | Auto = "auto"  # cores of each
+    gpus: int | Auto = "auto"  # GPUs of each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessSection:
-    """The `preprocess:` section: CPU workers, and pixel and frame budgets for media; None is the
-    checkpoint's own.
+    """The `preprocess:` section: CPU workers, and budgets for media; null is a checkpoint's."""
 
-    `min_pixels` and `max_pixels` bound height x width of an image after resizing, and frames x
-    height x width of a video, all its frames together. `fps` is the number of frames taken of each
-    second.
-    """
-
-    workers: int | Auto = "auto"
-    min_pixels: int | None = None
+    workers: int | Auto = "auto"  # CPU actors that render and tokenize
+    min_pixels: int | None = None  # height x width of an image after resizing
+    # the same from above, for a video over all its frames; fewer pixels, fewer tokens
     max_pixels: int | None = None
-    fps: float | None = None
+    fps: float | None = None  # frames taken of each second of a video
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaSection:
-    """The `media:` section: where images and videos may come from, beside the bytes in the rows.
+    """The `media:` section: where images and videos may come from, beside the bytes in the rows."""
 
-    Paths must lie below `root`; URLs must name one of `hosts`, whose addresses must be public, or
-    of `private_hosts`. `max_bytes` bounds an encoded file, `decode_bytes` the memory that decoding
-    one may take.
-    """
-
-    root: str | None = None
+    root: str | None = None  # the directory below which paths must lie; null: paths are refused
+    # hosts whose URLs may be fetched, if their addresses are public; empty: none
     hosts: list[str] = field(default_factory=list)
-    private_hosts: list[str] = field(default_factory=list)
-    max_bytes: int = 1 << 30
-    fetch_timeout_s: float = 30.0
-    decode_timeout_s: float = 600.0
-    decode_bytes: int = 1 << 30
+    private_hosts: list[str] = field(default_factory=list)  # hosts that may have private addresses
+    max_bytes: int = 1 << 30  # a larger file is that row's error
+    fetch_timeout_s: float = 30.0  # for one URL, redirects and retries included
+    decode_timeout_s: float = 600.0  # for one image or video
+    decode_bytes: int = 1 << 30  # memory that decoding one may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitSection:
     """The `commit:` section: how much finished work a crash may cost at most."""
 
-    unit_rows: int | Auto = "auto"
-    every_seconds: float = 30.0
+    unit_rows: int | Auto = "auto"  # rows that are committed together
+    every_seconds: float = 30.0  # finished rows are safe after at most so many seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CronSection:
-    """The `cron:` section: how many versions of the output are kept, and who is told of each run
-    (an http(s) URL).
-    """
+    """The `cron:` section, for `glm-batch cron` alone."""
 
-    keep: int = 7
-    webhook: str | None = None
+    keep: int = 7  # versions of the output that stay
+    webhook: str | None = None  # an http(s) URL that is told of each run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageSection:
     """The `storage:` section: options for s3:// paths."""
 
-    endpoint_url: str | None = None
-    anon: bool = False
+    endpoint_url: str | None = None  # a store other than AWS, such as http://localhost:9000
+    anon: bool = False  # true: without credentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestsSection:
-    """The `requests:` section: how the requests of an OpenAI batch file are taken, as a server
-    would take them.
+    """The `requests:` section: how the requests of an OpenAI batch file are taken."""
 
-    `models` are names that they may give the model, beside that of its directory; `thinking` is
-    what a request gets that does not say whether the model shall reason before it answers; `limits`
-    are those of a server.
-    """
-
+    # names they may give the model, beside that of its directory
     models: list[str] = field(default_factory=list)
-    thinking: bool = False
-    limits: RequestLimits = field(default_factory=RequestLimits)
+    thinking: bool = False  # unless a request says otherwise
+    limits: RequestLimits = field(default_factory=RequestLimits)  # a server's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One job: model, input, output, task. See the README for every key."""
+    """One job: model, input, output, task."""
 
-    model: str
-    input: list[str]
-    output: str
+    model: str  # a checkpoint directory
+    input: list[str]  # Parquet or JSONL: files, globs, directories, s3:// objects and prefixes
+    output: str  # a directory or s3:// prefix; one job each
+    # openai_batch: without task, key and carry
     input_format: Literal["rows", "openai_batch"] = "rows"
     task: TaskConfig = TaskConfig(kind="requests")
-    key: str | None = None
-    carry: list[str] = field(default_factory=list)
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    key: str | None = None  # a unique column; without it, rows are named by file and row number
+    carry: list[str] = field(default_factory=list)  # input columns to copy into the output
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # for generate and extract
     engine: EngineSection = field(default_factory=EngineSection)
     cluster: ClusterSection = field(default_factory=ClusterSection)
     preprocess: PreprocessSection = field(default_factory=PreprocessSection)
     requests: RequestsSection = field(default_factory=RequestsSection)
+    # where images and videos may come from
     media: MediaSection = field(default_factory=MediaSection)
     commit: CommitSection = field(default_factory=CommitSection)
-    max_error_rate: float = 0.0
+    max_error_rate: float = 0.0  # the fraction of rows that may fail before the exit code is 3
+    # stop as soon as more rows failed than that; a rerun without it goes on
     fail_fast: bool = False
     cron: CronSection = field(default_factory=CronSection)
-    storage: StorageSection = field(default_factory=StorageSection)
+    storage: StorageSection = field(default_factory=StorageSection)  # for s3:// paths
 
     @property
     def asks_by_row(self) -> bool:

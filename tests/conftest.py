@@ -8,6 +8,9 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).parent
 LONG_FOLDERS = ("glm_actors/serving", "faults", "jobs", "pipelines")
+# What `make check` leaves out: tests that start Ray, a server or a browser, alone or in a process of
+# their own, kill processes, or wait.
+SLOW_FIXTURES = {"ray_cluster", "s3_server", "installed_wheel", "server", "own_server", "replica"}
+SLOW_MARKS = ("slow", "waits", "browser", "faults", "gpu")
+SLOW_PLACES = (
+    "faults",
+    "glm_actors/serving",
+    "jobs",
+    "pipelines/cron/test_cron_nights.py",
+    "pipelines/openai_batch",
+    "pipelines/output/test_crashes.py",
+    "pipelines/output/test_lease.py",
+    "pipelines/runs/test_pipeline.py",
+    "benchmarks",
+)
 EXAMPLES = TESTS.parent / "examples"
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "hidden_size": 8, "intermediate_size": 16,
@@ -49,6 +67,22 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with glm-batch alone, installed from a wheel of a copy of this tree; its
+    dependencies are those of the interpreter.
+    """
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".*", "out", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(TESTS.parent, folder / "tree", ignore=ignored, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    no_fetch = ["--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "wheel", *no_fetch, "--wheel-dir", folder, folder / "tree"], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", *no_fetch, "--target", folder / "site", wheel], check=True)
+    return folder / "site"
 
 
 @pytest.fixture(scope="session")
@@ -97,10 +131,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begins with the folders that take long, so that test processes end together.
+    """Marks what is quick. Begins with the folders that take long, so that test processes end
+    together.
 
     Leaves out what needs a GPU where there is none; Triton's interpreter stands in for one.
     """
+    for item in items:
+        if _is_quick(item):
+            item.add_marker("quick")
     items.sort(
         key=lambda item: [item.path.is_relative_to(TESTS / folder) for folder in LONG_FOLDERS],
         reverse=True,
@@ -116,3 +154,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items=[item for item in items if item.get_closest_marker("gpu")]
         )
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return not (
+        SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        or any(item.get_closest_marker(mark) for mark in SLOW_MARKS)
+        or any(item.path.is_relative_to(TESTS / place) for place in SLOW_PLACES)
+        or "s3" in str(parameters.get("store"))
+    )

@@ -27,7 +27,7 @@ ORDER = """
     pipelines/openai_batch pipelines/shared pipelines/graph pipelines/runs pipelines/cron
     pipelines/sweep pipelines/report jobs/files jobs/checks jobs/display
     jobs/plans jobs/openai_batch jobs/commands jobs/report jobs/calibration jobs/cron jobs/sweep jobs/serving
-    jobs
+    jobs/demo jobs
 """.split()  # noqa: SIM905
 # Folders that hold rooms and no modules of their own.
 HALLS = {"glm_actors", "glm_actors/serving"}

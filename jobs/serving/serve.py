@@ -73,8 +73,8 @@ def serve(path: str, *, insecure: bool = False) -> None:
 
 
 def application(arguments: Mapping[str, str]) -> Any:
-    """The application for `serve run jobs.serving.serve:application config=serve.yaml
-    [insecure=true]`, and for Serve's files.
+    """The application for `serve run glm_batch.jobs.serving.serve:application config=serve.yaml`
+    (and `insecure=true`), and for Serve's files.
 
     Ray's proxy listens where Ray is told to: the configuration's host and port have no part in
     that. Raises ConfigError.

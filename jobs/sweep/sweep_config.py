@@ -43,7 +43,7 @@ MAX_CELLS = 1000
 class ModelEntry:
     """A checkpoint and how it is run, as in a job file."""
 
-    model: str
+    model: str  # a checkpoint directory
     engine: EngineSection = field(default_factory=EngineSection)
 
 
@@ -51,41 +51,41 @@ class ModelEntry:
 class DatasetEntry:
     """Rows, as in a job file."""
 
-    input: list[str]
-    key: str | None = None
-    carry: list[str] = field(default_factory=list)
+    input: list[str]  # Parquet or JSONL: files, globs, directories, s3:// objects and prefixes
+    key: str | None = None  # a unique column
+    carry: list[str] = field(default_factory=list)  # input columns to copy into the outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskEntry:
-    """What is asked, and the axes along which it varies.
+    """What is asked, and the axes along which it varies."""
 
-    `task` is a job file's section; each of `prompts` takes the place of its prompt. `sampling`
-    holds a job file's sections by name. `datasets` and `models` None are all there are.
-    """
-
-    task: TaskConfig
-    datasets: list[str] | None = None
-    models: list[str] | None = None
+    task: TaskConfig  # a job file's section; gold is needed
+    datasets: list[str] | None = None  # null: all
+    models: list[str] | None = None  # null: all
+    # by names of your own, each in the place of task.prompt
     prompts: dict[str, str] = field(default_factory=dict)
+    # a job file's sections, by names of your own
     sampling: dict[str, SamplingParams] = field(default_factory=dict)
-    seeds: list[int] | None = None
+    seeds: list[int] | None = None  # with a temperature above 0
+    # each in the place of preprocess.max_pixels; null is the checkpoint's own
     max_pixels: list[int | None] | None = None
     preprocess: PreprocessSection = field(default_factory=PreprocessSection)
-    score: ScoreSection = field(default_factory=ScoreSection)
+    score: ScoreSection = field(default_factory=ScoreSection)  # for generate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepFile:
     """The file as it stands. The sections from `cluster` on are a job file's, for all cells."""
 
-    output: str
-    models: dict[str, ModelEntry]
-    datasets: dict[str, DatasetEntry]
-    tasks: dict[str, TaskEntry]
+    output: str  # a directory or s3:// prefix
+    models: dict[str, ModelEntry]  # checkpoints and how they are run, by names of your own
+    datasets: dict[str, DatasetEntry]  # rows, by names of your own
+    tasks: dict[str, TaskEntry]  # questions, by names of your own
+    # coordinates that the others are compared with; best: the highest accuracy
     baseline: str | dict[str, str] = BEST
-    confidence: float = CONFIDENCE
-    max_error_rate: float = 0.0
+    confidence: float = CONFIDENCE  # of the intervals
+    max_error_rate: float = 0.0  # of each cell
     cluster: ClusterSection = field(default_factory=ClusterSection)
     media: MediaSection = field(default_factory=MediaSection)
     commit: CommitSection = field(default_factory=CommitSection)

@@ -19,13 +19,12 @@ BEST = "best"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSection:
-    """How answers are compared with gold: see pipelines.evaluation.scoring.Rules. For generate
-    alone.
-    """
+    """How answers are compared with gold. For generate alone."""
 
-    match: Match = "exact"
-    extract: str | None = None
-    tolerance: float = 1e-6
+    match: Match = "exact"  # which comparison is the accuracy
+    extract: str | None = None  # a regular expression for the part to compare
+    tolerance: float = 1e-6  # of numeric, relative
+    # the k of pass@k; by default 1, 2, 4 ... up to sampling.n
     pass_at: list[int] = field(default_factory=list)
 
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "gc": (["output"], ["--debug", "--endpoint-url"]),
     "serve": (["config"], ["--debug", "--insecure"]),
     "inspect": (["model"], ["--debug"]),
+    "demo": (["jobs"], ["--debug"]),
     "doctor": ([], ["--debug"]),
 }
 

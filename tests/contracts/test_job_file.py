@@ -5,9 +5,6 @@ user.
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
-
-import yaml
 
 from glm_batch.jobs.files.job_file import describe, job_keys
 from glm_batch.models.request_limits import RequestLimits
@@ -119,16 +116,3 @@ def test_sections_may_be_left_out() -> None:
     assert {
         name for name, key in job_keys().items() if name in SECTIONS and key.default != "required"
     } == SECTIONS
-
-
-def test_the_readme_shows_every_key_with_its_default() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    shown = yaml.safe_load(text.split("## The job file")[1].split("```yaml\n")[1].split("```")[0])
-    flat = {key: value for key, value in shown.items() if not isinstance(value, dict)}
-    flat |= {f"{section}.{key}": value for section in shown if isinstance(shown[section], dict)
-             for key, value in shown[section].items()}  # fmt: skip
-    assert flat.keys() - {"requests.limits"} == KEYS.keys()
-    example = {"task.prompt", "task.labels", "key", "carry"}
-    for key, (_, default) in KEYS.items():
-        if default != "required" and key not in example:
-            assert flat[key] == (list(default) if isinstance(default, tuple) else default), key

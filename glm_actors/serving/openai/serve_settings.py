@@ -18,31 +18,28 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeEngine:
-    """The `engine:` section of a model; all of it goes to models.engine.EngineConfig."""
+    """The `engine:` section of a model; all of it goes to EngineConfig."""
 
+    # auto: torch, which answers every kind of request
     kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    tensor_parallel_size: int = 1
-    max_step_tokens: int | Auto = "auto"
-    batch_step_tokens: int | Auto = "auto"
-    max_num_seqs: int | Auto = "auto"
-    max_model_len: int | Auto = "auto"
-    kv_cache_tokens: int | Auto = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float16: glm alone
+    device: str = "auto"  # auto, cpu or cuda
+    tensor_parallel_size: int = 1  # ranks that hold one model together, each on a GPU of its own
+    max_step_tokens: int | Auto = "auto"  # tokens of one forward pass
+    batch_step_tokens: int | Auto = "auto"  # of one with rows of a batch job in it
+    max_num_seqs: int | Auto = "auto"  # sequences in flight
+    max_model_len: int | Auto = "auto"  # prompt and answer together, in tokens
+    kv_cache_tokens: int | Auto = "auto"  # tokens that the cache of keys and values holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One model by name. `replicas` is a number, or [least, most] to follow the queue's length.
+    """One model by name."""
 
-    `thinking` is what a request gets that does not say whether the model shall reason before it
-    answers.
-    """
-
-    model: str
+    model: str  # a checkpoint directory
     engine: ServeEngine = field(default_factory=ServeEngine)
-    replicas: int | list[int] = 1
-    thinking: bool = False
+    replicas: int | list[int] = 1  # or [least, most] to follow the queue's length
+    thinking: bool = False  # unless a request says otherwise
 
     @property
     def engine_config(self) -> EngineConfig:
@@ -73,9 +70,9 @@ class ServeSettings:
     from the YAML.
     """
 
-    models: dict[str, ServedModel]
+    models: dict[str, ServedModel]  # by the names that requests give
     host: str = "127.0.0.1"
     port: int = 8000
-    token_env: str | None = None
-    token_file: str | None = None
+    token_env: str | None = None  # the environment variable with the clients' token
+    token_file: str | None = None  # or a file that holds it
     limits: RequestLimits = field(default_factory=RequestLimits)

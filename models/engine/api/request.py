@@ -27,28 +27,23 @@ MAX_TOP = 100  # alternatives that are reported at one position
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those
-    filters off.
+    """How tokens are chosen."""
 
-    `logprobs` is the number of most likely alternatives to report at each output token; 0 reports
-    none, and from 1 on the chosen token's own log-probability is reported too. `repetition_penalty`
-    looks at prompt and output, `presence_penalty` and `frequency_penalty` at the output alone.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    max_tokens: int = 64
-    min_tokens: int = 0
-    seed: int = 0
-    n: int = 1
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    temperature: float = 0.0  # 0 is greedy; otherwise each request draws from `seed`
+    top_p: float = 1.0  # the likeliest tokens up to this probability; 1 is all
+    top_k: int = 0  # so many of the likeliest tokens; 0 is all
+    min_p: float = 0.0  # tokens with at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # of prompt and output; 1 is none
+    presence_penalty: float = 0.0  # of the output alone
+    frequency_penalty: float = 0.0  # of the output alone
+    max_tokens: int = 64  # of the output
+    min_tokens: int = 0  # before the output may end
+    seed: int = 0  # in a job, each row has one of its own that follows from it
+    n: int = 1  # outputs for a prompt
+    stop: tuple[str, ...] = ()  # strings that end an output
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end an output
+    ignore_eos: bool = False  # go on after the model would have ended
+    # alternatives to report at each output token; from 1 on, the chosen one's, too
     logprobs: int = 0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,44 @@
+"""Links lead somewhere, files that are named exist, and the README stays short."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pages import PAGES, ROOT, prose
+
+MOST_LINES = 180
+LINK = re.compile(r"\]\(([^)#]+)?(?:#([\w-]+))?\)")
+# Names of files of this repository, told from other words in backticks by their first folder.
+NAMED = re.compile(
+    r"`((?:models|glm_actors|pipelines|jobs|tests|examples|benchmarks|docs)(?:/[\w.-]+)*/?)`"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page: Path) -> None:
+    for target, _ in LINK.findall(prose(page)):
+        if target and not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
+    for name in NAMED.findall(prose(page)):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text())
+    listed = set(re.findall(r"[\w/-]+\.md", yaml.safe_dump(yaml.safe_load(text)["nav"])))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]}
+    assert listed == pages
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= MOST_LINES
+    commands = re.findall(r"^(make \w+|pip install|glm-batch \w+)", "\n".join(lines), re.M)
+    assert commands[:4] == ["make demo", "make test", "pip install", "glm-batch demo"]
