@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from glm_batch.glm_actors.media.decoder import Decoder
-from glm_batch.glm_actors.media.decoder_child import Setup
+from glm_batch.glm_actors.media.decoder import Decoder, Setup
 from glm_batch.glm_actors.media.media_source import MediaRules, Url, read_source, url_of
 from glm_batch.models.byte_cache import ByteCache
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig

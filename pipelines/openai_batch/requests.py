@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import (
     ApiError,
     bad,
@@ -35,7 +36,6 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     ScoreRequest,
     validated,
 )
-from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
 from glm_batch.models.engine.api.request import Completion, Request
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.messages import MEDIA_PARTS

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.faults.spent import MEDIA, timed
 from glm_batch.glm_actors.media.media_loader import MediaLoader
 from glm_batch.models.checkpoint.config_reader import load_config
@@ -559,6 +560,7 @@ class TaskRunner:
         return JsonValidator(self._task.schema or {})
 
 
+SCHEMA_S = 60.0  # that task.schema may take to compile
 TOKEN_COLUMNS = ("prompt_tokens", "cached_tokens", "output_tokens", "media_tokens")
 
 
@@ -598,16 +600,17 @@ class JsonValidator:
             )
 
 
-def check_schema(schema: dict[str, Any]) -> None:
-    """Raises ConfigError when the constrained decoder cannot follow this JSON schema."""
-    import llguidance
-
-    problem = llguidance.LLMatcher.validate_grammar(
-        llguidance.grammar_from("json_schema", json.dumps(schema))
-    )
+def check_schema(schema: dict[str, Any], timeout_s: float = SCHEMA_S) -> None:
+    """Raises ConfigError when the constrained decoder cannot follow this JSON schema, or compile it
+    in time.
+    """
+    checker = SchemaChecker(timeout_s)
+    try:
+        problem = checker.problem(json.dumps(schema))
+    finally:
+        checker.close()
     if problem:
-        reason = " ".join(problem.split())
-        raise ConfigError(f"task.schema: not a JSON schema that decoding can follow: {reason}")
+        raise ConfigError(f"task.schema: not a JSON schema that decoding can follow: {problem}")
 
 
 def row_seed(seed: int, row_key: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad, of_row
 from glm_batch.glm_actors.serving.openai.chat_task import ChatTask
 from glm_batch.glm_actors.serving.openai.completion_task import CompletionTask
@@ -25,7 +26,6 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     EmbeddingRequest,
     ScoreRequest,
 )
-from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
     checked,

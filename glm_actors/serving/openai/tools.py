@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest, Function, ToolChoice
-from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
 from glm_batch.models.engine.api.request import Constraint
 from glm_batch.models.engine.decoding.constraints import JSON_WHITESPACE
 from glm_batch.models.errors import RowError

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad, internal, of_row
 from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
 from glm_batch.glm_actors.serving.openai.protocol import (
@@ -20,7 +21,6 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     ResponseFormat,
     Sampled,
 )
-from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
 from glm_batch.models.engine.api.request import (
     Completion,
     Constraint,

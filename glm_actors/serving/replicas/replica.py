@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from glm_batch.glm_actors.engines.engine_loop import EngineLoop, OnDeltas, Submission
 from glm_batch.glm_actors.engines.worker_group import WorkerGroup, needs_ranks
+from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.faults.watchdog import STDERR, HangLimits, Watchdog
 from glm_batch.glm_actors.serving.http.pieces import Give, Piece
 from glm_batch.glm_actors.serving.openai.api_errors import (
@@ -39,7 +40,6 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     CompletionRequest,
     TokenizeRequest,
 )
-from glm_batch.glm_actors.serving.openai.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.shared.shared_model import (
     Answer,

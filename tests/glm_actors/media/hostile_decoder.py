@@ -11,13 +11,14 @@ import time
 
 import numpy as np
 
-from glm_batch.glm_actors.media import decoder_child
+from glm_batch.glm_actors.faults import child
+from glm_batch.glm_actors.media import decoder
 from glm_batch.models.checkpoint.normalization import MediaKind
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.patches import Encoded, MediaPatches, as_file
 
 
-def make_decode(setup: decoder_child.Setup) -> decoder_child.Decode:
+def make_decode(**_: object) -> decoder.Decode:
     leaked: list[np.ndarray] = []
 
     def decode(kind: MediaKind, data: Encoded, digest: str) -> MediaPatches:
@@ -52,5 +53,5 @@ def make_decode(setup: decoder_child.Setup) -> decoder_child.Decode:
 
 
 if __name__ == "__main__":
-    decoder_child.ORPHAN_GRACE_S = 0.3
-    decoder_child.main(make_decode)
+    child.ORPHAN_GRACE_S = 0.3
+    decoder.main(make_decode)

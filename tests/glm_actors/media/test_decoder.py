@@ -20,8 +20,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from glm_batch.glm_actors.media.decoder import INLINE_BYTES, Decoder
-from glm_batch.glm_actors.media.decoder_child import Setup
+from glm_batch.glm_actors.faults.child import INLINE_BYTES
+from glm_batch.glm_actors.media.decoder import Decoder, Setup
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.models.processing.images import ImageProcessor
@@ -39,7 +39,7 @@ def make() -> Iterator[Callable[..., Decoder]]:
     """make(module, **limits): a decoder."""
     made: list[Decoder] = []
 
-    def get(module: str = "glm_batch.glm_actors.media.decoder_child", **limits: Any) -> Decoder:
+    def get(module: str = "glm_batch.glm_actors.media.decoder", **limits: Any) -> Decoder:
         values = {"num_bytes": 1 << 28, "timeout_s": 60.0, **limits}
         made.append(Decoder(Setup(image=IMAGE, video=SMALL, **values), module=module))
         return made[-1]
@@ -196,14 +196,18 @@ def test_memory_is_bounded(hostile: Decoder) -> None:
     assert works(hostile)
 
 
-def test_what_earlier_items_left_behind_does_not_decide_about_later_ones(hostile: Decoder) -> None:
+def test_what_earlier_items_left_behind_does_not_decide_about_later_ones(
+    make: Callable[..., Decoder],
+) -> None:
     """An item that does not fit beside what others leaked is given to a new process."""
+    hostile = make(HOSTILE)
     assert works(hostile)
     first = hostile.pid
     assert error_of(hostile, b"leak").code == "leaked"  # 160 MiB of 256
     assert hostile.pid == first
     assert error_of(hostile, b"leak").code == "leaked"
     assert hostile.pid != first
+    hostile.close()
 
 
 def test_a_large_picture_stays_within_its_limit(make: Callable[..., Decoder]) -> None:
@@ -273,8 +277,7 @@ def test_closing_ends_it_and_a_later_item_starts_another(make: Callable[..., Dec
 def test_it_does_not_outlive_its_parent(word: str) -> None:
     code = f"""
 import threading
-from glm_batch.glm_actors.media.decoder import Decoder
-from glm_batch.glm_actors.media.decoder_child import Setup
+from glm_batch.glm_actors.media.decoder import Decoder, Setup
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
 setup = Setup(image=ImageProcessorConfig(), video=VideoProcessorConfig(), num_bytes=1 << 28, timeout_s=1.0)
 decoder = Decoder(setup, module={HOSTILE!r})
@@ -283,7 +286,10 @@ print(decoder.pid, flush=True)
 decoder.decode("image", b"hang", "") if {word == "hang"} else threading.Event().wait()
 """
     root = str(Path(__file__).parents[3])
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root) as parent:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root, env=environment
+    ) as parent:
         assert parent.stdout is not None
         child = psutil.Process(int(parent.stdout.readline()))
         time.sleep(0.2)
@@ -296,9 +302,9 @@ decoder.decode("image", b"hang", "") if {word == "hang"} else threading.Event().
 
 def test_it_needs_neither_ray_nor_arrow() -> None:
     code = (
-        "import sys\nfrom glm_batch.glm_actors.media.decoder_child import Setup, make_decode\n"
+        "import sys\nfrom glm_batch.glm_actors.media.decoder import make_decode\n"
         "from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig\n"
-        "make_decode(Setup(image=ImageProcessorConfig(), video=VideoProcessorConfig(), num_bytes=1, timeout_s=1))\n"
+        "make_decode(ImageProcessorConfig(), VideoProcessorConfig())\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

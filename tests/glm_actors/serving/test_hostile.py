@@ -138,7 +138,7 @@ def tree(server: Server) -> dict[str, list[int]]:
     for process in processes(server):
         name = " ".join(process.cmdline())
         kind = next(
-            (each for each in ("ServeReplica", "decoder_child", "schema_child") if each in name),
+            (each for each in ("ServeReplica", "media.decoder", "schema_check") if each in name),
             None,
         )
         if kind is not None:

@@ -306,6 +306,13 @@ def test_a_schema_that_cannot_be_followed_is_refused() -> None:
         check_schema({"type": "objet"})
 
 
+def test_a_schema_that_compiles_for_ages_is_refused_in_time() -> None:
+    """No thread can end its compiler: a job hung at its start."""
+    patterns = [{"type": "string", "pattern": f".*{number}.*"} for number in range(200)]
+    with pytest.raises(ConfigError, match=r"longer than 0\.5 s to compile"):
+        check_schema({"allOf": patterns}, timeout_s=0.5)
+
+
 @pytest.mark.parametrize(
     ("config", "logits", "scores", "label"),
     [
