@@ -11,9 +11,9 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise, repeat
 from typing import TypeVar
 
@@ -32,11 +32,12 @@ from glm_batch.models import rooms
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.request import Choose, Generate, Work
 from glm_batch.models.errors import RowError
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.cluster.shares import uses_gpus
 from glm_batch.pipelines.input.values import Row, decode_rows
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.planning.plan import Plan, Unit, make_plan
-from glm_batch.pipelines.tasks.tasks import Prompt, TaskRunner
+from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 SAMPLED_UNITS = 8
 ROWS_PER_UNIT = 64
@@ -59,7 +60,8 @@ class Sample:
     all media.
 
     `ids` tell images apart: see `told_apart`. `row_seconds` is what a row took to become a prompt,
-    its media loaded, on one worker.
+    its media loaded, on one worker. `unprinted` counts the rows by what the chat template leaves
+    out of their messages.
     """
 
     ids: list[list[int]]
@@ -68,6 +70,7 @@ class Sample:
     media: list[MediaSize]
     units: int
     row_seconds: float
+    unprinted: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -130,6 +133,7 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
     media: list[MediaSize] = []
     errors: list[tuple[str, RowError]] = []
     seconds: list[float] = []
+    unprinted: Counter[str] = Counter()
     with closing(runner):
         for unit in units:
             begun = time.perf_counter()
@@ -141,6 +145,7 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
                     continue
                 ids.append(told_apart(prompt, checked.config))
                 media += map(MediaSize.of, prompt.patches)
+                unprinted.update(runner.unprinted(row))
                 good.append((where + "".join(map(media_note, prompt.patches)), row))
     prompts = [(where, runner.render(row)) for where, row in evenly(good)]
     return Sample(
@@ -151,6 +156,7 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
         units=len(units),
         # the first one waits for the decoder to start
         row_seconds=statistics.median(seconds) if seconds else 0.0,
+        unprinted=unprinted,
     )
 
 
@@ -191,6 +197,9 @@ def report_lines(
     runner = checked.runner
     yield from plan_lines(job, checked, plan, f"{sample.rows:,} rows from {sample.units}")
     yield from error_lines(sample.errors)
+    if sample.unprinted:
+        names = ", ".join(f"{name} ({rows:,} rows)" for name, rows in sample.unprinted.items())
+        yield "left out", f"{names} of the messages: the checkpoint's template does not print it"
     yield from _label_lines(job, runner)
     if not sample.ids:
         yield NO_ESTIMATE
@@ -246,7 +255,7 @@ def told_apart(prompt: Prompt, config: ModelConfig) -> list[int]:
     stands for all.
     """
     if prompt.media is None or config.media_tokens is None or config.vision is None:
-        return prompt.input_ids
+        return list(prompt.input_ids)
     merged = config.vision.spatial_merge_size**2
     items = prompt.media.items
     own = chain.from_iterable(

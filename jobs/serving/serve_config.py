@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glm_batch.glm_actors.media.media_source import endpoints
-from glm_batch.glm_actors.serving.openai.prompter import Prompter
+from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import deployment_name
 from glm_batch.jobs.checks.checks import weight_problems
@@ -151,7 +151,7 @@ def _model_problems(name: str, model: ServedModel, caps: RequestLimits) -> Itera
         return
     try:
         config = load_config(path)
-        Prompter(model.model, caps).close()
+        RequestPrompter(model.model, caps).close()
     except ConfigError as error:
         yield Problem(key=key, message=str(error))
         return

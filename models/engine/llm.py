@@ -11,7 +11,6 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,10 @@ from glm_batch.models.engine.api.request import (
 )
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.errors import RowError
-from glm_batch.models.processing.chat import Chat
 from glm_batch.models.processing.images import ImageProcessor
-from glm_batch.models.processing.messages import MediaPart, media_parts
+from glm_batch.models.processing.messages import MediaPart
 from glm_batch.models.processing.patches import MediaPatches
-from glm_batch.models.processing.prompt import MediaPrompts
+from glm_batch.models.processing.prompt import MediaPrompts, Prompter
 from glm_batch.models.processing.scores import class_scores, label_scores, softmax
 from glm_batch.models.processing.video import VideoProcessor
 
@@ -85,7 +83,7 @@ class LLM:
         self.engine = TorchEngine.from_checkpoint(config)
         self.config: ModelConfig = self.engine.config
         self.tokenizer = self.engine.tokenizer
-        self._model_dir = config.model
+        self.prompter = Prompter(config.model, self.tokenizer)
         self._ids = itertools.count()
 
     def chat(self, messages: Messages, *, thinking: bool = False, **options: Any) -> str:
@@ -95,7 +93,7 @@ class LLM:
         start_answer = "schema" in options or "regex" in options
         work = _generation(**options, n=1)
         request = self._conversation(messages, work, thinking=thinking, start_answer=start_answer)
-        return self._chat.split_reasoning(
+        return self.prompter.chat.split_reasoning(
             self.run([request])[0].outputs[0].text, thinking=thinking
         )[1]
 
@@ -118,8 +116,10 @@ class LLM:
         self, messages: Messages, labels: Sequence[str], *, end_of_label: str = "auto"
     ) -> Choice:
         """Probabilities of the labels as answers, without decoding."""
-        choices = tuple(self._chat.label_continuations(list(labels)))
-        work = Choose(choices=choices, count_end=self._chat.count_end(choices, end_of_label))
+        choices = tuple(self.prompter.chat.label_continuations(list(labels)))
+        work = Choose(
+            choices=choices, count_end=self.prompter.chat.count_end(choices, end_of_label)
+        )
         (completion,) = self.run([self._conversation(messages, work)])
         found = label_scores(completion.choice_logprobs or ())
         return Choice(
@@ -200,21 +200,10 @@ class LLM:
         messages = (
             [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         )
-        ids = self._chat.prompt_ids(messages, thinking=thinking, start_answer=start_answer)
-        parts = media_parts(messages)
-        if not parts:
-            return self._request(ids, work)
-        prompts = self._media_prompts
-        ids, media = prompts.place(ids, [_patches(part, prompts) for part in parts])
-        return self._request(ids, work, media)
-
-    @cached_property
-    def _chat(self) -> Chat:
-        return Chat.from_dir(self._model_dir, self.tokenizer)
-
-    @cached_property
-    def _media_prompts(self) -> MediaPrompts:
-        return MediaPrompts.from_dir(self._model_dir, self.tokenizer)
+        draft = self.prompter.draft(messages, thinking=thinking, start_answer=start_answer)
+        loaded = [_patches(part, self.prompter.media) for part in draft.parts]
+        prompt = self.prompter.prompt(draft, loaded)
+        return self._request(prompt.input_ids, work, prompt.media)
 
 
 def _generation(

@@ -2,5 +2,5 @@
 no torch.
 
 May import `models.checkpoint`. Read messages.py, chat.py (templates), tokenizer.py, images.py and
-video.py (bytes to patches), positions.py, and prompt.py, which puts them together.
+video.py (bytes to patches), positions.py, tool_messages.py, and prompt.py, which puts them together.
 """

@@ -49,6 +49,10 @@ _TAG_PATTERN = re.compile("(" + "|".join(REASONING_TAGS) + ")")
 _STAND_INS = range(0x13000, 0x13430)
 
 
+class NoChatTemplateError(ConfigError):
+    """The checkpoint has no chat template: its texts can be completed, scored and embedded."""
+
+
 class Chat:
     """A checkpoint's chat template together with its tokenizer. Build it with `from_dir`.
 
@@ -469,7 +473,7 @@ def _read_templates(folder: Path) -> tuple[str, str | None, Path]:
                     f"{file}: chat_template has no entry named default, only {sorted(named)}"
                 )
             return named["default"], named.get("tool_use"), file
-    raise ConfigError(
+    raise NoChatTemplateError(
         f"{folder}: no chat template in chat_template.jinja, tokenizer_config.json or chat_template.json; add the "
         "checkpoint's own, or use a task without chat"
     )

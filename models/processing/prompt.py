@@ -1,22 +1,24 @@
-"""From a prompt with placeholders and the patches of its media to what an engine's Request needs.
+"""Prompter: texts and conversations to what an engine's Request needs, for jobs, server and Python.
 
-Owns the agreement of a checkpoint's files about media: the ids of the model and of the tokenizer,
-the patches of the processors and of the vision tower. Knows nothing of messages, bytes, rows or
-engines.
+Media are loaded by whoever may read them, between `draft` and `prompt`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
 from glm_batch.models.checkpoint.model_config import ModelConfig, VisionConfig
 from glm_batch.models.engine.api.request import Media
-from glm_batch.models.errors import ConfigError
+from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.budget import num_media_tokens
+from glm_batch.models.processing.chat import Chat
+from glm_batch.models.processing.messages import MediaPart, Message, media_parts
 from glm_batch.models.processing.patches import MediaPatches
 from glm_batch.models.processing.positions import (
     MediaTokens,
@@ -26,6 +28,140 @@ from glm_batch.models.processing.positions import (
     rope_positions,
 )
 from glm_batch.models.processing.tokenizer import Tokenizer
+from glm_batch.models.processing.tool_messages import ToolForm, in_form, tool_form, uses_tools
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """What goes to the engine: token ids, and the media that they show, in the prompt's order.
+
+    `patches` are those media as they were loaded; `text` is what a prompt of raw text was made of.
+    """
+
+    input_ids: Sequence[int]
+    media: Media | None = None
+    patches: tuple[MediaPatches, ...] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Draft:
+    """A conversation whose media are not loaded yet: one placeholder stands for each of `parts`."""
+
+    input_ids: list[int]
+    parts: list[MediaPart]
+
+
+class Prompter:
+    """One checkpoint's way from what is said to what the engine takes. Threads may share it."""
+
+    def __init__(self, model_dir: str, tokenizer: Tokenizer | None = None) -> None:
+        self.model_dir = model_dir
+        self.config = load_config(model_dir)
+        self.tokenizer = tokenizer or Tokenizer.from_dir(model_dir)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Raises ConfigError for a checkpoint without a chat template that can be used."""
+        return Chat.from_dir(self.model_dir, self.tokenizer)
+
+    @cached_property
+    def media(self) -> MediaPrompts:
+        """Raises ConfigError for a model that reads text alone, or whose files contradict."""
+        return MediaPrompts.from_dir(self.model_dir, self.tokenizer)
+
+    @cached_property
+    def tool_form(self) -> ToolForm:
+        """How the chat template reads calls of functions and their results."""
+        return tool_form(self.chat)
+
+    def raw(self, text: str) -> Prompt:
+        """Raw text, between the special tokens that the checkpoint puts around one."""
+        return Prompt(input_ids=self.tokenizer.encode_raw(text), text=text)
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """A conversation as the template reads it: tool calls in its form, developers as system.
+
+        Raises RowError for calls and results that make no sense.
+        """
+        known = [
+            {**message, "role": "system"}
+            if isinstance(message, Mapping) and message.get("role") == "developer"
+            else message
+            for message in messages
+        ]
+        return in_form(known, self.tool_form) if uses_tools(known) else known
+
+    def draft(
+        self,
+        messages: Sequence[Message],
+        *,
+        thinking: bool = False,
+        start_answer: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Draft:
+        """The options are those of Chat.prompt_ids. Raises RowError for messages of no use."""
+        messages = self.messages(messages)
+        parts = media_parts(messages)
+        if parts and self.config.vision is None:
+            architecture = self.config.architecture
+            raise RowError(
+                "unsupported_media", f"{architecture} reads text only: leave out its media"
+            )
+        ids = self.chat.prompt_ids(
+            messages, thinking=thinking, start_answer=start_answer, tools=tools
+        )
+        return Draft(input_ids=ids, parts=parts)
+
+    def prompt(self, draft: Draft, loaded: Sequence[MediaPatches | RowError]) -> Prompt:
+        """`loaded` are the media of the draft's parts. Raises the RowError of the first without."""
+        assert len(loaded) == len(draft.parts)
+        patches = []
+        for number, media in enumerate(loaded):
+            if isinstance(media, RowError):
+                raise of_part(media, draft.parts, number)
+            patches.append(media)
+        if not patches:
+            return Prompt(input_ids=draft.input_ids)
+        ids, placed = self.media.place(draft.input_ids, patches)
+        return Prompt(input_ids=ids, media=placed, patches=tuple(patches))
+
+    def render(self, messages: Sequence[Message], *, thinking: bool = False) -> str:
+        """The prompt as text for people. Raises RowError."""
+        return self.chat.render(self.messages(messages), thinking=thinking)
+
+    def unprinted(self, messages: Sequence[Message]) -> list[str]:
+        """What the messages say and the template leaves out: fields, and roles of whole messages.
+
+        Each is taken out of the conversation to see whether its prompt stays as it was.
+        """
+        whole = self.render(messages)
+        fields = (name for each in messages for name, value in each.items() if value is not None)
+        without: dict[str, list[Message]] = {
+            # a message may say nothing else
+            name: [
+                {key: each[key] for key in each if key != name}
+                | ({"content": ""} if each.get("content") is None else {})
+                for each in messages
+            ]
+            for name in dict.fromkeys(fields)
+            if name not in ("role", "content", "tool_call_id")
+        }
+        for role in dict.fromkeys(each["role"] for each in messages):
+            without[f"role {role}"] = [each for each in messages if each["role"] != role]
+        return [name for name, fewer in without.items() if fewer and self._is(whole, fewer)]
+
+    def _is(self, text: str, messages: Sequence[Message]) -> bool:
+        try:
+            return self.render(messages) == text
+        except RowError:
+            return False
+
+
+def of_part(error: RowError, parts: Sequence[MediaPart], number: int) -> RowError:
+    """The error of one of a prompt's media, saying which it is where there are several."""
+    which = f"{parts[number].kind} {number + 1} of {len(parts)}: " if len(parts) > 1 else ""
+    return RowError(error.code, which + error.message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

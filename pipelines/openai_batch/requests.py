@@ -25,7 +25,7 @@ from glm_batch.glm_actors.serving.openai.api_errors import (
     unknown_model,
 )
 from glm_batch.glm_actors.serving.openai.api_tasks import build_task
-from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
+from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import (
     Body,
     ChatRequest,
@@ -39,6 +39,7 @@ from glm_batch.glm_actors.serving.openai.protocol import (
 from glm_batch.models.engine.api.request import Completion, Request
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.messages import MEDIA_PARTS
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.input.values import Row, usable_key
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.tasks.tasks import row_seed
@@ -79,7 +80,7 @@ class RequestRunner:
         self._section, self._seed = job.requests, job.sampling.seed
         self.models = [Path(model_dir).name, *job.requests.models]
         self._limits = job.requests.limits
-        self.prompter = Prompter(model_dir, self._limits)
+        self.prompter = RequestPrompter(model_dir, self._limits)
         self._schemas = SchemaChecker(self._limits.schema_s)
         self._model_dir = model_dir
 
@@ -178,7 +179,7 @@ def fault(error: RowError) -> ApiError:
     return ApiError(500, error.message, error.code) if error.code in OWN_FAULTS else of_row(error)
 
 
-class _AnsweredPrompter(Prompter):
+class _AnsweredPrompter(RequestPrompter):
     """For requests that the engine has answered: their conversations, and so their media, are not
     looked at again.
     """

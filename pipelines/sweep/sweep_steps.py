@@ -22,6 +22,7 @@ from glm_batch.glm_actors.faults.spent import IN_ENGINE, spent, with_spent
 from glm_batch.glm_actors.units.batches import request_table
 from glm_batch.models.engine.api.request import Request
 from glm_batch.models.errors import EngineError, RowError
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.graph.steps import Commit, Order, Read
 from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.input.values import Row
@@ -45,7 +46,7 @@ from glm_batch.pipelines.tasks.rows import (
     render_rows,
     task_runner,
 )
-from glm_batch.pipelines.tasks.tasks import Prompt, TaskRunner
+from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 PARSED = "#parsed"
 

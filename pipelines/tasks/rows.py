@@ -23,6 +23,7 @@ from glm_batch.glm_actors.media.media_loader import MediaLoader
 from glm_batch.glm_actors.units.batches import CONTINUATION, request_table, to_completions
 from glm_batch.models.engine.api.request import Completion, Request
 from glm_batch.models.errors import RowError
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.models.processing.scores import Scaling
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.values import (
@@ -38,7 +39,7 @@ from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.tasks.affinity import with_prefix_key
 from glm_batch.pipelines.tasks.prompts import cell_text, prompt_columns
-from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS, Prompt, TaskRunner
+from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS, TaskRunner
 
 UNIT, ROW, FIRST, LOST = "#unit", "#row", "#first", "#lost"
 GOLD, GOLD_TOKENS, PROMPT, RIGHT = "#gold", "#gold_tokens", "#prompt", "#right"

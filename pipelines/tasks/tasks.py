@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.faults.spent import MEDIA, timed
 from glm_batch.glm_actors.media.media_loader import MediaLoader
-from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.digest import model_digest
 from glm_batch.models.engine.api.request import (
     Choose,
@@ -30,19 +29,15 @@ from glm_batch.models.engine.api.request import (
     Constraint,
     Embed,
     Generate,
-    Media,
     Output,
     Request,
     Tag,
     Work,
 )
 from glm_batch.models.errors import ConfigError, RowError
-from glm_batch.models.processing.chat import Chat
-from glm_batch.models.processing.messages import MediaPart, media_parts
 from glm_batch.models.processing.patches import MediaPatches
-from glm_batch.models.processing.prompt import MediaPrompts
+from glm_batch.models.processing.prompt import Draft, Prompt, Prompter
 from glm_batch.models.processing.scores import Scaling, class_scores, label_scores, softmax
-from glm_batch.models.processing.tokenizer import Tokenizer
 from glm_batch.pipelines.calibration.calibration import Calibration, read_calibration
 from glm_batch.pipelines.input.values import json_or_text, same_json
 from glm_batch.pipelines.job import Job, TaskConfig
@@ -73,25 +68,6 @@ def columns_on_demand(task: TaskConfig) -> tuple[str, ...]:
     return (*labels, *(("gold_logprob", "gold_num_tokens") if task.gold_logprobs else ()))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Prompt:
-    """A row ready for the engine: token ids, and with images or videos their patches in the
-    prompt's order.
-    """
-
-    input_ids: list[int]
-    media: Media | None = None
-    patches: tuple[MediaPatches, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Draft:
-    """A prompt whose media are not loaded yet: one placeholder stands for each."""
-
-    input_ids: list[int]
-    parts: list[MediaPart]
-
-
 class TaskRunner:
     """One job's task on one worker: built once from the job and its checkpoint, then asked unit by
     unit.
@@ -113,20 +89,19 @@ class TaskRunner:
         self._job = job
         self._loaders = {} if loaders is None else loaders
         self._task = job.task
-        self._config = load_config(model_dir)
+        self.prompter = Prompter(model_dir)
+        self._config = self.prompter.config
         self._problem_type = self._config.inferred_problem_type
         self._template = (
             PromptTemplate.parse(job.task.prompt) if job.task.prompt is not None else None
         )
-        self._chat = Chat.from_dir(model_dir) if uses_chat(job.task) else None
-        self._tokenizer = (
-            self._chat.tokenizer if self._chat is not None else Tokenizer.from_dir(model_dir)
-        )
+        self._chat = self.prompter.chat if uses_chat(job.task) else None
+        self._tokenizer = self.prompter.tokenizer
         self._model_dir = model_dir
         self.reads_media = reads_media(job, model_dir)
         if self.reads_media:
             # what is wrong with either should be known before rows come
-            _ = self._media_prompts, self._loader
+            _ = self.prompter.media, self._loader
         if self._task.gold_logprobs:
             self._check_gold_logprobs()
         self.work: Work = self._build_work()
@@ -181,7 +156,11 @@ class TaskRunner:
         """
         if self._chat is None:
             return self.text(row)
-        return self._chat.render(self.messages(row), thinking=self._task.thinking)
+        return self.prompter.render(self.messages(row), thinking=self._task.thinking)
+
+    def unprinted(self, row: Row) -> list[str]:
+        """What the row's messages say and the chat template leaves out: see Prompter.unprinted."""
+        return [] if self._task.messages is None else self.prompter.unprinted(self.messages(row))
 
     def prompts(self, rows: Sequence[Row]) -> list[Prompt | RowError]:
         """Each row's prompt, checked against the model's limit, or what is wrong with the row.
@@ -189,14 +168,14 @@ class TaskRunner:
         The media of all rows are loaded together, so that those behind URLs come at once.
         """
         drafts = [self._draft(row) for row in rows]
-        parts = [part for draft in drafts if isinstance(draft, _Draft) for part in draft.parts]
+        parts = [part for draft in drafts if isinstance(draft, Draft) for part in draft.parts]
         with timed(MEDIA):
             loaded = iter(
                 self._loader.load([(part.kind, part.source) for part in parts]) if parts else ()
             )
         return [
             self._prompt(draft, list(islice(loaded, len(draft.parts))))
-            if isinstance(draft, _Draft)
+            if isinstance(draft, Draft)
             else draft
             for draft in drafts
         ]
@@ -375,56 +354,34 @@ class TaskRunner:
         return 0
 
     @cached_property
-    def _media_prompts(self) -> MediaPrompts:
-        return MediaPrompts.from_dir(self._model_dir, self._tokenizer)
-
-    @cached_property
     def _loader(self) -> MediaLoader:
         way = repr((media_rules(self._job), media_budgets(self._job.preprocess, self._model_dir)))
         if way not in self._loaders:
             self._loaders[way] = media_loader(self._job, self._model_dir)
         return self._loaders[way]
 
-    def _draft(self, row: Row) -> _Draft | RowError:
+    def _draft(self, row: Row) -> Draft | RowError:
         try:
             if self._chat is None:
-                return _Draft(input_ids=self._tokenizer.encode_raw(self.text(row)), parts=[])
-            messages = self.messages(row)
-            parts = media_parts(messages)
-            if parts and self._config.vision is None:
-                raise RowError(
-                    "unsupported_media",
-                    f"{self._config.architecture} reads text only: leave out its media",
-                )
+                return Draft(input_ids=self._tokenizer.encode_raw(self.text(row)), parts=[])
             # The grammar of a JSON text begins at "{": what the template puts before an answer must
             # stand already.
-            start_answer = self._task.kind == "extract"
-            ids = self._chat.prompt_ids(
-                messages, thinking=self._task.thinking, start_answer=start_answer
+            return self.prompter.draft(
+                self.messages(row),
+                thinking=self._task.thinking,
+                start_answer=self._task.kind == "extract",
             )
-            return _Draft(input_ids=ids, parts=parts)
         except RowError as error:
             return error
 
-    def _prompt(self, draft: _Draft, loaded: list[MediaPatches | RowError]) -> Prompt | RowError:
-        patches = tuple(media for media in loaded if isinstance(media, MediaPatches))
+    def _prompt(self, draft: Draft, loaded: list[MediaPatches | RowError]) -> Prompt | RowError:
         try:
-            for number, media in enumerate(loaded, start=1):
-                if isinstance(media, RowError):
-                    which = (
-                        f"{draft.parts[number - 1].kind} {number} of {len(loaded)}: "
-                        if len(loaded) > 1
-                        else ""
-                    )
-                    raise RowError(media.code, which + media.message)
-            if not patches:
-                self._check_length(len(draft.input_ids))
-                return Prompt(input_ids=draft.input_ids)
-            ids, placed = self._media_prompts.place(draft.input_ids, patches)
-            self._check_length(len(ids), self._media_prompts.num_tokens(patches))
+            prompt = self.prompter.prompt(draft, loaded)
+            of_media = self.prompter.media.num_tokens(prompt.patches) if prompt.patches else 0
+            self._check_length(len(prompt.input_ids), of_media)
+            return prompt
         except RowError as error:
             return error
-        return Prompt(input_ids=ids, media=placed, patches=patches)
 
     def _check_length(self, num_tokens: int, of_media: int = 0) -> None:
         most = self._max_model_len - self._reserved

@@ -22,8 +22,8 @@ from glm_batch.jobs.plans.media_plan import (
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.request import Media, MediaItem
 from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.job import Job, PreprocessSection, TaskConfig
-from glm_batch.pipelines.tasks.tasks import Prompt
 from tests.models.media_cases import IDS, IMAGE, TEXT, VISION
 
 PHOTO = MediaSize(kind="image", source=(1, 480, 640), grid=(1, 34, 46))  # 17 x 23 tokens

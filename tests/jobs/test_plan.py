@@ -185,3 +185,34 @@ def test_an_excerpt_spells_control_characters_and_counts_what_it_leaves_out() ->
 
 def test_the_measured_rate_is_a_rate() -> None:
     assert measure_gemm(size=64, seconds=0.01) > 1e6
+
+
+@pytest.mark.parametrize("name", [None, "Ann"])
+def test_plan_shows_calls_of_a_history_and_names_what_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str | None
+) -> None:
+    """Calls and results once vanished from the prompts of rows, but not from those of a batch line."""
+    model = Path(__file__).parents[2] / "examples" / "tiny_glm"
+    call = {"id": "c1", "type": "function", "function": {"name": "get", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "31 degrees"},
+        {"role": "user", "content": "Should I go out?", "name": name},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "1", "messages": messages}))
+    job = f"{{model: {model}, input: [{tmp_path}/rows.jsonl], output: {tmp_path}/out, key: id,"
+    (tmp_path / "rows.yaml").write_text(job + " task: {kind: generate, messages: messages}}")
+    plan(str(tmp_path / "rows.yaml"), [])
+    told = capsys.readouterr().out
+    assert '{"a": 1}' in told
+    assert "31 degrees" in told
+    warned = "name (1 rows) of the messages" in " ".join(told.split())
+    assert warned is (name is not None)
+    body = {"model": "tiny_glm", "messages": messages, "max_tokens": 4}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line))
+    (tmp_path / "lines.yaml").write_text(job.replace(" key: id,", "input_format: openai_batch}"))
+    plan(str(tmp_path / "lines.yaml"), [])
+    shown = [line for line in told.splitlines() if "│" in line]
+    assert [line for line in capsys.readouterr().out.splitlines() if "│" in line] == shown

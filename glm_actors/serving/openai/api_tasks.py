@@ -17,7 +17,7 @@ from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad, of_row
 from glm_batch.glm_actors.serving.openai.chat_task import ChatTask
 from glm_batch.glm_actors.serving.openai.completion_task import CompletionTask
-from glm_batch.glm_actors.serving.openai.prompter import Prompter
+from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import (
     Body,
     ChatRequest,
@@ -70,7 +70,12 @@ class StreamTask(Task, Protocol):
 
 
 def build_task(
-    body: Body, prompter: Prompter, schemas: SchemaChecker, caps: RequestLimits, *, thinking: bool
+    body: Body,
+    prompter: RequestPrompter,
+    schemas: SchemaChecker,
+    caps: RequestLimits,
+    *,
+    thinking: bool,
 ) -> Task:
     """The task of a request. `thinking` is the model's default. Raises ApiError and RowError."""
     match body:
@@ -90,7 +95,9 @@ def build_task(
 class EmbeddingTask:
     """POST /v1/embeddings"""
 
-    def __init__(self, body: EmbeddingRequest, prompter: Prompter, caps: RequestLimits) -> None:
+    def __init__(
+        self, body: EmbeddingRequest, prompter: RequestPrompter, caps: RequestLimits
+    ) -> None:
         self._model, self._as_text = body.model, body.encoding_format == "base64"
         prompts = raw_prompts(body.input, prompter, caps, "input")
         self.requests = requests_of(
@@ -118,7 +125,7 @@ class EmbeddingTask:
 class ScoreTask:
     """POST /v1/score: what the batch path's kind choose computes for a row."""
 
-    def __init__(self, body: ScoreRequest, prompter: Prompter, caps: RequestLimits) -> None:
+    def __init__(self, body: ScoreRequest, prompter: RequestPrompter, caps: RequestLimits) -> None:
         if len(body.labels) > caps.max_labels:
             raise bad("labels", f"{len(body.labels)} labels; this server takes {caps.max_labels}")
         if (body.prompt is None) == (body.messages is None):
@@ -158,7 +165,9 @@ class ScoreTask:
 class ClassifyTask:
     """POST /v1/classify: what the batch path's kind classify computes for a row."""
 
-    def __init__(self, body: ClassifyRequest, prompter: Prompter, caps: RequestLimits) -> None:
+    def __init__(
+        self, body: ClassifyRequest, prompter: RequestPrompter, caps: RequestLimits
+    ) -> None:
         self._model, self._config = body.model, prompter.config
         prompts = raw_prompts(body.input, prompter, caps, "input")
         self.requests = requests_of(new_id("cls"), prompts, Classify())

@@ -13,7 +13,7 @@ from dataclasses import replace
 from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import bad
 from glm_batch.glm_actors.serving.openai.logprobs import chat_logprobs
-from glm_batch.glm_actors.serving.openai.prompter import Prompter
+from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
 from glm_batch.glm_actors.serving.openai.tools import CallStream, find_calls, tools_of
 from glm_batch.glm_actors.serving.openai.work import (
@@ -40,7 +40,7 @@ class ChatTask:
     def __init__(
         self,
         body: ChatRequest,
-        prompter: Prompter,
+        prompter: RequestPrompter,
         schemas: SchemaChecker,
         caps: RequestLimits,
         *,

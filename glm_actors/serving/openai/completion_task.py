@@ -15,7 +15,7 @@ import numpy as np
 
 from glm_batch.glm_actors.serving.openai.api_errors import bad, of_row
 from glm_batch.glm_actors.serving.openai.logprobs import completion_logprobs, prompt_logprobs
-from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
+from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import CompletionRequest
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
@@ -28,6 +28,7 @@ from glm_batch.glm_actors.serving.openai.work import (
 )
 from glm_batch.models.engine.api.request import Completion, Delta, Generate, Output, Request, Score
 from glm_batch.models.errors import RowError
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.models.request_limits import RequestLimits
 
 Lists = dict[str, list[Any]]
@@ -42,7 +43,9 @@ class CompletionTask:
     in the cache.
     """
 
-    def __init__(self, body: CompletionRequest, prompter: Prompter, caps: RequestLimits) -> None:
+    def __init__(
+        self, body: CompletionRequest, prompter: RequestPrompter, caps: RequestLimits
+    ) -> None:
         id = f"cmpl-{uuid.uuid4().hex}"
         self._envelope = envelope(id, "text_completion", body.model)
         self._tokenizer = prompter.tokenizer

@@ -1,8 +1,6 @@
-"""Prompter: texts and conversations of requests to token ids and media, for one checkpoint and
-under one set of caps.
+"""RequestPrompter: what a request says to the engine's prompts, within limits and from allowed hosts.
 
-Owns what a prompt may hold: how long, how many images, from where. Blocking; for worker threads.
-Knows nothing of what is asked about the prompt.
+Blocking; for worker threads.
 """
 
 from __future__ import annotations
@@ -10,22 +8,21 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from glm_batch.glm_actors.media.media_loader import MediaLoader, MediaRules
 from glm_batch.glm_actors.media.media_source import url_of
 from glm_batch.glm_actors.serving.openai.api_errors import bad
-from glm_batch.glm_actors.serving.openai.tools import for_template, takes_tools, uses_tools
-from glm_batch.models.checkpoint.config_reader import load_config
-from glm_batch.models.engine.api.request import Media
+from glm_batch.glm_actors.serving.openai.tools import check_calls
 from glm_batch.models.errors import ConfigError, RowError
-from glm_batch.models.processing.chat import Chat
-from glm_batch.models.processing.messages import media_parts
+from glm_batch.models.processing.chat import Chat, NoChatTemplateError
+from glm_batch.models.processing.messages import MediaPart, media_parts
 from glm_batch.models.processing.patches import MediaPatches
-from glm_batch.models.processing.prompt import MediaPrompts
-from glm_batch.models.processing.tokenizer import Tokenizer
+from glm_batch.models.processing.prompt import Prompt, Prompter, of_part
+from glm_batch.models.processing.tool_messages import uses_tools
 from glm_batch.models.request_limits import RequestLimits
 
 if TYPE_CHECKING:
@@ -37,39 +34,24 @@ ONLY_ALLOWED = "images and videos are taken as data: URLs, and from hosts that t
 LABEL_SETS = 64  # whose tokens are remembered
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Prompt:
-    """What goes to the engine. `text` is what it was made of, where that was a raw text."""
+class RequestPrompter(Prompter):
+    """A Prompter that loads media by itself, and refuses what is beyond `limits`."""
 
-    input_ids: Sequence[int]
-    media: Media | None = None
-    text: str | None = None
-
-
-class Prompter:
-    """One checkpoint's way from what a request says to what the engine takes. Several threads may
-    use it.
-    """
-
-    def __init__(self, model_dir: str, caps: RequestLimits) -> None:
-        """Raises ConfigError for a checkpoint whose files cannot be used. One without a chat
-        template has no chat.
-        """
-        self.config = load_config(model_dir)
-        self.tokenizer = Tokenizer.from_dir(model_dir)
-        self._caps = caps
-        self._chat = _chat_of(model_dir, self.tokenizer)
-        self._media: MediaPrompts | None = None
+    def __init__(self, model_dir: str, limits: RequestLimits) -> None:
+        """Raises ConfigError for files that cannot be used; a checkpoint may have no chat template."""
+        super().__init__(model_dir)
+        self._limits = limits
+        with suppress(RowError):
+            _ = self.chat
         self._loader: MediaLoader | None = None
         self._fetcher: Fetcher | None = None
         self._forbidden = ONLY_INLINE
         self._one_at_a_time = threading.Lock()
         if self.config.vision is not None:
-            self._media = MediaPrompts.from_dir(model_dir, self.tokenizer)
-            rules = MediaRules(max_bytes=caps.max_media_bytes, decode_timeout_s=caps.decode_s)
-            image = replace(self._media.image, max_source_pixels=caps.max_pixels)
-            self._loader = MediaLoader(rules, image, self._media.video)
-            self._allow(caps)
+            rules = MediaRules(max_bytes=limits.max_media_bytes, decode_timeout_s=limits.decode_s)
+            image = replace(self.media.image, max_source_pixels=limits.max_pixels)
+            self._loader = MediaLoader(rules, image, self.media.video)
+            self._allow(limits)
         self._choices = lru_cache(LABEL_SETS)(self._tokenize_labels)
 
     def _allow(self, caps: RequestLimits) -> None:
@@ -96,23 +78,28 @@ class Prompter:
         if self._fetcher:
             self._fetcher.close()
 
-    @property
+    @cached_property
     def chat(self) -> Chat:
         """Raises RowError for a checkpoint without a chat template."""
-        if self._chat is None:
+        try:
+            return super().chat
+        except NoChatTemplateError as error:
             raise RowError(
                 "unsupported_work", "this model has no chat template; use /v1/completions"
-            )
-        return self._chat
+            ) from error
 
     @cached_property
     def takes_tools(self) -> bool:
-        return takes_tools(self.chat)
+        """Whether the template tells of functions, and has calls in the form that is read back."""
+        if self.tool_form != "glm":
+            return False
+        tool = {"type": "function", "function": {"name": "probe_tool"}}
+        return "probe_tool" in self.chat.render([{"role": "user", "content": "x"}], tools=[tool])
 
-    def raw(self, text: str, param: str) -> Prompt:
+    def raw(self, text: str, param: str = "prompt") -> Prompt:
         """Raw text, between the special tokens that the checkpoint puts around one."""
         self._check_chars(len(text), param)
-        return Prompt(input_ids=self.tokenizer.encode_raw(text), text=text)
+        return super().raw(text)
 
     def conversation(
         self,
@@ -131,37 +118,30 @@ class Prompter:
                 "this model's chat template has no place for tools: leave them out",
             )
         self._check_chars(_num_json_chars(tools), "tools")
-        messages = [_with_known_role(message) for message in for_template(messages)]
-        parts = media_parts(messages)
-        self._check_chars(sum(map(_num_chars, messages)), "messages")
-        if len(parts) > self._caps.max_media:
-            raise bad(
-                "messages",
-                f"they show {len(parts)} images and videos; this server takes {self._caps.max_media}",
-            )
-        ids = self.chat.prompt_ids(
-            messages, thinking=thinking, start_answer=start_answer, tools=tools
-        )
-        if not parts:
-            return Prompt(input_ids=ids)
-        if self._media is None or self._loader is None:
-            raise RowError(
-                "unsupported_media",
-                f"{self.config.architecture} reads text only: leave out the media",
-            )
-        # first: a slow host holds up nobody else's decoding
-        sources = self._fetched([part.source for part in parts])
-        with self._one_at_a_time:
-            loaded = self._loader.load(
-                [(part.kind, source) for part, source in zip(parts, sources, strict=True)]
-            )
-        ids, media = self._media.place(
-            ids, [self._checked(i, item, len(loaded)) for i, item in enumerate(loaded)]
-        )
-        return Prompt(input_ids=ids, media=media)
+        check_calls(messages)
+        self._check_chars(sum(map(_num_chars, self.messages(messages))), "messages")
+        most = self._limits.max_media
+        if (shown := len(media_parts(self.messages(messages)))) > most:
+            raise bad("messages", f"they show {shown} images and videos; this server takes {most}")
+        draft = self.draft(messages, thinking=thinking, start_answer=start_answer, tools=tools)
+        return self.prompt(draft, self._loaded(draft.parts))
 
-    def _fetched(self, sources: list[object]) -> list[object]:
-        """The sources with the bodies at their URLs in place of these, where any may be fetched."""
+    def _loaded(self, parts: Sequence[MediaPart]) -> list[MediaPatches | RowError]:
+        if not parts:
+            return []
+        assert self._loader is not None, "a model that reads text alone takes no draft with media"
+        # first: a slow host holds up nobody else's decoding
+        sources = self._fetched(parts)
+        pairs = [(part.kind, source) for part, source in zip(parts, sources, strict=True)]
+        with self._one_at_a_time:
+            loaded = self._loader.load(pairs)
+        return [self._told(each) if isinstance(each, RowError) else each for each in loaded]
+
+    def _fetched(self, parts: Sequence[MediaPart]) -> list[object]:
+        """The parts' sources, with the bodies at their URLs in place of these where any may be
+        fetched.
+        """
+        sources = [part.source for part in parts]
         urls = [url for source in sources if (url := url_of(source))]
         if self._fetcher is None or not urls:
             return sources
@@ -175,23 +155,15 @@ class Prompter:
                     try:
                         bodies[url] = ahead.take(url)
                     except RowError as error:
-                        self._checked(number, error, len(sources))
-                if sum(map(len, bodies.values())) > self._caps.max_body_bytes:
-                    raise bad(
-                        "messages",
-                        f"the media have more than {self._caps.max_body_bytes:,} bytes together",
-                    )
+                        raise of_part(self._told(error), parts, number) from error
+                most = self._limits.max_body_bytes
+                if sum(map(len, bodies.values())) > most:
+                    raise bad("messages", f"the media have more than {most:,} bytes together")
         return [bodies[url] if (url := url_of(source)) else source for source in sources]
 
-    def _checked(self, number: int, item: MediaPatches | RowError, count: int) -> MediaPatches:
-        """One of `count` media. Raises RowError for what could not be loaded."""
-        if isinstance(item, RowError):
-            which = f"medium {number + 1} of {count}: " if count > 1 else ""
-            raise RowError(
-                item.code,
-                which + (self._forbidden if item.code == "media_forbidden" else item.message),
-            )
-        return item
+    def _told(self, error: RowError) -> RowError:
+        """What a client is told of it: a refused path or host is none of its business."""
+        return RowError(error.code, self._forbidden) if error.code == "media_forbidden" else error
 
     def choices(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each label's tokens as the model would write it. Raises ApiError for labels that cannot
@@ -206,25 +178,9 @@ class Prompter:
             raise bad("labels", str(error).removeprefix("task.labels: ")) from error
 
     def _check_chars(self, num_chars: int, param: str) -> None:
-        if num_chars > self._caps.max_prompt_chars:
-            raise bad(
-                param,
-                f"{num_chars:,} characters; this server takes {self._caps.max_prompt_chars:,}",
-            )
-
-
-def _chat_of(model_dir: str, tokenizer: Tokenizer) -> Chat | None:
-    try:
-        return Chat.from_dir(model_dir, tokenizer)
-    except ConfigError as error:
-        if "no chat template" in str(error):
-            return None
-        raise
-
-
-def _with_known_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """OpenAI's newer name of the system's role, as templates know it."""
-    return {**message, "role": "system"} if message.get("role") == "developer" else message
+        most = self._limits.max_prompt_chars
+        if num_chars > most:
+            raise bad(param, f"{num_chars:,} characters; this server takes {most:,}")
 
 
 def _num_chars(message: Mapping[str, Any]) -> int:

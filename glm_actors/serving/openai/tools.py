@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,16 +21,10 @@ from glm_batch.glm_actors.serving.openai.protocol import ChatRequest, Function, 
 from glm_batch.models.engine.api.request import Constraint
 from glm_batch.models.engine.decoding.constraints import JSON_WHITESPACE
 from glm_batch.models.errors import RowError
-from glm_batch.models.processing.chat import Chat
 from glm_batch.models.request_limits import RequestLimits
 
 Json = dict[str, Any]
 Message = Mapping[str, Any]
-_PROBE: list[Json] = [
-    {"role": "user", "content": "x"},
-    {"role": "assistant", "metadata": "probe_call", "content": "probe_arguments"},
-    {"role": "observation", "content": "probe_result"},
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,76 +173,23 @@ def _arguments(function: Function) -> str:
         raise bad("tools", f"the parameters of {function.name} are nested too deeply") from error
 
 
-def takes_tools(chat: Chat) -> bool:
-    """Whether the checkpoint's template writes all of functions, calls and results into a prompt."""
-    try:
-        told = chat.render(_PROBE, tools=[{"type": "function", "function": {"name": "probe_tool"}}])
-    except RowError:
-        return False
-    return all(
-        name in told for name in ("probe_tool", "probe_call", "probe_arguments", "probe_result")
-    )
-
-
-def uses_tools(messages: Sequence[Message]) -> bool:
-    """Whether a conversation has calls or results in it."""
-    return any(
-        message.get("role") in ("tool", "observation") or message.get("tool_calls")
-        for message in messages
-    )
-
-
-def for_template(messages: Sequence[Message]) -> Iterator[Message]:
-    """Messages in OpenAI's spelling as GLM's templates read them: a message for each call, results
-    in the calls' order.
-
-    Raises RowError for calls and results that make no sense.
-    """
-    order: dict[str, int] = {}
-    results: list[tuple[int, Message]] = []
+def check_calls(messages: Sequence[Message]) -> None:
+    """Raises RowError for calls and results that are not as OpenAI's clients write them."""
     for number, message in enumerate(messages):
-        if message.get("role") == "tool":
-            results.append(_result(f"message {number}", message, order))
-            continue
-        yield from _in_order(results)
-        results = []
-        if message.get("role") == "assistant" and message.get("tool_calls"):
-            if message.get("content"):
-                yield {"role": "assistant", "content": message["content"]}
-            for id, call in _calls(f"message {number}", message["tool_calls"]):
-                order[id] = len(order)
-                yield {"role": "assistant", "metadata": call.name, "content": call.arguments}
-        else:
-            yield message
-    yield from _in_order(results)
+        if message.get("role") == "tool" and not isinstance(message.get("tool_call_id"), str):
+            raise _bad(number, "its tool_call_id is that of no call before it")
+        calls = message.get("tool_calls") or []
+        for call in calls if isinstance(calls, list) else [None]:
+            function = call.get("function") if isinstance(call, Mapping) else None
+            if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+                raise _bad(number, "tool_calls must be a list of objects with an id and a function")
+            said = call.get("id"), function.get("name"), function.get("arguments")
+            if not all(isinstance(each, str) for each in said):
+                raise _bad(number, "a call's id, its function's name and arguments must be strings")
 
 
-def _in_order(results: list[tuple[int, Message]]) -> Iterator[Message]:
-    return (message for _, message in sorted(results, key=lambda result: result[0]))
-
-
-def _result(where: str, message: Message, order: Mapping[str, int]) -> tuple[int, Message]:
-    id = message.get("tool_call_id")
-    if not isinstance(id, str) or id not in order:
-        raise RowError("bad_messages", f"{where}: its tool_call_id is that of no call before it")
-    return order[id], {"role": "observation", "content": message.get("content")}
-
-
-def _calls(where: str, calls: Any) -> Iterator[tuple[str, Call]]:
-    for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-            raise RowError(
-                "bad_messages",
-                f"{where}: tool_calls must be a list of objects with an id and a function",
-            )
-        id, name, arguments = call.get("id"), function.get("name"), function.get("arguments")
-        if not (isinstance(id, str) and isinstance(name, str) and isinstance(arguments, str)):
-            raise RowError(
-                "bad_messages",
-                f"{where}: a call's id, its function's name and arguments must be strings",
-            )
-        yield id, Call(name=name, arguments=arguments)
+def _bad(number: int, problem: str) -> RowError:
+    return RowError("bad_messages", f"message {number}: {problem}")
 
 
 def find_calls(

@@ -13,7 +13,7 @@ from typing import Any
 
 from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad, internal, of_row
-from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
+from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -28,6 +28,7 @@ from glm_batch.models.engine.api.request import (
     SamplingParams,
     Work,
 )
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.models.request_limits import RequestLimits
 
 Json = dict[str, Any]
@@ -65,7 +66,7 @@ def checked(completions: Sequence[Completion]) -> Sequence[Completion]:
 
 
 def raw_prompts(
-    prompts: Prompts, prompter: Prompter, caps: RequestLimits, param: str
+    prompts: Prompts, prompter: RequestPrompter, caps: RequestLimits, param: str
 ) -> list[Prompt]:
     """A text, texts, token ids or lists of these."""
     if isinstance(prompts, str):

@@ -33,7 +33,7 @@ from glm_batch.glm_actors.serving.openai.api_errors import (
     unavailable,
 )
 from glm_batch.glm_actors.serving.openai.api_tasks import Json, StreamTask, Task, build_task
-from glm_batch.glm_actors.serving.openai.prompter import Prompter
+from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import (
     Body,
     ChatRequest,
@@ -95,7 +95,7 @@ class Replica:
         self._text_threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="prepare-text")
         self._slow_threads = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="prepare-slow")
         self._schemas = SchemaChecker(caps.schema_s)
-        self._prompter = Prompter(model.model, caps)
+        self._prompter = RequestPrompter(model.model, caps)
         self._prompter.start()
         config = model.engine_config
         self.identity = ModelIdentity.of(config)

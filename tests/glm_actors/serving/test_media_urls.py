@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError
-from glm_batch.glm_actors.serving.openai.prompter import Prompt, Prompter
+from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.jobs.serving.serve_config import check_settings, load_settings
 from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import MODEL, TINY
 from tests.glm_actors.serving.test_server import picture
@@ -60,7 +61,7 @@ def host() -> Iterator[str]:
 
 def shown(caps: RequestLimits, *urls: str) -> Prompt:
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    prompter = Prompter(TINY, caps)
+    prompter = RequestPrompter(TINY, caps)
     try:
         return prompter.conversation(
             [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]

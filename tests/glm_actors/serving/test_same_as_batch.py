@@ -26,9 +26,10 @@ from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.jobs.files.job_file import load_job
 from glm_batch.models.engine import Completion, EngineConfig
 from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import Job, TaskConfig
-from glm_batch.pipelines.tasks.tasks import Columns, Prompt, TaskRunner
+from glm_batch.pipelines.tasks.tasks import Columns, TaskRunner
 from tests.glm_actors.serving.conftest import MODEL, ROOT, TINY
 from tests.models.conftest import MakeCheckpoint, make_checkpoint
 

@@ -106,7 +106,7 @@ def test_control_tokens_in_a_message_are_text(llm: LLM) -> None:
 
 
 def chat_ids(llm: LLM, text: str) -> list[int]:
-    return llm._chat.prompt_ids([{"role": "user", "content": text}])
+    return llm.prompter.chat.prompt_ids([{"role": "user", "content": text}])
 
 
 def test_generate_continues_text_or_ids(path: Path, llm: LLM) -> None:
@@ -508,5 +508,5 @@ def test_media_that_cannot_be_read_are_row_errors(
         with pytest.raises(RowError) as caught:
             seeing.chat(user({"type": kind, kind: source}))
         assert caught.value.code == code
-    with pytest.raises(RowError, match="this checkpoint reads text"):
+    with pytest.raises(RowError, match="reads text only"):
         llm.chat(user({"type": "image", "image": picture(24, 24)}))

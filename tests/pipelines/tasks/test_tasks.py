@@ -27,13 +27,13 @@ from glm_batch.models.engine.api.request import (
     SamplingParams,
 )
 from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
 from glm_batch.pipelines.tasks.prompts import Row
 from glm_batch.pipelines.tasks.schema import output_schema
 from glm_batch.pipelines.tasks.tasks import (
     TASK_COLUMNS,
     JsonValidator,
-    Prompt,
     TaskRunner,
     check_schema,
     row_seed,
