@@ -50,15 +50,16 @@ def report(path: str, wanted: Wanted, *, endpoint_url: str | None = None) -> Non
 
 
 def _report_job(output: Output, wanted: Wanted) -> None:
-    from glm_batch.pipelines.report.collect import collect
+    from glm_batch.pipelines.report.committed_rows import committed_rows
     from glm_batch.pipelines.report.page import render_job
 
     job = kept_job(output)
-    _write(output, wanted.to, PAGE, render_job(collect(output, job)).encode())
-    if wanted.review is not None:
-        from glm_batch.pipelines.report.review import review_table
+    with committed_rows(output, job) as rows:
+        _write(output, wanted.to, PAGE, render_job(rows).encode())
+        if wanted.review is not None:
+            from glm_batch.pipelines.report.review import review_table
 
-        _write_review(output, wanted.to, review_table(output, job, wanted.review))
+            _write_review(output, wanted.to, review_table(rows, wanted.review))
     if wanted.pred_probs is not None:
         from glm_batch.pipelines.report.exports import write_pred_probs
 
@@ -72,16 +73,26 @@ def _report_job(output: Output, wanted: Wanted) -> None:
 
 
 def _report_sweep(output: Output, wanted: Wanted) -> None:
-    from glm_batch.pipelines.report.sweep_page import read_results, render_sweep, sweep_cells
+    from glm_batch.pipelines.report.sweep_page import (
+        SweepCell,
+        read_results,
+        render_sweep,
+        sweep_cells,
+    )
 
     if wanted.pred_probs is not None:
         raise ConfigError("--pred-probs: name the output of one cell, not that of the sweep")
-    _write(output, wanted.to, PAGE, render_sweep(output).encode())
+
+    def job_of(cell: SweepCell) -> tuple[Output, Job]:
+        own = Output.at(cell.content["output"], getattr(output.store, "storage", None))
+        return own, kept_job(own)
+
+    _write(output, wanted.to, PAGE, render_sweep(output, job_of).encode())
     if wanted.review is not None:
         from glm_batch.pipelines.report.review import sweep_review_table
 
         cells = sweep_cells(read_results(output))
-        jobs = {cell.name: _cell_job(cell.content["output"], output.store) for cell in cells}
+        jobs = {cell.name: job_of(cell) for cell in cells}
         _write_review(output, wanted.to, sweep_review_table(output, cells, jobs, wanted.review))
 
 
@@ -94,11 +105,6 @@ def kept_job(output: Output) -> Job:
         raise ConfigError(
             f"{output.place}/{JOB} is missing or broken: run the job with label again"
         ) from error
-
-
-def _cell_job(path: str, store: Any) -> tuple[Output, Job]:
-    output = Output.at(path, getattr(store, "storage", None))
-    return output, kept_job(output)
 
 
 def _place(path: str) -> str:

@@ -1,16 +1,13 @@
-"""What the answers of one task kind come to: labels, how sure they are, their lengths, whether they
-are right.
-
-One `Answers` takes an output part by part. Owns which columns mean what for each kind; scores
-against gold are pipelines.evaluation's. Knows nothing of files or pages.
+"""What the rows of an output part say, by their kind of task: how sure an answer is, whether it
+agrees with gold, and which values and numbers are to be counted.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,183 +15,180 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glm_batch.pipelines.evaluation.reliability import NUM_BINS, Reliability, bin_numbers
+from glm_batch.pipelines.evaluation.reliability import bin_numbers
 from glm_batch.pipelines.evaluation.scoring import Rules, score_rows
-from glm_batch.pipelines.report.tallies import (
-    Floats,
-    IntegerCounts,
-    NumberRange,
-    UnitHistogram,
-    Values,
-)
+from glm_batch.pipelines.tasks.schema import ROW_COLUMNS
+from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS
 
-RIGHT, WRONG, UNJUDGED = 0, 1, 2
 JUDGED = ("choose", "classify", "generate", "extract")  # kinds with one right answer
-MAX_TEXT = 80  # a longer answer is counted as "a longer text"
-MAX_FIELDS = 20
-LONGER, NO_ANSWER = "(longer texts)", "(no answer)"
-MANY_GOLDS = 200
-OTHER_GOLD = "(other gold answers)"
+MAX_TEXT = 80  # a longer answer is counted as LONGER
+LONGER = "(longer texts)"
+SEED = 20
+# Names of what is counted; those of values in an extracted object are the object's own.
+LABELS, TEXTS, ENDS, FIELD = "Labels", "Most frequent texts", "Ended by", "Field "
+Floats = npt.NDArray[np.float64]
 
 
-@dataclass(slots=True)
-class Gold:
-    """Answers against gold. `right` counts rows, `pairs` rows by (gold, answer); bins as in
-    evaluation.calibration.
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What was asked: the kind of task, and labels in the order of their probabilities, if known.
+
+    `carried` are output columns that hold no answer.
     """
-
-    rows: int = 0
-    right: float = 0.0
-    failed: int = 0
-    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
-    golds: set[str] = field(default_factory=set)
-    bins: Floats = field(default_factory=lambda: np.zeros((3, NUM_BINS)))  # rows, confidence, right
-    brier: float = 0.0
-    brier_rows: int = 0
-
-    @property
-    def reliability(self) -> Reliability | None:
-        """None where no answer has a probability."""
-        rows, confidence, right = self.bins
-        if not rows.sum():
-            return None
-        each = np.maximum(rows, 1.0)
-        return Reliability(
-            rows=rows.astype(np.int64), confidence=confidence / each, accuracy=right / each
-        )
-
-    def add_pairs(self, golds: Sequence[str], answers: Sequence[str | None]) -> None:
-        for (gold, answer), rows in Counter(zip(golds, answers, strict=True)).items():
-            if gold not in self.golds and len(self.golds) >= MANY_GOLDS:
-                gold = OTHER_GOLD
-            self.golds.add(gold)
-            self.pairs[gold, NO_ANSWER if answer is None else answer] += rows
-
-    def add_bins(self, confidence: Floats, right: Floats) -> None:
-        kept = np.isfinite(confidence)
-        numbers = bin_numbers(confidence[kept])
-        for place, weights in enumerate((None, confidence[kept], right[kept])):
-            self.bins[place] += np.bincount(numbers, weights, NUM_BINS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """A part's rows: `right` is RIGHT, WRONG or UNJUDGED for each; `margin` and `confidence` NaN
-    where unknown.
-    """
-
-    right: npt.NDArray[np.int64]
-    confidence: Floats
-    margin: Floats
-
-
-@dataclass(slots=True)
-class Answers:
-    """The answers of a job's committed rows, so far."""
 
     kind: str
     labels: tuple[str, ...] = ()
-    values: Values = field(default_factory=Values)
-    fields: dict[str, Values] = field(default_factory=dict)
-    finished: Values = field(default_factory=Values)
-    confidence: UnitHistogram = field(default_factory=UnitHistogram)
-    off_set_mass: UnitHistogram = field(default_factory=UnitHistogram)
-    lengths: IntegerCounts = field(default_factory=IntegerCounts)
-    numbers: NumberRange = field(default_factory=NumberRange)
-    gold: Gold | None = None
+    carried: tuple[str, ...] = ()
 
-    def add(self, part: pa.Table, golds: Sequence[Any] | None) -> Judged:
-        """Takes a part's rows and tells how each fared."""
-        ok = pc.equal(part["status"], "ok")
-        confidence, margin = sureness(self.kind, part)
-        right = self._judge(part, golds)
-        judged = Judged(right=right, confidence=confidence, margin=margin)
-        self._count(part.filter(ok))
-        self.confidence.add(confidence, right)
-        if "off_set_mass" in part.column_names:
-            self.off_set_mass.add(to_floats(part["off_set_mass"]), right)
-        return judged
 
-    def _judge(self, part: pa.Table, golds: Sequence[Any] | None) -> npt.NDArray[np.int64]:
-        result = np.full(part.num_rows, UNJUDGED, np.int64)
-        if golds is None or self.kind not in JUDGED:
-            return result
-        places = np.flatnonzero([gold is not None for gold in golds])
-        if not len(places):
-            return result
-        self.gold = self.gold or Gold()
-        rules = Rules(kind=self.kind, labels=self._labels_of(part))
-        rows = score_rows(
-            rules, part.take(pa.array(places)), [golds[place] for place in places.tolist()]
-        )
-        accuracy = rows.values["accuracy"]
-        self.gold.rows += len(places)
-        self.gold.failed += int((~rows.answered).sum())
-        self.gold.right += float(accuracy.sum())
-        if "confidence" in rows.values:
-            self.gold.add_pairs(rows.gold, rows.answers)
-            self.gold.add_bins(rows.values["confidence"], accuracy)
-            brier = rows.values["brier"][np.isfinite(rows.values["brier"])]
-            self.gold.brier += float(brier.sum())
-            self.gold.brier_rows += len(brier)
-        result[places] = np.where(accuracy > 0, RIGHT, WRONG)
-        return result
+def row_facts(
+    question: Question, unit: int, part: pa.Table, golds: Sequence[Any] | None
+) -> pa.Table:
+    """One row for each of the part's, with what is known of it; null for what is not.
 
-    def _labels_of(self, part: pa.Table) -> tuple[str, ...]:
-        """The labels in the order of their probabilities; numbers where the job does not tell their
-        names.
-        """
-        if self.labels or self.kind not in ("choose", "classify"):
-            return self.labels
-        scores = matrix(part["scores" if self.kind == "classify" else "label_probs"])
-        return tuple(map(str, range(scores.shape[1])))
+    `golds` are the rows' gold answers, None for a row without one. `chance` in [0, 1) depends on a
+    row's place alone; `disagreement` is that of its samples. Of a row with a gold answer `accuracy`
+    is above 0 where it is right; `gold`, `answer`, `brier` and `bin`, that of evaluation.reliability,
+    are there for answers with probabilities.
+    """
+    confidence, margin = sureness(question.kind, part)
+    facts: dict[str, Any] = {
+        "unit": np.full(part.num_rows, unit, np.int32),
+        "row": np.arange(part.num_rows, dtype=np.int32),
+        "status": part["status"],
+        "code": part["error_code"],
+        "attempts": part["attempts"],
+        "prompt_tokens": part["prompt_tokens"],
+        "length": _lengths(question.kind, part),
+        "chance": np.random.default_rng([SEED, unit]).random(part.num_rows),
+        "confidence": confidence,
+        "margin": margin,
+        "off_set_mass": part["off_set_mass"] if "off_set_mass" in part.column_names else None,
+        "disagreement": _disagreements(question.kind, part),
+        **_judged(question, part, golds),
+    }
+    columns = {name: _column(facts.get(name), FACTS.field(name).type, part) for name in FACTS.names}
+    return pa.table(columns, FACTS)
 
-    def _count(self, answered: pa.Table) -> None:
-        match self.kind:
-            case "choose":
-                self.values.add(_counted(answered["label"]))
-            case "classify":
-                self._count_classes(answered["label"])
-            case "tag":
-                tokens = answered["tokens"].combine_chunks().flatten()
-                self.values.add(_counted(tokens.field("label")))
-                self.lengths.add(pc.list_value_length(answered["tokens"]))
-            case "generate":
-                self._count_texts(answered)
-            case "extract":
-                self._count_fields(answered["json"])
-            case "embed":
-                self.numbers.add(np.linalg.norm(matrix(answered["vector"]), axis=1))
 
-    def _count_classes(self, label: pa.ChunkedArray) -> None:
-        if pa.types.is_floating(label.type):
-            self.numbers.add(to_floats(label))
-        elif pa.types.is_list(label.type):
-            self.values.add(_counted(label.combine_chunks().flatten()))
-            self.lengths.add(pc.list_value_length(label))
-        else:
-            self.values.add(_counted(label))
+FACTS = pa.schema(
+    {
+        "unit": pa.int32(), "row": pa.int32(), "status": pa.string(), "code": pa.string(),
+        "attempts": pa.int32(), "prompt_tokens": pa.int32(), "length": pa.int32(),
+        "chance": pa.float64(), "confidence": pa.float64(), "margin": pa.float64(),
+        "off_set_mass": pa.float64(), "disagreement": pa.float64(),
+        "accuracy": pa.float64(), "gold": pa.string(), "answer": pa.string(), "brier": pa.float64(),
+        "bin": pa.int32(),
+    }
+)  # fmt: skip
 
-    def _count_texts(self, answered: pa.Table) -> None:
-        text, reason = answered["text"], answered["finish_reason"]
-        if pa.types.is_list(text.type):
-            text, reason = text.combine_chunks().flatten(), reason.combine_chunks().flatten()
-        short = pc.if_else(pc.greater(pc.utf8_length(text), MAX_TEXT), LONGER, text)
-        self.values.add(_counted(short))
-        self.finished.add(_counted(reason))
-        self.lengths.add(answered["output_tokens"])
 
-    def _count_fields(self, texts: pa.ChunkedArray) -> None:
-        for text in texts.to_pylist():
+def _column(values: Any, dtype: pa.DataType, part: pa.Table) -> pa.Array | pa.ChunkedArray:
+    if values is None:
+        return pa.nulls(part.num_rows, dtype)
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.cast(dtype)
+    return pa.array(values, dtype, from_pandas=True)
+
+
+def _judged(question: Question, part: pa.Table, golds: Sequence[Any] | None) -> dict[str, Any]:
+    """The answers against gold, by the rules that score all rows."""
+    has_gold = np.array([gold is not None for gold in golds or ()], bool)
+    if question.kind not in JUDGED or not has_gold.any():
+        return {}
+    places = np.flatnonzero(has_gold)
+    rules = Rules(kind=question.kind, labels=_labels_of(question, part))
+    assert golds is not None
+    scored = score_rows(rules, part.take(pa.array(places)), [golds[row] for row in places.tolist()])
+    found: dict[str, Any] = {"accuracy": np.full(part.num_rows, np.nan)}
+    found["accuracy"][places] = scored.values["accuracy"]
+    if "confidence" not in scored.values:
+        return found
+    confidence = scored.values["confidence"]
+    bins = np.full(len(places), None, object)
+    bins[np.isfinite(confidence)] = bin_numbers(confidence[np.isfinite(confidence)])
+    own = {
+        "gold": scored.gold,
+        "answer": scored.answers,
+        "brier": scored.values["brier"],
+        "bin": bins,
+    }
+    for name, values in own.items():
+        found[name] = np.full(part.num_rows, None, object)
+        found[name][places] = values
+    return found
+
+
+def _labels_of(question: Question, part: pa.Table) -> tuple[str, ...]:
+    """Numbers where the job does not tell the labels' names."""
+    if question.labels or question.kind not in ("choose", "classify"):
+        return question.labels
+    scores = matrix(part["scores" if question.kind == "classify" else "label_probs"])
+    return tuple(map(str, range(scores.shape[1])))
+
+
+def _lengths(kind: str, part: pa.Table) -> pa.ChunkedArray | None:
+    """How long an answer is, in the unit that quality.LENGTHS names; null for a row without one."""
+    found = {"generate": "output_tokens", "tag": "tokens", "classify": "label"}.get(kind)
+    if found is None or (kind == "classify" and not pa.types.is_list(part["label"].type)):
+        return None
+    lengths = part[found] if kind == "generate" else pc.list_value_length(part[found])
+    return pc.if_else(pc.equal(part["status"], "ok"), lengths, None)
+
+
+def _disagreements(kind: str, part: pa.Table) -> list[float | None] | None:
+    if kind != "generate" or not pa.types.is_list(part["text"].type):
+        return None
+    return [None if texts is None else disagreement(texts) for texts in part["text"].to_pylist()]
+
+
+def disagreement(answers: Sequence[Any]) -> float:
+    """The share of answers that are not the most frequent one."""
+    return 1 - max(Counter(answers).values()) / len(answers) if answers else 0.0
+
+
+def counted_values(kind: str, part: pa.Table) -> Iterator[tuple[str, pa.Array]]:
+    """(what is counted, the values) of a part's answered rows, for values of which there are few."""
+    answered = part.filter(pc.equal(part["status"], "ok"))
+    if kind == "choose" or (kind == "classify" and not pa.types.is_floating(part["label"].type)):
+        yield LABELS, _flat(answered["label"])
+    elif kind == "tag":
+        yield "Tokens by label", _flat(answered["tokens"]).field("label")
+    elif kind == "generate":
+        text = _flat(answered["text"])
+        yield TEXTS, pc.if_else(pc.greater(pc.utf8_length(text), MAX_TEXT), LONGER, text)
+        yield ENDS, _flat(answered["finish_reason"])
+    elif kind == "extract":
+        fields: dict[str, list[str]] = {}
+        for text in answered["json"].to_pylist():
             value = json.loads(text)
             for name, item in (
                 value.items() if isinstance(value, dict) else [("(the whole value)", value)]
             ):
-                if name in self.fields or len(self.fields) < MAX_FIELDS:
-                    shown = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-                    self.fields.setdefault(name, Values()).add(
-                        [(shown if len(shown) <= MAX_TEXT else LONGER, 1)]
-                    )
+                told = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+                fields.setdefault(name, []).append(told if len(told) <= MAX_TEXT else LONGER)
+        for name, values in fields.items():
+            yield FIELD + name, pa.array(values)
+
+
+def counted_numbers(question: Question, part: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """(name, numbers) of a part's answered rows: those of an answer, or of a kind that is not known
+    here every column of numbers.
+    """
+    kind, others = question.kind, {*ROW_COLUMNS, *TOKEN_COLUMNS, *question.carried}
+    answered = part.filter(pc.equal(part["status"], "ok"))
+    if kind == "embed":
+        yield (
+            "Length of vectors",
+            pa.chunked_array([np.linalg.norm(matrix(answered["vector"]), axis=1)]),
+        )
+    elif kind == "classify" and pa.types.is_floating(part["label"].type):
+        yield "Values", answered["label"]
+    elif kind not in (*JUDGED, "tag"):
+        for field in part.schema:
+            is_number = pa.types.is_floating(field.type) or pa.types.is_integer(field.type)
+            if is_number and field.name not in others:
+                yield field.name, answered[field.name]
 
 
 def sureness(kind: str, part: pa.Table) -> tuple[Floats, Floats]:
@@ -213,16 +207,15 @@ def sureness(kind: str, part: pa.Table) -> tuple[Floats, Floats]:
             scores = matrix(part["scores"])
             return scores.max(axis=1, initial=-np.inf) if scores.size else nothing, _lead(scores)
         case "classify" if pa.types.is_list(part["label"].type):
-            scores = matrix(part["scores"])
-            return nothing, np.abs(scores - 0.5).min(
-                axis=1, initial=np.inf
-            ) * 2 if scores.size else nothing
+            scores = np.abs(matrix(part["scores"]) - 0.5)
+            return nothing, scores.min(axis=1, initial=np.inf) * 2 if scores.size else nothing
         case "tag":
-            least = [_least(tokens) for tokens in part["tokens"].to_pylist()]
-            return np.array(least, np.float64), np.array(least, np.float64)
+            least = np.array([_least(tokens) for tokens in part["tokens"].to_pylist()], np.float64)
+            return least, least
         case "generate":
-            mean = [_mean_probability(values) for values in part["logprobs"].to_pylist()]
-            return np.array(mean, np.float64), np.array(mean, np.float64)
+            every = part["logprobs"].to_pylist()
+            mean = np.array([_mean_probability(values) for values in every], np.float64)
+            return mean, mean
     return nothing, nothing
 
 
@@ -251,6 +244,12 @@ def label_names(
     return tuple(labels or ()) if kind == "choose" else tuple(facts.get("label_names", ()))
 
 
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    """The values of a column, or of its lists."""
+    array = column.combine_chunks()
+    return array.flatten() if pa.types.is_list(array.type) else array
+
+
 def _lead(scores: Floats) -> Floats:
     """How far the highest of each row is ahead of the second."""
     if scores.shape[1] < 2:
@@ -267,10 +266,3 @@ def _mean_probability(values: Any) -> float:
     if not values or values[0] is None or isinstance(values[0], list):
         return np.nan
     return float(np.exp(np.mean(values)))
-
-
-def _counted(values: pa.Array | pa.ChunkedArray) -> list[tuple[str, int]]:
-    found = pc.value_counts(values.drop_null())
-    return list(
-        zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)
-    )

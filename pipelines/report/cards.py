@@ -1,27 +1,22 @@
 """Rows as a person looks at them: what was asked, its pictures, what was answered, and whether that
 is right.
-
-Reads the input rows behind the chosen output rows, once for the whole page. Knows nothing of HTML.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.messages import MediaPart, media_parts
-from glm_batch.pipelines.evaluation.scoring import Rules
 from glm_batch.pipelines.input.values import Row
 from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.planning.plan import Plan
-from glm_batch.pipelines.report.answers import JUDGED
-from glm_batch.pipelines.report.input_rows import InputRows, Place
-from glm_batch.pipelines.report.tallies import Picked
+from glm_batch.pipelines.report.committed_rows import CommittedRows
+from glm_batch.pipelines.report.input_rows import Place
 from glm_batch.pipelines.report.text import shown
 from glm_batch.pipelines.report.thumbnails import Picture, pictures
 from glm_batch.pipelines.tasks.prompts import (
@@ -31,6 +26,8 @@ from glm_batch.pipelines.tasks.prompts import (
     prompt_columns,
     uses_chat,
 )
+from glm_batch.pipelines.tasks.schema import ROW_COLUMNS
+from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS
 
 PROMPT_SHOWN, ANSWER_SHOWN, MESSAGE_SHOWN, KEY_SHOWN, TOKENS_SHOWN = 600, 600, 400, 120, 40
 LABELS_SHOWN = 5
@@ -64,30 +61,22 @@ class Asked:
     gold: Any = None
 
 
-@dataclass(slots=True)
 class Deck:
-    """Makes cards of rows. `gather` reads what all of them need at once; then `card` knows it."""
+    """Makes cards of an output's rows; what all of them need is read at once."""
 
-    job: Job
-    plan: Plan
-    input_rows: InputRows
-    labels: tuple[str, ...]
-    _asked: dict[Place, Asked] = field(default_factory=dict)
-    _pictures: dict[Place, tuple[Picture, ...]] = field(default_factory=dict)
-
-    def gather(self, rows: Iterable[Picked]) -> None:
-        places = sorted({(row.unit, row.row) for row in rows})
-        gold = self.job.task.gold
-        columns = tuple(dict.fromkeys((*prompt_columns(self.job.task), *((gold,) if gold else ()))))
-        found = self.input_rows.some(places, columns)
+    def __init__(self, rows: CommittedRows, places: Iterable[Place]) -> None:
+        self.job, self.labels = rows.job, rows.question.labels
+        self._rows = rows.picked(places)
+        found = rows.input_rows.some(sorted(self._rows), asked_columns(self.job))
         self._asked = {place: asked(self.job, row) for place, row in found.items()}
+        self._pictures: dict[Place, tuple[Picture, ...]] = {}
         wanted = [(place, part) for place, each in self._asked.items() for part in each.parts]
         made = pictures(self.job, [part for _, part in wanted]) if wanted else []
         for (place, _), picture in zip(wanted, made, strict=True):
             self._pictures[place] = (*self._pictures.get(place, ()), picture)
 
-    def card(self, row: Picked) -> Card:
-        place, columns = (row.unit, row.row), row.columns
+    def card(self, place: Place) -> Card:
+        columns, accuracy = self._rows[place].columns, self._rows[place].accuracy
         known = self._asked.get(place, Asked())
         gold = known.gold if known.gold is not None else columns.get(self.job.task.gold or "")
         error = None
@@ -100,15 +89,11 @@ class Deck:
             key=shown(str(columns["row_key"]), KEY_SHOWN),
             prompt=shown(known.prompt, PROMPT_SHOWN),
             pictures=self._pictures.get(place, ()),
-            answer=shown(answer_text(self.job.task.kind, columns), ANSWER_SHOWN)
-            if error is None
-            else "",
-            details=tuple(_details(self.job.task.kind, columns)) if error is None else (),
+            answer="" if error else shown(answer_text(self.job, columns), ANSWER_SHOWN),
+            details=() if error else tuple(_details(self.job.task.kind, columns)),
             scores=tuple(self._scores(columns)),
-            gold=None
-            if gold is None
-            else shown(gold if isinstance(gold, str) else _json(gold), ANSWER_SHOWN),
-            verdict=self._verdict(columns, gold) if error is None else "",
+            gold=None if gold is None else shown(_text(gold), ANSWER_SHOWN),
+            verdict="" if error or accuracy is None else "right" if accuracy > 0 else "wrong",
             error=error,
         )
 
@@ -122,23 +107,11 @@ class Deck:
         ranked = sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
         return [(shown(label, KEY_SHOWN), score) for label, score in ranked[:LABELS_SHOWN]]
 
-    def _verdict(self, columns: Mapping[str, Any], gold: Any) -> str:
-        if gold is None or self.job.task.kind not in JUDGED:
-            return ""
-        return "right" if is_right(self.job.task.kind, self.labels, columns, gold) else "wrong"
 
-
-def is_right(kind: str, labels: Sequence[str], columns: Mapping[str, Any], gold: Any) -> bool:
-    """Whether one row's answer agrees with its gold answer, by the rule that scores all rows."""
-    import pyarrow as pa
-
-    from glm_batch.pipelines.evaluation.scoring import score_rows
-
-    width = len(columns.get("label_probs") or columns.get("scores") or ())
-    names = tuple(labels) if len(labels) == width else tuple(map(str, range(width)))
-    kept = ("row_key", "status", "label", "label_probs", "off_set_mass", "scores", "text", "json")
-    table = pa.table({name: [columns[name]] for name in kept if name in columns})
-    return bool(score_rows(Rules(kind=kind, labels=names), table, [gold]).values["accuracy"][0] > 0)
+def asked_columns(job: Job) -> tuple[str, ...]:
+    """The input columns of a prompt and its gold answer."""
+    gold = job.task.gold
+    return tuple(dict.fromkeys((*prompt_columns(job.task), *((gold,) if gold else ()))))
 
 
 def asked(job: Job, row: Row | RowError) -> Asked:
@@ -159,40 +132,40 @@ def asked(job: Job, row: Row | RowError) -> Asked:
         return Asked(prompt=_cells(job, row), gold=gold)
 
 
-def answer_text(kind: str, columns: Mapping[str, Any]) -> str:
+def row_text(job: Job, row: Row | RowError, most: int) -> str:
+    """What a row says, without the words that are asked of every row; `most` characters a column."""
+    names = prompt_columns(job.task)
+    if isinstance(row, RowError) or job.task.messages is not None or not names:
+        return shown(asked(job, row).prompt, most)
+    return _cell(row.get(names[0]), most) if len(names) == 1 else _cells(job, row, most)
+
+
+def answer_text(job: Job, columns: Mapping[str, Any]) -> str:
     """The answer of a good row as text."""
+    kind: str = job.task.kind
     match kind:
         case "choose" | "classify":
             label = columns["label"]
             return ", ".join(label) or "(no label)" if isinstance(label, list) else str(label)
         case "generate":
             text = columns["text"]
-            return (
-                "\n".join(f"{k}. {each}" for k, each in enumerate(text, 1))
-                if isinstance(text, list)
-                else text or ""
-            )
+            if not isinstance(text, list):
+                return text or ""
+            return "\n".join(f"{k}. {each}" for k, each in enumerate(text, 1))
         case "extract":
             return json.dumps(json.loads(columns["json"]), indent=1, ensure_ascii=False)
         case "tag":
             tokens = columns["tokens"]
-            more = (
-                f" ... {len(tokens) - TOKENS_SHOWN:,} tokens more"
-                if len(tokens) > TOKENS_SHOWN
-                else ""
-            )
-            return (
-                "  ".join(
-                    f"{token['text'].strip()}/{token['label']}" for token in tokens[:TOKENS_SHOWN]
-                )
-                + more
-            )
+            more = len(tokens) - TOKENS_SHOWN
+            told = [f"{token['text'].strip()}/{token['label']}" for token in tokens[:TOKENS_SHOWN]]
+            return "  ".join(told) + (f" ... {more:,} tokens more" if more > 0 else "")
         case "requests":
             return str(columns["response"])
-    vector = columns["vector"]
-    return (
-        f"[{', '.join(f'{value:.3g}' for value in vector[:6])}{', ...' if len(vector) > 6 else ''}]"
-    )
+        case "embed":
+            vector = [f"{value:.3g}" for value in columns["vector"][:6]]
+            return f"[{', '.join(vector)}{', ...' if len(columns['vector']) > 6 else ''}]"
+    others = {*ROW_COLUMNS, *TOKEN_COLUMNS, *job.carry}
+    return "\n".join(f"{name}: {_cell(columns[name])}" for name in columns if name not in others)
 
 
 def _details(kind: str, columns: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -241,20 +214,22 @@ def _message_text(content: Any) -> str:
     )
 
 
-def _cells(job: Job, row: Row) -> str:
-    """What the columns of a prompt hold that could not be made."""
+def _cells(job: Job, row: Row, most: int = PROMPT_SHOWN) -> str:
+    """What the columns of a prompt hold."""
     cells = {name: row.get(name) for name in prompt_columns(job.task)}
-    return "\n".join(f"{name}: {_cell(value)}" for name, value in cells.items())
+    return "\n".join(f"{name}: {_cell(value, most)}" for name, value in cells.items())
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, most: int = PROMPT_SHOWN) -> str:
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         value = value["bytes"]
     if isinstance(value, bytes):
         return f"{len(value):,} bytes, beginning with {value[:12]!r}"
-    return (
-        shown(value, PROMPT_SHOWN) if isinstance(value, str) else shown(_json(value), PROMPT_SHOWN)
-    )
+    return shown(_text(value), most)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else _json(value)
 
 
 def _json(value: Any) -> str:

@@ -30,7 +30,7 @@ from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.planning.plan import Plan
 from glm_batch.pipelines.report.answers import label_names, matrix
-from glm_batch.pipelines.report.collect import parts
+from glm_batch.pipelines.report.committed_rows import committed_parts
 from glm_batch.pipelines.report.input_rows import InputRows
 
 KEYS = pa.schema({"row_key": pa.string()})
@@ -85,7 +85,7 @@ def usable_rows(
     """
     codes = {label: number for number, label in enumerate(labels)}
     input_rows = InputRows(job, plan)
-    for unit, _, part in parts(output, plan):
+    for unit, _, part in committed_parts(output, plan):
         kept = pc.equal(part["status"], "ok").to_numpy()
         left_out[FAILED] += int((~kept).sum())
         numbers = np.zeros(part.num_rows, np.int64)

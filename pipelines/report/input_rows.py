@@ -27,7 +27,7 @@ class InputRows:
     """Reads rows of an output's input. `problems` says, once for each file, why one cannot be read."""
 
     def __init__(self, job: Job, plan: Plan) -> None:
-        self._job, self._plan = job, plan
+        self._job, self.plan = job, plan
         self.problems: dict[int, str] = {}
         self._checked: set[int] = set()
 
@@ -72,10 +72,10 @@ class InputRows:
 
     @cached_property
     def _units(self) -> list[Unit]:
-        return list(self._plan.units())
+        return list(self.plan.units())
 
     def _rows(self, source: Source, file: int, rows: RowRange) -> list[Row | RowError]:
-        planned = self._plan.files[file].file
+        planned = self.plan.files[file].file
         try:
             return decode_rows(source.read(planned, rows))
         except DamagedError as error:
@@ -87,7 +87,7 @@ class InputRows:
     def _is_readable(self, number: int) -> bool:
         if number not in self._checked:
             self._checked.add(number)
-            planned = self._plan.files[number].file
+            planned = self.plan.files[number].file
             try:
                 now = Source(storage=self._job.storage, columns=()).list_files([planned.path])
                 if [(each.size, each.stamp) for each in now] != [(planned.size, planned.stamp)]:

@@ -1,8 +1,7 @@
-"""What was collected of an output becomes one HTML file that needs nothing else.
+"""The committed rows of an output become one HTML file that needs nothing else.
 
-Owns the order of the sections and how a page is put together; how it looks is the template's and
-style.css's. The page loads nothing: its policy allows its own style and script by their digests,
-and images that stand in it.
+How it looks is the template's and style.css's. The page loads nothing: its policy allows its own
+style and script by their digests, and images that stand in it.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -22,14 +21,20 @@ from markupsafe import Markup
 
 from glm_batch.glm_actors.faults.spent import ENGINE_BUSY
 from glm_batch.pipelines.metrics.bottleneck import AFTER_ENGINE, BEFORE_ENGINE, bottleneck
+from glm_batch.pipelines.metrics.counts import Counts
+from glm_batch.pipelines.output.commit import PARTS
 from glm_batch.pipelines.report import charts
+from glm_batch.pipelines.report.answers import ENDS, LABELS
 from glm_batch.pipelines.report.cards import Deck
-from glm_batch.pipelines.report.collect import Collected
-from glm_batch.pipelines.report.head import clock, notes, state, tiles
-from glm_batch.pipelines.report.quality import answers_section, gold_section, lengths_chart
+from glm_batch.pipelines.report.committed_rows import CommittedRows
+from glm_batch.pipelines.report.input_rows import Place
+from glm_batch.pipelines.report.quality import answers_section, gold_section, lengths_chart, wilson
 from glm_batch.pipelines.report.text import clean, compact, duration, percent, short
+from glm_batch.pipelines.report.timeline import Span
 
 FILES_SHOWN = 20
+SAMPLED, MISTAKES, UNSURE, OF_A_CODE = 12, 8, 6, 3  # rows
+SUREST = "coalesce(CASE WHEN isfinite(confidence) THEN -confidence END, chance)"
 
 ABOUT_CODES = {
     "aborted": "The request was ended before it was answered; retry it.",
@@ -85,42 +90,62 @@ ABOUT_CODES = {
 }
 
 
-def render_job(collected: Collected) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """A sentence on top of the page; `level` is info or warning."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """A number with its name and a line of explanation."""
+
+    name: str
+    value: str
+    note: str = ""
+    level: str = ""
+
+
+def render_job(rows: CommittedRows) -> str:
     """The page of one output."""
-    found = collected.found
-    deck = Deck(collected.job, collected.plan, collected.input_rows, found.answers.labels)
-    every = [found.sampled, found.mistakes, found.unsure, *found.failed.values()]
-    deck.gather(row for chosen in every for row in chosen.rows)
-    cards = {
-        name: list(map(deck.card, getattr(found, name).rows))
-        for name in ("sampled", "mistakes", "unsure")
+    chosen = {
+        "sampled": rows.lowest("chance", SAMPLED),
+        "mistakes": rows.lowest(SUREST, MISTAKES, "status = 'ok' AND accuracy <= 0"),
+        "unsure": rows.lowest("margin", UNSURE),
     }
+    failed = rows.failed(OF_A_CODE)
+    places = [place for some in (*chosen.values(), *failed.values()) for place in some]
+    deck = Deck(rows, places)
+    counts, done = rows.totals.counts, rows.totals.counts.rows
     return render(
         "job.html.jinja",
-        title=short(collected.place.rstrip("/").rpartition("/")[2], 80),
-        place=collected.place,
-        kind=collected.job.task.kind,
-        model=collected.job.model,
-        fingerprint=collected.plan.fingerprint,
-        calibration=_calibration(collected),
-        state=state(collected),
-        notes=list(notes(collected)),
-        tiles=list(tiles(collected)),
-        answers=answers_section(found.answers),
-        gold=gold_section(found.answers),
-        errors=list(_errors(collected, deck)),
-        time=_time(collected),
-        tokens=_tokens(collected),
-        cards=cards,
-        job_text=json.dumps(asdict(collected.job), indent=1, ensure_ascii=False, default=str),
-        files=_files(collected),
-        schema=[(field.name, str(field.type)) for field in found.schema or ()],
+        title=short(rows.output.place.rstrip("/").rpartition("/")[2], 80),
+        place=rows.output.place,
+        kind=rows.job.task.kind,
+        model=rows.job.model,
+        fingerprint=rows.plan.fingerprint,
+        calibration=_calibration(rows.plan.identity),
+        finished=rows.finished,
+        done=done / rows.plan.num_rows if rows.plan.num_rows else 1.0,
+        notes=list(_notes(rows)),
+        tiles=list(_tiles(rows)),
+        answers=answers_section(rows),
+        gold=gold_section(rows.gold),
+        errors=list(_errors(counts, failed, deck)),
+        time=_time(rows),
+        tokens=_tokens(counts, rows.frequencies("prompt_tokens")),
+        cards={name: list(map(deck.card, some)) for name, some in chosen.items()},
+        job_text=json.dumps(asdict(rows.job), indent=1, ensure_ascii=False, default=str),
+        files=_files(rows),
+        schema=[(field.name, str(field.type)) for field in rows.schema or ()],
     )
 
 
-def _calibration(collected: Collected) -> str | None:
+def _calibration(identity: Mapping[str, Any]) -> str | None:
     """What was applied to the probabilities on the page, for people."""
-    applied = collected.plan.identity["task"].get("calibration")
+    applied = identity["task"].get("calibration")
     if applied is None:
         return None
     each = applied["bias"].items() if any(applied["bias"].values()) else ()
@@ -178,70 +203,51 @@ def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _errors(collected: Collected, deck: Deck) -> Iterator[dict[str, Any]]:
-    counts = collected.found.counts
+def _errors(
+    counts: Counts, failed: Mapping[str, Sequence[Place]], deck: Deck
+) -> Iterator[dict[str, Any]]:
     highest = max(counts.errors.values(), default=1)
     for code, rows in sorted(counts.errors.items(), key=lambda item: (-item[1], item[0])):
-        chosen = collected.found.failed.get(code)
         yield {
             "code": code,
             "rows": rows,
             "share": rows / counts.rows,
             "about": ABOUT_CODES.get(code, ""),
             "bar": charts.bar(rows / highest),
-            "cards": list(map(deck.card, chosen.rows)) if chosen else [],
+            "cards": list(map(deck.card, failed.get(code, ()))),
         }
 
 
-def _time(collected: Collected) -> dict[str, Any]:
-    line, found = collected.timeline, collected.found
+def _time(rows: CommittedRows) -> dict[str, Any]:
+    line = rows.totals.clock.timeline()
     facts = []
     if line.known:
         facts += [
             ("First unit began", clock(line.start)),
             ("Last commit", clock(line.end)),
             ("Time of work", duration(line.active_s)),
-            (
-                "Pauses",
-                f"{len(line.pauses)}, {duration(sum(b - a for a, b in line.pauses))} in all"
-                if line.pauses
-                else "none",
-            ),
-            (
-                "Stalls",
-                f"{len(line.stalls)}, {duration(sum(b - a for a, b in line.stalls))} in all"
-                if line.stalls
-                else "none",
-            ),
+            ("Pauses", _in_all(line.pauses)),
+            ("Stalls", _in_all(line.stalls)),
             ("A unit in the engine", f"{duration(line.unit_s)} (median)"),
         ]
-    again = sum(rows for attempts, rows in found.attempts.items() if attempts > 1)
+    again, of = rows.again, f"of {rows.plan.num_units:,}, {rows.plan.unit_rows:,} rows each at most"
     facts += [
-        (
-            "Units",
-            f"{found.parts:,} of {collected.plan.num_units:,}, {collected.plan.unit_rows:,} rows each at most",
-        ),
+        ("Units", f"{rows.totals.parts:,} {of}"),
         ("Rows processed again", f"{again:,} in {line.retried_units:,} units" if again else "none"),
-        *_stages(found.spent),
+        *_stages(rows.totals.spent),
     ]
-    chart = None
-    if line.known:
-        pauses = [
-            (line.active(start), f"paused {duration(stop - start)}") for start, stop in line.pauses
-        ]
-        stalls = [(line.active(start), line.active(stop)) for start, stop in line.stalls]
-        chart = [
-            charts.throughput(
-                line.edges.tolist(),
-                line.rates.tolist(),
-                title="Rows per second over the time of work",
-                mean=line.rows_per_s,
-                pauses=pauses[:12],
-                stalls=stalls,
-                width=width,
-            )
-            for width in (860, 420)
-        ]
+    pauses = [
+        (line.active(start), f"paused {duration(stop - start)}") for start, stop in line.pauses
+    ]
+    stalls = [(line.active(start), line.active(stop)) for start, stop in line.stalls]
+    chart = [
+        charts.throughput(
+            line.edges.tolist(), line.rates.tolist(), title="Rows per second over the time of work",
+            mean=line.rows_per_s, pauses=pauses[:12], stalls=stalls, width=width,
+        )
+        for width in (860, 420)
+        if line.known
+    ]  # fmt: skip
     return {
         "facts": facts,
         "chart": chart,
@@ -249,6 +255,11 @@ def _time(collected: Collected) -> dict[str, Any]:
         "pauses": bool(line.pauses),
         "stalls": bool(line.stalls),
     }
+
+
+def _in_all(spans: Sequence[Span]) -> str:
+    total = duration(sum(stop - start for start, stop in spans))
+    return f"{len(spans)}, {total} in all" if spans else "none"
 
 
 def _stages(spent: Mapping[str, float]) -> Iterator[tuple[str, str]]:
@@ -266,11 +277,9 @@ def _stages(spent: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     yield "Bottleneck", f"{found.stage}: {found.remedy}"
 
 
-def _tokens(collected: Collected) -> dict[str, Any]:
-    counts = collected.found.counts
-    read = counts.prompt_tokens - counts.cached_tokens
+def _tokens(counts: Counts, prompt_lengths: Mapping[int, int]) -> dict[str, Any]:
     parts = [
-        ("bar", "read by the model", read),
+        ("bar", "read by the model", counts.prompt_tokens - counts.cached_tokens),
         ("cached", "cached prompt", counts.cached_tokens),
         ("written", "written", counts.output_tokens),
     ]
@@ -287,15 +296,133 @@ def _tokens(collected: Collected) -> dict[str, Any]:
         "media": counts.media_tokens,
         "media_share": counts.media_tokens / counts.prompt_tokens if counts.prompt_tokens else 0.0,
         "total": total,
-        "prompts": lengths_chart(collected.found.prompt_lengths.counts, "Tokens of a prompt"),
+        "prompts": lengths_chart(prompt_lengths, "Tokens of a prompt"),
     }
 
 
-def _files(collected: Collected) -> dict[str, Any]:
-    files = collected.plan.files
-    shown_files = [(each.file.name, each.num_rows, each.file.size) for each in files[:FILES_SHOWN]]
+def _files(rows: CommittedRows) -> dict[str, Any]:
+    files = rows.plan.files
     return {
-        "shown": shown_files,
+        "shown": [(each.file.name, each.num_rows, each.file.size) for each in files[:FILES_SHOWN]],
         "more": max(len(files) - FILES_SHOWN, 0),
-        "bytes": collected.found.num_bytes,
+        "bytes": rows.totals.num_bytes,
     }
+
+
+def _tiles(rows: CommittedRows) -> Iterator[Tile]:
+    counts, line, gold = rows.totals.counts, rows.totals.clock.timeline(), rows.gold
+    of = "" if rows.finished else f"of {rows.plan.num_rows:,} so far"
+    yield Tile(name="Rows", value=f"{counts.rows:,}", note=of or f"{counts.ok:,} answered")
+    failed = counts.error_rate > rows.job.max_error_rate
+    yield Tile(
+        name="Failed",
+        value=f"{counts.error_rows:,}",
+        note=f"{percent(counts.error_rate)}, allowed {percent(rows.job.max_error_rate)}",
+        level="bad" if failed else "",
+    )
+    if counts.accuracy is not None:
+        low, high = wilson(counts.gold_correct, counts.gold_rows)
+        yield Tile(
+            name="Accuracy",
+            value=percent(counts.accuracy),
+            note=f"95 % interval {low * 100:.1f} to {high * 100:.1f}; {counts.gold_rows:,} rows with gold",
+        )
+    if rows.confidence is not None:
+        ece = gold.reliability.ece if gold and gold.reliability else None
+        note = (
+            f"calibration error {ece * 100:.1f} points"
+            if ece is not None
+            else "of the answer given"
+        )
+        yield Tile(name="Mean confidence", value=percent(rows.confidence.mean), note=note)
+    if line.rows_per_s:
+        yield Tile(
+            name="Rows per second",
+            value=compact(line.rows_per_s),
+            note=f"over {duration(line.active_s)} of work",
+        )
+    total = counts.prompt_tokens + counts.output_tokens
+    yield Tile(
+        name="Tokens",
+        value=compact(total),
+        note=f"{percent(counts.cached_share)} of the prompts cached",
+    )
+
+
+def _notes(rows: CommittedRows) -> Iterator[Note]:
+    """What stands out, the gravest first."""
+    counts, job = rows.totals.counts, rows.job
+    if not rows.finished:
+        done = f"{rows.totals.parts:,} of {rows.plan.num_units:,} units"
+        yield Note(
+            level="warning",
+            text=f"The job is not finished: {done} are committed, and all numbers are theirs. "
+            "The same label command goes on from there.",
+        )
+    if counts.error_rate > job.max_error_rate:
+        yield Note(
+            level="warning",
+            text=f"{counts.error_rows:,} rows failed ({percent(counts.error_rate)}), and "
+            f"max_error_rate allows {percent(job.max_error_rate)}. What failed, and why, stands below; "
+            "glm-batch retry processes these rows again.",
+        )
+    if rows.input_rows.problems:
+        first = next(iter(rows.input_rows.problems.values()))
+        yield Note(
+            level="warning",
+            text=f"{len(rows.input_rows.problems):,} input files cannot be read any more, "
+            f"so prompts, media and gold answers of their rows are missing here: {first}",
+        )
+    yield from _quality_notes(rows)
+    for start, stop in rows.totals.clock.timeline().stalls[:3]:
+        yield Note(
+            level="warning",
+            text=f"Nothing was committed for {duration(stop - start)} from {clock(start)} on while units were in work.",
+        )
+    left = sum(len(page) for page in rows.output.store.pages(PARTS)) - rows.totals.parts
+    if left > 0 and rows.finished:
+        yield Note(
+            level="info",
+            text=f"{left:,} files of attempts that died, came second or were "
+            "retried are left; glm-batch gc removes them.",
+        )
+
+
+def _quality_notes(rows: CommittedRows) -> Iterator[Note]:
+    gold, question, values = rows.gold, rows.question, rows.values
+    reliability = gold.reliability if gold else None
+    if gold and reliability and gold.bins[0].sum() >= 100 and reliability.ece > 0.05:
+        num_rows, sure, right = gold.bins.sum(axis=1)
+        how = "surer than it is right" if sure > right else "less sure than it could be"
+        yield Note(
+            level="warning",
+            text=f"The model is {how}: mean confidence {percent(sure / num_rows)}, accuracy "
+            f"{percent(right / num_rows)} (calibration error {reliability.ece * 100:.1f} points).",
+        )
+    if rows.off_set_mass is not None and rows.off_set_mass.mean > 0.1:
+        yield Note(
+            level="warning",
+            text=f"On average {percent(rows.off_set_mass.mean)} of the probability goes to "
+            "answers outside of the labels: the prompt may not tell which ones there are.",
+        )
+    if gold and gold.mistake and gold.mistake[2] >= 3:
+        truth, given, number = gold.mistake
+        pair = f"{short(truth, 40)} taken for {short(given, 40)}"
+        yield Note(level="info", text=f"The most frequent mistake: {pair}, {number:,} rows.")
+    if question.kind == "choose" and LABELS in values:
+        never = [label for label in question.labels if label not in values[LABELS].counts]
+        some = ", ".join(short(label, 30) for label in never[:8])
+        if never:
+            more = " ..." if len(never) > 8 else ""
+            yield Note(level="info", text=f"Never given: {some}{more}.")
+    ends = values.get(ENDS)
+    if ends is not None and (cut := ends.counts.get("length", 0)):
+        yield Note(
+            level="warning",
+            text=f"{cut:,} texts ({percent(cut / ends.total)}) were cut off at "
+            "sampling.max_tokens.",
+        )
+
+
+def clock(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(moment))

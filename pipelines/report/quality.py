@@ -1,7 +1,5 @@
 """The parts of a page about answers: how they are distributed, how sure they are, and how they
-stand against gold.
-
-Numbers become charts and rows of tables here. Knows nothing of HTML beyond that.
+stand against gold. Numbers become charts and rows of tables here.
 """
 
 from __future__ import annotations
@@ -10,149 +8,124 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from glm_batch.pipelines.evaluation.classes import RESAMPLED
 from glm_batch.pipelines.report import charts
-from glm_batch.pipelines.report.answers import NO_ANSWER, Answers, Gold
-from glm_batch.pipelines.report.tallies import NumberRange, UnitHistogram, Values
+from glm_batch.pipelines.report.answers import FIELD, LABELS
+from glm_batch.pipelines.report.committed_rows import (
+    CommittedRows,
+    Gold,
+    Histogram,
+    LabelRows,
+    Values,
+    in_matrix,
+)
 from glm_batch.pipelines.report.text import percent, shown
 
-LABELS_SHOWN = 20
-VALUES_SHOWN = 10
+NO_ANSWER = "(no answer)"
+LABELS_SHOWN, VALUES_SHOWN = 20, 10
 BARS = 24
 NARROW_MATRIX = 5  # columns of a confusion matrix that fit into half of the page
 Z = 1.959964  # of a two-sided interval of 95 %
-METRICS = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"}
-
-
-def answers_section(answers: Answers) -> dict[str, Any]:
-    gold_counts: Mapping[str, int] = {}
-    if answers.gold is not None and answers.gold.pairs:
-        gold_counts = sums(answers.gold)[0]
-    blocks = []
-    if answers.values.total:
-        names = {"generate": "Most frequent texts", "tag": "Tokens by label"}
-        blocks.append(
-            _distribution(
-                names.get(answers.kind, "Labels"), answers.values, answers.labels, gold_counts
-            )
-        )
-    blocks += [
-        _distribution(f"Field {shown(name, 60)}", values, (), {})
-        for name, values in answers.fields.items()
-    ]
-    if answers.finished.total:
-        blocks.append(_distribution("Ended by", answers.finished, (), {}))
-    return {
-        "blocks": blocks,
-        "confidence": _unit_histogram(
-            answers.confidence, "Confidence", answers.gold is not None, answers.kind
-        ),
-        "off_set_mass": _unit_histogram(answers.off_set_mass, "off_set_mass", False, answers.kind),
-        "numbers": _numbers(
-            answers.numbers, "Length of vectors" if answers.kind == "embed" else "Values"
-        ),
-        "lengths": lengths_chart(answers.lengths.counts, _LENGTHS.get(answers.kind, "")),
-    }
-
-
-_LENGTHS = {
+LENGTHS = {
     "generate": "Tokens of an answer",
     "tag": "Tokens of a row",
     "classify": "Labels of a row",
 }
 
 
+def answers_section(rows: CommittedRows) -> dict[str, Any]:
+    kind, gold = rows.question.kind, rows.gold
+    blocks = []
+    for name, values in rows.values.items():
+        order = rows.question.labels if name == LABELS else ()
+        second = (
+            {label: each.gold for label, each in gold.labels.items()}
+            if gold and name == LABELS
+            else {}
+        )
+        title = FIELD + shown(name.removeprefix(FIELD), 60) if name.startswith(FIELD) else name
+        blocks.append(_distribution(title, values, order, second))
+    numbers = [_numbers(found, name) for name, found in rows.numbers.items()]
+    return {
+        "blocks": blocks,
+        "confidence": _shares(rows.confidence, "Confidence", gold is not None, kind),
+        "off_set_mass": _shares(rows.off_set_mass, "off_set_mass", False, kind),
+        "numbers": numbers,
+        "lengths": lengths_chart(rows.frequencies("length"), LENGTHS.get(kind, "")),
+    }
+
+
 def _distribution(
     title: str, values: Values, order: Sequence[str], gold: Mapping[str, int]
 ) -> dict[str, Any]:
     """`order` lists values that are shown even if they do not occur."""
-    listed = values.ranked()
+    listed = list(values.counts.items())
     if not order and len(listed) > VALUES_SHOWN:
         listed = [(name, rows) for name, rows in listed if rows > 1]  # single ones tell nothing
     ranked = listed + [(name, 0) for name in order if name not in values.counts]
-    most = LABELS_SHOWN if order else VALUES_SHOWN
+    ranked = ranked[: LABELS_SHOWN if order else VALUES_SHOWN]
     total, num_gold = values.total, sum(gold.values())
-    highest = max(
-        [rows / total for _, rows in ranked[:1]] + [rows / num_gold for rows in gold.values()],
-        default=1.0,
-    )
+    shares = [rows / total for _, rows in ranked[:1]]
+    highest = max(shares + [rows / num_gold for rows in gold.values() if num_gold], default=1.0)
     rows = []
-    for name, count in ranked[:most]:
+    for name, count in ranked:
         second = gold.get(name, 0) / num_gold if num_gold else None
-        rows.append(
-            {
-                "name": shown(name, 80),
-                "rows": count,
-                "share": count / total,
-                "gold": second,
-                "bar": charts.bar(
-                    count / total / highest, None if second is None else second / highest
-                ),
-            }
-        )
-    rest = total - sum(count for _, count in ranked[:most])
-    different = f"{len(values.counts):,}" + ("+" if values.others else "")
+        bar = charts.bar(count / total / highest, None if second is None else second / highest)
+        own = {"name": shown(name, 80), "rows": count, "share": count / total, "gold": second}
+        rows.append(own | {"bar": bar})
     return {
         "title": title,
         "rows": rows,
-        "rest": rest,
+        "shown": sum(count > 0 for _, count in ranked),
+        "rest": total - sum(count for _, count in ranked),
         "total": total,
-        "different": different,
+        "different": values.different,
         "gold": bool(num_gold),
     }
 
 
-def _unit_histogram(
-    values: UnitHistogram, name: str, judged: bool, kind: str
-) -> dict[str, Any] | None:
-    if not values.rows:
+def _shares(found: Histogram | None, name: str, judged: bool, kind: str) -> dict[str, Any] | None:
+    """Of numbers in [0, 1]."""
+    if found is None:
         return None
-    right, wrong, other = values.bins
-    stacks = list(zip(right.tolist(), wrong.tolist(), other.tolist(), strict=True))
-    if not judged:
-        stacks = [(0, 0, sum(stack)) for stack in stacks]
+    by_bin = found.bins.T if judged else [(0, 0, int(rows)) for rows in found.bins.sum(axis=0)]
+    stacks = [tuple(map(int, stack)) for stack in by_bin]
     edges = [k / len(stacks) for k in range(len(stacks) + 1)]
     title = f"Rows by {name.lower() if name == 'Confidence' else name}"
-    shares = values.bins.sum(axis=0) / values.rows
-    top = f"{percent(float(shares[-2:].sum()))} of the rows from 0.9 up, {percent(float(shares[:10].sum()))} below 0.5"
+    shares = found.bins.sum(axis=0) / found.bins.sum()
+    top = (
+        f"{percent(float(shares[-2:].sum()))} of the rows from 0.9 up, "
+        f"{percent(float(shares[:10].sum()))} below 0.5"
+    )
     about = {
-        "Confidence": {
-            "tag": "the score of a row's least sure token",
-            "generate": "the geometric mean of an answer's token probabilities",
-        }.get(kind, "the probability of the answer among the labels"),
-        "off_set_mass": "the probability of anything but a label, before the labels share 1 among them",
-    }[name]
+        "tag": "the score of a row's least sure token",
+        "generate": "the geometric mean of an answer's token probabilities",
+    }.get(kind, "the probability of the answer among the labels")
+    if name != "Confidence":
+        about = "the probability of anything but a label, before the labels share 1 among them"
     return {
         "title": name,
         "about": about,
         "chart": charts.histogram(stacks, edges, title=title, x_name=name.lower()),
-        "told": f"{top}; mean {values.mean:.3f}, highest {values.highest:.3f}",
+        "told": f"{top}; mean {found.mean:.3f}, highest {found.highest:.3f}",
         "judged": judged,
         "table": [
-            (f"{low:.2f} to {high:.2f}", *map(int, stack))
+            (f"{low:.2f} to {high:.2f}", *stack)
             for low, high, stack in zip(edges[:-1], edges[1:], stacks, strict=True)
             if sum(stack)
         ],
     }
 
 
-def _numbers(numbers: NumberRange, title: str) -> dict[str, Any] | None:
-    if not numbers.rows:
-        return None
-    heights, edges = np.histogram(numbers.sample, BARS, (numbers.low, numbers.high))
-    sampled = (
-        f"; the bars show a sample of {len(numbers.sample):,}"
-        if len(numbers.sample) < numbers.rows
-        else ""
-    )
+def _numbers(found: Histogram, name: str) -> dict[str, Any]:
+    heights, title = found.bins.sum(axis=0).tolist(), shown(name, 60)
+    step = (found.high - found.low) / len(heights)
+    edges = [found.low + step * k for k in range(len(heights) + 1)]
+    stacks = [(0, 0, rows) for rows in heights]
     return {
         "title": title,
-        "chart": charts.histogram(
-            [(0, 0, int(rows)) for rows in heights], edges.tolist(), title=title, x_name=title
-        ),
-        "told": f"{numbers.low:.4g} to {numbers.high:.4g}, mean {numbers.mean:.4g}{sampled}",
+        "chart": charts.histogram(stacks, edges, title=title, x_name=title),
+        "told": f"{found.lowest:.4g} to {found.highest:.4g}, mean {found.mean:.4g}",
+        "judged": False,
     }
 
 
@@ -177,120 +150,89 @@ def lengths_chart(counts: Mapping[int, int], title: str) -> dict[str, Any] | Non
     edges = [float(low + step * k) for k in range(num_bars + 1)]
     mean = sum(value * rows for value, rows in counts.items()) / total
     told = f"{values[0]:,} to {values[-1]:,}, mean {mean:,.1f}"
+    stacks = [(0, 0, rows) for rows in heights]
     return {
         "title": title,
-        "chart": charts.histogram(
-            [(0, 0, rows) for rows in heights], edges, title=title, x_name=title.lower()
-        ),
+        "chart": charts.histogram(stacks, edges, title=title, x_name=title.lower()),
         "told": told + (f"; the last bar holds {longer:,} longer ones too" if longer else ""),
+        "judged": False,
     }
 
 
-def sums(gold: Gold) -> tuple[dict[str, int], dict[str, int]]:
-    """Rows by gold answer and by answer."""
-    by_gold: dict[str, int] = {}
-    by_answer: dict[str, int] = {}
-    for (truth, given), rows in gold.pairs.items():
-        by_gold[truth] = by_gold.get(truth, 0) + rows
-        by_answer[given] = by_answer.get(given, 0) + rows
-    return by_gold, by_answer
-
-
-def gold_section(answers: Answers) -> dict[str, Any] | None:
-    gold = answers.gold
+def gold_section(gold: Gold | None) -> dict[str, Any] | None:
     if gold is None:
         return None
     low, high = wilson(gold.right, gold.rows)
-    context: dict[str, Any] = {
+    return {
         "rows": gold.rows,
-        "right": gold.right,
         "failed": gold.failed,
         "accuracy": gold.right / gold.rows,
         "low": low,
         "high": high,
-        "classes": None,
-        "reliability": None,
+        "classes": classes_of(gold) if gold.labels else None,
+        "reliability": reliability_of(gold),
     }
-    if gold.pairs:
-        context["classes"] = classes_of(gold, answers.labels)
-    if gold.reliability is not None:
-        context["reliability"] = reliability_of(gold)
-    return context
 
 
-def classes_of(gold: Gold, labels: Sequence[str]) -> dict[str, Any]:
-    """Confusion, and precision, recall and F1 of each label, the LABELS_SHOWN most frequent ones in
-    their order.
-    """
-    by_gold, by_answer = sums(gold)
-    every = list(dict.fromkeys((*labels, *sorted(by_gold), *sorted(set(by_answer) - {NO_ANSWER}))))
-    ranked = sorted(every, key=lambda name: -by_gold.get(name, 0) - by_answer.get(name, 0))
-    kept = [name for name in every if name in ranked[:LABELS_SHOWN]]
-    columns = [*kept, *([NO_ANSWER] if by_answer.get(NO_ANSWER) else [])]
-    counts = np.array(
-        [[gold.pairs[truth, given] for given in (*every, NO_ANSWER)] for truth in every], np.int64
-    )
-    per_label = [_label_row(name, gold, by_gold, by_answer) for name in kept]
+def classes_of(gold: Gold) -> dict[str, Any]:
+    """Confusion, and precision, recall and F1, of the most frequent labels."""
+    kept: list[str] = in_matrix(gold.labels)
+    no_answer = [None] if any(given is None for _, given in gold.pairs) else []
+    columns = [*kept, *no_answer]
     return {
-        "labels": [shown(name, 40) for name in columns],
-        "matrix": [_matrix_row(name, columns, gold, by_gold.get(name, 0)) for name in kept],
-        "per_label": per_label,
-        "left_out": len(every) - len(kept),
+        "labels": [shown(NO_ANSWER if name is None else name, 40) for name in columns],
+        "matrix": [_matrix_row(name, columns, gold) for name in kept],
+        "per_label": [_label_row(name, gold.labels[name]) for name in kept],
+        "left_out": gold.different - len(kept),
         "wide": len(columns) > NARROW_MATRIX,
-        "metrics": [(METRICS[name], float(formula(counts))) for name, formula in RESAMPLED.items()],
+        "metrics": list(gold.metrics.items()),
     }
 
 
-def _label_row(
-    name: str, gold: Gold, by_gold: Mapping[str, int], by_answer: Mapping[str, int]
-) -> dict[str, Any]:
-    right, truth, given = gold.pairs[name, name], by_gold.get(name, 0), by_answer.get(name, 0)
+def _label_row(name: str, rows: LabelRows) -> dict[str, Any]:
+    both = rows.gold + rows.answered
     return {
         "name": shown(name, 60),
-        "gold": truth,
-        "answered": given,
-        "precision": right / given if given else None,
-        "recall": right / truth if truth else None,
-        "f1": 2 * right / (truth + given) if truth + given else None,
+        "gold": rows.gold,
+        "precision": rows.right / rows.answered if rows.answered else None,
+        "recall": rows.right / rows.gold if rows.gold else None,
+        "f1": 2 * rows.right / both if both else None,
     }
 
 
-def _matrix_row(name: str, columns: Sequence[str], gold: Gold, total: int) -> dict[str, Any]:
-    cells = []
+def _matrix_row(name: str, columns: Sequence[str | None], gold: Gold) -> dict[str, Any]:
+    cells, total = [], gold.labels[name].gold
     for given in columns:
-        rows = gold.pairs[name, given]
+        rows = gold.pairs.get((name, given), 0)
         share = rows / total if total else 0.0
         side = "hit" if given == name else "miss"
-        cells.append(
-            {
-                "rows": rows,
-                "share": share,
-                "heat": f"{side}-{math.ceil(share * 5)}" if rows else "none",
-            }
-        )
+        heat = f"{side}-{math.ceil(share * 5)}" if rows else "none"
+        cells.append({"rows": rows, "share": share, "heat": heat})
     return {"name": shown(name, 40), "cells": cells, "total": total}
 
 
-def reliability_of(gold: Gold) -> dict[str, Any]:
-    """The diagram with its numbers, for gold that has probabilities."""
+def reliability_of(gold: Gold) -> dict[str, Any] | None:
+    """The diagram with its numbers; None for answers without probabilities."""
     found = gold.reliability
-    assert found is not None
-    points = []
-    for rows, sure, right in zip(
-        found.rows.tolist(), found.confidence.tolist(), found.accuracy.tolist(), strict=True
-    ):
-        if rows:
-            points.append((sure, right, *wilson(right * rows, rows), rows))
+    if found is None:
+        return None
+    bins = zip(found.rows.tolist(), found.confidence.tolist(), found.accuracy.tolist(), strict=True)
+    points = [
+        (sure, right, *wilson(right * rows, rows), rows) for rows, sure, right in bins if rows
+    ]
     return {
         "chart": charts.reliability(points, title="Accuracy by confidence"),
         "ece": found.ece,
-        "brier": gold.brier / gold.brier_rows if gold.brier_rows else None,
+        "brier": gold.brier,
         "table": points,
     }
 
 
 def wilson(right: float, rows: float) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927); (0, 1) without rows."""
+    """The 95 % score interval of a share (Wilson 1927); (0, 1) without rows.
+
+    `right` may be a fraction, as it is for several samples a row; scipy's takes whole numbers only.
+    """
     if rows <= 0:
         return 0.0, 1.0
     share, extra = right / rows, Z * Z / rows

@@ -1,31 +1,39 @@
 """The page of a sweep: a table of its cells with intervals, quality against cost, and rows on which
 cells disagree.
 
-Reads what `glm-batch evaluate` has kept: results.json and the scores of each cell. Knows nothing of
-how either came about.
+Reads what `glm-batch evaluate` has kept: results.json and the scores of each cell.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glm_batch.models.errors import ConfigError
+from glm_batch.pipelines.evaluation.reliability import NUM_BINS
+from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.planning.plan import Plan
 from glm_batch.pipelines.report import charts
-from glm_batch.pipelines.report.answers import NO_ANSWER, Gold
-from glm_batch.pipelines.report.head import Note, Tile
-from glm_batch.pipelines.report.page import render
-from glm_batch.pipelines.report.quality import classes_of, reliability_of
+from glm_batch.pipelines.report.cards import asked_columns, row_text
+from glm_batch.pipelines.report.committed_rows import Gold, LabelRows, committed_parts, database
+from glm_batch.pipelines.report.input_rows import InputRows, Place
+from glm_batch.pipelines.report.page import Note, Tile, render
+from glm_batch.pipelines.report.quality import NO_ANSWER, classes_of, reliability_of
 from glm_batch.pipelines.report.text import compact, percent, short, shown
 from glm_batch.pipelines.sweep.cells import AXES, tokens_per_row
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 RESULTS, SCORES = "results.json", "scores"
 SURE = 0.05
@@ -35,6 +43,14 @@ MORE_METRICS = {
 }  # fmt: skip
 MOST_METRICS = 2
 DISAGREEMENTS = 12
+TEXT_SHOWN = 300
+SCORES_READ = pa.schema(
+    {
+        "cell": pa.string(), "number": pa.int32(), "position": pa.int64(), "row_key": pa.string(),
+        "gold": pa.string(), "answer": pa.string(), "confidence": pa.float64(),
+        "off_set_mass": pa.float64(),
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,17 +83,22 @@ class SweepCell:
         return found if found is not None and found["value"] is not None else None
 
 
+JobOf = Callable[[SweepCell], tuple[Output, Job]]
+
+
 def is_sweep(output: Output) -> bool:
     """Whether a finished sweep lies there."""
     return output.store.size(RESULTS) is not None
 
 
-def render_sweep(output: Output) -> str:
-    """Raises ConfigError where the results cannot be read."""
+def render_sweep(output: Output, job_of: JobOf | None = None) -> str:
+    """With the text of rows where `job_of` tells a cell's output and job. Raises ConfigError where
+    the results cannot be read.
+    """
     content = read_results(output)
     cells = sweep_cells(content)
     against = {each["cell"]: each for each in content["comparisons"]}
-    groups = [_group(output, some, against) for some in by_question(cells)]
+    groups = [_group(output, some, against, job_of) for some in by_question(cells)]
     return render(
         "sweep.html.jinja",
         title=short(output.place.rstrip("/").rpartition("/")[2], 80),
@@ -114,7 +135,17 @@ def by_question(cells: Sequence[SweepCell]) -> list[list[SweepCell]]:
     return [[cell for cell in cells if cell.question == question] for question in questions]
 
 
-def _group(output: Output, cells: list[SweepCell], against: dict[str, Any]) -> dict[str, Any]:
+def _group(
+    output: Output, cells: list[SweepCell], against: dict[str, Any], job_of: JobOf | None
+) -> dict[str, Any]:
+    def texts(keys: Sequence[str]) -> Mapping[str, str]:
+        try:
+            return row_texts(*job_of(cells[0]), keys) if job_of else {}
+        except ConfigError:  # the cell's output is gone: the page does without
+            return {}
+
+    with sweep_scores(output, cells) as scores:
+        disagreements = _disagreements(scores, cells, texts)
     axes = [axis for axis in AXES if len({cell.coordinates.get(axis) for cell in cells}) > 1] or [
         "model"
     ]
@@ -137,7 +168,7 @@ def _group(output: Output, cells: list[SweepCell], against: dict[str, Any]) -> d
         "charts": _charts(cells),
         "details": [found for cell in cells if (found := _details(cell))],
         "models": _legend(cells),
-        "disagreements": disagreements(output, cells),
+        "disagreements": disagreements,
         "scale": (percent(scale[0]), percent(scale[1])),
     }
 
@@ -224,78 +255,161 @@ def _details(cell: SweepCell) -> dict[str, Any] | None:
     kept = cell.content.get("confusion")
     if kept is None:
         return None
-    gold = Gold(rows=cell.content["rows"])
-    labels = [str(label) for label in kept["labels"]]
-    for truth, counts in zip(labels, kept["counts"], strict=True):
-        for given, rows in zip((*labels, NO_ANSWER), counts, strict=True):
-            if rows:
-                gold.pairs[truth, given] += rows
-    found = cell.content.get("reliability")
+    names = [str(label) for label in kept["labels"]]
+    counts = np.array(kept["counts"], np.int64).reshape(len(names), len(names) + 1)
+    sums = (counts.sum(1), counts[:, :-1].sum(0), np.diagonal(counts))
+    bins, found, brier = (
+        np.zeros((3, NUM_BINS)),
+        cell.content.get("reliability"),
+        cell.metric("brier"),
+    )
     if found is not None:
         rows, sure, right = (np.array([value or 0.0 for value in found[name]]) for name in
                              ("rows", "confidence", "accuracy"))  # fmt: skip
-        gold.bins = np.stack([rows, rows * sure, rows * right])
-    brier = cell.metric("brier")
-    if brier:
-        gold.brier, gold.brier_rows = brier["value"] * brier["rows"], int(brier["rows"])
+        bins = np.stack([rows, rows * sure, rows * right])
+    gold = Gold(
+        rows=cell.content["rows"],
+        labels={name: LabelRows(*map(int, own)) for name, *own in zip(names, *sums, strict=True)},
+        different=len(names),
+        pairs={
+            (names[truth], None if given == len(names) else names[given]): int(counts[truth, given])
+            for truth, given in np.argwhere(counts).tolist()
+        },
+        bins=bins,
+        brier=brier["value"] if brier else None,
+    )
     return {
         "mark": cell.mark,
         "name": cell.name,
-        "classes": classes_of(gold, labels),
-        "reliability": reliability_of(gold) if gold.bins[0].any() else None,
+        "classes": classes_of(gold),
+        "reliability": reliability_of(gold),
     }
 
 
-def disagreements(
-    output: Output, cells: Sequence[SweepCell], most: int = DISAGREEMENTS
+def _disagreements(
+    scores: SweepScores,
+    cells: Sequence[SweepCell],
+    texts: Callable[[Sequence[str]], Mapping[str, str]],
 ) -> list[dict[str, Any]]:
-    """Rows to which cells give the most different answers, with each answer's cells."""
-    answers = answers_by_key(output, cells)
-    if len(cells) < 2 or not answers:
-        return []
-    ranked = sorted(answers.items(), key=lambda item: -disagreement(item[1]["answers"].values()))
-    found = []
-    for key, row in ranked[:most]:
-        if disagreement(row["answers"].values()) <= 0:
-            break
+    """Rows to which cells give the most different answers, with each answer's cells; `texts` gives
+    what the rows with these keys say.
+    """
+    keys = scores.lowest("-disagreement", DISAGREEMENTS, "disagreement > 0")
+    said, found = texts(keys), []
+    for key, row in scores.rows(keys).items():
         by_answer: dict[str, list[str]] = {}
         for cell in cells:
-            if cell.name in row["answers"]:
-                by_answer.setdefault(row["answers"][cell.name] or NO_ANSWER, []).append(cell.mark)
+            if cell.name in row.answers:
+                answer = row.answers[cell.name] or NO_ANSWER
+                by_answer.setdefault(answer, []).append(cell.mark)
         sides = sorted(by_answer.items(), key=lambda item: -len(item[1]))
         found.append({
             "key": shown(key, 120),
-            "gold": shown(row["gold"], 120),
-            "sides": [(shown(answer, 120), marks, answer == row["gold"]) for answer, marks in sides],
+            "text": said.get(key, ""),
+            "gold": shown(row.gold, 120),
+            "sides": [(shown(answer, 120), marks, answer == row.gold) for answer, marks in sides],
         })  # fmt: skip
     return found
 
 
-def answers_by_key(output: Output, cells: Sequence[SweepCell]) -> dict[str, dict[str, Any]]:
-    """Each row's gold answer and what each cell answered, by row key, in the order of the input."""
-    found: dict[str, dict[str, Any]] = {}
-    for cell in cells:
-        table = scores_of(output, cell.name)
-        columns = (table[name].to_pylist() for name in ("row_key", "gold", "answer"))
-        for key, gold, answer in zip(*columns, strict=True):
-            row = found.setdefault(key, {"gold": gold, "answers": {}})
-            row["answers"][cell.name] = answer
-    return found
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """A row as some cells answered it: means over them; null where none has any."""
+
+    gold: str
+    disagreement: float
+    confidence: float | None
+    off_set_mass: float | None
+    answers: dict[str, str | None] = field(default_factory=dict)  # by cell
 
 
-def disagreement(answers: Any) -> float:
-    """The share of cells that do not give the most frequent answer."""
-    every = list(answers)
-    return 1 - max(every.count(each) for each in set(every)) / len(every) if every else 0.0
+class SweepScores:
+    """What cells that answer the same rows have answered: table `scores` has a row for each cell
+    and row, `doubts` one for each row.
+    """
+
+    def __init__(self, output: Output, cells: Sequence[SweepCell], db: DuckDBPyConnection) -> None:
+        self.db = db
+        db.from_arrow(SCORES_READ.empty_table()).create("scores")
+        for number, cell in enumerate(cells):
+            table = kept_scores(output, cell.name)
+            own = {"cell": [cell.name] * len(table), "number": [number] * len(table),
+                   "position": list(range(len(table)))}  # fmt: skip
+            columns = own | {
+                name: table[name] for name in SCORES_READ.names if name in table.column_names
+            }
+            nothing = pa.nulls(len(table))
+            every = [columns.get(name, nothing) for name in SCORES_READ.names]
+            db.from_arrow(pa.table(every, SCORES_READ.names).cast(SCORES_READ)).insert_into(
+                "scores"
+            )
+        db.execute(
+            "CREATE TABLE doubts AS SELECT row_key, min(position) AS position, "
+            "arg_min(gold, number) AS gold, favg(confidence) AS confidence, "
+            "favg(off_set_mass) AS off_set_mass, any_value(disagreement) AS disagreement "
+            "FROM scores JOIN (SELECT row_key, 1 - max(n) / sum(n) AS disagreement FROM "
+            "(SELECT row_key, count(*) AS n FROM scores GROUP BY row_key, answer) GROUP BY row_key) "
+            "USING (row_key) GROUP BY row_key"
+        )
+
+    def lowest(self, score: str, most: int, where: str = "true") -> list[str]:
+        """The keys of the rows with the lowest scores, which are SQL; of equal ones the first."""
+        query = f"SELECT row_key FROM doubts WHERE {where} AND isfinite({score})"
+        found = self.db.execute(f"{query} ORDER BY {score}, position, row_key LIMIT {most}")
+        return [key for (key,) in found.fetchall()]
+
+    def rows(self, keys: Iterable[str]) -> dict[str, ScoredRow]:
+        """In the order of the keys."""
+        some = list(keys)
+        known = {key: ScoredRow(*row) for key, *row in self.db.execute(
+            "SELECT row_key, gold, disagreement, confidence, off_set_mass FROM doubts "
+            "WHERE list_contains(?, row_key)", [some]).fetchall()}  # fmt: skip
+        for key, cell, answer in self.db.execute(
+            "SELECT row_key, cell, answer FROM scores WHERE list_contains(?, row_key) ORDER BY number",
+            [some],
+        ).fetchall():
+            known[key].answers[cell] = answer
+        return {key: known[key] for key in some}
 
 
-def scores_of(output: Output, cell: str) -> pa.Table:
+@contextmanager
+def sweep_scores(output: Output, cells: Sequence[SweepCell]) -> Iterator[SweepScores]:
+    """Raises ConfigError where the scores of a cell are gone."""
+    with database() as db:
+        yield SweepScores(output, cells, db)
+
+
+def kept_scores(output: Output, cell: str) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(output.store.read(f"{SCORES}/{cell}.parquet")))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{output.place}/{SCORES} has no {cell}.parquet: run evaluate again"
         ) from error
+
+
+def places_of(output: Output, plan: Plan, keys: Iterable[str]) -> dict[str, Place]:
+    """Where the first row with each key stands in a cell's output."""
+    wanted, found = pa.array(list(keys), pa.string()), dict[str, Place]()
+    for _, record, part in committed_parts(output, plan):
+        rows = np.flatnonzero(pc.is_in(part["row_key"], wanted))
+        for row, key in zip(
+            rows.tolist(), part["row_key"].take(pa.array(rows)).to_pylist(), strict=True
+        ):
+            found.setdefault(key, (record.unit, row))
+    return found
+
+
+def row_texts(output: Output, job: Job, keys: Sequence[str]) -> dict[str, str]:
+    """What the rows of a cell's input say, by key; those whose input is gone are left out."""
+    plan = output.standing_plan()
+    places = places_of(output, plan, keys) if keys else {}
+    rows = InputRows(job, plan).some(places.values(), asked_columns(job))
+    return {
+        key: row_text(job, rows[place], TEXT_SHOWN)
+        for key, place in places.items()
+        if place in rows
+    }
 
 
 def _tiles(cells: Sequence[SweepCell]) -> Iterator[Tile]:

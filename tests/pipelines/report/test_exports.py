@@ -17,6 +17,7 @@ from glm_batch.jobs.__main__ import app
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import CommitSection, Job, TaskConfig
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.report.committed_rows import committed_rows
 from glm_batch.pipelines.report.exports import write_pred_probs
 from glm_batch.pipelines.report.review import MARGIN, MASS, review_table, to_jsonl
 from tests.pipelines.report.world import LABELS, TYPES, a_job, choose_job, chosen, commit_rows
@@ -39,6 +40,11 @@ def masses() -> np.ndarray:
     return np.random.default_rng(6).random(ROWS)
 
 
+def review_of(job: Job, k: int) -> pa.Table:
+    with committed_rows(Output.at(job.output), job) as rows:
+        return review_table(rows, k)
+
+
 def commit_all(job: Job, probabilities: np.ndarray, masses: np.ndarray) -> None:
     gold = [LABELS[k % 3] for k in range(ROWS - 2)] + [None, "purple"]
     rows = pa.table(
@@ -53,7 +59,7 @@ def test_review_takes_turns_between_its_reasons(
     job: Job, probabilities: np.ndarray, masses: np.ndarray
 ) -> None:
     commit_all(job, probabilities, masses)
-    table = review_table(Output.at(job.output), job, 10)
+    table = review_of(job, 10)
     ordered = np.sort(probabilities, axis=1)
     margin = ordered[:, -1] - ordered[:, -2]
     margin[3], mass = np.inf, np.delete(masses, 3)
@@ -78,7 +84,7 @@ def test_review_of_more_rows_than_there_are(
     job: Job, probabilities: np.ndarray, masses: np.ndarray
 ) -> None:
     commit_all(job, probabilities, masses)
-    keys = review_table(Output.at(job.output), job, 1000)["row_key"].to_pylist()
+    keys = review_of(job, 1000)["row_key"].to_pylist()
     assert sorted(keys) == sorted(f"k{n}" for n in range(ROWS) if n != 3)
 
 
@@ -100,7 +106,7 @@ def test_answers_without_doubt_are_refused(tmp_path: Path) -> None:
     answer = {"text": "x", "reasoning": None, "finish_reason": "stop", "logprobs": None}
     commit_rows(job, pa.table({"id": [1], "text": ["a"]}), [answer])
     with pytest.raises(ConfigError, match=r"sampling\.logprobs"):
-        review_table(Output.at(job.output), job, 3)
+        review_of(job, 3)
 
 
 def test_probabilities_are_what_cleanlab_asks_for(
@@ -182,7 +188,7 @@ def test_images_travel_with_the_rows(tmp_path: Path) -> None:
     commit_rows(
         job, pa.table({"id": list(range(5)), "image": images}), [chosen([0.4, 0.3, 0.3])] * 5
     )
-    table = review_table(Output.at(job.output), job, 3)
+    table = review_of(job, 3)
     assert table["image"].to_pylist() == images[:3]
     lines = [json.loads(line) for line in to_jsonl(table).splitlines()]
     assert [base64.b64decode(line["image"].partition(",")[2]) for line in lines] == images[:3]

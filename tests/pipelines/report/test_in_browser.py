@@ -16,13 +16,11 @@ import pytest
 from PIL import Image
 
 from glm_batch.pipelines.job import CommitSection, Job, TaskConfig
-from glm_batch.pipelines.report.collect import collect
-from glm_batch.pipelines.report.page import render_job
 from glm_batch.pipelines.report.sweep_page import render_sweep
 from tests.pipelines.report.browser import Tab, chromium
 from tests.pipelines.report.test_hostile_text import HOSTILE
 from tests.pipelines.report.test_sweep_page import write_sweep
-from tests.pipelines.report.world import chosen, commit_rows
+from tests.pipelines.report.world import chosen, commit_rows, html_of
 
 pytestmark = pytest.mark.browser
 LOOKS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
@@ -53,7 +51,7 @@ def job_page(tmp_path: Path) -> Path:
         for n, text in enumerate(HOSTILE)
     ]
     page = tmp_path / "report.html"
-    page.write_text(render_job(collect(commit_rows(job, rows, answers), job)), encoding="utf-8")
+    page.write_text(html_of(commit_rows(job, rows, answers), job), encoding="utf-8")
     return page
 
 

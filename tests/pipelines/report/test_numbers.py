@@ -21,6 +21,7 @@ from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.pipelines.evaluation.reliability import NUM_BINS
 from glm_batch.pipelines.job import TaskConfig
 from glm_batch.pipelines.report.answers import matrix
+from glm_batch.pipelines.report.page import _asset
 from glm_batch.pipelines.report.quality import wilson
 from tests.pipelines.report.world import (
     LABELS,
@@ -29,7 +30,6 @@ from tests.pipelines.report.world import (
     a_job,
     choose_job,
     chosen,
-    collected,
     commit_rows,
     page_of,
 )
@@ -319,11 +319,57 @@ def test_what_was_left_out_of_a_long_label_list_is_counted(tmp_path: Path) -> No
     output = commit_rows(
         job, pa.table({"id": list(range(200)), "text": ["t"] * 200, "gold": gold}), answers
     )
-    found = collected(output, job).found
     page = page_of(output, job)
     bars = page.table_with("bar")
     assert len(bars) == 20
     hidden = 200 - sum(int(cells[2]) for cells in bars)
-    assert f"those not shown have {hidden}" in page.text
+    given = len({answer["label"] for answer in answers})
+    assert f"20 of {given} shown; those not shown have {hidden} of 200." in page.text
     assert "20 rarer labels are not shown" in page.text
-    assert found.counts.rows == 200
+
+
+def test_metrics_count_every_label_however_many_there_are(tmp_path: Path) -> None:
+    """They were those of the first 200 gold labels: the rows of all others counted as wrong."""
+    labels = [f"label {k:03}" for k in range(300)]
+    job = a_job(tmp_path, TaskConfig(kind="choose", prompt="{text}", labels=labels, gold="gold"))
+    rng = np.random.default_rng(1)
+    gold = [labels[k % 300] for k in range(900)]
+    given = [g if rng.random() < 0.6 else labels[rng.integers(300)] for g in gold]
+    answers = [
+        {"label": label, "probability": 0.5, "label_probs": [0.5, *[0.5 / 299] * 299], "off_set_mass": 0.0}
+        for label in given
+    ]  # fmt: skip
+    rows = pa.table({"id": list(range(900)), "text": ["t"] * 900, "gold": gold})
+    page = page_of(commit_rows(job, rows, answers), job)
+    assert f"balanced accuracy {balanced_accuracy_score(gold, given):.4f}" in page.text
+    assert f"macro F1 {f1_score(gold, given, labels=labels, average='macro'):.4f}" in page.text
+    assert f"micro F1 {f1_score(gold, given, average='micro'):.4f}" in page.text
+    assert "280 rarer labels are not shown" in page.text
+
+
+def test_a_kind_that_the_report_does_not_know_has_its_numbers(tmp_path: Path) -> None:
+    job = a_job(tmp_path, TaskConfig(kind="weigh", prompt="{text}"), carry=["year"])  # type: ignore[arg-type]
+    weights = np.random.default_rng(0).normal(size=40)
+    columns = {"id": list(range(40)), "text": ["t"] * 40, "year": [2000] * 40}
+    types = {"weight": pa.float64(), "scale": pa.string(), "year": pa.int64()}
+    answers = [{"weight": w, "scale": "kg", "year": 2000} for w in weights]
+    output = commit_rows(job, pa.table(columns), [*answers[:-1], {"error_code": "x"}], types=types)
+    page = page_of(output, job)
+    assert page.tiles["Rows"] == "40"
+    kept = weights[:-1]
+    assert f"{kept.min():.4g} to {kept.max():.4g}, mean {kept.mean():.4g}" in page.text
+    assert "mean 2000" not in page.text
+    assert "weight: " in page.text
+
+
+def test_rows_without_gold_are_grey(made: Any, tmp_path: Path) -> None:
+    """They were as blue as right ones. Where no row has gold all bars are blue."""
+    panels = [
+        each["class"] for tag, each in page_of(*made).elements if tag == "div" and "class" in each
+    ]
+    assert panels.count("panel judged") == 1  # confidence; off_set_mass is not told apart
+    assert ".judged .other, .key.other { fill: var(--grey);" in _asset("style.css")
+    job = choose_job(tmp_path)
+    object.__setattr__(job, "output", str(tmp_path / "no gold"))
+    rows = pa.table({"id": [1], "text": ["t"], "gold": pa.array([None], pa.string())})
+    assert "panel judged" not in page_of(commit_rows(job, rows, [chosen([1, 0, 0])]), job).html

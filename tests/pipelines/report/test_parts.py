@@ -23,64 +23,93 @@ from glm_batch.glm_actors.faults.spent import IN_ENGINE
 from glm_batch.models.processing.messages import MediaPart
 from glm_batch.pipelines.job import CommitSection, Job, MediaSection, TaskConfig
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.commit import CommitRecord
+from glm_batch.pipelines.output.commit import CommitRecord, Output
 from glm_batch.pipelines.report import charts
-from glm_batch.pipelines.report.tallies import (
-    MAX_VALUES,
-    Lowest,
-    NumberRange,
-    UnitHistogram,
-    Values,
-    random_scores,
-)
+from glm_batch.pipelines.report.answers import TEXTS, Question, row_facts
+from glm_batch.pipelines.report.committed_rows import MAX_VALUES, NUMBER_BINS, committed_rows
 from glm_batch.pipelines.report.text import compact, duration, percent
 from glm_batch.pipelines.report.thumbnails import pictures
 from glm_batch.pipelines.report.timeline import Clock
-from tests.pipelines.report.world import choose_job, chosen, collected, commit_rows, page_of
-
-SCORES = st.lists(st.one_of(st.integers(0, 5).map(float), st.just(float("nan"))), max_size=30)
+from tests.pipelines.report.world import a_job, choose_job, chosen, commit_rows, page_of
 
 
-@given(st.lists(SCORES, max_size=6), st.integers(1, 8))
-def test_the_lowest_rows_are_those_of_a_sort(units: list[list[float]], size: int) -> None:
-    found = Lowest(size)
-    for unit, scores in enumerate(units):
-        found.offer(unit, pa.table({"n": list(range(len(scores)))}), np.array(scores, np.float64))
-    every = [
-        (score, unit, row) for unit, scores in enumerate(units) for row, score in enumerate(scores)
-    ]
-    expected = sorted(each for each in every if each[0] == each[0])[:size]
-    assert [(each.score, each.unit, each.row) for each in found.rows] == expected
-    assert all(each.columns == {"n": each.row} for each in found.rows)
-
-
-def test_a_sample_is_fair() -> None:
-    drawn = np.concatenate([random_scores(unit, 100) for unit in range(200)])
-    assert abs(drawn.mean() - 0.5) < 0.01
-    np.testing.assert_array_equal(random_scores(7, 100), random_scores(7, 100))
-
-
-def test_counts_of_values_keep_their_sum() -> None:
-    values = Values()
-    values.add((str(number), 2) for number in range(MAX_VALUES + 10))
-    assert (len(values.counts), values.others, values.total) == (
-        MAX_VALUES,
-        20,
-        2 * MAX_VALUES + 20,
+def scored(folder: Path, sure: list[float | None], unit_rows: int = 7) -> tuple[Output, Job]:
+    """An output whose rows have these confidences; None for one that failed."""
+    job = choose_job(folder)
+    object.__setattr__(job, "commit", CommitSection(unit_rows=unit_rows))
+    rows = pa.table(
+        {"id": list(range(len(sure))), "text": ["t"] * len(sure), "gold": [None] * len(sure)}
     )
+    answers = [
+        {"error_code": "x"} if value is None else {**chosen([1, 0, 0]), "probability": value}
+        for value in sure
+    ]
+    return commit_rows(job, rows, answers), job
 
 
-def test_a_histogram_of_shares_and_of_numbers() -> None:
-    shares, numbers = UnitHistogram(), NumberRange()
-    values = np.random.default_rng(0).random(30_000)
-    for some in np.split(values, 30):
-        shares.add(np.append(some, np.nan), np.zeros(len(some) + 1, np.int64))
-        numbers.add(some * 100 - 50)
-    np.testing.assert_array_equal(shares.bins[0], np.histogram(values, 20, (0, 1))[0])
+def test_the_lowest_rows_are_those_of_a_sort(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sure = [None if value == 5 else float(value) / 5 for value in rng.integers(0, 6, 40).tolist()]
+    expected = sorted((value, *divmod(k, 7)) for k, value in enumerate(sure) if value is not None)
+    with committed_rows(*scored(tmp_path, sure)) as rows:
+        for size in (1, 3, 12, 100):
+            found = rows.lowest("confidence", size)
+            assert found == [(unit, row) for _, unit, row in expected[:size]]
+        picked = rows.picked(found)
+        assert [picked[unit, row].columns["row_key"] for unit, row in found] == [
+            str(unit * 7 + row) for unit, row in found
+        ]
+
+
+def test_a_sample_is_fair_and_does_not_depend_on_the_rest(tmp_path: Path) -> None:
+    with committed_rows(*scored(tmp_path, [0.5] * 2000, 100)) as rows:
+        drawn = [
+            chance
+            for (chance,) in rows.db.sql("SELECT chance FROM facts ORDER BY unit, row").fetchall()
+        ]
+    assert abs(np.mean(drawn) - 0.5) < 0.02
+    part = Output.at(str(tmp_path / "out")).manifest()
+    table = Output.at(str(tmp_path / "out")).read_part(part.parts[7])
+    again = row_facts(Question("choose", ("a", "b", "c")), 7, table, None)["chance"]
+    assert again.to_pylist() == drawn[700:800]
+
+
+def test_counts_of_values_keep_their_sum(tmp_path: Path) -> None:
+    job = a_job(
+        tmp_path, TaskConfig(kind="generate", prompt="{text}"), commit=CommitSection(unit_rows=500)
+    )
+    texts = [f"text {k % (MAX_VALUES + 10):05}" for k in range(2 * MAX_VALUES + 20)]
+    rows = pa.table({"id": list(range(len(texts))), "text": ["t"] * len(texts)})
+    answers = [
+        {"text": text, "reasoning": None, "finish_reason": "stop", "logprobs": None}
+        for text in texts
+    ]
+    with committed_rows(commit_rows(job, rows, answers), job) as found:
+        values = found.values[TEXTS]
+    assert list(values.counts.items()) == [(f"text {k:05}", 2) for k in range(MAX_VALUES)]
+    assert (values.different, values.total) == (MAX_VALUES + 10, len(texts))
+
+
+def test_a_histogram_of_shares_and_of_numbers(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random(3000)
+    with committed_rows(*scored(tmp_path, [*values, None], 100)) as rows:
+        shares = rows.confidence
+    assert shares is not None
+    np.testing.assert_array_equal(shares.bins[2], np.histogram(values, 20, (0, 1))[0])
     assert shares.mean == pytest.approx(values.mean())
-    assert (numbers.rows, len(numbers.sample)) == (30_000, 10_000)
-    assert numbers.mean == pytest.approx(values.mean() * 100 - 50)
-    assert abs(np.median(numbers.sample)) < 2
+    (tmp_path / "embed").mkdir()
+    job = a_job(
+        tmp_path / "embed",
+        TaskConfig(kind="embed", prompt="{text}"),
+        commit=CommitSection(unit_rows=100),
+    )
+    table = pa.table({"id": list(range(3000)), "text": ["t"] * 3000})
+    answers = [{"vector": [value, 0.0, 0.0]} for value in values]
+    with committed_rows(commit_rows(job, table, answers), job) as rows:
+        (numbers,) = rows.numbers.values()
+    exact = values.astype(np.float32).astype(np.float64)
+    np.testing.assert_array_equal(numbers.bins.sum(0), np.histogram(exact, NUMBER_BINS)[0])
+    assert (numbers.lowest, numbers.highest) == (exact.min(), exact.max())
 
 
 def record(
@@ -250,9 +279,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
             }
         )
         output = commit_rows(job, rows, [chosen([0.5, 0.3, 0.2])] * 200 * units)
-        collected(output, job)  # what is imported and cached on the way counts for neither
+        page_of(output, job)  # what is imported and cached on the way counts for neither
         tracemalloc.start()
-        collected(output, job)
+        page_of(output, job)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] * 1.5 + 200_000

@@ -94,6 +94,19 @@ def test_disagreements_stand_with_their_cells(sweep: Output) -> None:
     assert "green right: B" in " ".join(rows[0][2].split())
 
 
+def test_disagreements_stand_with_the_text_of_their_rows(sweep: Output, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    job = choose_job(folder)
+    rows = pa.table({"id": ["a", "b", "c"], "text": ["x", "why?", "z" * 999], "gold": GOLD})
+    output = commit_rows(job, rows, [chosen([0.9, 0.05, 0.05])] * 3)
+    shown = Page.read(render_sweep(sweep, lambda cell: (output, job))).table_with("answers")
+    assert [cells[0] for cells in shown] == ["b", "c"]
+    assert shown[0][1] == "why?"
+    assert shown[1][1].startswith("zzz")
+    assert "300 of 999 characters" in shown[1][1]
+
+
 def test_what_no_cell_beats() -> None:
     points = [
         charts.Point(x=x, y=y, low=y, high=y, name="")

@@ -18,7 +18,7 @@ from glm_batch.pipelines.job import CommitSection, Job, TaskConfig, job_file
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.commit import JOB, Output
 from glm_batch.pipelines.planning.plan import job_source, make_plan
-from glm_batch.pipelines.report.collect import Collected, collect
+from glm_batch.pipelines.report.committed_rows import committed_rows
 from glm_batch.pipelines.report.page import render_job
 from glm_batch.pipelines.tasks.schema import ROW_COLUMNS, TOKEN
 
@@ -125,12 +125,13 @@ def counts_of(table: pa.Table) -> Counts:
     )
 
 
-def collected(output: Output, job: Job) -> Collected:
-    return collect(output, job)
+def html_of(output: Output, job: Job) -> str:
+    with committed_rows(output, job) as rows:
+        return render_job(rows)
 
 
 def page_of(output: Output, job: Job) -> Page:
-    return Page.read(render_job(collect(output, job)))
+    return Page.read(html_of(output, job))
 
 
 @dataclass
