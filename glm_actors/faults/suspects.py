@@ -1,26 +1,44 @@
-"""Ledger: which rows each worker process was at when it died, and what follows from that.
+"""Suspects: which row ends the processes that work on it, found in as few deaths as can be.
 
-Lives in a process of its own, which outlasts the workers. A death makes all that its process had in
-flight suspect. A suspect unit is run with nothing beside it; when its process dies then, the piece
-that was in flight is cut into smaller ones, down to single rows. A row that was in flight alone at
-two deaths is the culprit: it gets an error and is never run again. Every death cuts a piece or
-counts against a row, so the search ends. Knows nothing of Ray, of tables and of what the work is.
+Owns the search, the `Ledger` that lives through the deaths of a job's workers, and the `Guard` by
+which a worker tells it what it is at. A replica of a live application is searched for by
+glm_actors.shared. A death makes all suspect that its process had in flight. A suspect unit is run
+with nothing beside it; when it is lost then, the piece that was in flight is cut into smaller ones,
+down to single rows. A row that was lost alone twice is the culprit: it gets an error and is never
+run again. Every death cuts a piece or counts against a row, so the search ends.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import os
 import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
-from glm_batch.models.errors import RowError
+from glm_batch.models.errors import EngineError, RowError
 
 log = logging.getLogger(__name__)
 
+DEAD_EXIT_CODE = 70
+LAST_WORDS_S = 10.0  # that a dying process waits for the ledger to hear it
 NO_WORDS = (
-    "it was killed without a word: by SIGKILL, as the kernel does when the machine's memory runs out, or by native "
-    "code that ended the process"
+    "it was killed without a word: by SIGKILL, as the kernel does when the machine's memory runs "
+    "out, or by native code that ended the process"
 )
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class NoRestartError(EngineError):
+    """An EngineError that another process of the job would meet, too: the job ends with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +90,67 @@ class _Rows:
     error: RowError | None = None
 
 
+class Suspects:
+    """The search. `worker` names for people what dies over a row: "process" or "replica"."""
+
+    def __init__(self, patience: Patience, worker: str = "process") -> None:
+        self._patience, self._worker = patience, worker
+        self._units: dict[str, dict[tuple[int, int], _Rows]] = {}
+        self._num_lost = 0
+
+    def pieces(self, unit: str) -> list[Piece] | None:
+        """The pieces to run a suspect unit in, those first that have not been finished; None for
+        one that nobody suspects.
+
+        In any order: where a few of many are bad, another one soon shows that a worker can work at
+        all.
+        """
+        if unit not in self._units:
+            return None
+        pieces = list(self._units[unit].items())
+        random.Random(f"{unit} {self._num_lost}").shuffle(pieces)
+        pieces.sort(key=lambda piece: piece[1].cleared)
+        return [Piece(start=start, stop=stop, error=rows.error) for (start, stop), rows in pieces]
+
+    def lose(self, unit: str, start: int, stop: int, reason: str, *, alone: bool) -> None:
+        """Rows [start, stop) were in flight at a death, `alone` or beside others."""
+        self._num_lost += 1
+        pieces = self._units.setdefault(unit, {(start, stop): _Rows()})
+        if not alone or (start, stop) not in pieces:
+            return
+        if stop - start > 1:
+            del pieces[start, stop]
+            size = -(-(stop - start) // self._patience.pieces)
+            pieces |= {
+                (first, min(first + size, stop)): _Rows() for first in range(start, stop, size)
+            }
+            return
+        rows = pieces[start, stop]
+        rows.deaths += 1
+        rows.cleared = False
+        if rows.deaths >= self._patience.row_deaths:
+            rows.error = RowError(
+                "worker_died",
+                f"the {self._worker} that worked on this row died {rows.deaths} times while it had "
+                f"nothing else of the job to do; the last time: {reason}. The other rows went on "
+                "without it: make it smaller or leave it out",
+            )
+            log.warning("%s row %d is recorded as an error: %s", unit, start, rows.error)
+
+    def clear(self, unit: str, start: int, stop: int) -> None:
+        """A piece is finished."""
+        rows = self._units.get(unit, {}).get((start, stop))
+        if rows:
+            rows.cleared = True
+
+    def forget(self, unit: str) -> None:
+        """A unit is answered. Its culprits stay known, in case its answers are lost and asked for
+        again.
+        """
+        if not any(rows.error for rows in self._units.get(unit, {}).values()):
+            self._units.pop(unit, None)
+
+
 @dataclass(slots=True)
 class _Worker:
     in_flight: set[tuple[str, int, int]] = field(default_factory=set)
@@ -86,7 +165,7 @@ class Ledger:
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
         self._workers: dict[str, _Worker] = {}
-        self._suspects: dict[str, dict[tuple[int, int], _Rows]] = {}
+        self._suspects = Suspects(patience)
 
     def arrive(self, name: str, last_words: str | None = None) -> Arrival:
         """A worker starts. If it is known it has died; `last_words` is what it has left behind."""
@@ -110,24 +189,17 @@ class Ledger:
         )  # fmt: skip
         for unit, start, stop in in_flight:
             self.lose(stop - start)
-            self._suspect(unit, start, stop, reason, alone=len(in_flight) == 1)
+            self._suspects.lose(unit, start, stop, reason, alone=len(in_flight) == 1)
         return arrival
 
     def begin(self, name: str, unit: str, num_rows: int) -> list[Piece] | None:
         """A worker takes up a unit. None: all of it is in flight from now on; else it is suspect:
         see `enter`.
-
-        A suspect unit comes in the pieces to run it in, those first that have not been finished, in
-        any order: where a few of many are bad, the worker soon shows with another that it can work
-        at all.
         """
-        if unit not in self._suspects:
+        pieces = self._suspects.pieces(unit)
+        if pieces is None:
             self._worker(name).in_flight.add((unit, 0, num_rows))
-            return None
-        pieces = list(self._suspects[unit].items())
-        random.Random(f"{unit} {self._worker(name).deaths}").shuffle(pieces)
-        pieces.sort(key=lambda piece: piece[1].cleared)
-        return [Piece(start=start, stop=stop, error=rows.error) for (start, stop), rows in pieces]
+        return pieces
 
     def enter(self, name: str, unit: str, start: int, stop: int) -> None:
         """A worker is about to run a piece of a suspect unit, and nothing beside it."""
@@ -138,16 +210,11 @@ class Ledger:
         worker = self._worker(name)
         worker.in_flight.discard((unit, start, stop))
         worker.barren = 0
-        rows = self._suspects.get(unit, {}).get((start, stop))
-        if rows:
-            rows.cleared = True
+        self._suspects.clear(unit, start, stop)
 
     def finish(self, unit: str) -> None:
-        """A suspect unit is answered. Its culprits stay known, in case its answers are lost and
-        asked for again.
-        """
-        if not any(rows.error for rows in self._suspects.get(unit, {}).values()):
-            self._suspects.pop(unit, None)
+        """A suspect unit is answered."""
+        self._suspects.forget(unit)
 
     def say(self, name: str, last_words: str) -> None:
         """A worker is about to end its own process, and why."""
@@ -170,24 +237,233 @@ class Ledger:
         wait = self._patience.backoff_s * 2.0 ** (worker.barren - 2)
         return Arrival(wait_s=min(wait, self._patience.max_backoff_s))
 
-    def _suspect(self, unit: str, start: int, stop: int, reason: str, *, alone: bool) -> None:
-        pieces = self._suspects.setdefault(unit, {(start, stop): _Rows()})
-        if not alone or (start, stop) not in pieces:
+
+class Book(Protocol):
+    """A Ledger, here or elsewhere, for one worker."""
+
+    @property
+    def is_restart(self) -> bool: ...
+    def arrive(self) -> Arrival: ...
+    def begin(self, unit: str, num_rows: int) -> list[Piece] | None: ...
+    def enter(self, unit: str, start: int, stop: int) -> None: ...
+    def leave(self, unit: str, start: int, stop: int, *, wait: bool) -> None: ...
+    def finish(self, unit: str) -> None: ...
+    def say(self, last_words: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """What became of rows [start, stop): the work's result, or the error of a single row that must
+    not be run.
+    """
+
+    start: int
+    stop: int
+    result: T | RowError
+
+
+class Run(Protocol):
+    """Runs work over rows under guard: see Guard.run."""
+
+    def __call__(
+        self, unit: str, num_rows: int, work: Callable[[int, int], T]
+    ) -> list[Answer[T]]: ...
+
+
+class Guard:
+    """Arrives at the ledger when it is built: that may wait. `refusal` is why this process should
+    not start at all.
+    """
+
+    def __init__(self, book: Book | None, what: str) -> None:
+        """`what` names the worker for people; without a book work is just done."""
+        self._book, self._what = book, what
+        self._turns = _Turns()
+        self.is_restart = book is not None and book.is_restart
+        arrival = book.arrive() if book else Arrival()
+        self.refusal = EngineError(f"{what}: {arrival.refusal}") if arrival.refusal else None
+        if not self.refusal:
+            time.sleep(arrival.wait_s)
+
+    def run(self, unit: str, num_rows: int, work: Callable[[int, int], T]) -> list[Answer[T]]:
+        """Runs `work(start, stop)` over all rows of a unit, at once or in pieces; answers in the
+        rows' order.
+        """
+        if not num_rows:
+            return [Answer(0, 0, work(0, 0))]
+
+        def at_once() -> list[Answer[T]]:
+            return [Answer(0, num_rows, work(0, num_rows))]
+
+        return self._guarded(
+            unit, num_rows, at_once, lambda pieces: self._in_pieces(unit, pieces, work)
+        )
+
+    def run_steps(self, unit: str, whole: Callable[[], R], careful: Callable[[Run], R]) -> R:
+        """Runs `whole()`; but `careful` if the unit is suspect, which runs each step by what it is
+        given, as `run`.
+        """
+        return self._guarded(unit, 1, whole, lambda _: careful(self._run_alone))
+
+    def _guarded(
+        self, unit: str, num_rows: int, whole: Callable[[], R], suspect: Callable[[list[Piece]], R]
+    ) -> R:
+        book = self._book
+        if book is None:
+            return whole()
+        with self._turns.beside_others():
+            pieces = book.begin(unit, num_rows)
+            if pieces is None:
+                result = whole()
+                book.leave(unit, 0, num_rows, wait=False)
+                return result
+        with self._turns.alone():
+            result = suspect(pieces)
+            book.finish(unit)
+            return result
+
+    def _run_alone(
+        self, unit: str, num_rows: int, work: Callable[[int, int], T]
+    ) -> list[Answer[T]]:
+        """A step of a suspect unit, which may not be suspect itself."""
+        assert self._book is not None
+        pieces = self._book.begin(unit, num_rows)
+        if pieces is None:
+            result = work(0, num_rows)
+            self._book.leave(unit, 0, num_rows, wait=True)
+            return [Answer(0, num_rows, result)]
+        answers = self._in_pieces(unit, pieces, work)
+        self._book.finish(unit)
+        return answers
+
+    def _in_pieces(
+        self, unit: str, pieces: list[Piece], work: Callable[[int, int], T]
+    ) -> list[Answer[T]]:
+        answers = [self._run_piece(unit, piece, work) for piece in pieces]
+        return sorted(answers, key=lambda answer: answer.start)
+
+    def die(self, error: BaseException | str) -> NoReturn:
+        """Ends this process so that it is started again, and its units are retried there.
+
+        An exception would send the retry to the same process, and ray.actor.exit_actor is not
+        retried at all.
+        """
+        reason = (
+            str(error)
+            if isinstance(error, str | EngineError)
+            else f"{type(error).__name__}: {error}"
+        )
+        print(
+            f"{self._what}: its process ends and will be started again: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if self._book:
+            # On a thread of its own: whatever state this process is in, it must end.
+            speaking = threading.Thread(target=self._book.say, args=(reason,), daemon=True)
+            speaking.start()
+            speaking.join(LAST_WORDS_S)
+        os._exit(DEAD_EXIT_CODE)
+
+    def _run_piece(self, unit: str, piece: Piece, work: Callable[[int, int], T]) -> Answer[T]:
+        if piece.error:
+            return Answer(piece.start, piece.stop, piece.error)
+        assert self._book is not None
+        self._book.enter(unit, piece.start, piece.stop)
+        result = work(piece.start, piece.stop)
+        self._book.leave(unit, piece.start, piece.stop, wait=True)
+        return Answer(piece.start, piece.stop, result)
+
+
+class RayBook:
+    """The Book of this Ray actor in a Ledger that is an actor too."""
+
+    def __init__(self, ledger: Any) -> None:
+        import ray
+
+        context = ray.get_runtime_context()
+        self._ledger, self._get = ledger, ray.get
+        self._name: str = context.get_actor_id() or "driver"
+        self.is_restart = bool(context.was_current_actor_reconstructed)
+        self._crash = _CrashFile(self._name)
+
+    def arrive(self) -> Arrival:
+        arrived = self._ledger.arrive.remote(self._name, self._crash.former)
+        # A ledger that is only just starting has nothing to tell to a first process.
+        return self._get(arrived) if self.is_restart else Arrival()
+
+    def begin(self, unit: str, num_rows: int) -> list[Piece] | None:
+        return self._get(self._ledger.begin.remote(self._name, unit, num_rows))  # type: ignore[no-any-return]
+
+    def enter(self, unit: str, start: int, stop: int) -> None:
+        self._get(self._ledger.enter.remote(self._name, unit, start, stop))
+
+    def leave(self, unit: str, start: int, stop: int, *, wait: bool) -> None:
+        left = self._ledger.leave.remote(self._name, unit, start, stop)
+        if wait:
+            self._get(left)
+
+    def finish(self, unit: str) -> None:
+        self._ledger.finish.remote(unit)
+
+    def say(self, last_words: str) -> None:
+        self._get(self._ledger.say.remote(self._name, last_words))
+
+
+class _CrashFile:
+    """Where Python writes what a fatal signal was, beside the worker's log, for the process that
+    comes after.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.former: str | None = None
+        try:
+            log = Path(os.readlink("/proc/self/fd/2"))
+        except OSError:  # no such thing on this system: a crash then leaves no words
             return
-        if stop - start > 1:
-            del pieces[start, stop]
-            size = -(-(stop - start) // self._patience.pieces)
-            pieces |= {
-                (first, min(first + size, stop)): _Rows() for first in range(start, stop, size)
-            }
+        if not log.is_file():
             return
-        rows = pieces[start, stop]
-        rows.deaths += 1
-        rows.cleared = False
-        if rows.deaths >= self._patience.row_deaths:
-            rows.error = RowError(
-                "worker_died",
-                f"the process that worked on this row died {rows.deaths} times while it had nothing else to do; the "
-                f"last time: {reason}. The other rows went on without it: make it smaller or leave it out",
-            )
-            log.warning("%s row %d is recorded as an error: %s", unit, start, rows.error)
+        path = log.parent / f"crash-{name}.txt"
+        if path.exists():
+            text = path.read_text(errors="replace")
+            print(text, file=sys.stderr, flush=True)
+            self.former = text.partition("\n")[0].strip() or None
+        self._file = path.open("w")
+        faulthandler.enable(self._file)
+
+
+class _Turns:
+    """Many beside each other, or one alone. Whoever waits to be alone goes before those that come
+    later.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = self._waiting = 0
+
+    @contextmanager
+    def beside_others(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._running >= 0 and not self._waiting)
+            self._running += 1
+        try:
+            yield
+        finally:
+            self._end(1)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._running == 0)
+            self._waiting -= 1
+            self._running = -1
+        try:
+            yield
+        finally:
+            self._end(-1)
+
+    def _end(self, count: int) -> None:
+        with self._changed:
+            self._running -= count
+            self._changed.notify_all()

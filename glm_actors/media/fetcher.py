@@ -8,7 +8,6 @@ credentials, and no proxy of the environment is used. Knows nothing of formats, 
 from __future__ import annotations
 
 import ipaddress
-import random
 import socket
 import ssl
 import threading
@@ -23,6 +22,14 @@ from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import httpcore
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
 
 from glm_batch.glm_actors.media.media_source import (
     DEFAULT_PORTS,
@@ -49,7 +56,7 @@ _UNRESERVED = "%/:@!$&'()*+,;=~?"
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-class _Retry(Exception):
+class _TryAgainError(Exception):
     """This try failed in a way in which the next one may not."""
 
 
@@ -106,15 +113,18 @@ class Fetcher:
             ) from error
 
     def _try_often(self, url: str) -> memoryview:
-        reason = ""
-        for number in range(MAX_TRIES):
-            if number:
-                self._clock.sleep(BACKOFF_S * 2 ** (number - 1) * random.uniform(0.5, 1.5), reason)
-            try:
-                return self._follow(url)
-            except _Retry as error:
-                reason = str(error)
-        raise RowError("media_fetch_failed", f"{shown(url)}: {reason}, {MAX_TRIES} times")
+        retrying = Retrying(
+            retry=retry_if_exception_type(_TryAgainError),
+            stop=stop_after_attempt(MAX_TRIES),
+            wait=wait_exponential(BACKOFF_S) + wait_random(0, BACKOFF_S),
+            before_sleep=self._clock.refuse_sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(self._follow, url)
+        except _TryAgainError as error:
+            message = f"{shown(url)}: {error}, {MAX_TRIES} times"
+            raise RowError("media_fetch_failed", message) from error
 
     def _follow(self, url: str) -> memoryview:
         for _ in range(MAX_REDIRECTS + 1):
@@ -168,7 +178,7 @@ class Fetcher:
             httpcore.RemoteProtocolError,
         ) as error:
             self._clock.left(f"the last try failed with {_name(error)}")
-            raise _Retry(f"the connection failed with {_name(error)}") from error
+            raise _TryAgainError(f"the connection failed with {_name(error)}") from error
         except (httpcore.LocalProtocolError, httpcore.UnsupportedProtocol) as error:
             raise RowError(
                 "media_fetch_failed", f"{shown(url)} cannot be asked for: {error}"
@@ -179,7 +189,7 @@ class Fetcher:
         if reply.status in REDIRECTS and b"location" in headers:
             return headers[b"location"]
         if reply.status in RETRIED_STATUSES:
-            raise _Retry(f"the server answered {reply.status}")
+            raise _TryAgainError(f"the server answered {reply.status}")
         if reply.status in (404, 410):
             raise RowError("media_not_found", f"{shown(url)}: the server answered {reply.status}")
         if reply.status != 200:
@@ -269,10 +279,11 @@ class _Clock:
             raise _OutOfTime(doing)
         return left
 
-    def sleep(self, seconds: float, reason: str) -> None:
-        if seconds >= self.left(reason):
+    def refuse_sleep(self, state: RetryCallState) -> None:
+        """Raises _OutOfTime where the next try would come too late."""
+        reason = str(state.outcome and state.outcome.exception())
+        if state.upcoming_sleep >= self.left(reason):
             raise _OutOfTime(reason)
-        time.sleep(seconds)
 
     def limits(self) -> dict[str, Any]:
         """As httpcore wants to be told; the streams below keep the deadline for all the rest."""

@@ -1,4 +1,4 @@
 """A batch job's way to the replicas of a live application (`label --app`). Can be taken away.
 
-May import `models`. Read shared_model.py, shared_engine.py, shared_suspects.py.
+May import `faults` and `models`. Read shared_model.py, then shared_engine.py.
 """

@@ -1,8 +1,7 @@
 """SharedEngine: an Engine whose work is done by the replicas of a live application.
 
-Owns how requests are cut into messages, and how long a replica is waited for. What a replica took
-with it is the business of glm_actors.shared.shared_suspects. Knows nothing of Ray: `Line` is all
-that it knows of the application.
+Owns how requests are cut into messages, how long a replica is waited for, and which rows replicas
+do not survive.
 """
 
 from __future__ import annotations
@@ -10,45 +9,45 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
+
+from glm_batch.glm_actors.faults.suspects import Patience, Suspects
 from glm_batch.glm_actors.shared.shared_model import (
+    MESSAGES,
     AppFailedError,
     BatchWork,
     Line,
     ModelIdentity,
     NoReplicaError,
-    RayLine,
     ReplicaLostError,
     SharedModel,
 )
-from glm_batch.glm_actors.shared.shared_suspects import Search
-from glm_batch.models.engine.api.interface import Engine
 from glm_batch.models.engine.api.request import BATCH, Completion, Delta, Request, refuse_known_ids
-from glm_batch.models.errors import ConfigError, EngineError
+from glm_batch.models.errors import ConfigError, EngineError, RowError
 
 STEP_S = 0.5  # that a step waits for an answer
 MESSAGE_ROWS = 32
 MESSAGE_BYTES = 8 << 20  # of media
 T = TypeVar("T")
+Ask = Callable[[Sequence[Request]], Awaitable[list[Completion]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long what is tried again.
-
-    `messages` may be under way at once. An application is waited for `absence_s`; between two tries
-    pass `pause_s`, twice as long each time up to `max_pause_s`.
+class Waiting:
+    """How long an application is waited for: `absence_s` of pauses in all, `pause_s` the first and
+    twice as long each time up to `max_pause_s`. `messages` may be under way at once.
     """
 
-    messages: int = 32
+    messages: int = MESSAGES
     pause_s: float = 0.2
     max_pause_s: float = 5.0
     absence_s: float = 900.0
@@ -64,19 +63,18 @@ class SharedEngine:
     """Raises ConfigError from the constructor where the application serves something else,
     EngineError without it.
 
-    A row that replicas do not survive ends in an error of its own: see
-    glm_actors.shared.shared_suspects.
+    A row that replicas do not survive ends in an error of its own.
     """
 
-    def __init__(self, model: SharedModel, line: Line, patience: Patience | None = None) -> None:
+    def __init__(self, model: SharedModel, line: Line, waiting: Waiting | None = None) -> None:
         self._model, self._line = model, line
-        self._patience = patience or Patience()
+        self._waiting = waiting or Waiting(messages=model.messages)
         self._name = uuid.uuid4().hex
         self._pending: dict[str, _Message] = {}
         self._ready: list[Completion] = []
         self._answered: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
-        self._search = Search(self._ask, self._present, self._patience.messages, self._where)
+        self._search = _Search(self._ask, self._present, self._waiting.messages, self._where)
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="shared-engine", daemon=True
         )
@@ -164,7 +162,7 @@ class SharedEngine:
             replace(each, id=f"{prefix}-{i}", priority=BATCH) for i, each in enumerate(requests)
         ]
         work = BatchWork(caller=self._name, identity=self._model.identity, requests=renamed)
-        answer = await self._persist(lambda: self._line.ask(work), NoReplicaError)
+        answer = await self._persist((NoReplicaError,), self._line.ask, work)
         if isinstance(answer, ModelIdentity):
             raise EngineError(self._refusal(answer))
         return [
@@ -173,29 +171,29 @@ class SharedEngine:
 
     async def _present(self) -> None:
         """Waits for a replica. Raises ConfigError where it is another model's."""
-        identity = await self._persist(self._line.identity, NoReplicaError, ReplicaLostError)
+        identity = await self._persist((NoReplicaError, ReplicaLostError), self._line.identity)
         if identity != self._model.identity:
             raise ConfigError(self._refusal(identity))
 
-    async def _persist(self, ask: Callable[[], Awaitable[T]], *absent: type[Exception]) -> T:
+    async def _persist(
+        self, absent: tuple[type[Exception], ...], ask: Callable[..., Awaitable[T]], *arguments: Any
+    ) -> T:
         """Asks until there is an answer. Errors of the types `absent` mean that nobody is there
         yet.
         """
-        patience = self._patience
-        pause = patience.pause_s
-        absent_since: float | None = None
-        while True:
-            try:
-                return await ask()
-            except absent as error:
-                absent_since = absent_since or time.monotonic()
-                if time.monotonic() - absent_since > patience.absence_s:
-                    waited = f"{patience.absence_s:.0f} s"
-                    raise AppFailedError(
-                        f"{self._where} has not been there for {waited}: {error}"
-                    ) from error
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, patience.max_pause_s)
+        waiting = self._waiting
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(absent),
+            wait=wait_exponential(waiting.pause_s, waiting.max_pause_s),
+            stop=lambda state: state.idle_for >= waiting.absence_s,
+            reraise=True,
+        )
+        try:
+            return await retrying(ask, *arguments)
+        except absent as error:
+            raise AppFailedError(
+                f"{self._where} has not been there for {waiting.absence_s:.0f} s: {error}"
+            ) from error
 
     @property
     def _where(self) -> str:
@@ -209,11 +207,126 @@ class SharedEngine:
         )
 
 
-def connect(model: SharedModel) -> Engine:
-    """The engine of a batch worker. Raises ConfigError where the application serves another model
-    by now.
+class _Search:
+    """Sends messages and finds the rows that replicas do not survive. Belongs to one event loop.
+
+    A replica's death makes all messages suspect that were under way: see
+    glm_actors.faults.suspects. That is at most four deaths for a culprit, and two for each further
+    one in its message.
     """
-    return SharedEngine(model, RayLine(model))
+
+    def __init__(
+        self, ask: Ask, present: Callable[[], Awaitable[None]], messages: int, what: str
+    ) -> None:
+        """`ask` sends a message and raises ReplicaLostError where the replica did not live to
+        answer it; `present` returns once there is a replica: one that has only just died may still
+        be asked. Up to `messages` are under way at once; `what`
+        names the application for people.
+        """
+        self._ask, self._present, self._what = ask, present, what
+        self._turns = _Turns(messages)
+        self._patience = Patience()
+        self._suspects = Suspects(self._patience, "replica")
+        self._barren = 0  # deaths in a row over what was alone, nothing answered between them
+        self._failure: AppFailedError | None = None
+
+    async def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request, in their order. Raises AppFailedError, and what `ask`
+        raises else.
+        """
+        unit = requests[0].id
+        async with self._turns.beside_others():
+            try:
+                return await self._answered(requests)
+            except ReplicaLostError as error:
+                self._suspects.lose(unit, 0, len(requests), str(error), alone=False)
+                self._turns.num_suspect += 1  # at once, before anything new is sent
+        try:
+            return await self._in_pieces(unit, requests)
+        finally:
+            self._suspects.forget(unit)
+            await self._turns.clear()
+
+    async def _in_pieces(self, unit: str, requests: Sequence[Request]) -> list[Completion]:
+        found: dict[int, Completion] = {}
+        while len(found) < len(requests):
+            pieces = self._suspects.pieces(unit) or ()
+            start, stop, error = next(
+                (each.start, each.stop, each.error) for each in pieces if each.start not in found
+            )
+            if error is not None:
+                found[start] = _failed(requests[start], error)
+                continue
+            async with self._turns.alone():
+                await self._present()
+                try:
+                    answered = await self._answered(requests[start:stop])
+                except ReplicaLostError as lost:
+                    self._suspects.lose(unit, start, stop, str(lost), alone=True)
+                    self._count(lost)
+                    continue
+            self._suspects.clear(unit, start, stop)
+            found |= zip(range(start, stop), answered, strict=True)
+        return [found[row] for row in range(len(requests))]
+
+    async def _answered(self, requests: Sequence[Request]) -> list[Completion]:
+        if self._failure is not None:
+            raise self._failure
+        completions = await self._ask(requests)
+        self._barren = 0
+        return completions
+
+    def _count(self, lost: ReplicaLostError) -> None:
+        self._barren += 1
+        if self._barren == self._patience.barren_deaths:
+            self._failure = AppFailedError(
+                f"{self._what} lost {self._barren} replicas in a row, each with rows of its own,"
+                f" and answered nothing in between; the last time: {lost}"
+            )
+            raise self._failure from lost
+
+
+class _Turns:
+    """Some beside each other, or one alone; none beside another while there are suspects."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._changed = asyncio.Condition()
+        self._running = 0
+        self.num_suspect = 0
+
+    @asynccontextmanager
+    async def beside_others(self) -> AsyncIterator[None]:
+        async with self._turn(1, lambda: 0 <= self._running < self._most and not self.num_suspect):
+            yield
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        async with self._turn(-1, lambda: self._running == 0):
+            yield
+
+    async def clear(self) -> None:
+        """A suspect is one no more."""
+        async with self._changed:
+            self.num_suspect -= 1
+            self._changed.notify_all()
+
+    @asynccontextmanager
+    async def _turn(self, count: int, is_free: Callable[[], bool]) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(is_free)
+            self._running += count
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._running -= count
+                self._changed.notify_all()
+
+
+def _failed(request: Request, error: RowError) -> Completion:
+    tokens = len(request.input_ids)
+    return Completion(id=request.id, finish_reason="error", prompt_tokens=tokens, error=error)
 
 
 def _cut(requests: Sequence[Request]) -> Iterator[list[Request]]:

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from glm_batch.glm_actors.faults.suspects import NoRestartError
 from glm_batch.models.checkpoint.digest import model_digest
-from glm_batch.models.engine.api.interface import EngineConfig
+from glm_batch.models.engine.api.interface import Engine, EngineConfig
 from glm_batch.models.engine.api.request import Completion, Request
-from glm_batch.models.errors import EngineError
 from glm_batch.models.version import __version__
 
+MESSAGES = 32
 MANY = 10_000  # replicas that may hold a lifeline
 
 
@@ -27,7 +28,7 @@ class ReplicaLostError(Exception):
     """The replica that had taken the message did not live to answer it."""
 
 
-class AppFailedError(EngineError):
+class AppFailedError(NoRestartError):
     """The application cannot do the work, whichever process of the job asks for it."""
 
 
@@ -74,11 +75,20 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedModel:
-    """A model of a live application: the Ray Serve deployment to ask, and what it must be."""
+    """A model of a live application: the Ray Serve deployment to ask, what it must be, and how many
+    messages of a job may be under way to it.
+    """
 
     app: str
     deployment: str
     identity: ModelIdentity
+    messages: int = MESSAGES
+
+    def build_engine(self) -> Engine:
+        """For a batch worker. Raises ConfigError where another model is served by now."""
+        from glm_batch.glm_actors.shared.shared_engine import SharedEngine
+
+        return SharedEngine(self, RayLine(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,8 @@
 """ModelActor: owns one engine; tables of requests in, tables of completions out.
 
-Built on a worker from a frozen EngineConfig, or around a model that a live application shares. Runs
-as the callable class of a Ray Data stage whose calls arrive on several threads: that is how many
-units are in flight at once. A dead engine is this process's end: Ray starts another, and the guard
-finds out which rows it must not be given. Knows nothing of prompts, tasks or files.
+Built on a worker from a frozen description, it is the callable class of a Ray Data stage whose
+calls arrive on several threads: that is how many units are in flight at once. A dead engine is this
+process's end: Ray starts another, and the guard finds out which rows it must not be given.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ import pyarrow as pa
 
 from glm_batch.glm_actors.engines.engine_loop import EngineLoop, Submission
 from glm_batch.glm_actors.engines.worker_group import WorkerGroup, needs_ranks
-from glm_batch.glm_actors.faults.guard import Answer, Guard, RayBook
 from glm_batch.glm_actors.faults.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, spent, with_spent
 from glm_batch.glm_actors.faults.startup import loading
+from glm_batch.glm_actors.faults.suspects import Answer, Guard, NoRestartError, RayBook
 from glm_batch.glm_actors.faults.watchdog import STDERR, HangLimits, Watchdog
-from glm_batch.glm_actors.shared.shared_engine import connect
-from glm_batch.glm_actors.shared.shared_model import AppFailedError, SharedModel
 from glm_batch.glm_actors.units.batches import (
     completion_table,
     num_requests,
@@ -53,6 +50,12 @@ BATCH_SETTINGS = CPU_SETTINGS | {"GOMP_SPINCOUNT": "1000"}
 PROMPTNESS = 0.8  # of the time within which things must be durable: writing takes some, too
 
 
+class EngineSource(Protocol):
+    """Builds another engine than EngineConfig names: glm_actors.shared's."""
+
+    def build_engine(self) -> Engine: ...
+
+
 class ModelActor:
     """One engine, fed by an EngineLoop. `num_threads` is the share of the machine's cores for its
     matrix products.
@@ -65,7 +68,7 @@ class ModelActor:
 
     def __init__(
         self,
-        engine: EngineConfig | SharedModel,
+        engine: EngineConfig | EngineSource,
         num_threads: int,
         ledger: Any = None,
         unit_column: str | None = None,
@@ -114,7 +117,7 @@ class ModelActor:
         usage = self._loop.take_usage()
         return {ENGINE_BUSY: usage.busy_s, ENGINE_IDLE: usage.idle_s}
 
-    def _load(self, engine: EngineConfig | SharedModel, watchdog: Watchdog) -> None:
+    def _load(self, engine: EngineConfig | EngineSource, watchdog: Watchdog) -> None:
         try:
             with loading():
                 self._loop = EngineLoop(self._builder(engine), watchdog)
@@ -129,9 +132,9 @@ class ModelActor:
                 f"the model cannot be loaded: {type(error).__name__}: {error}"
             )
 
-    def _builder(self, engine: EngineConfig | SharedModel) -> Callable[[], Engine]:
-        if isinstance(engine, SharedModel):
-            return partial(connect, engine)
+    def _builder(self, engine: EngineConfig | EngineSource) -> Callable[[], Engine]:
+        if not isinstance(engine, EngineConfig):
+            return engine.build_engine
         if needs_ranks(engine):
             return WorkerGroup(engine, self._lose_rank).build_engine
         return partial(build_engine, engine)
@@ -140,8 +143,8 @@ class ModelActor:
         assert self._loop is not None
         try:
             return journal.complete(self._loop, requests)
-        except AppFailedError:
-            raise  # another process of ours would meet the same
+        except NoRestartError:
+            raise
         except EngineError as error:
             traceback.print_exception(error)
             self._guard.die(error)

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from glm_batch.glm_actors.faults.guard import Guard, RayBook, Run
 from glm_batch.glm_actors.faults.spent import Stopwatch, spent, with_spent
 from glm_batch.glm_actors.faults.startup import loading
+from glm_batch.glm_actors.faults.suspects import Guard, RayBook, Run
 from glm_batch.models.errors import GlmBatchError, RowError
 
 

@@ -67,7 +67,8 @@ def share_out(job: Job, nodes: tuple[Node, ...], *, beside_app: float | None = N
     ranks, on_gpus = job.engine.tensor_parallel_size, uses_gpus(job, nodes)
     if beside_app is not None:
         cpus, on_gpus = beside_app, False
-    fewest, most = _replicas(job, nodes, on_gpus)
+    # One worker feeds an application: two would not know which of them lost it a replica.
+    fewest, most = _replicas(job, nodes, on_gpus) if beside_app is None else (1, 1)
     committers = max(1, int(cores * COMMITTERS_PER_CORE))
     preprocessors = _preprocessors(job, cores, most, on_gpus)
     on_one_node = -(-most // len(nodes))

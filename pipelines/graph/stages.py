@@ -19,8 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from glm_batch.glm_actors.faults.suspects import Ledger, Patience
 from glm_batch.glm_actors.faults.watchdog import HangLimits
-from glm_batch.glm_actors.shared.shared_model import SharedModel
-from glm_batch.glm_actors.units.model_actor import Journal, ModelActor
+from glm_batch.glm_actors.units.model_actor import EngineSource, Journal, ModelActor
 from glm_batch.glm_actors.units.row_worker import RowWorker, Step
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.pipelines.cluster.shares import Workers
@@ -142,7 +141,7 @@ def preprocess(dataset: Dataset, build: Build, workers: Workers, ledger: Any = N
 
 def infer(
     dataset: Dataset,
-    engine: EngineConfig | SharedModel,
+    engine: EngineConfig | EngineSource,
     workers: Workers,
     ledger: Any = None,
     journal: Journal | None = None,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.errors import EngineError, GlmBatchError
@@ -49,7 +50,7 @@ from glm_batch.pipelines.tasks.tasks import TaskRunner
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from glm_batch.glm_actors.shared.shared_model import SharedModel
+    from glm_batch.glm_actors.units.model_actor import EngineSource
     from glm_batch.glm_actors.units.row_worker import Step
     from glm_batch.pipelines.cluster.shares import Workers
 
@@ -200,7 +201,7 @@ def completed(
     dataset: Dataset,
     read: Step,
     spec: TaskSpec,
-    engine: EngineConfig | SharedModel,
+    engine: EngineConfig | EngineSource,
     workers: Workers,
     ledger: Any,
     journal: Journal | None = None,
@@ -220,7 +221,7 @@ def committed(
     workers: Workers,
     journal: Journal,
     commit: Step,
-    engine: EngineConfig | SharedModel | None = None,
+    engine: EngineConfig | EngineSource | None = None,
 ) -> Dataset:
     """The whole graph, as in the diagram above; `engine` is the job's own by default: see
     `engine_of`.
@@ -252,15 +253,16 @@ def engine_config(job: Job) -> EngineConfig:
     )
 
 
-def engine_of(job: Job, app: str | None) -> EngineConfig | SharedModel:
+def engine_of(job: Job, app: str | None) -> EngineConfig | EngineSource:
     """Where the job's model runs: on workers of its own, or in the live application `app`. Raises
     ConfigError.
     """
     if app is None:
         return engine_config(job)
-    from glm_batch.pipelines.shared.app import shared_model
-
-    return shared_model(app, engine_config(job))
+    source: EngineSource = rooms.load("pipelines.shared.app").shared_model(
+        app, engine_config(job), senders=job.engine.replica_range[1]
+    )
+    return source
 
 
 def complete(

@@ -8,22 +8,25 @@ from __future__ import annotations
 from typing import Any
 
 from glm_batch.glm_actors.serving.replicas.deployment import MODEL_PREFIX
-from glm_batch.glm_actors.shared.shared_model import ModelIdentity, SharedModel
+from glm_batch.glm_actors.shared.shared_model import MESSAGES, ModelIdentity, SharedModel
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.errors import ConfigError
 
 IDENTITY_S = 60.0
 
 
-def shared_model(app: str, engine: EngineConfig) -> SharedModel:
+def shared_model(app: str, engine: EngineConfig, *, senders: int = 1) -> SharedModel:
     """The model of the running application that gives the answers which `engine` would give. Raises
     ConfigError.
+
+    As many messages may be under way as `senders` of them would have.
     """
     wanted = ModelIdentity.of(engine)
     served = {name: _identity(app, name) for name in _deployments(app)}
     for name, identity in served.items():
         if identity == wanted:
-            return SharedModel(app=app, deployment=name, identity=wanted)
+            messages = senders * MESSAGES
+            return SharedModel(app=app, deployment=name, identity=wanted, messages=messages)
     versions = {identity.version for identity in served.values()} - {wanted.version}
     if versions:
         theirs = " and ".join(sorted(versions))

@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from glm_batch.glm_actors.faults.guard import Guard, _Turns
-from glm_batch.glm_actors.faults.suspects import Arrival, Ledger, Patience, Piece
+from glm_batch.glm_actors.faults.suspects import Arrival, Guard, Ledger, Patience, Piece, _Turns
 from glm_batch.models.errors import RowError
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glm_batch.glm_actors.faults.suspects import Patience
 from glm_batch.glm_actors.shared.shared_engine import (
     MESSAGE_BYTES,
     MESSAGE_ROWS,
-    Patience,
     SharedEngine,
+    Waiting,
 )
 from glm_batch.glm_actors.shared.shared_model import (
     Answer,
@@ -27,7 +28,6 @@ from glm_batch.glm_actors.shared.shared_model import (
     ReplicaLostError,
     SharedModel,
 )
-from glm_batch.glm_actors.shared.shared_suspects import BARREN_DEATHS
 from glm_batch.glm_actors.units.model_actor import ModelActor, UnitJournal
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.api.request import (
@@ -46,7 +46,7 @@ IDENTITY = ModelIdentity(
     checkpoint="c", kind="torch", dtype="float32", max_model_len="auto", version="1.0"
 )
 MODEL = SharedModel(app="app", deployment="model-x", identity=IDENTITY)
-HASTE = Patience(messages=2, pause_s=0.001, max_pause_s=0.002, absence_s=0.1)
+HASTE = Waiting(messages=2, pause_s=0.001, max_pause_s=0.002, absence_s=0.1)
 
 
 class FakeLine:
@@ -186,7 +186,14 @@ def test_what_a_replica_took_with_it_is_sent_again(build: Build) -> None:
 
 @pytest.mark.parametrize(
     ("bad", "deaths"),
-    [((70,), 4), ((0,), 4), ((33, 34), 6), (tuple(range(40, 44)), 10), ((5, 70), 8)],
+    [
+        ((70,), 4),
+        ((0,), 4),
+        ((33, 34), 6),
+        (tuple(range(40, 44)), 10),
+        ((5, 70), 8),
+        (tuple(range(40, 47)), 16),  # ended the job: six of them one after the other
+    ],
 )
 def test_rows_that_replicas_do_not_survive_fail_alone(
     build: Build, bad: tuple[int, ...], deaths: int
@@ -219,7 +226,7 @@ def test_replicas_that_survive_nothing_end_the_engine_soon(build: Build) -> None
     engine.submit(requests(100))
     with pytest.raises(AppFailedError, match=r"'app' lost 6 replicas in a row.*: killed"):
         drain(engine)
-    assert line.num_deaths == 1 + BARREN_DEATHS
+    assert line.num_deaths == 1 + Patience().barren_deaths
 
 
 def test_an_application_is_waited_for_but_not_for_ever(build: Build) -> None:
@@ -318,11 +325,8 @@ def test_an_application_that_fails_ends_the_job_and_not_the_process(
 ) -> None:
     """Another process of the job would lose as many replicas again."""
     line = FakeLine(poison=range(200))
-    monkeypatch.setattr(
-        "glm_batch.glm_actors.units.model_actor.connect",
-        lambda model: SharedEngine(model, line, HASTE),
-    )
+    monkeypatch.setattr(SharedModel, "build_engine", lambda self: SharedEngine(self, line, HASTE))
     actor = ModelActor(MODEL, 1)
     with pytest.raises(AppFailedError):
         actor._complete(UnitJournal(None), requests(3))
-    assert line.num_deaths == 1 + BARREN_DEATHS
+    assert line.num_deaths == 1 + Patience().barren_deaths

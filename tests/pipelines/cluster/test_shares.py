@@ -107,3 +107,9 @@ def test_gpus_are_left_alone_where_they_are_not_wanted() -> None:
 def test_a_number_of_workers_is_taken_as_it_is() -> None:
     asked = replace(job(image="picture"), preprocess=PreprocessSection(workers=5))
     assert share_out(asked, (GPU_NODE, GPU_NODE)).preprocessors == 5
+
+
+def test_one_worker_feeds_an_application() -> None:
+    """Several blamed each other's rows for the replicas that one of them had lost."""
+    workers = share_out(job(replicas=(2, 3)), LAPTOP, beside_app=2.0)
+    assert (workers.min_replicas, workers.replicas, workers.gpus_per_replica) == (1, 1, 0)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from glm_batch.glm_actors.faults.guard import Answer
+from glm_batch.glm_actors.faults.suspects import Answer
 from glm_batch.glm_actors.units.batches import num_requests, to_requests, with_completions
 from glm_batch.glm_actors.units.model_actor import ModelActor, _completions
 from glm_batch.models.checkpoint.config_reader import load_config
