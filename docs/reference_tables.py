@@ -87,6 +87,14 @@ def job() -> str:
     return "\n".join(_sections(Job, "", "job"))
 
 
+def job_yaml() -> str:
+    """A whole job file: every key with its default, to copy from. Keys without one have a sample."""
+    samples = {"model": "examples/tiny_glm", "input": ["examples/support/*.parquet"]}
+    samples |= {"output": "out/route", "kind": "choose"}
+    lines = list(_yaml_lines(Job, samples, ""))
+    return "\n".join(["```yaml", *lines, "```"])
+
+
 def sweep() -> str:
     return "\n".join(_sections(SweepFile, "", "sweep"))
 
@@ -198,6 +206,7 @@ def rooms() -> str:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "job": job,
+    "job-yaml": job_yaml,
     "sweep": sweep,
     "serve": serve,
     "commands": commands,
@@ -235,6 +244,21 @@ def _sections(owner: type, prefix: str, page: str) -> Iterator[str]:
     for section, inner in below:
         yield f"\n## {inner}\n\n{_about(section)}\n"
         yield from _sections(section, f"{inner}.", page)
+
+
+def _yaml_lines(owner: type, samples: Mapping[str, Any], indent: str) -> Iterator[str]:
+    hints, texts = typing.get_type_hints(owner), field_texts(owner)
+    for field in dataclasses.fields(owner):
+        section = hints[field.name]
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            yield f"{indent}{field.name}:"
+            yield from _yaml_lines(section, samples, indent + "  ")
+            continue
+        value = _default_value(field)
+        value = samples[field.name] if value is dataclasses.MISSING else value
+        given = f"{indent}{field.name}: {json.dumps(value, ensure_ascii=False)}"
+        text = texts.get(field.name, "")
+        yield f"{given:<38}  # {text}" if text else given
 
 
 # Where a section that several files have is told.
@@ -285,13 +309,17 @@ def _about(owner: type) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    elif field.default is dataclasses.MISSING:
+    value = _default_value(field)
+    if value is dataclasses.MISSING:
         return "required"
-    else:
-        value = field.default
-    return f"`{json.dumps(value, ensure_ascii=False)}`" if value not in ((), []) else "`[]`"
+    return f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+def _default_value(field: dataclasses.Field[Any]) -> Any:
+    """MISSING where there is none."""
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 def _metavar(option: Any) -> str:
@@ -310,8 +338,17 @@ def _job(kind: str) -> Job:
 
 
 def _columns(fields: Iterable[Any]) -> str:
-    rows = [(f"`{each.name}`", f"`{each.type}`", ABOUT_COLUMNS[each.name]) for each in fields]
+    rows = [
+        (f"`{each.name}`", f"`{_type_name(str(each.type))}`", ABOUT_COLUMNS[each.name])
+        for each in fields
+    ]
     return _table(("column", "type", ""), rows)
+
+
+def _type_name(name: str) -> str:
+    """Arrow's names of types with the bits of numbers."""
+    name = re.sub(r"\bdouble\b", "float64", re.sub(r"\bfloat\b", "float32", name))
+    return re.sub(r"\[\d+\]$", "[hidden_size]", name.replace("item: ", ""))
 
 
 def raised_codes() -> dict[str, set[str]]:
