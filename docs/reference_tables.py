@@ -236,7 +236,7 @@ def _sections(owner: type, prefix: str, page: str) -> Iterator[str]:
         home = HOMES.get(section, page)
         anchor = HOME_KEYS.get(section, inner).lower().replace(".", "")
         link = f"{PAGES[home] if home != page else ''}#{anchor}"
-        text = " ".join(filter(None, [texts.get(field.name, ""), f"See [`{inner}`]({link})."]))
+        text = "; ".join(filter(None, [texts.get(field.name, ""), f"see [`{inner}`]({link})"]))
         rows.append((f"`{key}`", "sections by name" if named else "a section", "", text))
         if home == page:
             below.append((section, inner))
