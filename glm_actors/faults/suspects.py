@@ -71,12 +71,13 @@ class Arrival:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """Rows [start, stop) of a suspect unit: to be run by themselves, or a single row with its
-    error.
+    error. `cleared`: they have been finished since a worker last died over them.
     """
 
     start: int
     stop: int
     error: RowError | None = None
+    cleared: bool = False
 
 
 @dataclass(slots=True)
@@ -99,18 +100,20 @@ class Suspects:
         self._num_lost = 0
 
     def pieces(self, unit: str) -> list[Piece] | None:
-        """The pieces to run a suspect unit in, those first that have not been finished; None for
-        one that nobody suspects.
+        """The pieces to run a suspect unit in; None for one that nobody suspects.
 
-        In any order: where a few of many are bad, another one soon shows that a worker can work at
-        all.
+        One that has been finished before comes first: it shows that a worker can work at all. Then
+        those that have not, in any order, because bad rows may stand side by side.
         """
         if unit not in self._units:
             return None
-        pieces = list(self._units[unit].items())
+        pieces = [
+            Piece(start=start, stop=stop, error=rows.error, cleared=rows.cleared)
+            for (start, stop), rows in self._units[unit].items()
+        ]
         random.Random(f"{unit} {self._num_lost}").shuffle(pieces)
-        pieces.sort(key=lambda piece: piece[1].cleared)
-        return [Piece(start=start, stop=stop, error=rows.error) for (start, stop), rows in pieces]
+        pieces.sort(key=lambda piece: piece.cleared)
+        return pieces[-1:] + pieces[:-1] if pieces[-1].cleared else pieces
 
     def lose(self, unit: str, start: int, stop: int, reason: str, *, alone: bool) -> None:
         """Rows [start, stop) were in flight at a death, `alone` or beside others."""

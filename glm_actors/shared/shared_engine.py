@@ -249,13 +249,15 @@ class _Search:
 
     async def _in_pieces(self, unit: str, requests: Sequence[Request]) -> list[Completion]:
         found: dict[int, Completion] = {}
+        was_lost = False  # the last one: then what has been answered is asked once more
         while len(found) < len(requests):
             pieces = self._suspects.pieces(unit) or ()
-            start, stop, error = next(
-                (each.start, each.stop, each.error) for each in pieces if each.start not in found
+            piece = next(
+                each for each in pieces if each.start not in found or (was_lost and each.cleared)
             )
-            if error is not None:
-                found[start] = _failed(requests[start], error)
+            start, stop, was_lost = piece.start, piece.stop, False
+            if piece.error is not None:
+                found[start] = _failed(requests[start], piece.error)
                 continue
             async with self._turns.alone():
                 await self._present()
@@ -264,6 +266,7 @@ class _Search:
                 except ReplicaLostError as lost:
                     self._suspects.lose(unit, start, stop, str(lost), alone=True)
                     self._count(lost)
+                    was_lost = True
                     continue
             self._suspects.clear(unit, start, stop)
             found |= zip(range(start, stop), answered, strict=True)

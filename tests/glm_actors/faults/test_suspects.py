@@ -88,6 +88,18 @@ def test_the_culprits_are_found_and_nobody_else(seed: int) -> None:
     assert deaths <= 5 * len(bad)
 
 
+@pytest.mark.parametrize("num_bad", [7, 12])
+def test_many_culprits_in_one_unit_do_not_look_like_a_broken_worker(num_bad: int) -> None:
+    """They did when the last that were left died one after the other."""
+    found, deaths = run_unit(
+        Ledger(PATIENCE), 32, lambda start, stop: any(start <= row < stop for row in range(num_bad))
+    )
+    assert [isinstance(answer, RowError) for answer in found] == [
+        row < num_bad for row in range(32)
+    ]
+    assert deaths == 1 + 2 * num_bad
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_deaths_that_no_row_is_to_blame_for_cost_no_row(seed: int) -> None:
     """Five processes are killed at random; what survives is run to its end."""
