@@ -20,7 +20,7 @@ ORDER = """
     models models/checkpoint models/network/layers models/network models/processing
     models/engine/api models/engine/scheduling models/engine/decoding
     models/engine/execution models/engine/cuda models/engine models/engine/vllm
-    glm_actors/faults glm_actors/engines glm_actors/media glm_actors/shared glm_actors/units
+    glm_actors glm_actors/faults glm_actors/engines glm_actors/media glm_actors/shared glm_actors/units
     glm_actors/serving/openai glm_actors/serving/http glm_actors/serving/replicas pipelines
     pipelines/storage pipelines/input pipelines/evaluation pipelines/calibration
     pipelines/metrics pipelines/tasks pipelines/planning pipelines/output pipelines/cluster
@@ -30,7 +30,7 @@ ORDER = """
     jobs/demo jobs
 """.split()  # noqa: SIM905
 # Folders that hold rooms and no modules of their own.
-HALLS = {"glm_actors", "glm_actors/serving"}
+HALLS = {"glm_actors/serving"}
 # Arrows against the order that are still to be turned.
 PENDING = {
     ("models/checkpoint", "models/processing"),

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Ray puts a loopback address aside for one that other machines reach, unless it is told that there
-# are no others.
-ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+from glm_batch.glm_actors.ray_private import ALONE, NODE_ADDRESS
+
 LOOPBACK = "127.0.0.1"
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -35,7 +34,7 @@ def enclosed() -> Iterator[dict[str, Any]]:
     # Ray's processes inherit it; whatever else this process starts must not
     os.environ[ALONE] = "0"
     try:
-        yield {"_node_ip_address": LOOPBACK}
+        yield {NODE_ADDRESS: LOOPBACK}
     finally:
         del os.environ[ALONE]
         if before is not None:

@@ -152,7 +152,7 @@ def infer(
     """
     can_grow = workers.replicas > workers.min_replicas
     if workers.replicas > 1:
-        dataset.context.custom_execution_callback_classes = [ByAffinity]
+        dataset.context.custom_execution_callback_classes = [ByAffinity]  # type: ignore[list-item]
     # The public method refuses whole blocks on GPUs, for fear of their size; ours are bounded by
     # the plan.
     map_units = dataset.map_batches_internal if workers.gpus_per_replica else dataset.map_batches

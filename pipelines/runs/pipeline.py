@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from glm_batch.glm_actors.ray_private import end_execution
 from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.interface import EngineConfig
@@ -324,19 +325,7 @@ def follow(
             ) from error
         raise
     finally:
-        _abandon(dataset)
-
-
-def _abandon(dataset: Dataset) -> None:
-    """Frees the workers of a graph: a cluster that outlives us must not go on with it. Ray has no
-    public way.
-    """
-    executor: Any = getattr(dataset, "_current_executor", None)
-    if executor is not None:
-        executor.shutdown(force=True)
-        # Ray waits for its thread for 2 s only; one that is still in Ray's core when that ends
-        # aborts the process.
-        executor.join(timeout=EXECUTOR_END_S)
+        end_execution(dataset, EXECUTOR_END_S)
 
 
 def _own_error(error: BaseException | None) -> GlmBatchError | None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from glm_batch.glm_actors.ray_private import bind_replicas_to
 from glm_batch.glm_actors.serving.http.pieces import Address, Mailbox, Outlets, Piece
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError, busy, unavailable
 from glm_batch.glm_actors.serving.openai.protocol import Body
@@ -252,17 +253,11 @@ def _ray_failures() -> Any:
 
 
 def _keep_to_loopback() -> None:
-    """Ray Serve has each replica listen on all interfaces; on a cluster that is this machine alone
-    none needs that.
-    """
+    """On a cluster that is this machine alone no replica needs to listen on all interfaces."""
     import ray.util
 
-    # there is no public way; the port is bound after the constructor
-    from ray.serve._private import replica
-
     if ray.util.get_node_ip_address() == LOOPBACK:  # type: ignore[no-untyped-call]
-        bind = vars(replica)["add_port_to_grpc_server"]
-        vars(replica)["add_port_to_grpc_server"] = lambda server, _: bind(server, f"{LOOPBACK}:0")
+        bind_replicas_to(LOOPBACK)
 
 
 def build_application(
