@@ -1,5 +1,4 @@
-"""`glm-batch calibrate`: fits a calibration on a finished job's gold answers and writes it as a
-file. Starts no Ray.
+"""`glm-batch calibrate`: fits a calibration on a finished job's gold answers. Starts no Ray.
 
 Owns which rows are taken and where the file goes. The fit is pipelines.calibration.scaling's, the
 file's form pipelines.calibration.calibration's.
@@ -58,7 +57,7 @@ def calibrate(
 def fit_output(output: Output, job: Job, *, bias: bool) -> Calibration:
     """Fits on all its rows that were answered and have a gold label. Raises ConfigError."""
     from glm_batch.pipelines.calibration.scaling import fitted
-    from glm_batch.pipelines.report.exports import PROBABILITIES, probability_labels, usable_rows
+    from glm_batch.pipelines.report.review import PROBABILITIES, probability_labels, usable_rows
 
     if job.task.gold is None:
         raise ConfigError(
@@ -68,8 +67,8 @@ def fit_output(output: Output, job: Job, *, bias: bool) -> Calibration:
     has_logprobs = job.task.label_logprobs
     if job.task.calibration is not None and not has_logprobs:
         raise ConfigError(
-            f"{output.place}: its probabilities are calibrated already; take an output without task.calibration, or "
-            "one with task.label_logprobs"
+            f"{output.place}: its probabilities are calibrated already; take an output without "
+            "task.calibration, or one with task.label_logprobs"
         )
     logprobs, gold = [], []
     for rows, numbers in usable_rows(output, job, plan, labels, left_out):
@@ -106,9 +105,7 @@ def _matrix(
 
 
 def _file(job: Job, output: Output, to: str | None) -> Path:
-    """Beside the model's directory, never in it: what lies there is part of what the model is known
-    by.
-    """
+    """Beside the model's directory, never in it: what lies there is part of the model's digest."""
     model = Path(job.model)
     if to is None:
         name = output.place.rstrip("/").rpartition("/")[2]
@@ -116,6 +113,7 @@ def _file(job: Job, output: Output, to: str | None) -> Path:
     file = Path(to)
     if model.resolve() in file.resolve().parents:
         raise ConfigError(
-            f"--to: {to} lies in the model's directory, which would be another model then; put it beside"
+            f"--to: {to} lies in the model's directory, which would be another model then; "
+            "put it beside"
         )
     return file

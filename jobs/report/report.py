@@ -1,5 +1,4 @@
-"""`glm-batch report`: the page of an output or a sweep, and what to go on with by hand. Starts no
-Ray.
+"""`glm-batch report`: the page of an output or a sweep, and what to go on with. Starts no Ray.
 
 Owns which files are written where. What stands in them is pipelines.report's.
 """
@@ -61,7 +60,7 @@ def _report_job(output: Output, wanted: Wanted) -> None:
 
             _write_review(output, wanted.to, review_table(rows, wanted.review))
     if wanted.pred_probs is not None:
-        from glm_batch.pipelines.report.exports import write_pred_probs
+        from glm_batch.pipelines.report.review import write_pred_probs
 
         said = write_pred_probs(output, job, wanted.pred_probs)
         left = (

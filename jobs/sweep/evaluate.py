@@ -1,8 +1,7 @@
 """`glm-batch evaluate`: run a sweep, score its cells, compare them.
 
-Owns the order of these, and which ending has which exit code. The grid lies in
-jobs.sweep.sweep_config, the run and the results in pipelines.sweep, how it looks in
-jobs.sweep.sweep_display.
+The grid lies in sweep_config, the run and the results in pipelines.sweep, how it looks in
+sweep_display.
 """
 
 from __future__ import annotations
@@ -61,5 +60,6 @@ def _require_scikit_learn() -> None:
 
     if find_spec("sklearn") is None:
         raise ConfigError(
-            "evaluate computes its metrics with scikit-learn, which is not installed: pip install scikit-learn"
+            "evaluate computes its metrics with scikit-learn, which is not installed: "
+            "pip install scikit-learn"
         )

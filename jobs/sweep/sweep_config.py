@@ -1,8 +1,7 @@
 """A sweep file becomes a Sweep: models, data sets and tasks in YAML are multiplied into cells.
 
-Owns the form of the file, the grid, and every refusal that comes before anything starts, with the
-key's place and the remedy. Each cell is checked as a job of its own, by jobs.checks.checks. Knows
-nothing of how cells run.
+Every refusal that comes before anything starts names the key's place and the remedy. Each cell is
+checked as a job of its own, by jobs.checks.checks.
 """
 
 from __future__ import annotations
@@ -302,7 +301,10 @@ def _score_problems(key: str, task: TaskEntry) -> Iterator[Problem]:
 def _name_problems(key: str, names: Mapping[str, Any]) -> Iterator[Problem]:
     for name in names:
         if not NAME.fullmatch(name):
-            message = "a name has letters, digits, _ and . and begins with a letter or digit: it becomes a folder's"
+            message = (
+                "a name has letters, digits, _ and . and begins with a letter or digit: "
+                "it becomes a folder's"
+            )
             yield Problem(key=f"{key}.{name}", message=message)
 
 

@@ -1,7 +1,4 @@
-"""How a sweep looks on a terminal: its grid before it runs, its results and comparisons afterwards.
-
-Owns the choice of columns and words. Knows nothing of how anything is computed.
-"""
+"""How a sweep looks on a terminal: its grid before it runs, results and comparisons afterwards."""
 
 from __future__ import annotations
 
@@ -33,9 +30,7 @@ SURE = 0.05
 
 
 def results_tables(results: Results) -> Iterator[Table]:
-    """One table for each task and data set: its cells with accuracy, interval and difference from
-    the baseline.
-    """
+    """A table for each task and data set: cells with accuracy and difference from the baseline."""
     against = {each.cell: each for each in results.comparisons}
     baselines = {each.baseline for each in results.comparisons}
     for question in dict.fromkeys(each.cell.question for each in results.cells):
@@ -56,7 +51,8 @@ def sweep_summary(sweep: Sweep, ran: Ran, results: Results) -> Table:
     )
     table.add_row(
         "tokens",
-        f"prompt {counts.prompt_tokens:,} ({counts.cached_share:.0%} cached), output {counts.output_tokens:,}",
+        f"prompt {counts.prompt_tokens:,} ({counts.cached_share:.0%} cached), "
+        f"output {counts.output_tokens:,}",
     )
     rate = (
         f", {(counts.rows - ran.resumed_rows) / ran.working_s:,.0f} rows/s" if ran.working_s else ""
@@ -99,9 +95,13 @@ def comparison_text(one: str, other: str, difference: Difference) -> str:
     """Two cells in a sentence."""
     counts = ""
     if difference.only_first is not None:
-        counts = f"; {difference.only_first:,} rows right in the first alone, {difference.only_second:,} in the second"
+        counts = (
+            f"; {difference.only_first:,} rows right in the first alone, "
+            f"{difference.only_second:,} in the second"
+        )
     return (
-        f"{one} - {other}: accuracy {difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}], "
+        f"{one} - {other}: accuracy {difference.value:+.4f} "
+        f"[{difference.low:+.4f}, {difference.high:+.4f}], "
         f"p = {difference.p_value:.4g} on {difference.rows:,} rows{counts}"
     )
 

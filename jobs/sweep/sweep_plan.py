@@ -1,5 +1,4 @@
-"""`glm-batch plan SWEEP`: the grid with rows, tokens and a rough time of each cell, without loading
-a model.
+"""`glm-batch plan SWEEP`: the grid with rows, tokens, rough times; loads no model.
 
 Samples each cell's rows as the plan of a job does. Starts no Ray and writes nothing.
 """
@@ -71,9 +70,9 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
     models = len({cell.replicas for cell in sweep.cells})
     console.print(
         Text(
-            f"{len(sweep.cells):,} cells, {total_rows:,} rows, {short(total_tokens)} prompt tokens before any sharing; "
-            f"{models} set{'s' * (models > 1)} of replicas; very roughly {clock_time(total_s)} by the same basis as "
-            f"the plan of a job; output {sweep.output}"
+            f"{len(sweep.cells):,} cells, {total_rows:,} rows, {short(total_tokens)} prompt tokens "
+            f"before any sharing; {models} set{'s' * (models > 1)} of replicas; very roughly "
+            f"{clock_time(total_s)} by the same basis as the plan of a job; output {sweep.output}"
         )
     )
 
@@ -81,9 +80,7 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
 def _line(
     cell: Cell, checked: Checked, work: Work, plan: Plan, sample: Sample, rate: float
 ) -> tuple[tuple[str, ...], int, float, float | None]:
-    """The cell's line, its rows, prompt tokens and seconds (None on a GPU, whose rate was not
-    measured).
-    """
+    """The cell's line, rows, prompt tokens, and seconds (None on a GPU, which is not measured)."""
     if not sample.ids:
         return (
             plan_line(plan.num_rows, plan.num_units, None, len(sample.errors), None),

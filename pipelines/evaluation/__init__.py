@@ -1,5 +1,4 @@
-"""What answers are worth: metrics over rows with gold answers, their intervals, and comparisons.
-Can be taken away.
+"""Metrics over rows with gold answers, their intervals, and comparisons. Optional.
 
 Imports no other room. Read scoring.py, agreement.py, classes.py, intervals.py, reliability.py.
 """

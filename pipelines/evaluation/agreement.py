@@ -1,8 +1,4 @@
-"""Whether one answer agrees with a gold answer: as text, as a number, as JSON; and what several
-samples agree on.
-
-Knows nothing of tables or of averages over rows.
-"""
+"""Whether an answer agrees with a gold answer: as text, number, JSON; what samples agree on."""
 
 from __future__ import annotations
 
@@ -30,18 +26,14 @@ def normalised_match(answer: str, gold: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """Without case, punctuation, symbols, English articles and repeated white space, as SQuAD
-    compares answers.
-    """
+    """Without case, punctuation, symbols, articles and repeated white space, as in SQuAD."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = "".join(char for char in folded if unicodedata.category(char)[0] not in "PS")
     return " ".join(word for word in kept.split() if word not in ARTICLES)
 
 
 def numeric_match(answer: str, gold: str, tolerance: float = 1e-6) -> bool:
-    """Whether the last numbers of both are equal, within `tolerance` of the gold's size. No number
-    equals nothing.
-    """
+    """Whether the last numbers are equal within `tolerance` of the gold's size; none is unequal."""
     left, right = last_number(answer), last_number(gold)
     return (
         left is not None
@@ -57,9 +49,7 @@ def last_number(text: str) -> float | None:
 
 
 def extracted(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last place where the pattern matches: its first group if it has one. None where it
-    matches nowhere.
-    """
+    """The last match: its first group if there is one. None where it matches nowhere."""
     matches = list(pattern.finditer(text))
     if not matches:
         return None
@@ -76,9 +66,7 @@ def json_value(text: str | None) -> tuple[bool, Any]:
 
 
 def json_fields(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a JSON value by dotted names, objects opened up; what is no object has the name
-    "".
-    """
+    """The fields of a JSON value by dotted names, objects opened up; a value of its own has ""."""
     if not isinstance(value, dict) or not value:
         yield prefix, value
         return
@@ -101,9 +89,7 @@ def majority(answers: Sequence[str | None]) -> str | None:
 
 
 def pass_at(k: int, num_samples: int, num_right: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a right one (Chen et al.
-    2021, equation 1).
-    """
+    """The chance that k samples hold a right one (Chen et al. 2021, equation 1)."""
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} of {num_samples} samples")
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

@@ -1,8 +1,7 @@
 """How well answers fall into their classes: the confusion matrix and what is computed from it.
 
 Point values are scikit-learn's. The same formulas over a stack of resampled matrices give the
-intervals. A row without an answer counts as wrong: it lies in a column of its own. Knows nothing of
-rows' text or probabilities.
+intervals. A row without an answer counts as wrong: it lies in a column of its own.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confusion:
-    """`counts` [labels, labels + 1]: rows by gold label and answered label; the last column had no
-    answer.
-    """
+    """`counts` [labels, labels + 1]: rows by gold and answer; in the last column had none."""
 
     labels: tuple[str, ...]
     counts: Ints
@@ -80,16 +77,14 @@ def balanced_accuracy(counts: Ints) -> Floats:
 
 
 def macro_f1(counts: Ints) -> Floats:
-    """[..., labels, labels + 1] -> [...]: the mean F1 of the labels that occur as gold or answer."""
+    """[..., labels, labels + 1] -> [...]: the mean F1 of labels that occur as gold or answer."""
     right, of_gold, answered = _margins(counts)
     occurring = of_gold + answered
     return _ratio(_ratio(2 * right, occurring).sum(-1), (occurring > 0).sum(-1))
 
 
 def micro_f1(counts: Ints) -> Floats:
-    """[..., labels, labels + 1] -> [...]: the F1 of all decisions together; accuracy where every
-    row was answered.
-    """
+    """[..., labels, labels + 1] -> [...]: the F1 of all decisions; accuracy if all are answered."""
     right, of_gold, answered = _margins(counts)
     return _ratio(2 * right.sum(-1), of_gold.sum(-1) + answered.sum(-1))
 
@@ -98,9 +93,7 @@ RESAMPLED = {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1, "micr
 
 
 def resampled_counts(counts: Ints, num_resamples: int, rng: np.random.Generator) -> Ints:
-    """[resamples, labels, labels + 1]: drawing rows with replacement is drawing from the matrix's
-    cells.
-    """
+    """[resamples, labels, labels + 1]: to draw rows with replacement is to draw from the cells."""
     total = int(counts.sum())
     draws = rng.multinomial(total, counts.ravel() / total, size=num_resamples)
     return draws.reshape(num_resamples, *counts.shape)

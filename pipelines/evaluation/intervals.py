@@ -1,6 +1,6 @@
 """How sure a number is: bootstrap intervals, paired differences, McNemar's test.
 
-Owns resampling and its seeds: equal values give equal intervals. Knows nothing of what is measured.
+Owns resampling and its seeds: equal values give equal intervals.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """How much one set of answers is above another on the same rows; `p_value` is that of no
-    difference.
+    """How far one set of answers is above another; `p_value` is that of no difference.
 
     For values of 0 and 1 it is McNemar's, and `only_first` and `only_second` count the rows that
     one alone has right.
@@ -80,7 +79,7 @@ def mean_estimate(
         return Estimate(value=math.nan, low=math.nan, high=math.nan, rows=0)
     mean = float(values.mean())
     if (values == values[0]).all():
-        low, high = _bound_of_equal(mean, len(values), confidence)
+        low, high = _exact(mean, len(values), confidence) if mean in (0, 1) else (mean, mean)
         return Estimate(value=mean, low=low, high=high, rows=len(values))
     low, high = bca(_resampled_means(values, rng), mean, acceleration(values), confidence)
     return Estimate(value=mean, low=low, high=high, rows=len(values))
@@ -89,8 +88,7 @@ def mean_estimate(
 def bca(
     resamples: Floats, value: float, accelerated: float = 0.0, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The bias-corrected and accelerated interval (Efron 1987). Resamples equal to the value count
-    half as below it.
+    """The interval of Efron (1987). Resamples equal to the value count half as below it.
 
     With acceleration 0 it is bias-corrected alone.
     """
@@ -115,9 +113,7 @@ def acceleration(values: Floats) -> float:
 def paired_difference(
     first: Floats, second: Floats, rng: np.random.Generator, confidence: float = CONFIDENCE
 ) -> Difference:
-    """The mean of first - second over rows in which neither is NaN; both [rows], of the same rows
-    in the same order.
-    """
+    """The mean of first - second, both [rows] of the same rows, where neither is NaN."""
     defined = ~(np.isnan(first) | np.isnan(second))
     first, second = first[defined], second[defined]
     differences = first - second
@@ -140,21 +136,17 @@ def paired_difference(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided p-value: the rows that one alone has right are tosses of a fair
-    coin.
-    """
+    """McNemar's exact two-sided p-value: rows that one alone has right are tosses of a coin."""
     tosses = only_first + only_second
     if not tosses:
         return 1.0
-    from scipy.stats import binom
+    from scipy.stats import binomtest
 
-    return min(1.0, 2 * float(binom.cdf(min(only_first, only_second), tosses, 0.5)))
+    return float(binomtest(only_first, tosses).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values adjusted for how many comparisons were made (Holm 1979); NaN stays and does not
-    count.
-    """
+    """The p-values adjusted for their number (Holm 1979); NaN stays and does not count."""
     order = sorted(
         (number for number, p in enumerate(p_values) if not math.isnan(p)),
         key=lambda i: p_values[i],
@@ -167,9 +159,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
-    """Few different values, as right and wrong are, are drawn as counts of each, which is the same
-    and faster.
-    """
+    """Few different values are drawn as counts of each, which is the same and faster."""
     different, counts = np.unique(values, return_counts=True)
     num_rows = len(values)
     if len(different) <= 64:
@@ -198,6 +188,9 @@ def _corrected(quantile: float, bias: float, accelerated: float) -> float:
     return NORMAL.cdf(bias + shifted / (1 - accelerated * shifted))
 
 
-def _bound_of_equal(mean: float, num_rows: int, confidence: float) -> tuple[float, float]:
-    reach: float = ((1 - confidence) / 2) ** (1 / num_rows)
-    return (reach, 1.0) if mean == 1.0 else (0.0, 1 - reach) if mean == 0.0 else (mean, mean)
+def _exact(share: float, num_rows: int, confidence: float) -> tuple[float, float]:
+    """The binomial bounds of Clopper and Pearson for a share that is 0 or 1."""
+    from scipy.stats import binomtest
+
+    found = binomtest(round(share * num_rows), num_rows).proportion_ci(confidence, method="exact")
+    return float(found.low), float(found.high)

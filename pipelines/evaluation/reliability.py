@@ -1,7 +1,6 @@
-"""Whether probabilities mean what they say: reliability bins, expected calibration error, Brier
-score.
+"""Whether probabilities mean what they say: reliability bins, calibration error, Brier score.
 
-Over rows that were answered: a row that failed has no probability. Knows nothing of tables.
+Over rows that were answered: a row that failed has no probability.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reliability:
-    """Equal bins of (0, 1] by confidence: rows in each, their mean confidence and accuracy (0 in an
-    empty bin).
-    """
+    """Equal bins of (0, 1] by confidence: rows, mean confidence, accuracy (0 in an empty bin)."""
 
     rows: npt.NDArray[np.int64]
     confidence: Floats
@@ -28,9 +25,7 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: the gaps between confidence and accuracy, by the rows of each
-        bin.
-        """
+        """Expected calibration error: gaps between confidence and accuracy, by rows of each bin."""
         return float(
             expected_calibration_error(
                 self.rows, self.rows * self.confidence, self.rows * self.accuracy
@@ -39,9 +34,7 @@ class Reliability:
 
 
 def bin_numbers(confidence: Floats, num_bins: int = NUM_BINS) -> npt.NDArray[np.int64]:
-    """The bin of each value: bin i holds (i / num_bins, (i + 1) / num_bins], and the first one 0
-    too.
-    """
+    """Bin i holds (i / num_bins, (i + 1) / num_bins], and the first one 0 too."""
     return np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
 
 
@@ -60,9 +53,7 @@ def reliability(confidence: Floats, right: Floats, num_bins: int = NUM_BINS) -> 
 def expected_calibration_error(
     rows: npt.NDArray[np.generic], confidence: Floats, right: Floats
 ) -> Floats:
-    """[..., bins] -> [...]: rows, and sums of confidence and of right answers in each bin (Guo et
-    al. 2017).
-    """
+    """[..., bins] -> [...]: rows, sums of confidence and of right answers (Guo et al. 2017)."""
     return np.asarray(
         np.abs(confidence - right).sum(-1)
         / np.maximum(np.asarray(rows, np.float64).sum(-1), 1e-300)
@@ -70,8 +61,7 @@ def expected_calibration_error(
 
 
 def brier(probabilities: Floats, gold: npt.NDArray[np.int64]) -> Floats:
-    """The Brier score of each row: squared distances of [rows, labels] from the gold label's 1, in
-    [0, 2].
+    """Squared distances of [rows, labels] from the gold label's 1, for each row, in [0, 2].
 
     `gold` [rows] is the gold label's number, -1 for a label outside of the set.
     """

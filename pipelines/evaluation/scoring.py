@@ -1,10 +1,9 @@
-"""A finished job's rows and their gold answers become scores of each row, and these become metrics
-with intervals.
+"""A finished job's rows and gold answers become row scores, and these metrics with intervals.
 
 Rows without a gold answer count nowhere. A row that failed is wrong: its `accuracy` is 0, and so is
 every other score that says whether an answer is right. What only an answer has (a probability, a
 log-likelihood) is NaN for it. Owns which metrics a task kind has; the formulas stand in the modules
-beside this one. Knows nothing of files or models.
+beside this one.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """How a job's answers are read. `labels` are those of choose or classify, in the order of their
-    probabilities.
+    """How answers are read. `labels` of choose or classify stand in the order of probabilities.
 
     `label_tokens` counts the tokens of each label that were scored. `match` says which comparison
     of texts is the accuracy; before it, `extract` takes a part of the text.
@@ -106,9 +104,7 @@ class RowScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What the rows come to. `rows` have a gold answer; `errors` counts those of them that failed,
-    by their code.
-    """
+    """What the rows with a gold answer come to; `errors` counts those that failed by code."""
 
     rows: int
     without_gold: int
@@ -122,9 +118,7 @@ class Score:
 def score(
     rules: Rules, table: pa.Table, golds: Sequence[Any], confidence: float = CONFIDENCE
 ) -> tuple[RowScores, Score]:
-    """`table` holds the job's output columns, `golds` each row's gold answer or None.
-    Deterministic.
-    """
+    """`table` holds the job's output columns, `golds` each row's gold answer or None."""
     has_gold = np.array([gold is not None for gold in golds], bool)
     kept = table.filter(pa.array(has_gold))
     rows = score_rows(rules, kept, [gold for gold in golds if gold is not None])
@@ -154,9 +148,7 @@ def score_rows(rules: Rules, table: pa.Table, golds: Sequence[Any]) -> RowScores
 
 
 def summarised(rules: Rules, rows: RowScores, confidence: float = CONFIDENCE) -> Score:
-    """The metrics of the rows. Each has random numbers of its own, so that none depends on which
-    others there are.
-    """
+    """The metrics of the rows, each with random numbers of its own: none depends on others."""
     metrics = {
         name: mean_estimate(values, _random(name), confidence)
         for name, values in rows.values.items()
@@ -209,9 +201,7 @@ def _classes(
 
 
 def _label_sets(table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]) -> Scored:
-    """Several labels a row: right where the sets are equal; `sample_f1` is the F1 of a row's own
-    labels.
-    """
+    """Several labels a row: right where the sets are equal; `sample_f1` is a row's own F1."""
     sets = [
         {str(label) for label in (gold if isinstance(gold, list | tuple) else [gold])}
         for gold in golds
@@ -266,9 +256,7 @@ def _texts(
 def _objects(
     rules: Rules, table: pa.Table, golds: Sequence[Any], answered: npt.NDArray[np.bool_]
 ) -> Scored:
-    """JSON: right where the whole value is equal; `field_accuracy` is the share of the gold's
-    fields that are.
-    """
+    """JSON: right where the whole is equal; `field_accuracy` is the share of the gold's fields."""
     wanted = [json_or_text(gold) for gold in golds]
     texts = table["json"].to_pylist()
     found = [json_value(text) for text in texts]
@@ -304,8 +292,7 @@ def _probability_scores(rules: Rules, gold: list[str], probabilities: Floats) ->
 def _likelihood_scores(
     rules: Rules, gold: list[str], logprobs: Floats, answered: npt.NDArray[np.bool_]
 ) -> dict[str, Floats]:
-    """From the joint log-probability (nats) of each label: that of the gold one, and what a longer
-    label may ask for.
+    """Of the joint log-probability (nats) of each label: the gold one's, and a long label's chance.
 
     `accuracy_norm` takes the label with the highest log-probability for each of its characters.
     """
@@ -406,9 +393,7 @@ def _answered(rows: RowScores, name: str) -> Floats:
 
 
 def _token_estimates(rows: RowScores, confidence: float) -> dict[str, Estimate]:
-    """The mean log-likelihood (nats) of a gold token, and perplexity: exp of what this is below
-    zero.
-    """
+    """A gold token's mean log-likelihood (nats), and perplexity: exp of what it is below zero."""
     both = np.stack([rows.values["gold_log_likelihood"], rows.values["gold_tokens"]], axis=1)
     both = both[np.isfinite(both).all(axis=1)]
     return {
@@ -420,9 +405,7 @@ def _token_estimates(rows: RowScores, confidence: float) -> dict[str, Estimate]:
 def _of_tokens(
     both: Floats, formula: Callable[[Floats], Floats], random: str, confidence: float
 ) -> Estimate:
-    """`formula` takes sums over rows of `both` [rows, 2], log-likelihood and tokens: it is no mean
-    over rows.
-    """
+    """`formula` takes sums over rows of `both` [rows, 2], log-likelihood and tokens."""
     if not len(both):
         return Estimate(value=math.nan, low=math.nan, high=math.nan, rows=0)
     value = float(formula(both.sum(axis=0)))

@@ -27,7 +27,9 @@ from glm_batch.pipelines.input.listing import InputFile, is_remote, list_files
 from glm_batch.pipelines.input.values import (
     LINE,
     NUMBER,
+    Row,
     column_values,
+    decode_rows,
     is_text,
     line_key,
     numbered_lines,
@@ -154,6 +156,16 @@ class Source:
                 f"input: {file.name} is damaged at rows {rows.start} to {rows.stop - 1}: {error}"
             ) from error
         return _complete(_lines_table(numbered_lines(data, rows.start_line)), file, rows)
+
+    def read_rows(self, file: InputFile, rows: RowRange) -> list[Row | RowError]:
+        """What `read` gives, decoded; an error for each row of a damaged row group."""
+        try:
+            return decode_rows(self.read(file, rows))
+        except DamagedError as error:
+            groups = self.by_row_group(file, rows)
+            if len(groups) == 1:
+                return [RowError("unreadable_input", str(error))] * (rows.stop - rows.start)
+            return [row for group in groups for row in self.read_rows(file, group)]
 
     def by_row_group(self, file: InputFile, rows: RowRange) -> list[RowRange]:
         """The row range of a Parquet file, cut where its row groups meet."""

@@ -1,5 +1,4 @@
-"""Reports on outputs and sweeps: one HTML file that a person looks at, and tables to go on with.
-Can be taken away.
+"""Reports on outputs and sweeps: an HTML file to look at, and tables to go on with. Optional.
 
-May import `output`, `tasks`, `evaluation` and `sweep`. Read collect.py, answers.py, page.py.
+May import `output`, `tasks`, `evaluation` and `sweep`. Read answers.py, committed_rows.py, page.py.
 """

@@ -1,6 +1,4 @@
-"""What the rows of an output part say, by their kind of task: how sure an answer is, whether it
-agrees with gold, and which values and numbers are to be counted.
-"""
+"""What the rows of a part say, by kind of task: how sure, how right, which values to count."""
 
 from __future__ import annotations
 
@@ -47,9 +45,9 @@ def row_facts(
     """One row for each of the part's, with what is known of it; null for what is not.
 
     `golds` are the rows' gold answers, None for a row without one. `chance` in [0, 1) depends on a
-    row's place alone; `disagreement` is that of its samples. Of a row with a gold answer `accuracy`
-    is above 0 where it is right; `gold`, `answer`, `brier` and `bin`, that of evaluation.reliability,
-    are there for answers with probabilities.
+    row's place alone; `disagreement` is that of its samples. `accuracy`, above 0 if right, is there
+    for rows with gold; `gold`, `answer`, `brier`, `bin` (of evaluation.reliability) for those whose
+    answer has probabilities.
     """
     confidence, margin = sureness(question.kind, part)
     facts: dict[str, Any] = {
@@ -148,7 +146,7 @@ def disagreement(answers: Sequence[Any]) -> float:
 
 
 def counted_values(kind: str, part: pa.Table) -> Iterator[tuple[str, pa.Array]]:
-    """(what is counted, the values) of a part's answered rows, for values of which there are few."""
+    """(what is counted, values) of a part's answered rows, for values of which there are few."""
     answered = part.filter(pc.equal(part["status"], "ok"))
     if kind == "choose" or (kind == "classify" and not pa.types.is_floating(part["label"].type)):
         yield LABELS, _flat(answered["label"])
@@ -172,9 +170,7 @@ def counted_values(kind: str, part: pa.Table) -> Iterator[tuple[str, pa.Array]]:
 
 
 def counted_numbers(question: Question, part: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    """(name, numbers) of a part's answered rows: those of an answer, or of a kind that is not known
-    here every column of numbers.
-    """
+    """(name, numbers) of a part's answered rows; of an unknown kind all columns of numbers."""
     kind, others = question.kind, {*ROW_COLUMNS, *TOKEN_COLUMNS, *question.carried}
     answered = part.filter(pc.equal(part["status"], "ok"))
     if kind == "embed":
@@ -238,9 +234,7 @@ def to_floats(column: pa.ChunkedArray) -> Floats:
 def label_names(
     kind: str, labels: Sequence[str] | None, facts: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """The labels in the order of their probabilities, as far as the job and its manifest's facts
-    tell them.
-    """
+    """The labels in the order of their probabilities, as far as job and manifest tell them."""
     return tuple(labels or ()) if kind == "choose" else tuple(facts.get("label_names", ()))
 
 

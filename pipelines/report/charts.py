@@ -2,7 +2,7 @@
 
 Each has a title and a description for those who do not see it. Colours come from the stylesheet, so
 that they follow the page into the dark; nothing depends on colour alone. No attribute is a style:
-the page's policy forbids them. Knows nothing of jobs.
+the page's policy forbids them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A point of a scatter plot with its interval in y, and the short name that stands beside it."""
+    """A point of a scatter plot with its interval in y, and the name that stands beside it."""
 
     x: float
     y: float
@@ -70,7 +70,8 @@ def bar(share: float, second: float | None = None) -> Markup:
     if second is not None:
         body += _rect("bar-gold", 0, 8, 100 * _within(second), 3.5)
     return Markup(
-        '<svg class="barcell" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
+        '<svg class="barcell" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+        "{}</svg>"
     ).format(body)
 
 
@@ -82,7 +83,8 @@ def stacked_bar(parts: Sequence[tuple[str, float]], title: str) -> Markup:
         body += _rect(name, left * 100, 0, value / total * 100, 16)
         left += value / total
     return Markup(
-        '<svg class="stackbar" viewBox="0 0 100 16" preserveAspectRatio="none" role="img"><title>{}</title>{}</svg>'
+        '<svg class="stackbar" viewBox="0 0 100 16" preserveAspectRatio="none" role="img">'
+        "<title>{}</title>{}</svg>"
     ).format(title, body)
 
 
@@ -128,16 +130,15 @@ def histogram(
                 bottom - top,
             )
             base += value
-    told = f"{compact(sum(heights))} in {len(heights)} bars; the highest has {compact(max(heights, default=0))}."
+    highest = compact(max(heights, default=0))
+    told = f"{compact(sum(heights))} in {len(heights)} bars; the highest has {highest}."
     return _svg(frame, title, told, body)
 
 
 def reliability(
     points: Sequence[tuple[float, float, float, float, int]], *, title: str, width: int = 420
 ) -> Markup:
-    """(confidence, accuracy, low, high, rows) of each bin against the diagonal of perfect
-    calibration.
-    """
+    """(confidence, accuracy, low, high, rows) of each bin against perfect calibration."""
     frame = Frame(width=width, height=min(width, 340), x=(0, 1), y=(0, 1))
     body = _y_axis(frame, lambda value: f"{value * 100:.0f} %") + _x_axis(
         frame, "confidence", percents=True
@@ -169,7 +170,7 @@ def throughput(
     stalls: Sequence[tuple[float, float]] = (),
     width: int = 860,
 ) -> Markup:
-    """Rows per second over seconds of work. A pause is a line where it lies, a stall a shaded time."""
+    """Rows per second over seconds of work. A pause is a line where it lies, a stall is shaded."""
     frame = Frame(
         width=width, height=250, x=(0, edges[-1]), y=(0, _ceiling(max(rates, default=1.0)))
     )
@@ -351,7 +352,8 @@ def _clock(value: float, end: float) -> str:
 
 def _svg(frame: Frame, title: str, told: str, body: Markup) -> Markup:
     return Markup(
-        '<svg class="chart" viewBox="0 0 {:.0f} {:.0f}" role="img"><title>{}</title><desc>{}</desc>{}</svg>'
+        '<svg class="chart" viewBox="0 0 {:.0f} {:.0f}" role="img">'
+        "<title>{}</title><desc>{}</desc>{}</svg>"
     ).format(frame.width, frame.height, short(title, 200), short(told, 2000), body)
 
 

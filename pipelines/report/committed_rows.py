@@ -48,13 +48,16 @@ METRICS = ("balanced accuracy", "macro F1", "micro F1")
 COUNTED = pa.schema({"name": pa.string(), "value": pa.string(), "rows": pa.int64()})
 NUMBERS = pa.schema({"name": pa.string(), "value": pa.float64()})
 PARTS_READ = pa.schema(
-    {"unit": pa.int32(), "part": pa.string(), "rows": pa.int64(), "bytes": pa.int64(), "sha256": pa.string()}
+    {
+        "unit": pa.int32(), "part": pa.string(), "rows": pa.int64(), "bytes": pa.int64(),
+        "sha256": pa.string(),
+    }
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Values:
-    """How often values occur: `counts` of the most frequent ones, these first, equal ones by name."""
+    """How often values occur: `counts` of the most frequent ones, by rows and then by name."""
 
     counts: Mapping[str, int]
     different: int
@@ -63,7 +66,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
-    """`bins` [3, bins]: rows that are right, wrong, and without gold, in equal bins of low to high."""
+    """`bins` [3, bins]: right, wrong, and unjudged rows in equal bins from low to high."""
 
     bins: npt.NDArray[np.int64]
     low: float
@@ -186,7 +189,7 @@ class CommittedRows:
     # ---- rows
 
     def lowest(self, score: str, most: int, where: str = "status = 'ok'") -> list[Place]:
-        """The rows with the lowest scores, which are SQL; among equal ones the first of the input."""
+        """The rows with the lowest scores, which are SQL; of equal ones the first of the input."""
         query = f"SELECT unit, row FROM facts WHERE {where} AND isfinite({score})"
         return self._ask(f"{query} ORDER BY {score}, unit, row LIMIT {most}")
 
@@ -215,7 +218,8 @@ class CommittedRows:
                 Part(name=name, rows=num_rows, num_bytes=size, checksum=checksum)
             )
             facts = self._ask(
-                "SELECT accuracy, margin FROM facts WHERE unit = ? AND list_contains(?, row) ORDER BY row",
+                "SELECT accuracy, margin FROM facts WHERE unit = ? AND list_contains(?, row) "
+                "ORDER BY row",
                 unit,
                 rows,
             )
@@ -240,7 +244,10 @@ class CommittedRows:
         fields = [name for name in names if name.startswith(FIELD)][:MAX_FIELDS]
         found = {}
         for name in fields or names:
-            query = "FROM (SELECT value, sum(rows)::BIGINT AS n FROM counted WHERE name = ? GROUP BY value)"
+            query = (
+                "FROM (SELECT value, sum(rows)::BIGINT AS n FROM counted WHERE name = ? "
+                "GROUP BY value)"
+            )
             ((total, different),) = self._ask(f"SELECT sum(n)::BIGINT, count(*) {query}", name)
             most = MAX_VALUES + len(self.question.labels)
             ranked = self._ask(f"SELECT value, n {query} ORDER BY n DESC, value LIMIT {most}", name)
@@ -278,7 +285,7 @@ class CommittedRows:
         low: float | None = None,
         high: float = 1.0,
     ) -> Histogram | None:
-        """Of a query's `value` by its `verdict`, from `low` to `high` or else over all that occurs."""
+        """Of a query's `value` by its `verdict`, from `low` to `high` or else over all there is."""
         query = f"FROM ({query}) WHERE isfinite(value)"
         ((rows, lowest, highest, mean),) = self._ask(
             f"SELECT count(*), min(value), max(value), favg(value) {query}", *values
@@ -312,7 +319,8 @@ class CommittedRows:
             return None
         bins = np.zeros((3, NUM_BINS))
         for number, *sums in self._ask(
-            "SELECT bin, count(*), fsum(confidence), fsum(accuracy) FROM facts WHERE bin IS NOT NULL GROUP BY bin"
+            "SELECT bin, count(*), fsum(confidence), fsum(accuracy) FROM facts "
+            "WHERE bin IS NOT NULL GROUP BY bin"
         ):
             bins[:, number] = sums
         found = Gold(rows=rows, right=right, failed=failed, bins=bins, brier=brier)
@@ -332,8 +340,8 @@ class CommittedRows:
             "WHERE gold IS NOT NULL AND answer IS NOT NULL GROUP BY answer) a USING (label)"
         )
         ((different, *metrics),) = self._ask(
-            "SELECT count(*), avg(hits / gold) FILTER (gold > 0), avg(2 * hits / (gold + answered)), "
-            "2 * sum(hits) / sum(gold + answered) FROM labels"
+            "SELECT count(*), avg(hits / gold) FILTER (gold > 0), "
+            "avg(2 * hits / (gold + answered)), 2 * sum(hits) / sum(gold + answered) FROM labels"
         )
         most = MAX_VALUES + len(self.question.labels)
         known = {label: LabelRows(*rows) for label, *rows in self._ask(
@@ -368,7 +376,7 @@ def in_matrix(labels: Mapping[str, LabelRows]) -> list[str]:
 
 
 def committed_parts(output: Output, plan: Plan) -> Iterator[tuple[Unit, CommitRecord, pa.Table]]:
-    """Every committed unit in the order of the input, with its rows; one part in memory at a time."""
+    """Every committed unit with its rows, in the order of the input; one part in memory."""
     units = plan.units()
     for record in output.records(plan):
         unit = next(unit for unit in units if unit.index == record.unit)

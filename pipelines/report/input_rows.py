@@ -1,8 +1,4 @@
-"""The input rows behind an output's rows: gold answers, prompts, media. They may be gone or changed
-by now.
-
-Owns the check that a file is still what the job read. Knows nothing of what a report says.
-"""
+"""The input rows behind an output's rows, where they are still there and unchanged."""
 
 from __future__ import annotations
 
@@ -14,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from glm_batch.models.errors import ConfigError, RowError
-from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
-from glm_batch.pipelines.input.values import Row, column_values, decode_rows
+from glm_batch.pipelines.input.source import Source
+from glm_batch.pipelines.input.values import Row, column_values
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.planning.plan import Plan, Unit
 from glm_batch.pipelines.storage.storage import StorageError
@@ -24,7 +20,7 @@ Place = tuple[int, int]  # unit, row in it
 
 
 class InputRows:
-    """Reads rows of an output's input. `problems` says, once for each file, why one cannot be read."""
+    """Reads an output's input. `problems` says, once for each file, why it cannot be read."""
 
     def __init__(self, job: Job, plan: Plan) -> None:
         self._job, self.plan = job, plan
@@ -32,8 +28,7 @@ class InputRows:
         self._checked: set[int] = set()
 
     def golds(self, unit: Unit, part: pa.Table) -> list[Any] | None:
-        """The gold answers of a unit's rows, None for a row without one; None where they cannot be
-        had.
+        """A unit's gold answers, None for a row without one; None where they cannot be had.
 
         Where the input is gone, the carried column stands in for it if there is one.
         """
@@ -46,14 +41,12 @@ class InputRows:
         return column_values(part[gold]) if gold in part.column_names else None
 
     def read(self, unit: Unit, columns: Sequence[str]) -> list[Row | RowError] | None:
-        """All rows of a unit, with these columns of Parquet files; None where the file cannot be
-        read any more.
-        """
+        """A unit's rows with these columns; None where the file cannot be read any more."""
         if not self._is_readable(unit.file):
             return None
         source = Source(storage=self._job.storage, columns=tuple(columns))
         try:
-            return self._rows(source, unit.file, unit.rows)
+            return source.read_rows(self.plan.files[unit.file].file, unit.rows)
         except (ConfigError, StorageError, OSError) as error:
             self.problems[unit.file] = str(error)
             return None
@@ -73,16 +66,6 @@ class InputRows:
     @cached_property
     def _units(self) -> list[Unit]:
         return list(self.plan.units())
-
-    def _rows(self, source: Source, file: int, rows: RowRange) -> list[Row | RowError]:
-        planned = self.plan.files[file].file
-        try:
-            return decode_rows(source.read(planned, rows))
-        except DamagedError as error:
-            groups = source.by_row_group(planned, rows)
-            if len(groups) == 1:
-                return [RowError("unreadable_input", str(error))] * (rows.stop - rows.start)
-            return [row for group in groups for row in self._rows(source, file, group)]
 
     def _is_readable(self, number: int) -> bool:
         if number not in self._checked:

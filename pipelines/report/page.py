@@ -39,7 +39,7 @@ SUREST = "coalesce(CASE WHEN isfinite(confidence) THEN -confidence END, chance)"
 ABOUT_CODES = {
     "aborted": "The request was ended before it was answered; retry it.",
     "bad_custom_id": "custom_id is no text, or an empty one.",
-    "bad_gold": "The gold answer merges with the end of the prompt: task.gold_logprobs cannot score it.",
+    "bad_gold": "The gold answer merges with the end of the prompt, so that its score is unknown.",
     "bad_image": "The bytes are no image that can be decoded.",
     "bad_json": "The input line is no JSON object.",
     "bad_messages": "The messages are none that the chat template takes.",
@@ -51,7 +51,7 @@ ABOUT_CODES = {
     "empty_prompt": "The prompt has no tokens.",
     "empty_text": "The prompt's columns hold nothing but white space.",
     "generation_failed": "vLLM ended the answer early; retry it.",
-    "gold_too_long": "Prompt and gold answer do not fit together: see task.gold_logprobs and engine.max_model_len.",
+    "gold_too_long": "Prompt and gold answer do not fit together: see engine.max_model_len.",
     "internal_error": "A fault of glm-batch itself; please report it.",
     "invalid_constraint": "The schema cannot be followed: simplify it.",
     "invalid_json": "The answer left the schema.",
@@ -84,7 +84,7 @@ ABOUT_CODES = {
     "unsupported_media": "The checkpoint reads text alone.",
     "unsupported_sampling": "The engine cannot sample like this: see engine.kind.",
     "unsupported_work": "The checkpoint or the engine cannot do this: see engine.kind.",
-    "worker_died": "The process died of this row, again and again: make it smaller or leave it out.",
+    "worker_died": "The process died of this row again and again: make it smaller or leave it out.",
     "wrong_shape": "The engine's numbers do not fit the checkpoint's head.",
     "wrong_type": "A column holds a type that does not fit there.",
 }
@@ -154,13 +154,11 @@ def _calibration(identity: Mapping[str, Any]) -> str | None:
 
 
 def render(template: str, **context: Any) -> str:
-    """A template with the page's style, script and policy. Everything in it that is no markup of
-    ours is escaped.
-    """
+    """A template with the page's style, script and policy; what is no markup of ours is escaped."""
     style, script = _asset("style.css"), _asset("sort.js")
     policy = (
-        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
+        f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
     )
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     text = (
@@ -325,7 +323,8 @@ def _tiles(rows: CommittedRows) -> Iterator[Tile]:
         yield Tile(
             name="Accuracy",
             value=percent(counts.accuracy),
-            note=f"95 % interval {low * 100:.1f} to {high * 100:.1f}; {counts.gold_rows:,} rows with gold",
+            note=f"95 % interval {low * 100:.1f} to {high * 100:.1f}; "
+            f"{counts.gold_rows:,} rows with gold",
         )
     if rows.confidence is not None:
         ece = gold.reliability.ece if gold and gold.reliability else None
@@ -363,8 +362,8 @@ def _notes(rows: CommittedRows) -> Iterator[Note]:
         yield Note(
             level="warning",
             text=f"{counts.error_rows:,} rows failed ({percent(counts.error_rate)}), and "
-            f"max_error_rate allows {percent(job.max_error_rate)}. What failed, and why, stands below; "
-            "glm-batch retry processes these rows again.",
+            f"max_error_rate allows {percent(job.max_error_rate)}. What failed, and why, stands "
+            "below; glm-batch retry processes these rows again.",
         )
     if rows.input_rows.problems:
         first = next(iter(rows.input_rows.problems.values()))
@@ -377,7 +376,8 @@ def _notes(rows: CommittedRows) -> Iterator[Note]:
     for start, stop in rows.totals.clock.timeline().stalls[:3]:
         yield Note(
             level="warning",
-            text=f"Nothing was committed for {duration(stop - start)} from {clock(start)} on while units were in work.",
+            text=f"Nothing was committed for {duration(stop - start)} from {clock(start)} on "
+            "while units were in work.",
         )
     left = sum(len(page) for page in rows.output.store.pages(PARTS)) - rows.totals.parts
     if left > 0 and rows.finished:

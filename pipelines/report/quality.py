@@ -1,6 +1,4 @@
-"""The parts of a page about answers: how they are distributed, how sure they are, and how they
-stand against gold. Numbers become charts and rows of tables here.
-"""
+"""The parts of a page about answers: distributions, confidence, gold; as charts and tables."""
 
 from __future__ import annotations
 

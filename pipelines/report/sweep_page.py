@@ -1,5 +1,4 @@
-"""The page of a sweep: a table of its cells with intervals, quality against cost, and rows on which
-cells disagree.
+"""The page of a sweep: cells with intervals, quality against cost, rows on which cells disagree.
 
 Reads what `glm-batch evaluate` has kept: results.json and the scores of each cell.
 """
@@ -38,8 +37,9 @@ if TYPE_CHECKING:
 RESULTS, SCORES = "results.json", "scores"
 SURE = 0.05
 MORE_METRICS = {
-    "macro_f1": "macro F1", "ece": "ECE", "brier": "Brier", "pass@1": "pass@1", "majority": "majority",
-    "field_accuracy": "fields", "normalised": "normalised", "sample_f1": "sample F1",
+    "macro_f1": "macro F1", "ece": "ECE", "brier": "Brier", "pass@1": "pass@1",
+    "majority": "majority", "field_accuracy": "fields", "normalised": "normalised",
+    "sample_f1": "sample F1",
 }  # fmt: skip
 MOST_METRICS = 2
 DISAGREEMENTS = 12
@@ -225,8 +225,9 @@ def _charts(cells: Sequence[SweepCell]) -> list[Any] | None:
         return None
     return [
         charts.scatter(
-            points, title="Accuracy against tokens of a row", x_name="tokens of a row (logarithmic)",
-            y_name="accuracy", frontier=frontier(points), width=width,
+            points, title="Accuracy against tokens of a row",
+            x_name="tokens of a row (logarithmic)", y_name="accuracy",
+            frontier=frontier(points), width=width,
         )
         for width in (860, 420)
     ]  # fmt: skip
@@ -291,9 +292,7 @@ def _disagreements(
     cells: Sequence[SweepCell],
     texts: Callable[[Sequence[str]], Mapping[str, str]],
 ) -> list[dict[str, Any]]:
-    """Rows to which cells give the most different answers, with each answer's cells; `texts` gives
-    what the rows with these keys say.
-    """
+    """Rows with the most different answers; `texts` gives what the rows with some keys say."""
     keys = scores.lowest("-disagreement", DISAGREEMENTS, "disagreement > 0")
     said, found = texts(keys), []
     for key, row in scores.rows(keys).items():
@@ -348,8 +347,8 @@ class SweepScores:
             "arg_min(gold, number) AS gold, favg(confidence) AS confidence, "
             "favg(off_set_mass) AS off_set_mass, any_value(disagreement) AS disagreement "
             "FROM scores JOIN (SELECT row_key, 1 - max(n) / sum(n) AS disagreement FROM "
-            "(SELECT row_key, count(*) AS n FROM scores GROUP BY row_key, answer) GROUP BY row_key) "
-            "USING (row_key) GROUP BY row_key"
+            "(SELECT row_key, count(*) AS n FROM scores GROUP BY row_key, answer) "
+            "GROUP BY row_key) USING (row_key) GROUP BY row_key"
         )
 
     def lowest(self, score: str, most: int, where: str = "true") -> list[str]:
@@ -365,7 +364,8 @@ class SweepScores:
             "SELECT row_key, gold, disagreement, confidence, off_set_mass FROM doubts "
             "WHERE list_contains(?, row_key)", [some]).fetchall()}  # fmt: skip
         for key, cell, answer in self.db.execute(
-            "SELECT row_key, cell, answer FROM scores WHERE list_contains(?, row_key) ORDER BY number",
+            "SELECT row_key, cell, answer FROM scores WHERE list_contains(?, row_key) "
+            "ORDER BY number",
             [some],
         ).fetchall():
             known[key].answers[cell] = answer
@@ -448,8 +448,12 @@ def _notes(cells: Sequence[SweepCell], against: dict[str, Any]) -> Iterator[Note
                 if sure["p_adjusted"] < SURE
                 else " Its lead over the baseline may be chance."
             )
-        yield Note(level="info", text=f"{short(task, 40)} on {short(dataset, 40)}: {cell.mark} answers best, "
-                   f"{percent(best)} right at {compact(cell.cost)} tokens a row{also}.{told}")  # fmt: skip
+        where = f"{short(task, 40)} on {short(dataset, 40)}"
+        cost = f"{compact(cell.cost)} tokens a row"
+        yield Note(
+            level="info",
+            text=f"{where}: {cell.mark} answers best, {percent(best)} right at {cost}{also}.{told}",
+        )
 
 
 def _scale(known: Sequence[dict[str, float]]) -> tuple[float, float]:

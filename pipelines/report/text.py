@@ -1,5 +1,4 @@
-"""Text of users made fit for a page: no control characters, no marks that turn the writing around,
-not too long.
+"""Text of users made fit for a page: no control characters, no turned writing, not too long.
 
 What is cut says so. Escaping for HTML is the template engine's business and comes after this. Knows
 nothing of pages.
@@ -18,18 +17,14 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def clean(value: object) -> object:
-    """A text that can stand anywhere on a page; what is no text, or markup of our own, stays as it
-    is.
-    """
+    """A text that can stand anywhere on a page; no text, or markup of our own, stays as it is."""
     if value is None:
         return ""
     return value if isinstance(value, Markup) or not isinstance(value, str) else shown(value)
 
 
 def shown(text: str, most: int = MOST) -> str:
-    """At most so many characters, with visible signs for what a browser would not show or would
-    obey.
-    """
+    """At most so many characters, with signs for what a browser would not show or would obey."""
     kept = text[:most]
     kept = _CONTROLS.sub(lambda match: _sign(match[0]), kept)
     kept = _TURNING.sub(lambda match: f"[U+{ord(match[0]):04X}]", kept)

@@ -1,10 +1,8 @@
-"""When an output's units were in work and were committed: throughput over time, stalls, pauses,
-retries.
+"""When units were in work and were committed: throughput over time, stalls, pauses, retries.
 
 Reads the times that commit records hold. A pause is a time in which no unit was in any engine:
 between two runs of a job, while one starts, or while nothing came to the engines. A stall is a time
-in which units were in work and none was committed, much longer than between others. Knows nothing
-of rows.
+in which units were in work and none was committed, much longer than between others.
 """
 
 from __future__ import annotations
@@ -30,8 +28,7 @@ UNUSUAL = 8.0  # times the usual time between two commits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Times are Unix seconds. `edges` [bins + 1] and `rates` [bins] (rows/s) leave pauses out: see
-    `active`.
+    """Unix seconds. `edges` [bins + 1] and `rates` [bins] (rows/s) leave pauses out: see `active`.
 
     `known` units have times in their records, `unknown` ones have not.
     """

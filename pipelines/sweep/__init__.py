@@ -1,5 +1,4 @@
-"""Many jobs over the same rows, run together on one set of replicas, and the table of their scores.
-Can be taken away.
+"""Many jobs over the same rows on one set of replicas, and the table of their scores. Optional.
 
-May import `runs` and `evaluation`. Read cells.py, sweep_run.py, sweep_steps.py, results.py.
+May import `runs` and `evaluation`. Read cells.py, sweep_run.py, bundles.py, results.py.
 """

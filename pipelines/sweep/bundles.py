@@ -1,31 +1,52 @@
-"""Bundles: a row range of a data set, and the cells whose units over it are still to be done.
+"""Bundles: a row range of a data set with the cells that still need it; the steps done to one.
 
-A bundle travels through the pipeline as one block, in which each row stands once for each cell.
-Owns how units of several plans become bundles, and how a bundle is told on its way. Knows nothing
-of Ray or of what is done to rows.
+A bundle travels through the pipeline as one block: its rows are read once, rendered for each cell,
+and committed by cell. Rows stand in the order of the input, and those of the cells beside each
+other, so that equal prompts and media meet in the engine. The steps are those of
+pipelines.graph.steps for one job, and made of them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from glm_batch.pipelines.graph.steps import Order
+from glm_batch.glm_actors.faults.spent import IN_ENGINE, spent, with_spent
+from glm_batch.glm_actors.units.batches import request_table
+from glm_batch.models.engine.api.request import Request
+from glm_batch.models.errors import EngineError, RowError
+from glm_batch.models.processing.prompt import Prompt
+from glm_batch.pipelines.graph.steps import Commit, Order, Read
 from glm_batch.pipelines.input.listing import InputFile
-from glm_batch.pipelines.input.source import RowRange
+from glm_batch.pipelines.input.source import RowRange, Source
+from glm_batch.pipelines.input.values import Row
+from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARING, READING
 from glm_batch.pipelines.output.journal import Journal
-from glm_batch.pipelines.planning.plan import Plan
+from glm_batch.pipelines.planning.plan import Plan, UnitSizes
+from glm_batch.pipelines.tasks.affinity import with_prefix_key
+from glm_batch.pipelines.tasks.rows import (
+    UNIT,
+    Rendered,
+    TaskSpec,
+    parse_unit,
+    render_rows,
+    task_runner,
+)
+from glm_batch.pipelines.tasks.tasks import TaskRunner
 
-CELLS, CELL, DATASET = "#cells", "#cell", "#dataset"
+CELLS, CELL, DATASET, PARSED = "#cells", "#cell", "#dataset", "#parsed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """`cells` are pairs of a cell's number in the sweep and its unit's number in that cell's plan."""
+    """`cells` are (a cell's number in the sweep, its unit's number in that cell's plan)."""
 
     order: Order
     dataset: str
@@ -86,9 +107,7 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleJournal:
-    """The cells' own journals as one, by the numbers of bundles. Requests are named by
-    `request_id`.
-    """
+    """The cells' journals as one, by numbers of bundles; requests are named by `request_id`."""
 
     journals: Mapping[int, Journal]
     cells: Mapping[int, tuple[tuple[int, int], ...]]
@@ -126,3 +145,204 @@ def _with_keys(table: pa.Table, keys: Sequence[str]) -> pa.Table:
     return table.set_column(
         table.schema.get_field_index("row_key"), "row_key", pa.array(keys, pa.string())
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBundle:
+    """A bundle's order -> its rows, each once. `sources` go by data set."""
+
+    sources: Mapping[str, Source]
+    name: str = READING
+
+    def num_rows(self, table: pa.Table) -> int:
+        rows = Order.from_table(table).rows
+        return rows.stop - rows.start
+
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
+        rows = Read(self.sources[table[DATASET][0].as_py()])(table, start, stop, lost)
+        return rows.append_column(CELLS, _constant(table[CELLS][0].as_py(), rows.num_rows))
+
+
+@dataclass(frozen=True, slots=True)
+class RenderBundle:
+    """A bundle's rows -> requests, one for each row and cell; `specs` go by a cell's number.
+
+    What is counted as a row here is a pair of a row and a cell.
+    """
+
+    specs: Sequence[TaskSpec]
+    name: str = PREPARING
+
+    def num_rows(self, table: pa.Table) -> int:
+        return table.num_rows * len(cells_of(table)) if table.num_rows else 0
+
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
+        cells = [cell for cell, _ in cells_of(table)]
+        prompts: dict[object, Sequence[Prompt | RowError]] = {}
+        owners: list[tuple[int, int]] = []  # row and place of each pair, cell after cell
+        rendered: list[Rendered] = []
+        for place, cell in enumerate(cells):
+            first, last = (max(-(-(edge - place) // len(cells)), 0) for edge in (start, stop))
+            if first < last:
+                owners += [(row, place) for row in range(first, last)]
+                find = partial(_prompts, prompts, (first, last))
+                rendered.append(
+                    render_rows(self.specs[cell], table.slice(first, last - first), lost, find)
+                )
+        order = sorted(range(len(owners)), key=owners.__getitem__)
+        ids = [
+            request_id(cells[place], key)
+            for (_, place), key in zip(owners, _chained(rendered, "keys"), strict=True)
+        ]
+        named = [
+            _named(request, id)
+            for request, id in zip(_chained(rendered, "requests"), ids, strict=True)
+        ]
+        result = request_table([ids[i] for i in order], [named[i] for i in order])
+        result = result.append_column(
+            UNIT, _constant(table[UNIT][0].as_py(), len(order), pa.int32())
+        )
+        result = result.append_column(CELLS, _constant(table[CELLS][0].as_py(), len(order)))
+        result = result.append_column(
+            CELL, pa.array([cells[owners[i][1]] for i in order], pa.int32())
+        )
+        beside = pa.concat_tables(
+            [pa.table(each.beside) for each in rendered], promote_options="default"
+        ).take(order)
+        for name in beside.column_names:
+            result = result.append_column(name, beside[name])
+        return with_prefix_key(result)
+
+
+@dataclass(frozen=True, slots=True)
+class ParseBundle:
+    """Completions -> a row for each cell, with its output columns as Arrow bytes in PARSED.
+
+    Cells' columns differ, so that they fit into no table together.
+    """
+
+    specs: Sequence[TaskSpec]
+    name: str = PARSING
+
+    def num_rows(self, table: pa.Table) -> int:
+        return table.num_rows  # type: ignore[no-any-return]
+
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
+        pairs = table.slice(start, stop - start)
+        present = np.unique(pairs[CELL].to_numpy()).tolist()
+        units = dict(cells_of(table))
+        parsed = [
+            self._cell(cell, units[cell], pairs.filter(pc.equal(pairs[CELL], cell)), lost)
+            for cell in present
+        ]
+        return pa.table(
+            {
+                UNIT: _constant(table[UNIT][0].as_py(), len(present), pa.int32()),
+                CELLS: _constant(table[CELLS][0].as_py(), len(present)),
+                CELL: pa.array(present, pa.int32()),
+                PARSED: pa.array(parsed, pa.large_binary()),
+            }
+        )
+
+    def _cell(self, cell: int, unit: int, rows: pa.Table, lost: RowError | None) -> bytes:
+        keys = pa.array([cell_and_key(id)[1] for id in rows["row_key"].to_pylist()], pa.string())
+        rows = _with(_with(rows, "row_key", keys), UNIT, _constant(unit, rows.num_rows, pa.int32()))
+        return _to_bytes(parse_unit(self.specs[cell], rows, lost))
+
+
+@dataclass(frozen=True, slots=True)
+class CommitBundle:
+    """Output columns -> a row of `committed_table` for each cell, once its unit is committed."""
+
+    journals: Mapping[int, Journal]
+    unit_sizes: Mapping[int, UnitSizes]
+    specs: Sequence[TaskSpec]
+    name: str = COMMITTING
+
+    def num_rows(self, table: pa.Table) -> int:
+        return 1  # the bundle is committed as a whole
+
+    def __call__(
+        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
+    ) -> pa.Table:
+        if lost:
+            raise EngineError(
+                f"bundle {table[UNIT][0].as_py()} cannot be committed: {lost.message}"
+            )
+        records, cells = [], cells_of(table)
+        # A cell has its share of what went into the bundle; all of them were in the engine as long
+        # as it was.
+        share = {
+            what: s if what == IN_ENGINE else s / len(cells) for what, s in spent(table).items()
+        }
+        for cell, _ in cells:
+            pieces = table.filter(pc.equal(table[CELL], cell))[PARSED]
+            rows = pa.concat_tables([_from_bytes(piece.as_buffer()) for piece in pieces])
+            commit = Commit(self.journals[cell], self.unit_sizes[cell], self.specs[cell])
+            records.append(commit(with_spent(rows, share), 0, 1))
+        return pa.concat_tables(records)
+
+
+def build_renderer(
+    specs: Sequence[TaskSpec], cells: Sequence[int], sources: Mapping[str, Source]
+) -> list[Any]:
+    """The steps of a preprocessing worker; loads tokenizers and starts decoders."""
+    for cell in cells:
+        task_runner(specs[cell]).start()
+    return [ReadBundle(sources), RenderBundle(specs)]
+
+
+def build_committer(
+    specs: Sequence[TaskSpec], cells: Sequence[int], commit: CommitBundle
+) -> list[Any]:
+    """The steps of a committing worker."""
+    for cell in cells:
+        task_runner(specs[cell])
+    return [ParseBundle(specs), commit]
+
+
+def _prompts(
+    known: dict[object, Sequence[Prompt | RowError]],
+    rows: object,
+    runner: TaskRunner,
+    good: list[Row],
+) -> Sequence[Prompt | RowError]:
+    """The prompts of these rows, made once for all cells that ask in the same words."""
+    key = (rows, runner.prompt_key)
+    if key not in known:
+        known[key] = runner.prompts(good)
+    return known[key]
+
+
+def _named(request: Request | RowError, id: str) -> Request | RowError:
+    return request if isinstance(request, RowError) else replace(request, id=id)
+
+
+def _chained(rendered: Sequence[Rendered], name: str) -> list[Any]:
+    return [value for each in rendered for value in getattr(each, name)]
+
+
+def _constant(value: object, num_rows: int, dtype: pa.DataType | None = None) -> pa.Array:
+    return pa.array([value] * num_rows, dtype or pa.string())
+
+
+def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, column)
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _from_bytes(data: pa.Buffer) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()

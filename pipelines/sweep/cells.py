@@ -1,7 +1,4 @@
-"""A sweep as data: its cells, each a job with coordinates in the grid.
-
-Knows nothing of YAML, of files or of how cells are run.
-"""
+"""A sweep as data: its cells, each a job with coordinates in the grid."""
 
 from __future__ import annotations
 
@@ -30,9 +27,7 @@ class ScoreSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One job of a sweep. `coordinates` hold its value on each of AXES; `name` is its folder, and
-    unique.
-    """
+    """One job. `coordinates` hold its value on each of AXES; `name` is its folder, and unique."""
 
     name: str
     coordinates: Mapping[str, str]
@@ -50,9 +45,7 @@ class Cell:
 
     @property
     def question(self) -> tuple[str, str, str]:
-        """Cells in which this is equal answer the same rows with the same gold: they can be
-        compared.
-        """
+        """Cells in which this is equal answer the same rows with the same gold."""
         return self.dataset, self.coordinates["task"], self.job.task.gold or ""
 
     def rules(self, facts: Mapping[str, Any]) -> Rules:
@@ -70,17 +63,13 @@ class Cell:
 
 
 def tokens_per_row(tokens: Mapping[str, int], rows: int) -> float:
-    """Tokens of a cell's row, read and written; `rows` are all that it has, failed ones and those
-    without gold too.
-    """
+    """Read and written; `rows` are all of the cell, failed ones and those without gold too."""
     return (tokens["prompt"] + tokens["output"]) / rows if rows else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """All cells, in the order of the grid. `baseline` names coordinates that the others are
-    compared with, or BEST.
-    """
+    """All cells in the grid's order. `baseline` names coordinates to compare with, or is BEST."""
 
     output: str
     cells: Sequence[Cell]

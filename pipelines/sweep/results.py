@@ -1,13 +1,11 @@
-"""The results of a finished sweep: a score for each cell, comparisons of cells, and the files that
-keep them.
+"""A finished sweep's results: scores and comparisons of cells, and the files that keep them.
 
-    OUTPUT/results.parquet     a row for each cell: coordinates, counts, metrics with their intervals
+    OUTPUT/results.parquet     a row for each cell: coordinates, counts, metrics with intervals
     OUTPUT/results.json        the same with confusion matrices, reliability and comparisons
     OUTPUT/scores/CELL.parquet a row for each row with a gold answer: what it was worth
 
 They depend on the committed rows alone: however often a sweep was killed on the way, they come out
-the same. What varies from run to run (seconds, shares of caches) is not in them. Knows nothing of
-Ray or of how cells were run.
+the same. What varies from run to run (seconds, shares of caches) is not in them.
 """
 
 from __future__ import annotations
@@ -25,9 +23,7 @@ import pyarrow.parquet as pq
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.pipelines.evaluation.intervals import Difference, Estimate, holm, paired_difference
 from glm_batch.pipelines.evaluation.scoring import RowScores, Score, score
-from glm_batch.pipelines.input.listing import InputFile
-from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
-from glm_batch.pipelines.input.values import Row, decode_rows
+from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.sweep.cells import AXES, Cell, Sweep, tokens_per_row
 from glm_batch.pipelines.sweep.sweep_run import Finished
@@ -35,8 +31,8 @@ from glm_batch.pipelines.sweep.sweep_run import Finished
 RESULTS, TABLE, SCORES = "results.json", "results.parquet", "scores"
 FORMAT = 1
 SCORED_COLUMNS = (
-    "row_key", "status", "error_code", "label", "label_probs", "off_set_mass", "label_logprobs", "text", "json",
-    "scores", "gold_logprob", "gold_num_tokens",
+    "row_key", "status", "error_code", "label", "label_probs", "off_set_mass", "label_logprobs",
+    "text", "json", "scores", "gold_logprob", "gold_num_tokens",
 )  # fmt: skip
 # A row's probabilities differ by some 1e-7 with the rows that it meets in a batch: what is kept
 # must not show that.
@@ -65,9 +61,7 @@ class CellResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """How far the accuracy of `cell` is above that of `baseline` on their rows; `adjusted` is
-    Holm's p-value.
-    """
+    """How far a cell's accuracy is above the baseline's; `adjusted` is Holm's p-value."""
 
     cell: str
     baseline: str
@@ -82,9 +76,7 @@ class Results:
 
 
 def evaluate(sweep: Sweep, finished: Sequence[Finished]) -> Results:
-    """Scores every cell and compares it with its baseline. Raises ConfigError for a part that is
-    damaged.
-    """
+    """Scores every cell and compares it with its baseline. ConfigError for a damaged part."""
     golds: dict[tuple[str, str, str], list[Any]] = {}
     cells = []
     for each in finished:
@@ -101,7 +93,8 @@ def cell_result(each: Finished, golds: Sequence[Any], confidence: float) -> Cell
     table = pa.concat_tables([part.select(wanted) for part in each.output.iter_tables()])
     if table.num_rows != len(golds):
         raise ConfigError(
-            f"{each.cell.name}: {table.num_rows} rows are committed and the input has {len(golds)} now"
+            f"{each.cell.name}: {table.num_rows} rows are committed and the input has "
+            f"{len(golds)} now"
         )
     rows, found = score(each.cell.rules(each.manifest.facts), table, golds, confidence)
     counts = each.manifest.counts
@@ -119,32 +112,17 @@ def cell_result(each: Finished, golds: Sequence[Any], confidence: float) -> Cell
 
 
 def gold_answers(each: Finished) -> Iterator[Any]:
-    """The gold column of the cell's input in the order of its rows; None for a row that has none or
-    is unreadable.
-    """
+    """A cell's gold column in the order of its rows; None where there is none to read."""
     plan, gold = each.output.standing_plan(), each.cell.job.task.gold
     assert gold is not None
     source = Source(storage=each.cell.job.storage, columns=(gold,))
     for unit in plan.units():
-        rows = _readable(source, plan.files[unit.file].file, unit.rows)
+        rows = source.read_rows(plan.files[unit.file].file, unit.rows)
         yield from (None if isinstance(row, RowError) else row.get(gold) for row in rows)
 
 
-def _readable(source: Source, file: InputFile, rows: RowRange) -> list[Row | RowError]:
-    """The rows, with an error for each in a damaged row group: it has been committed as one, too."""
-    try:
-        return decode_rows(source.read(file, rows))
-    except DamagedError as error:
-        groups = source.by_row_group(file, rows)
-        if len(groups) == 1:
-            return [RowError("unreadable_input", str(error))] * (rows.stop - rows.start)
-        return [row for group in groups for row in _readable(source, file, group)]
-
-
 def compared(sweep: Sweep, cells: Sequence[CellResult]) -> list[Comparison]:
-    """Each cell with the baseline of those that answer the same question. All p-values are adjusted
-    together.
-    """
+    """Each cell with its question's baseline; all p-values are adjusted together."""
     pairs: list[tuple[CellResult, CellResult]] = []
     for question in dict.fromkeys(each.cell.question for each in cells):
         some = [each for each in cells if each.cell.question == question]
@@ -160,8 +138,7 @@ def compared(sweep: Sweep, cells: Sequence[CellResult]) -> list[Comparison]:
 
 
 def baseline_of(sweep: Sweep, cells: Sequence[CellResult]) -> CellResult | None:
-    """The first cell with the baseline's coordinates; for BEST the one with the highest accuracy,
-    the first of equals.
+    """The first cell with the baseline's coordinates; for BEST the first most accurate one.
 
     A coordinate that none of these cells has says nothing about them.
     """

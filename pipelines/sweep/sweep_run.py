@@ -1,11 +1,10 @@
-"""Runs a sweep: every cell's unfinished units, model after model, each model's cells on one set of
-replicas.
+"""Runs a sweep's unfinished units, model after model, a model's cells on one set of replicas.
 
     bundles -> read once, render for each cell (CPU actors) -> infer (model actors) -> parse, commit
     by cell
 
 Each cell has its own output with the ordinary commit protocol, so that a sweep resumes cell by cell
-and unit by unit. One lease covers them all. Knows nothing of metrics.
+and unit by unit. One lease covers them all.
 """
 
 from __future__ import annotations
@@ -34,9 +33,15 @@ from glm_batch.pipelines.runs.pipeline import Prepared, engine_config, follow, p
 from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
 from glm_batch.pipelines.runs.watch import Watch
 from glm_batch.pipelines.storage.storage import TEMPORARY
-from glm_batch.pipelines.sweep.bundles import Bundle, BundleJournal, make_bundles
+from glm_batch.pipelines.sweep.bundles import (
+    Bundle,
+    BundleJournal,
+    CommitBundle,
+    build_committer,
+    build_renderer,
+    make_bundles,
+)
 from glm_batch.pipelines.sweep.cells import Cell, Sweep
-from glm_batch.pipelines.sweep.sweep_steps import CommitBundle, build_committer, build_renderer
 from glm_batch.pipelines.tasks.job_media import reads_media
 from glm_batch.pipelines.tasks.prompts import input_columns
 from glm_batch.pipelines.tasks.rows import TaskSpec
@@ -62,9 +67,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """A sweep that was run to its end: `resumed_rows` were there before. Seconds as in
-    pipelines.metrics.counts.Summary.
-    """
+    """A sweep run to its end: `resumed_rows` were there before; seconds as in counts.Summary."""
 
     cells: tuple[Finished, ...]
     counts: Counts
@@ -91,8 +94,7 @@ class _Open:
 def run_sweep(
     sweep: Sweep, on_progress: OnProgress | None = None, *, stop: Stop | None = None
 ) -> Ran:
-    """Does what is not committed yet of every cell, and finishes their outputs. Ray starts if there
-    is anything to do.
+    """Does what is not committed yet and finishes all outputs. Ray starts if there is work.
 
     Raises what pipelines.runs.pipeline.run raises; a ConfigError names the cell that it is about.
     """
@@ -113,8 +115,7 @@ def run_sweep(
 
 
 def with_shared_units(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with one `commit.unit_rows` for each data set, where it is "auto": equal ranges can
-    be shared.
+    """Cells with one `commit.unit_rows` a data set where it is "auto": equal ranges are shared.
 
     Raises ConfigError for input that cannot be listed.
     """
@@ -287,8 +288,9 @@ class _Tally:
 
     def how_far(self) -> str:
         return (
-            f"stopped with {self._units_done:,} of {self._units:,} units ({self._counts.rows:,} of {self._rows:,} rows "
-            "of all cells) committed; the same command goes on from there"
+            f"stopped with {self._units_done:,} of {self._units:,} units "
+            f"({self._counts.rows:,} of {self._rows:,} rows of all cells) committed; "
+            "the same command goes on from there"
         )
 
     def tell(self, phase: Phase) -> None:

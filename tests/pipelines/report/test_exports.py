@@ -18,8 +18,7 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import CommitSection, Job, TaskConfig
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.report.committed_rows import committed_rows
-from glm_batch.pipelines.report.exports import write_pred_probs
-from glm_batch.pipelines.report.review import MARGIN, MASS, review_table, to_jsonl
+from glm_batch.pipelines.report.review import MARGIN, MASS, review_table, to_jsonl, write_pred_probs
 from tests.pipelines.report.world import LABELS, TYPES, a_job, choose_job, chosen, commit_rows
 
 ROWS = 60

@@ -23,19 +23,17 @@ from glm_batch.pipelines.planning.plan import job_source
 from glm_batch.pipelines.runs.pipeline import Prepared, prepare
 from glm_batch.pipelines.sweep.bundles import (
     CELL,
+    PARSED,
     BundleJournal,
+    ParseBundle,
+    ReadBundle,
+    RenderBundle,
+    _from_bytes,
     cell_and_key,
     make_bundles,
     request_id,
 )
 from glm_batch.pipelines.sweep.cells import Sweep
-from glm_batch.pipelines.sweep.sweep_steps import (
-    PARSED,
-    ParseBundle,
-    ReadBundle,
-    RenderBundle,
-    _from_bytes,
-)
 from glm_batch.pipelines.tasks.prompts import input_columns
 from glm_batch.pipelines.tasks.rows import TaskSpec, task_runner
 from glm_batch.pipelines.tasks.tasks import TaskRunner
