@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from pages import PAGES, ROOT, prose
+from tests.docs.pages import PAGES, ROOT, prose
 
 MOST_LINES = 180
 LINK = re.compile(r"\]\(([^)#]+)?(?:#([\w-]+))?\)")

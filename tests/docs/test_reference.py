@@ -5,23 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 import typing
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from docs import reference_tables as reference
 from glm_batch.glm_actors.serving.openai.serve_settings import ServeSettings
 from glm_batch.jobs.files.job_file import describe, job_keys
 from glm_batch.jobs.sweep.sweep_config import SweepFile
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.report.page import ABOUT_CODES
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
-
-import reference_tables as reference
 
 PLAIN = {"host", "port"}  # need no more than their name and type
 
