@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from glm_batch.pipelines.evaluation.scoring import Rules, score
 from glm_batch.pipelines.input.values import json_or_text, same_json
 from glm_batch.pipelines.job import Job, TaskConfig
-from glm_batch.pipelines.report.cards import is_right
+from glm_batch.pipelines.report.answers import Question, row_facts
 from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 JSON = st.recursive(
@@ -72,4 +72,7 @@ def test_label_evaluate_and_report_judge_json_alike(answer: str, gold: Any, righ
     table = pa.table({name: pa.array([value], pa.string()) for name, value in columns.items()})
     rows, _ = score(Rules(kind="extract"), table, [gold])
     assert rows.values["accuracy"].tolist() == [float(right)]
-    assert is_right("extract", (), columns, gold) is right
+    for name in ("attempts", "prompt_tokens"):
+        table = table.append_column(name, pa.array([1], pa.int32()))
+    facts = row_facts(Question("extract"), 0, table, [gold])
+    assert facts["accuracy"].to_pylist() == [float(right)]
