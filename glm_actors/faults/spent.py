@@ -6,7 +6,6 @@ steps or engines.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,12 +14,14 @@ from contextvars import ContextVar
 
 import pyarrow as pa
 
-SPENT = "#spent"  # column: a JSON object, the same in every row
+SPENT = "#spent"  # column: a map, the same in every row
 # What is timed, beside the names of the steps. Seconds in the engine, from a unit's submission to
 # its last completion, are shared with other units; those that the engine was busy or idle are all
 # units' since the last one was finished.
 IN_ENGINE, ENGINE_BUSY, ENGINE_IDLE = "in engine", "engine busy", "engine idle"
 MEDIA = "media"
+
+SECONDS = pa.map_(pa.string(), pa.float64())
 
 _running: ContextVar[Stopwatch | None] = ContextVar("stopwatch", default=None)
 
@@ -64,16 +65,15 @@ def spent(table: pa.Table) -> dict[str, float]:
     """A unit's seconds so far; none where nothing was timed."""
     if SPENT not in table.column_names or not table.num_rows:
         return {}
-    seconds: dict[str, float] = json.loads(table[SPENT][0].as_py())
-    return seconds
+    return dict(table[SPENT][0].as_py())
 
 
 def with_spent(table: pa.Table, seconds: Mapping[str, float]) -> pa.Table:
     """The table with these seconds in place of those that it has."""
-    text = json.dumps({what: round(value, 4) for what, value in seconds.items()})
+    rounded = [(what, round(value, 4)) for what, value in seconds.items()]
     # One value for all rows: a dictionary costs an index each.
     column = pa.DictionaryArray.from_arrays(
-        pa.repeat(pa.scalar(0, pa.int8()), table.num_rows), pa.array([text])
+        pa.repeat(pa.scalar(0, pa.int8()), table.num_rows), pa.array([rounded], SECONDS)
     )
     without = table.drop_columns([SPENT]) if SPENT in table.column_names else table
     return without.append_column(SPENT, column)

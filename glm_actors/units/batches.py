@@ -11,30 +11,21 @@ prompts, tasks, files or Ray.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 
+from glm_batch.glm_actors.units.arrow_structs import arrow_type, reader, to_arrow
 from glm_batch.glm_actors.units.media_columns import media_columns, read_media
 from glm_batch.models.engine.api.request import (
     Choose,
-    Classify,
     Completion,
-    Constraint,
-    Embed,
-    Generate,
-    Inspect,
     Output,
     PromptScores,
     Request,
-    SamplingParams,
-    Score,
-    Tag,
     TopLogprob,
     Work,
 )
@@ -57,7 +48,8 @@ COMPLETION_SCHEMA = pa.schema(
                     "token_ids": pa.list_(pa.int32()),
                     "text": pa.string(),
                     "finish_reason": pa.string(),
-                    "stop_reason": pa.string(),  # as JSON: a stop string or a token id
+                    "stop_string": pa.string(),  # of the stop reason this or a token id
+                    "stop_token_id": pa.int32(),
                     "logprobs": pa.list_(pa.float64()),
                     "top_logprobs": pa.list_(
                         pa.list_(pa.struct({"token_id": pa.int32(), "logprob": pa.float64()}))
@@ -79,9 +71,9 @@ COMPLETION_SCHEMA = pa.schema(
     }
 )
 
-_WORKS: dict[str, Callable[..., Work]] = {
-    work.__name__: work for work in (Generate, Choose, Classify, Tag, Embed, Inspect, Score)
-}
+# A struct with one field for each kind of work, of which one is not null.
+WORK_TYPE = pa.struct([(work.__name__, arrow_type(work)) for work in get_args(Work)])
+READERS = {work.__name__: reader(work) for work in get_args(Work)}
 
 
 def request_table(row_keys: Sequence[str], requests: Sequence[Request | RowError]) -> pa.Table:
@@ -115,16 +107,14 @@ def to_requests(table: pa.Table) -> list[Request]:
 
     Patches are views into the table's memory, read-only, which they keep alive.
     """
-    works = table["work"].combine_chunks()
-    decoded = [_work_from_json(text) for text in works.dictionary.to_pylist()]
     keys = table["row_key"].to_pylist()
     all_ids = table["input_ids"].to_pylist()
     media = read_media(table)
     found = []
-    rows = zip(keys, all_ids, works.indices.to_pylist(), media, _continuations(table), strict=True)
+    rows = zip(keys, all_ids, _works(table), media, _continuations(table), strict=True)
     for key, ids, work, shown, continuation in rows:
         if work is not None:
-            found.append(Request(id=key, input_ids=ids, work=decoded[work], media=shown))
+            found.append(Request(id=key, input_ids=ids, work=work, media=shown))
             if continuation is not None:
                 scored = Choose(choices=(tuple(continuation),))
                 found.append(Request(id=key + SCORED, input_ids=ids, work=scored, media=shown))
@@ -272,12 +262,13 @@ def _completion_columns(rows: Sequence[Completion | None]) -> dict[str, pa.Array
 
 
 def _output_struct(output: Output) -> dict[str, Any]:
-    top = output.top_logprobs
+    top, stop = output.top_logprobs, output.stop_reason
     return {
         "token_ids": output.token_ids,
         "text": output.text,
         "finish_reason": output.finish_reason,
-        "stop_reason": None if output.stop_reason is None else json.dumps(output.stop_reason),
+        "stop_string": stop if isinstance(stop, str) else None,
+        "stop_token_id": stop if isinstance(stop, int) else None,
         "logprobs": output.logprobs,
         "top_logprobs": None
         if top is None
@@ -286,12 +277,12 @@ def _output_struct(output: Output) -> dict[str, Any]:
 
 
 def _output(struct: Mapping[str, Any]) -> Output:
-    top, logprobs, stop = struct["top_logprobs"], struct["logprobs"], struct["stop_reason"]
+    top, logprobs, stop = struct["top_logprobs"], struct["logprobs"], struct["stop_string"]
     return Output(
         token_ids=tuple(struct["token_ids"]),
         text=struct["text"],
         finish_reason=struct["finish_reason"],
-        stop_reason=None if stop is None else json.loads(stop),
+        stop_reason=struct["stop_token_id"] if stop is None else stop,
         logprobs=None if logprobs is None else tuple(logprobs),
         top_logprobs=None
         if top is None
@@ -348,7 +339,7 @@ def _int_lists(rows: Sequence[Sequence[int] | None]) -> pa.Array:
 
 
 def _work_column(requests: Sequence[Request | None]) -> pa.DictionaryArray:
-    """The requests' works as JSON texts, each written once: most jobs have a single one for all
+    """The requests' works as WORK_TYPE, each written once: most jobs have a single one for all
     rows.
     """
     numbers: dict[Work, int] = {}
@@ -363,27 +354,17 @@ def _work_column(requests: Sequence[Request | None]) -> pa.DictionaryArray:
             numbers.setdefault(previous, len(numbers))
             number = numbers[previous]
         indices.append(number)
-    texts = pa.array([_work_json(work) for work in numbers], pa.string())
-    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), texts)
+    works = pa.array([{type(work).__name__: to_arrow(work)} for work in numbers], WORK_TYPE)
+    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), works)
 
 
-@lru_cache(maxsize=64)
-def _work_json(work: Work) -> str:
-    return json.dumps({"kind": type(work).__name__} | dataclasses.asdict(work))
-
-
-@lru_cache(maxsize=64)
-def _work_from_json(text: str) -> Work:
-    fields = {name: _tuples(value) for name, value in json.loads(text).items()}
-    kind = fields.pop("kind")
-    if fields.get("sampling"):
-        fields["sampling"] = SamplingParams(
-            **{name: _tuples(value) for name, value in fields["sampling"].items()}
-        )
-    if fields.get("constraint"):
-        fields["constraint"] = Constraint(**fields["constraint"])
-    return _WORKS[kind](**fields)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def _works(table: pa.Table) -> Iterator[Work | None]:
+    """Each row's work; equal ones of a chunk are one object."""
+    for chunk in table["work"].chunks:
+        works: list[Work] = [
+            READERS[name](fields)
+            for kinds in chunk.dictionary.to_pylist()
+            for name, fields in kinds.items()
+            if fields is not None
+        ]
+        yield from (None if index is None else works[index] for index in chunk.indices.to_pylist())

@@ -185,7 +185,8 @@ class UnitJournal:
 
     def __init__(self, journal: Journal | None, unit: int = 0) -> None:
         self._journal, self._unit = journal, unit
-        tables = journal.read(unit) if journal else ()
+        schema = completion_table([]).schema  # another version's: its rows are computed again
+        tables = [each for each in journal.read(unit) if each.schema == schema] if journal else ()
         found = [completion for table in tables for completion in to_completions(table)]
         self._known = {each.id: each for each in found if isinstance(each, Completion)}
         self._unwritten: list[Completion] = []

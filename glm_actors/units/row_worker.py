@@ -128,4 +128,4 @@ def _joined(pieces: Sequence[pa.Table]) -> pa.Table:
     """The pieces as one table; a piece without an image or video lacks the columns for them."""
     if len(pieces) == 1:
         return pieces[0]
-    return pa.concat_tables(pieces, promote_options="default").unify_dictionaries()
+    return pa.concat_tables(pieces, promote_options="default")
