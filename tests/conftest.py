@@ -8,9 +8,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ TESTS = Path(__file__).parent
 LONG_FOLDERS = ("glm_actors/serving", "faults", "jobs", "pipelines")
 # What `make check` leaves out: tests that start Ray, a server or a browser, alone or in a process of
 # their own, kill processes, or wait.
-SLOW_FIXTURES = {"ray_cluster", "s3_server", "installed_wheel", "server", "own_server", "replica"}
+SLOW_FIXTURES = {"ray_cluster", "s3_server", "server", "own_server", "replica"}
 SLOW_MARKS = ("slow", "waits", "browser", "faults", "gpu")
 SLOW_PLACES = (
     "faults",
@@ -43,6 +40,7 @@ SLOW_PLACES = (
     "pipelines/output/test_lease.py",
     "pipelines/runs/test_pipeline.py",
     "benchmarks",
+    "packaging",
 )
 EXAMPLES = TESTS.parent / "examples"
 TINY_CONFIG: dict[str, Any] = {
@@ -67,22 +65,6 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with glm-batch alone, installed from a wheel of a copy of this tree; its
-    dependencies are those of the interpreter.
-    """
-    folder = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "out", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(TESTS.parent, folder / "tree", ignore=ignored, symlinks=True)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    no_fetch = ["--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "wheel", *no_fetch, "--wheel-dir", folder, folder / "tree"], check=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", *no_fetch, "--target", folder / "site", wheel], check=True)
-    return folder / "site"
 
 
 @pytest.fixture(scope="session")
