@@ -13,7 +13,7 @@ import os
 import shutil
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,16 +25,14 @@ from benchmarks import BUILD
 from benchmarks.machine import describe
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.pipeline_rows import write_job
-from glm_batch.glm_actors.units.row_worker import Step
 from glm_batch.jobs.files.job_file import load_job
 from glm_batch.models.errors import RowError
 from glm_batch.pipelines.cluster.cluster import cluster, job_workers
-from glm_batch.pipelines.graph.steps import Commit, Read, committed_table
+from glm_batch.pipelines.graph.steps import committed_table
 from glm_batch.pipelines.output.commit import CommitRecord, Output
-from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.output.lease import own
-from glm_batch.pipelines.planning.plan import job_source
-from glm_batch.pipelines.runs.pipeline import committed, prepare
+from glm_batch.pipelines.runs.pipeline import engine_config, job_graph, unit_steps
+from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.tasks.rows import UNIT, TaskSpec, count_rows
 
 
@@ -103,16 +101,13 @@ def _rate(job_path: Path, out: Path, *, once: bool) -> float:
     output = Output.at(job.output)
     prepared = prepare(job, output)
     plan, spec, workers = prepared.plan, prepared.spec, job_workers(job)
-    journal = Journal(output=output, every_seconds=job.commit.every_seconds)
-    step: Step = (
-        CommitOnce(output, plan.num_units, spec) if once else Commit(journal, plan.unit_sizes, spec)
-    )
-    dataset = committed(
-        plan, list(plan.units()), Read(job_source(job)), spec, workers, journal, step
-    )
+    steps = unit_steps(prepared, output)
+    if once:
+        steps = replace(steps, commit=CommitOnce(output, plan.num_units, spec))
+    dataset = job_graph(prepared, steps, engine_config(job), workers, list(plan.units()))
     with own(output.store):
         marks: list[tuple[float, Any]] = [
-            (time.monotonic(), record) for record, _ in stages.committed(dataset)
+            (time.monotonic(), record) for record in stages.records(dataset)
         ]
     return sum(record.counts.rows for _, record in marks[1:]) / (marks[-1][0] - marks[0][0])
 

@@ -31,8 +31,8 @@ from glm_batch.pipelines.job import EngineSection, TaskConfig
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.commit import CommitRecord, Output
 from glm_batch.pipelines.planning.plan import Plan
-from glm_batch.pipelines.runs.pipeline import prepare
-from glm_batch.pipelines.runs.progress import Work
+from glm_batch.pipelines.runs.prepared import prepare
+from glm_batch.pipelines.runs.watch import Tally
 
 WRITERS = 8
 
@@ -111,9 +111,8 @@ def _resume() -> dict[str, Any]:
     job = _job()
     begun = time.monotonic()
     output = Output.at(job.output)
-    plan, work = prepare(job, output).plan, Work(None)
-    work.resume(plan, output)
-    return {"pending": len(work.pending(plan))} | _measured(begun)
+    units = Tally(None).resume(prepare(job, output).plan, output)
+    return {"pending": len(units)} | _measured(begun)
 
 
 def _measured(begun: float) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from glm_batch.models.engine import SamplingParams
 from glm_batch.pipelines.job import CommitSection, EngineSection, Job, TaskConfig
 from glm_batch.pipelines.metrics.counts import Progress
 from glm_batch.pipelines.runs.pipeline import run
-from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
+from glm_batch.pipelines.runs.watch import InterruptedRunError, Stop
 
 UNIT_ROWS = 32  # small ones, so that the rows of a window can be counted
 STARTED_ROWS = 4 * UNIT_ROWS  # from then on a job runs steadily

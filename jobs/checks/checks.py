@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.layers.parallel import check_parts
 from glm_batch.pipelines.input.listing import InputFile
-from glm_batch.pipelines.input.source import Source
+from glm_batch.pipelines.input.source import Survey
 from glm_batch.pipelines.job import Job, MediaSection, RequestsSection, TaskConfig
-from glm_batch.pipelines.planning.plan import check_formats
-from glm_batch.pipelines.tasks.prompts import PromptTemplate, input_columns, media_columns
-from glm_batch.pipelines.tasks.schema import output_schema
-from glm_batch.pipelines.tasks.tasks import TaskRunner, check_schema
+from glm_batch.pipelines.planning.plan import job_source, survey_input
+from glm_batch.pipelines.runs.prepared import Checked, build_runner
+from glm_batch.pipelines.tasks.prompts import PromptTemplate, media_columns
+from glm_batch.pipelines.tasks.tasks import check_schema
 
 HEADS = {
     "choose": "causal_lm",
@@ -61,48 +61,26 @@ OF_MEDIA = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """What the checks read on the way, for whoever goes on with it."""
-
-    runner: Any  # a TaskRunner, or the runner of an OpenAI batch file
-    config: ModelConfig
-    source: Source
-    files: list[InputFile]
-    schema: pa.Schema
-
-
-def check_job(job: Job, place: Place, *, may_be_gone: bool = False) -> Checked:
+def check_job(job: Job, place: Place, files: Sequence[InputFile] | None = None) -> Checked:
     """Checks keys, then checkpoint and input. Raises ConfigError with all problems of the first of
     these that has any.
 
-    With `may_be_gone`, patterns of the input may match nothing, see pipelines.input.listing. The
-    tokenizer is loaded and the labels are tokenized, so that what a worker would refuse is refused
-    here.
+    The input is listed unless its `files` are given. The tokenizer is loaded and the labels are
+    tokenized, so that what a worker would refuse is refused here.
     """
     place.refuse([*check_keys(job), *check_output(job)])
-    source = Source(storage=job.storage, columns=input_columns(job))
     config, model_problems = check_checkpoint(job)
-    files, types, input_problems = check_input(job, source, may_be_gone=may_be_gone)
+    survey, input_problems = check_input(job, files)
     place.refuse([*model_problems, *input_problems])
     assert config is not None
+    assert survey is not None
     try:
-        runner = _runner(job)
-        schema = output_schema(
-            job, config, {column: types.field(column).type for column in job.carry}
-        )
+        checked = Checked(job=job, config=config, survey=survey, runner=build_runner(job))
+        _ = checked.schema
     except ConfigError as error:
         place.refuse([_problem_from(error, "model")])
         raise AssertionError("refuse() must raise") from error
-    return Checked(runner=runner, config=config, source=source, files=files, schema=schema)
-
-
-def _runner(job: Job) -> Any:
-    if not job.asks_by_row:
-        return TaskRunner(job, job.model)
-    return rooms.load("pipelines.openai_batch.requests").RequestRunner(
-        job, os.path.abspath(job.model)
-    )
+    return checked
 
 
 def is_s3(path: str) -> bool:
@@ -438,25 +416,23 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
 
 
 def check_input(
-    job: Job, source: Source, *, may_be_gone: bool = False
-) -> tuple[list[InputFile], pa.Schema, list[Problem]]:
+    job: Job, files: Sequence[InputFile] | None = None
+) -> tuple[Survey | None, list[Problem]]:
     """The files, the types of the columns that the job reads, and what is wrong with either."""
     try:
-        files = source.list_files(job.input, may_be_gone=may_be_gone)
-        check_formats(job, files)
-        schema = source.schema(files)
-        return files, schema, list(_media_type_problems(job, schema))
+        files = job_source(job).list_files(job.input) if files is None else files
+        survey = survey_input(job, files)
+        return survey, list(_media_type_problems(job, survey.schema))
     except ConfigError as error:
-        columns = list(_column_problems(job, source, may_be_gone))
-        return [], pa.schema([]), columns or [_problem_from(error, "input")]
+        columns = list(_column_problems(job, files or []))
+        return None, columns or [_problem_from(error, "input")]
 
 
-def _column_problems(job: Job, source: Source, may_be_gone: bool) -> Iterator[Problem]:
+def _column_problems(job: Job, files: Sequence[InputFile]) -> Iterator[Problem]:
     """Looks at each column by itself, so that a missing one is told at the key that names it."""
-    for key, column in column_uses(job):
-        alone = replace(source, columns=(column,))
+    for key, column in column_uses(job) if files else ():
         try:
-            alone.schema(alone.list_files(job.input, may_be_gone=may_be_gone))
+            replace(job_source(job), columns=(column,)).survey(files)
         except ConfigError as error:
             if "no column" in str(error):
                 yield Problem(key=key, message=str(error).removeprefix("input: "))

@@ -18,7 +18,7 @@ from glm_batch.jobs.display.display import progress_display, summary_table
 from glm_batch.jobs.files.job_file import load_job
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.counts import Summary
-from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop, TooManyErrorsError
+from glm_batch.pipelines.runs.watch import InterruptedRunError, Stop, TooManyErrorsError
 
 EXIT_OK, EXIT_ROW_ERRORS, EXIT_SIGNAL = 0, 3, 128
 
@@ -34,14 +34,14 @@ def label(
     gives up.
     """
     job, place = load_job(path, overrides)
-    check_job(job, place)
+    checked = check_job(job, place)
     from glm_batch.pipelines.runs.pipeline import run
 
     name = Path(path).stem
 
     def work() -> Summary:
         with progress_display(name, Console(file=sys.stderr)) as show:
-            return run(job, show, stop=Stop(), extend=extend, app=app).summary
+            return run(checked, show, stop=Stop(), extend=extend, app=app).summary
 
     return closed(work, job, name)
 

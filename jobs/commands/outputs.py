@@ -23,7 +23,7 @@ from glm_batch.pipelines.job import Job, StorageSection
 from glm_batch.pipelines.metrics.counts import Summary
 from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import JOB, Output
-from glm_batch.pipelines.runs.stop import Stop
+from glm_batch.pipelines.runs.watch import Stop
 
 SHOWN_PROBLEMS = 20
 

@@ -28,7 +28,7 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.cron.incremental import Choices, Night, run_night
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.lease import BusyError
-from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop, TooManyErrorsError
+from glm_batch.pipelines.runs.watch import InterruptedRunError, Stop, TooManyErrorsError
 
 EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
 WEBHOOK_TIMEOUT_S = 5.0
@@ -61,7 +61,7 @@ def cron(
             max_units=max_units,
             drop_deleted=drop_deleted,
             changed_job=changed_job,
-            check=lambda may_be_gone: check_job(job, place, may_be_gone=may_be_gone),
+            check=lambda job, files: check_job(job, place, files),
         )
         said = _run(job, Path(path).stem, choices, Stop(seconds=seconds))
     except (

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from glm_batch.jobs.checks.checks import Checked
 from glm_batch.jobs.plans import job_plan
 from glm_batch.models.engine.api.request import Request
 from glm_batch.models.errors import RowError
 from glm_batch.pipelines.input.values import LINE, NUMBER, parse_line, row_key
 from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.planning.plan import Plan
+from glm_batch.pipelines.planning.plan import Plan, job_source
+from glm_batch.pipelines.runs.prepared import Checked
 
 LINES_PER_UNIT = 64
 MEDIA_LINES_PER_UNIT = 8
@@ -42,7 +42,7 @@ def plan_lines(
     job: Job, checked: Checked, plan: Plan
 ) -> tuple[list[tuple[str, str]], Iterator[tuple[str, str]]]:
     """Some prompts with their places, and name and text of each line below them."""
-    sample = take_requests(checked, plan)
+    sample = take_requests(job, checked, plan)
     decode = checked.runner.prompter.tokenizer.decode
     asked = [(f"{where}, {url}", each) for where, url, some in sample.requests for each in some]
     prompts = [
@@ -52,7 +52,7 @@ def plan_lines(
     return prompts, _report_lines(job, checked, plan, sample)
 
 
-def take_requests(checked: Checked, plan: Plan) -> RequestSample:
+def take_requests(job: Job, checked: Checked, plan: Plan) -> RequestSample:
     """The first lines of a few units that are spread evenly over the input."""
     good: list[tuple[str, str, list[Request]]] = []
     errors: list[tuple[str, RowError]] = []
@@ -61,7 +61,7 @@ def take_requests(checked: Checked, plan: Plan) -> RequestSample:
         most = LINES_PER_UNIT if checked.config.vision is None else MEDIA_LINES_PER_UNIT
         for unit in units:
             file = plan.files[unit.file].file
-            lines = checked.source.read(file, unit.rows).slice(0, most)
+            lines = job_source(job).read(file, unit.rows).slice(0, most)
             pairs = zip(lines[LINE].to_pylist(), lines[NUMBER].to_pylist(), strict=True)
             for row, (line, number) in enumerate(pairs, unit.rows.start):
                 where = f"{file.name}, line {number}"

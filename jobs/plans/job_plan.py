@@ -23,7 +23,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from glm_batch.jobs.checks.checks import Checked, check_job
+from glm_batch.jobs.checks.checks import check_job
 from glm_batch.jobs.display.display import clock_time, short
 from glm_batch.jobs.files.job_file import load_job
 from glm_batch.jobs.plans.cluster_plan import cluster_lines, described_nodes
@@ -36,7 +36,8 @@ from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.cluster.shares import uses_gpus
 from glm_batch.pipelines.input.values import Row, decode_rows
 from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.planning.plan import Plan, Unit, make_plan
+from glm_batch.pipelines.planning.plan import Plan, Unit, job_source, make_plan
+from glm_batch.pipelines.runs.prepared import Checked
 from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 SAMPLED_UNITS = 8
@@ -91,7 +92,7 @@ def plan(path: str, overrides: Sequence[str]) -> None:
     """Prints the plan of a job file. Raises ConfigError when the job could not start."""
     job, place = load_job(path, overrides)
     checked = check_job(job, place)
-    units = make_plan(job, checked.files, {})
+    units = make_plan(job, checked.survey, {})
     if job.asks_by_row:
         shown, lines = rooms.load("jobs.openai_batch.request_plan").plan_lines(job, checked, units)
     else:
@@ -166,7 +167,7 @@ def _sampled(
     """(place, row, prompt or error) of the first rows of a unit."""
     file, runner = plan.files[unit.file].file, checked.runner
     num_rows = MEDIA_ROWS_PER_UNIT if runner.reads_media else ROWS_PER_UNIT
-    rows = decode_rows(checked.source.read(file, unit.rows).slice(0, num_rows))
+    rows = decode_rows(job_source(checked.job).read(file, unit.rows).slice(0, num_rows))
     prompts = iter(runner.prompts([row for row in rows if not isinstance(row, RowError)]))
     for number, row in enumerate(rows, unit.rows.start):
         where = f"{file.name}, row {number}"

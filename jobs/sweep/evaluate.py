@@ -16,7 +16,7 @@ from glm_batch.jobs.display.display import progress_display
 from glm_batch.jobs.sweep.sweep_config import check_sweep, load_sweep, sweep_name
 from glm_batch.jobs.sweep.sweep_display import comparison_text, results_tables, sweep_summary
 from glm_batch.models.errors import ConfigError
-from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
+from glm_batch.pipelines.runs.watch import InterruptedRunError, Stop
 
 
 def evaluate(path: str, overrides: Sequence[str], compare: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def evaluate(path: str, overrides: Sequence[str], compare: Sequence[str] | None 
         print(comparison_text(one, other, compare_cells(sweep.output, one, other, sweep)))
         return EXIT_OK
     _require_scikit_learn()
-    check_sweep(sweep, place)
+    checked = check_sweep(sweep, place)
     from glm_batch.pipelines.sweep.results import evaluate as score_cells
     from glm_batch.pipelines.sweep.results import keep
     from glm_batch.pipelines.sweep.sweep_run import run_sweep
@@ -41,7 +41,7 @@ def evaluate(path: str, overrides: Sequence[str], compare: Sequence[str] | None 
     name = sweep_name(path)
     try:
         with progress_display(name, Console(file=sys.stderr)) as show:
-            ran = run_sweep(sweep, show, stop=Stop())
+            ran = run_sweep(sweep, show, checked=checked, stop=Stop())
     except InterruptedRunError as error:
         print(f"glm-batch: {error}", file=sys.stderr)
         return EXIT_SIGNAL + error.signum

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from glm_batch.jobs.checks.checks import Checked, check_job
+from glm_batch.jobs.checks.checks import check_job
 from glm_batch.jobs.files.job_file import Place, Problem, apply_overrides, read_yaml
 from glm_batch.jobs.files.sections import read_sections
 from glm_batch.models.engine.api.request import SamplingParams
@@ -29,6 +29,7 @@ from glm_batch.pipelines.job import (
     StorageSection,
     TaskConfig,
 )
+from glm_batch.pipelines.runs.prepared import Checked
 from glm_batch.pipelines.sweep.cells import AXES, BEST, Cell, ScoreSection, Sweep
 
 WHAT = "a sweep is a mapping of keys (output, models, datasets, tasks ...)"

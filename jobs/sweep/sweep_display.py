@@ -40,11 +40,13 @@ def results_tables(results: Results) -> Iterator[Table]:
 
 def sweep_summary(sweep: Sweep, ran: Ran, results: Results) -> Table:
     """The closing lines: rows, tokens, time, where the files lie."""
-    counts = ran.counts
+    summary, counts = ran.summary, ran.summary.counts
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    resumed = f" ({ran.resumed_rows:,} of them from an earlier run)" if ran.resumed_rows else ""
+    resumed = (
+        f" ({summary.resumed_rows:,} of them from an earlier run)" if summary.resumed_rows else ""
+    )
     table.add_row(
         "rows",
         f"{counts.rows:,} in {len(results.cells):,} cells{resumed}; {counts.error_rows:,} failed",
@@ -55,11 +57,13 @@ def sweep_summary(sweep: Sweep, ran: Ran, results: Results) -> Table:
         f"output {counts.output_tokens:,}",
     )
     rate = (
-        f", {(counts.rows - ran.resumed_rows) / ran.working_s:,.0f} rows/s" if ran.working_s else ""
+        f", {(counts.rows - summary.resumed_rows) / summary.working_s:,.0f} rows/s"
+        if summary.working_s
+        else ""
     )
     table.add_row(
         "time",
-        f"{ran.elapsed_s:,.1f} s, of which the engines had rows for {ran.working_s:,.1f} s{rate}",
+        f"{summary.elapsed_s:,.1f} s, of which the engines had rows for {summary.working_s:,.1f} s{rate}",
     )
     unscored = sum(each.score.without_gold for each in results.cells)
     table.add_row(

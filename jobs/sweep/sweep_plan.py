@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from glm_batch.jobs.checks.checks import Checked
 from glm_batch.jobs.display.display import clock_time, short
 from glm_batch.jobs.plans.cluster_plan import described_nodes
 from glm_batch.jobs.plans.job_plan import (
@@ -30,6 +29,7 @@ from glm_batch.jobs.sweep.sweep_display import grid_table, plan_header, plan_lin
 from glm_batch.models.engine.api.request import Work
 from glm_batch.pipelines.cluster.shares import uses_gpus
 from glm_batch.pipelines.planning.plan import Plan, make_plan
+from glm_batch.pipelines.runs.prepared import Checked
 from glm_batch.pipelines.sweep.cells import Cell
 from glm_batch.pipelines.sweep.sweep_run import with_shared_units
 from glm_batch.pipelines.tasks.tasks import TaskRunner
@@ -47,11 +47,11 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
         START_S * len({cell.replicas for cell in sweep.cells}),
     )
     samples: dict[tuple[str, str, str], Sample] = {}  # cells that ask in the same words have one
-    for cell, each in zip(with_shared_units(sweep.cells), checked, strict=True):
+    for cell, each in zip(with_shared_units(sweep.cells, checked), checked, strict=True):
         # requests of other systems' files are no sweep's
         assert isinstance(each.runner, TaskRunner)
         plan, question = (
-            make_plan(cell.job, each.files, {}),
+            make_plan(cell.job, each.survey, {}),
             (cell.job.model, cell.dataset, each.runner.prompt_key),
         )
         if question not in samples:

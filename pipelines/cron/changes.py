@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.input.listing import InputFile
-from glm_batch.pipelines.input.source import DamagedError, Source
+from glm_batch.pipelines.input.source import DamagedError, Source, Survey
 from glm_batch.pipelines.input.values import column_values
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.planning.plan import (
@@ -68,23 +68,19 @@ def is_current(plan: Plan, files: Sequence[InputFile]) -> bool:
 
 
 def next_plan(
-    job: Job,
-    files: Sequence[InputFile],
-    identity: Identity,
-    known: Plan | None,
-    kept: Sequence[PlannedFile],
+    job: Job, survey: Survey, identity: Identity, known: Plan | None, kept: Sequence[PlannedFile]
 ) -> Plan:
     """The plan of the present input, and after it of files that are gone from it and whose rows are
     `kept`.
 
-    Only files that are not `known` as they are now are read. Raises ConfigError as make_plan does.
+    Only files that are not `known` as they are now are counted. Raises ConfigError as make_plan does.
     """
-    plan = make_plan(job, list(files), identity, known, grows=True)
+    plan = make_plan(job, survey, identity, known, grows=True)
     source = job_source(job)
     planned = tuple(
         each if each.digests else _with_digests(source, each, plan.unit_rows) for each in plan.files
     )
-    identity = identity | {"input": input_identity([*files, *(each.file for each in kept)])}
+    identity = identity | {"input": input_identity([*survey.files, *(each.file for each in kept)])}
     return replace(plan, identity=identity, files=(*planned, *kept), num_deleted=len(kept))
 
 

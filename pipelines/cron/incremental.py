@@ -19,9 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.errors import ConfigError
-from glm_batch.pipelines.calibration.calibration import planned_scaling
 from glm_batch.pipelines.cron.changes import (
     Changes,
     changes,
@@ -38,7 +36,6 @@ from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.job import Job, job_file
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.commit import PARTS, Output, unit_generation
-from glm_batch.pipelines.output.journal import tidy
 from glm_batch.pipelines.output.lease import Lease
 from glm_batch.pipelines.planning.plan import (
     Identity,
@@ -48,12 +45,9 @@ from glm_batch.pipelines.planning.plan import (
     identify,
     job_source,
 )
-from glm_batch.pipelines.runs.pipeline import Prepared, complete, finish, job_facts
-from glm_batch.pipelines.runs.progress import OnProgress, Work
-from glm_batch.pipelines.runs.stop import Stop
-from glm_batch.pipelines.runs.watch import Watch
-from glm_batch.pipelines.tasks.rows import TaskSpec
-from glm_batch.pipelines.tasks.schema import output_schema
+from glm_batch.pipelines.runs.pipeline import finish, process
+from glm_batch.pipelines.runs.prepared import Checked, check
+from glm_batch.pipelines.runs.watch import OnProgress, Stop, Tally, Watch
 
 ADOPTERS = 32  # links, or copies inside a store with long round trips, at a time
 
@@ -64,14 +58,14 @@ log = logging.getLogger(__name__)
 class Choices:
     """What the caller of one run decides.
 
-    `check` is called before any work starts, and refuses a job by raising; it is told whether input
-    may be gone.
+    `check` is called before any work starts, with tonight's input files, and refuses a job by
+    raising.
     """
 
     max_units: int | None = None
     drop_deleted: bool = False
     changed_job: bool = False
-    check: Callable[[bool], object] = lambda may_be_gone: None
+    check: Callable[[Job, Sequence[InputFile]], Checked] = check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +119,7 @@ class _Run:
     ) -> None:
         self._job, self._choices, self._versions = job, choices, versions
         self._lease, self._stop, self._on_progress = lease, stop, on_progress
+        self._checked: Checked | None = None
         self._processed = self._processed_units = self._adopted = 0
 
     def night(self) -> Night:
@@ -147,13 +142,12 @@ class _Run:
         if standing and not begun:
             self._refuse_another_job(standing, identity)
         if begun and self._can_go_on(*begun[-1], files):
-            self._choices.check(name is not None)
             name, standing = begun[-1]
-            if left := self._work(name, standing):
+            if left := self._work(name, standing, files):
                 return self._night("bounded", found, standing, left)
         if standing is None or not self._is_up_to_date(standing, files, identity):
             name, standing = self._begin(files, identity, standing, begun[-1][1] if begun else None)
-            if left := self._work(name, standing):
+            if left := self._work(name, standing, files):
                 return self._night("bounded", found, standing, left)
         elif not begun:
             return self._night("unchanged", found, standing)
@@ -220,11 +214,11 @@ class _Run:
         """A new version: the present input, and what is kept of the files that are gone since
         `before`.
         """
-        self._choices.check(before is not None)
+        survey = self._check(files).survey
         kept = () if self._choices.drop_deleted else gone(before, files)
         is_same = before is not None and same_job(before.identity, identity)
         known = unfinished or (before if is_same else None)
-        plan = next_plan(self._job, files, identity, known, kept)
+        plan = next_plan(self._job, survey, identity, known, kept)
         if before is not None and is_same and not self._choices.changed_job:
             check_carried(self._job, plan, before)
         if before is not None and kept and not (is_same and _same_types(self._job, plan, before)):
@@ -238,33 +232,34 @@ class _Run:
         output.take_over(plan, job_file(replace(self._job, output=output.place)))
         return name, plan
 
-    def _work(self, name: str, plan: Plan) -> int:
-        """Completes a version and puts it in force, unless that takes more than is allowed: then,
-        the units left.
+    def _check(self, files: Sequence[InputFile]) -> Checked:
+        """What is known of the job and tonight's input, once there is anything to do."""
+        if self._checked is None:
+            self._checked = self._choices.check(self._job, files)
+        return self._checked
+
+    def _work(self, name: str, plan: Plan, files: Sequence[InputFile]) -> int:
+        """Processes what is left of a version and puts it in force, unless that takes more than is
+        allowed: then, the units left.
         """
-        output, work = (
-            self._versions.output(name),
-            _BoundedWork(self._on_progress, self._units_allowed()),
-        )
-        work.tell("planning")
+        output, job = self._versions.output(name), self._job
+        tally = Tally(self._on_progress, job.max_error_rate if job.fail_fast else None)
+        tally.tell("planning")
+        prepared = self._check(files).prepared(plan)
         self._adopted += self._adopt(name, plan)
-        prepared = _prepared(self._job, plan)
-        work.resume(plan, output)
+        units = tally.resume(plan, output)[: self._units_allowed()]
         if not self._stop.is_asked:
             try:
-                complete(
-                    self._job, prepared, output, work, Watch(lease=self._lease, stop=self._stop)
-                )
+                watch = Watch(lease=self._lease, stop=self._stop)
+                process(prepared, output, units, tally, watch)
             finally:
-                self._processed += work.new_rows
-                self._processed_units += work.new_units
-        if work.units_left:
-            return work.units_left
-        self._lease.confirm()
-        finish(self._job, output, plan, prepared.spec.schema, prepared.facts)
-        tidy(output)
+                self._processed += tally.new_rows
+                self._processed_units += tally.new_units
+        if tally.units_left:
+            return tally.units_left
+        finish(prepared, output, self._lease)
         self._versions.publish(name)
-        work.tell("done")
+        tally.tell("done")
         return 0
 
     def _units_allowed(self) -> int | None:
@@ -345,28 +340,6 @@ class _Run:
             self._versions.copy_part(source, record.part, name, part)
         output.enter(replace(record, unit=wanted.index, generation=1, part=part))
         return True
-
-
-class _BoundedWork(Work):
-    """Work of which no more than so many units are done."""
-
-    def __init__(self, on_progress: OnProgress | None, most: int | None) -> None:
-        super().__init__(on_progress)
-        self._most = most
-
-    def pending(self, plan: Plan) -> list[Unit]:
-        return super().pending(plan)[: self._most]
-
-
-def _prepared(job: Job, plan: Plan) -> Prepared:
-    model_dir = os.path.abspath(job.model)
-    facts = job_facts(job, model_dir)
-    config = load_config(model_dir)
-    schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
-    run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
-    scaling = planned_scaling(plan.identity["task"], job.task.labels or config.id2label)
-    spec = TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id, scaling=scaling)
-    return Prepared(plan=plan, spec=spec, facts=facts)
 
 
 def _same_types(job: Job, one: Plan, other: Plan) -> bool:

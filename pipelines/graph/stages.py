@@ -24,11 +24,10 @@ from glm_batch.glm_actors.units.row_worker import RowWorker, Step
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.pipelines.cluster.shares import Workers
 from glm_batch.pipelines.graph.dispatch import ByAffinity
-from glm_batch.pipelines.graph.steps import Order, parse_step, render_step
 from glm_batch.pipelines.metrics.exporter import RECOMPUTED, Exporter
 from glm_batch.pipelines.output.commit import CommitRecord
-from glm_batch.pipelines.planning.plan import Plan, Unit
-from glm_batch.pipelines.tasks.rows import UNIT, TaskSpec
+from glm_batch.pipelines.planning.plan import Plan
+from glm_batch.pipelines.tasks.rows import UNIT
 
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
 PATIENCE = Patience()
@@ -78,17 +77,39 @@ class UnitDatasource(Datasource):
         ]
 
 
-def order(plan: Plan, units: Sequence[Unit], workers: Workers) -> Dataset:
-    """Units as blocks, each an order to read it: see pipelines.graph.steps.Order."""
-    earlier = plan.duplicates_by_unit()
-    orders = [
-        Order.of(unit, plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {}))
-        for unit in units
-    ]
-    return order_all(orders, workers)
+def unit_graph(
+    orders: Sequence[AnyOrder],
+    render: Build,
+    engine: EngineConfig | EngineSource,
+    parse: Build,
+    workers: Workers,
+    ledger: Any,
+    journal: Journal | None = None,
+    *,
+    commits: bool = True,
+) -> Dataset:
+    """The whole graph: orders -> requests -> completions -> what the steps of `parse` leave.
+
+    `render` and `parse` build the steps of CPU workers, whose last one commits as a rule.
+    """
+    dataset = _blocks(orders, workers)
+    dataset = _rows(dataset, Preprocessor, render, workers.preprocessors, workers, ledger)
+    dataset = _infer(dataset, engine, workers, ledger, journal)
+    last = Committer if commits else Parser
+    return _rows(dataset, last, parse, workers.committers, workers, ledger)
 
 
-def order_all(orders: Sequence[AnyOrder], workers: Workers) -> Dataset:
+def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -> Dataset:
+    """Output columns alone, for those who go on with the rows instead of committing them."""
+    return dataset.map_batches(
+        partial(_select, list(schema.names)),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=workers.cpus_each,
+    )
+
+
+def _blocks(orders: Sequence[AnyOrder], workers: Workers) -> Dataset:
     """Each order as a block of its own."""
     dataset: Dataset = ray.data.read_datasource(
         UnitDatasource(orders), override_num_blocks=len(orders), num_cpus=workers.cpus_each
@@ -127,24 +148,12 @@ def start_ledger(plan: Plan) -> Any:
     return ray.remote(CountingLedger).options(**options).remote(plan.fingerprint, PATIENCE)
 
 
-def render(
-    dataset: Dataset, read: Step, spec: TaskSpec, workers: Workers, ledger: Any = None
-) -> Dataset:
-    """Orders -> requests, on CPU actors."""
-    return preprocess(dataset, partial(_build_renderer, read, spec), workers, ledger)
-
-
-def preprocess(dataset: Dataset, build: Build, workers: Workers, ledger: Any = None) -> Dataset:
-    """Units through the steps that `build` makes on each preprocessing worker."""
-    return _rows(dataset, Preprocessor, build, workers.preprocessors, workers, ledger)
-
-
-def infer(
+def _infer(
     dataset: Dataset,
     engine: EngineConfig | EngineSource,
     workers: Workers,
-    ledger: Any = None,
-    journal: Journal | None = None,
+    ledger: Any,
+    journal: Journal | None,
 ) -> Dataset:
     """Requests -> completions, on model actors that each keep several units in flight.
 
@@ -176,36 +185,7 @@ def infer(
     )
 
 
-def parse(dataset: Dataset, spec: TaskSpec, workers: Workers, ledger: Any = None) -> Dataset:
-    """Completions -> output columns."""
-    return _rows(dataset, Parser, partial(_build_parser, spec), workers.committers, workers, ledger)
-
-
-def commit(
-    dataset: Dataset, spec: TaskSpec, step: Step, workers: Workers, ledger: Any = None
-) -> Dataset:
-    """Completions -> one small row for each unit that `step` has committed: see
-    pipelines.graph.steps.committed_table.
-    """
-    return finish(dataset, partial(_build_parser, spec, step), workers, ledger)
-
-
-def finish(dataset: Dataset, build: Build, workers: Workers, ledger: Any = None) -> Dataset:
-    """Units through the steps that `build` makes on each committing worker."""
-    return _rows(dataset, Committer, build, workers.committers, workers, ledger)
-
-
-def without_own_columns(dataset: Dataset, schema: pa.Schema, workers: Workers) -> Dataset:
-    """Output columns alone, for those who go on with the rows instead of committing them."""
-    return dataset.map_batches(
-        partial(_select, list(schema.names)),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=workers.cpus_each,
-    )
-
-
-def committed(dataset: Dataset) -> Iterable[CommitRecord]:
+def records(dataset: Dataset) -> Iterable[CommitRecord]:
     """Runs the graph; gives each commit record as it arrives. Rows stay away."""
     batches: Iterable[Any] = dataset.iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -236,18 +216,6 @@ def _rows(
 
 def _order_tables(order: AnyOrder) -> list[pa.Table]:
     return [order.to_table()]
-
-
-def _build_renderer(read: Step, spec: TaskSpec) -> list[Step]:
-    step = render_step(spec)
-    step.start()  # the tokenizer is loaded, the decoder started, while the actor starts
-    return [read, step]
-
-
-def _build_parser(spec: TaskSpec, *then: Step) -> list[Step]:
-    step = parse_step(spec)
-    step.start()  # as above
-    return [step, *then]
 
 
 def _select(names: list[str], table: pa.Table) -> pa.Table:

@@ -8,12 +8,13 @@ together; the work on rows is pipelines.tasks.rows'.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
 from glm_batch.glm_actors.faults.spent import spent
+from glm_batch.glm_actors.units.row_worker import Step
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
@@ -26,7 +27,7 @@ from glm_batch.pipelines.openai_batch.request_rows import (
 )
 from glm_batch.pipelines.output.commit import CommitRecord
 from glm_batch.pipelines.output.journal import Journal
-from glm_batch.pipelines.planning.plan import Unit, UnitSizes
+from glm_batch.pipelines.planning.plan import Plan, Unit, UnitSizes
 from glm_batch.pipelines.tasks.rows import (
     UNIT,
     TaskSpec,
@@ -50,10 +51,6 @@ class Order:
     rows: RowRange
     earlier: Mapping[int, str]
 
-    @classmethod
-    def of(cls, unit: Unit, file: InputFile, earlier: Mapping[int, str]) -> Order:
-        return cls(unit=unit.index, file=file, rows=unit.rows, earlier=earlier)
-
     def to_table(self) -> pa.Table:
         return pa.table(
             {UNIT: pa.array([self.unit], pa.int32()), ORDER: [json.dumps(asdict(self))]}
@@ -68,6 +65,20 @@ class Order:
             rows=RowRange(**content["rows"]),
             earlier={int(row): first for row, first in content["earlier"].items()},
         )
+
+
+def orders(plan: Plan, units: Sequence[Unit]) -> list[Order]:
+    """What says to the workers which rows a unit is."""
+    earlier = plan.duplicates_by_unit()
+    return [
+        Order(
+            unit=unit.index,
+            file=plan.files[unit.file].file,
+            rows=unit.rows,
+            earlier=earlier.get((unit.file, unit.rows.start), {}),
+        )
+        for unit in units
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +204,20 @@ class ParseRequests:
         return parse_requests(self.spec, table, start, stop, lost)
 
 
-def render_step(spec: TaskSpec) -> Render | RenderRequests:
-    return RenderRequests(spec) if spec.job.asks_by_row else Render(spec)
+def build_renderer(read: Step, spec: TaskSpec) -> list[Step]:
+    """The steps of a preprocessing worker; the tokenizer is loaded, the decoder started, while it
+    starts.
+    """
+    step = RenderRequests(spec) if spec.job.asks_by_row else Render(spec)
+    step.start()
+    return [read, step]
 
 
-def parse_step(spec: TaskSpec) -> Parse | ParseRequests:
-    return ParseRequests(spec) if spec.job.asks_by_row else Parse(spec)
+def build_parser(spec: TaskSpec, *commit: Step) -> list[Step]:
+    """The steps of a parsing worker, which may commit, too; the tokenizer is loaded while it starts."""
+    step = ParseRequests(spec) if spec.job.asks_by_row else Parse(spec)
+    step.start()
+    return [step, *commit]
 
 
 @dataclass(frozen=True, slots=True)

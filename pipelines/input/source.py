@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +64,17 @@ class RowRange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What one look at the input files tells: the types of the columns that are read, and how many
+    rows each Parquet file has.
+    """
+
+    files: Sequence[InputFile]
+    schema: pa.Schema
+    num_rows: Mapping[InputFile, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """How to open files, and which columns to read from them: a description that travels to the
     workers.
@@ -82,30 +93,22 @@ class Source:
             return self._s3.open(file.path, file.size, file.stamp)
         return pa.OSFile(file.path)
 
-    def schema(self, files: Sequence[InputFile]) -> pa.Schema:
-        """The types of `columns` over all Parquet files, or of a sample of the first JSONL file's
-        rows.
+    def survey(self, files: Sequence[InputFile]) -> Survey:
+        """Reads the footer of every Parquet file, and a sample of the first JSONL file's rows.
 
         Raises ConfigError for a column that is missing, has types that do not go together, or is
         not plain Arrow.
         """
         parquet = [file for file in files if file.format == "parquet"]
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-            schemas = list(pool.map(self._parquet_schema, parquet))
+            looks = list(pool.map(self._look, parquet))
+        schemas, looked_at = [schema for schema, _ in looks], list(parquet)
         jsonl = next((file for file in files if file.format == "jsonl"), None)
         if jsonl is not None:
             schemas.append(self._sampled_schema(jsonl))
-            parquet.append(jsonl)
-        return _unified(schemas, parquet)
-
-    def parquet_rows(self, file: InputFile) -> int:
-        return int(self._footer(file).num_rows)
-
-    def all_parquet_rows(self, files: Sequence[InputFile]) -> dict[InputFile, int]:
-        """How many rows each Parquet file among `files` has."""
-        parquet = [file for file in files if file.format == "parquet"]
-        with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-            return dict(zip(parquet, pool.map(self.parquet_rows, parquet), strict=True))
+            looked_at.append(jsonl)
+        num_rows = {file: rows for file, (_, rows) in zip(parquet, looks, strict=True)}
+        return Survey(files=files, schema=_unified(schemas, looked_at), num_rows=num_rows)
 
     def line_blocks(self, file: InputFile) -> Iterator[tuple[int, bytes]]:
         """A JSONL file as (offset, bytes) pieces of whole lines, in order, SCAN_BYTES or one line
@@ -179,14 +182,17 @@ class Source:
         if file.format == "jsonl":
             return _lines_table([(None, b"")] * num_rows)
         return pa.table(
-            {field.name: pa.nulls(num_rows, field.type) for field in self._read_schema(file)}
+            {
+                field.name: pa.nulls(num_rows, field.type)
+                for field in self._read_schema(self._footer(file))
+            }
         )
 
-    def _read_schema(self, file: InputFile) -> pa.Schema:
+    def _read_schema(self, footer: pq.FileMetaData) -> pa.Schema:
         """What is read of a Parquet file; a prompt without columns still needs to know how many
         rows there are.
         """
-        schema = self._footer(file).schema.to_arrow_schema()
+        schema = footer.schema.to_arrow_schema()
         return pa.schema([schema.field(column) for column in self.columns or schema.names[:1]])
 
     def _bytes(self, file: InputFile, start: int, stop: int) -> bytes:
@@ -200,25 +206,26 @@ class Source:
     def _s3(self) -> S3:
         return S3(self.storage)
 
-    def _footer(self, file: InputFile) -> pq.FileMetaData:
+    def _footer(self, file: InputFile, stream: Any = None) -> pq.FileMetaData:
         """A Parquet file's footer, after a look at it: Arrow revives extension types as soon as it
-        sees them.
+        sees them. The file is opened unless it is given.
         """
         with _readable(file):
-            footer = pq.read_metadata(self.open(file))
+            footer = pq.read_metadata(self.open(file) if stream is None else stream)
         _refuse_extensions(file, footer.metadata or {})
         return footer
 
     def _parquet(self, file: InputFile) -> pq.ParquetFile:
-        footer = self._footer(file)
+        with _readable(file):
+            stream = self.open(file)
+        footer = self._footer(file, stream)
         with _readable(file):
             # Without pre-buffering, and in pages: a row group of a million rows must not be held as
             # a whole.
-            return pq.ParquetFile(
-                self.open(file), metadata=footer, pre_buffer=False, buffer_size=1 << 20
-            )
+            return pq.ParquetFile(stream, metadata=footer, pre_buffer=False, buffer_size=1 << 20)
 
-    def _parquet_schema(self, file: InputFile) -> pa.Schema:
+    def _look(self, file: InputFile) -> tuple[pa.Schema, int]:
+        """A Parquet file's columns that are read, and how many rows it has."""
         footer = self._footer(file)
         with _readable(file):
             schema = footer.schema.to_arrow_schema()
@@ -226,7 +233,8 @@ class Source:
             if column not in schema.names:
                 raise ConfigError(_missing_column(column, file, schema.names))
             _refuse_exotic(schema.field(column).type, file, column)
-        return pa.schema([pa.field(column, schema.field(column).type) for column in self.columns])
+        fields = [pa.field(column, schema.field(column).type) for column in self.columns]
+        return pa.schema(fields), int(footer.num_rows)
 
     def _sampled_schema(self, file: InputFile) -> pa.Schema:
         """Types from the first rows that are JSON objects, by what most of them hold: slips change
@@ -274,7 +282,7 @@ class _ParquetCursor:
         ]
         starts = np.cumsum([0, *groups])
         first = int(np.searchsorted(starts, row, side="right")) - 1
-        self._schema = self._source._read_schema(self._file)
+        self._schema = self._source._read_schema(self._parquet.metadata)
         columns = self._schema.names
         # Group by group, so that no batch reaches into a group that may be damaged.
         self._batches = (

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.digest import model_digest
 from glm_batch.models.errors import ConfigError, RowError
-from glm_batch.pipelines.calibration.calibration import read_calibration
 from glm_batch.pipelines.input.keys import Place, find_duplicates
 from glm_batch.pipelines.input.listing import InputFile
-from glm_batch.pipelines.input.source import RowRange, Source
+from glm_batch.pipelines.input.source import RowRange, Source, Survey
 from glm_batch.pipelines.input.values import Row, decode_rows, parse_line, row_key, split_lines
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.openai_batch.request_size import ASSUMED_TOKENS, answer_bytes
@@ -233,38 +233,42 @@ def job_source(job: Job) -> Source:
     return Source(storage=job.storage, columns=input_columns(job))
 
 
+def survey_input(job: Job, files: Sequence[InputFile] | None = None) -> Survey:
+    """Lists the job's input files, unless they are given, and looks at each of them once.
+
+    Raises ConfigError for anything wrong with a file as a whole, or with the columns that the job
+    asks for.
+    """
+    source = job_source(job)
+    files = source.list_files(job.input) if files is None else files
+    for file in files:
+        if job.asks_by_row and file.format != "jsonl":
+            raise ConfigError(
+                f"input: {file.name} is no JSONL by its name, which a file of input_format "
+                "openai_batch is; narrow the pattern"
+            )
+    return source.survey(files)
+
+
 def make_plan(
-    job: Job,
-    files: list[InputFile],
-    identity: Identity,
-    known: Plan | None = None,
-    *,
-    grows: bool = False,
+    job: Job, survey: Survey, identity: Identity, known: Plan | None = None, *, grows: bool = False
 ) -> Plan:
-    """Opens every file once: footers of Parquet, newlines of JSONL, and the key column if there is
-    one.
+    """Cuts the input into units: newlines of JSONL are counted, and the key column is read if there
+    is one.
 
     With a `known` plan, units are as large as there, and its files that are still the same are not
     counted again. With `grows`, units are as large as for many rows, whatever there is now. Raises
-    ConfigError for anything wrong with a file as a whole, or with the columns that the job asks
-    for.
+    ConfigError for a key column that holds no keys.
     """
-    check_formats(job, files)
-    source = job_source(job)
-    schema = source.schema(files)
-    if job.key is not None:
-        _check_key_type(job.key, schema.field(job.key).type)
+    source, files, rows = job_source(job), survey.files, survey.num_rows
+    _check_key_type(job, survey.schema)
     counted = {planned.file.mark: planned for planned in known.files} if known is not None else {}
-    rows = source.all_parquet_rows([file for file in files if file.mark not in counted])
     if known is not None:
         unit_rows = known.unit_rows
     else:
-        estimates = [
-            rows[file] if file in rows else _estimated_rows(source, file) for file in files
-        ]
         num_bytes = sum(file.size for file in files)
-        num_rows = max(sum(estimates), WANTED_UNITS * MAX_UNIT_ROWS if grows else 0)
-        unit_rows = choose_unit_rows(job, num_rows, num_bytes, _row_bytes(job, source, files[0]))
+        num_rows = max(_estimated_rows(source, survey), WANTED_UNITS * MAX_UNIT_ROWS * grows)
+        unit_rows = choose_unit_rows(job, num_rows, num_bytes, _row_bytes(job, source, survey))
     planned = tuple(
         replace(counted[file.mark], file=file)
         if file.mark in counted
@@ -275,66 +279,55 @@ def make_plan(
     while may_cut and (fewer := _fewer_rows(planned, unit_rows)):
         unit_rows = fewer
         planned = tuple(_planned_file(source, file, unit_rows, rows) for file in files)
-    duplicates = _duplicates(source, files, job.key_column)
     return Plan(
-        identity=identity, unit_rows=unit_rows, files=planned, duplicates=duplicates, schema=schema
+        identity=identity,
+        unit_rows=unit_rows,
+        files=planned,
+        duplicates=_duplicates(source, files, job.key_column),
+        schema=survey.schema,
     )
 
 
-def shared_unit_rows(jobs: Sequence[Job], files: list[InputFile]) -> int:
+def shared_unit_rows(jobs: Sequence[Job], survey: Survey) -> int:
     """Rows of a unit for jobs over the same files whose units of equal rows travel together.
 
     All of them take the time of one unit, and media that they look at under several budgets are
     beside each other.
     """
-    source = job_source(jobs[0])
-    rows = source.all_parquet_rows(files)
-    num_rows = sum(rows[file] if file in rows else _estimated_rows(source, file) for file in files)
-    num_bytes = sum(file.size for file in files)
+    num_rows = _estimated_rows(job_source(jobs[0]), survey)
+    num_bytes = sum(file.size for file in survey.files)
     budgets = {
         repr((job.task.image, job.task.video, job.task.messages, job.preprocess)): job
         for job in jobs
     }
-    media_bytes = sum(_row_bytes(job, job_source(job), files[0]) for job in budgets.values())
+    media_bytes = sum(_row_bytes(job, job_source(job), survey) for job in budgets.values())
     least = min(choose_unit_rows(job, num_rows, num_bytes) for job in jobs)
     alone = min(max(least // len(jobs), MIN_UNIT_ROWS), least)
     return max(min(alone, int(HEAVY_UNIT_BYTES / media_bytes)), 1) if media_bytes else alone
 
 
-def extended_plan(job: Job, plan: Plan, files: list[InputFile], identity: Identity) -> Plan:
+def extended_plan(job: Job, plan: Plan, survey: Survey, identity: Identity) -> Plan:
     """The plan with the files that were added to its input after the known ones, so that units keep
     their numbers.
 
     Raises ConfigError when the new files would change the types of the output.
     """
-    check_formats(job, files)
-    known = {planned.file.name for planned in plan.files}
-    added = [file for file in files if file.name not in known]
-    source = job_source(job)
-    schema = source.schema([*(planned.file for planned in plan.files), *added])
+    source, known = job_source(job), {planned.file.name for planned in plan.files}
+    added = [file for file in survey.files if file.name not in known]
+    files = [*(planned.file for planned in plan.files), *added]
+    if files != survey.files:  # the types of JSONL are those of the first file
+        survey = source.survey(files)
     for name in job.carry:
-        if schema.field(name).type != plan.schema.field(name).type:
+        if survey.schema.field(name).type != plan.schema.field(name).type:
             raise ConfigError(
-                f"carry: with the new files, column {name!r} has type {schema.field(name).type}, and the output holds "
+                f"carry: with the new files, column {name!r} has type "
+                f"{survey.schema.field(name).type}, and the output holds "
                 f"{plan.schema.field(name).type}; convert the new files, or use another output"
             )
-    if job.key is not None:
-        _check_key_type(job.key, schema.field(job.key).type)
-    rows = source.all_parquet_rows(added)
-    more = tuple(_planned_file(source, file, plan.unit_rows, rows) for file in added)
-    every = [*(planned.file for planned in plan.files), *added]
-    duplicates = _duplicates(source, every, job.key_column)
+    _check_key_type(job, survey.schema)
+    more = tuple(_planned_file(source, file, plan.unit_rows, survey.num_rows) for file in added)
+    duplicates = _duplicates(source, files, job.key_column)
     return replace(plan, identity=identity, files=(*plan.files, *more), duplicates=duplicates)
-
-
-def check_formats(job: Job, files: Sequence[InputFile]) -> None:
-    """Raises ConfigError for a file that the job's input_format cannot be."""
-    for file in files:
-        if job.asks_by_row and file.format != "jsonl":
-            raise ConfigError(
-                f"input: {file.name} is no JSONL by its name, which a file of input_format openai_batch is; narrow "
-                "the pattern"
-            )
 
 
 def _planned_file(
@@ -388,7 +381,7 @@ def _fewer_rows(planned: Sequence[PlannedFile], unit_rows: int) -> int | None:
     return max(min(unit_rows * allowed // heaviest, unit_rows - 1), 1)
 
 
-def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
+def identify(job: Job, files: Sequence[InputFile], model_dir: str) -> Identity:
     """Everything that decides what the rows come out as: a rerun that differs in any of it is
     another job.
 
@@ -405,7 +398,8 @@ def identify(job: Job, files: list[InputFile], model_dir: str) -> Identity:
     del task["calibration"]
     if job.task.calibration is not None:
         # whatever the file's name is
-        task["calibration"] = read_calibration(job.task.calibration).applied
+        calibration = rooms.load("pipelines.calibration.calibration")
+        task["calibration"] = calibration.read_calibration(job.task.calibration).applied
     content = {
         "model": model_digest(model_dir),
         "task": task,
@@ -450,17 +444,18 @@ def adds_files_only(planned: Identity, asked: Identity) -> bool:
     return planned | {"input": None} == asked | {"input": None} and kept == planned["input"]
 
 
-def _row_bytes(job: Job, source: Source, file: InputFile) -> float:
+def _row_bytes(job: Job, source: Source, survey: Survey) -> float:
     """Bytes of media in a row, by the first rows of the first file; 0 for text. Of a request, all
     that it weighs.
     """
+    file = survey.files[0]
     if job.asks_by_row:
         return _request_bytes(job, source, file)
     if not reads_media(job, job.model):
         return 0.0
     rows: list[Row | RowError]
     if file.format == "parquet":
-        num_rows = min(SAMPLED_ROWS, source.parquet_rows(file))
+        num_rows = min(SAMPLED_ROWS, survey.num_rows[file])
         rows = decode_rows(source.read(file, RowRange(start=0, stop=num_rows)))
     else:
         _, block = next(source.line_blocks(file), (0, b""))
@@ -480,7 +475,7 @@ def _request_bytes(job: Job, source: Source, file: InputFile) -> float:
     return media + (sum(map(len, lines)) + answers) / max(len(lines), 1)
 
 
-def _duplicates(source: Source, files: list[InputFile], key: str | None) -> dict[Place, Place]:
+def _duplicates(source: Source, files: Sequence[InputFile], key: str | None) -> dict[Place, Place]:
     if key is None:
         return {}
 
@@ -494,20 +489,27 @@ def _duplicates(source: Source, files: list[InputFile], key: str | None) -> dict
     return find_duplicates(read_keys, key)
 
 
-def _check_key_type(key: str, dtype: pa.DataType) -> None:
+def _check_key_type(job: Job, schema: pa.Schema) -> None:
+    if job.key is None:
+        return
+    dtype = schema.field(job.key).type
     value = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     if not (
         pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_integer(value)
     ):
         raise ConfigError(
-            f"key: column {key!r} has type {dtype}; a key is a column of text or integers"
+            f"key: column {job.key!r} has type {dtype}; a key is a column of text or integers"
         )
 
 
-def _estimated_rows(source: Source, file: InputFile) -> int:
-    """A JSONL file's rows by the length of the lines at its start."""
-    _, block = next(source.line_blocks(file), (0, b""))
-    return round(file.size * len(split_lines(block)) / max(len(block), 1))
+def _estimated_rows(source: Source, survey: Survey) -> int:
+    """Rows of all files; those of JSONL by the length of the lines at a file's start."""
+    total = sum(survey.num_rows.values())
+    for file in survey.files:
+        if file.format == "jsonl":
+            _, block = next(source.line_blocks(file), (0, b""))
+            total += round(file.size * len(split_lines(block)) / max(len(block), 1))
+    return total
 
 
 def _scan_lines(source: Source, file: InputFile, unit_rows: int) -> PlannedFile:

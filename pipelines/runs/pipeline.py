@@ -4,49 +4,35 @@
     actors)
 
 `run` does the whole job and can be called again after any crash; `build_dataset` gives the labelled
-rows as a Ray Dataset instead. Owns the order of things; each step lives in the module named after
-it.
+rows as a Ray Dataset instead. `process` and `finish` are those of every run: retry, cron and the
+cells of a sweep differ in which units they work on, and in how a unit is read and committed.
 """
 
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
 from glm_batch.glm_actors.ray_private import end_execution
 from glm_batch.models import rooms
-from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.errors import EngineError, GlmBatchError
-from glm_batch.pipelines.calibration.calibration import planned_scaling
 from glm_batch.pipelines.cluster.cluster import cluster, job_workers
-from glm_batch.pipelines.graph.steps import Commit, Read
+from glm_batch.pipelines.graph.steps import Commit, Read, build_parser, build_renderer, orders
 from glm_batch.pipelines.job import Job, job_file
-from glm_batch.pipelines.metrics.counts import Summary
+from glm_batch.pipelines.metrics.counts import Counts, Summary
 from glm_batch.pipelines.metrics.exporter import Exporter
-from glm_batch.pipelines.openai_batch.answer_files import export, exported_note, is_exported
 from glm_batch.pipelines.output.commit import CommitRecord, Manifest, Output
 from glm_batch.pipelines.output.journal import Journal, tidy
-from glm_batch.pipelines.output.lease import own
-from glm_batch.pipelines.planning.plan import (
-    Plan,
-    Unit,
-    extended_plan,
-    identify,
-    job_source,
-    make_plan,
-)
-from glm_batch.pipelines.runs.progress import OnProgress, Work
-from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
-from glm_batch.pipelines.runs.watch import Watch, watched
-from glm_batch.pipelines.tasks.rows import TaskSpec
-from glm_batch.pipelines.tasks.schema import output_schema
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.output.lease import Lease, own
+from glm_batch.pipelines.planning.plan import Unit, job_source
+from glm_batch.pipelines.runs.prepared import Checked, Prepared, prepare
+from glm_batch.pipelines.runs.watch import OnProgress, Stop, Tally, Watch, watched
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -76,7 +62,7 @@ class Result:
 
 
 def run(
-    job: Job,
+    job: Job | Checked,
     on_progress: OnProgress | None = None,
     *,
     stop: Stop | None = None,
@@ -84,7 +70,7 @@ def run(
     app: str | None = None,
 ) -> Result:
     """Does what of the job is not committed yet, and finishes its output. Ray starts here if it is
-    not running.
+    not running. What was checked already is not read again.
 
     With `stop`, signals end the run early in good order. With `extend`, files may have been added
     to the input of an output that stands. With `app`, the replicas of this live application do the
@@ -92,46 +78,29 @@ def run(
     when the engine gives up, StorageError when the output cannot be written, InterruptedRunError or
     TooManyErrorsError when the run ended early on purpose.
     """
-    work = Work(on_progress)
-    output = Output.at(job.output, job.storage)
-    work.tell("planning")
+    asked = job.job if isinstance(job, Checked) else job
+    tally = Tally(on_progress, asked.max_error_rate if asked.fail_fast else None)
+    tally.tell("planning")
+    output = Output.at(asked.output, asked.storage)
     prepared = prepare(job, output, extend=extend)
-    if is_done(job, output, prepared.plan):
-        work.resume(prepared.plan, output)
+    if is_done(prepared, output):
+        tally.resume(prepared.plan, output)
         manifest = output.manifest()
     else:
         with own(output.store) as lease:
-            output.take_over(prepared.plan, job_file(job))
-            work.resume(prepared.plan, output)
-            complete(job, prepared, output, work, Watch(lease=lease, stop=stop or Stop()), app)
-            lease.confirm()
-            manifest = finish(job, output, prepared.plan, prepared.spec.schema, prepared.facts)
-            tidy(output)
-    work.tell("done")
-    summary = work.summary(output)
-    if job.asks_by_row:
-        summary = replace(summary, notes=(*summary.notes, exported_note(output)))
+            output.take_over(prepared.plan, job_file(asked))
+            units = tally.resume(prepared.plan, output)
+            watch = Watch(lease=lease, stop=stop or Stop())
+            process(prepared, output, units, tally, watch, app=app)
+            manifest = finish(prepared, output, lease)
+    tally.tell("done")
+    summary = tally.summary(output)
+    if asked.asks_by_row:
+        summary = replace(summary, notes=(*summary.notes, _answer_files().exported_note(output)))
     return Result(output=output, manifest=manifest, summary=summary)
 
 
-def is_done(job: Job, output: Output, plan: Plan) -> bool:
-    """Whether nothing is left to do."""
-    return output.is_finished(plan) and (
-        not job.asks_by_row or is_exported(output, output.manifest())
-    )
-
-
-def finish(
-    job: Job, output: Output, plan: Plan, schema: pa.Schema, facts: dict[str, Any]
-) -> Manifest:
-    """Writes what stands at the end of a job, after every unit is committed."""
-    manifest = output.finish(plan, schema, facts)
-    if job.asks_by_row and not is_exported(output, manifest):
-        export(output, manifest)
-    return manifest
-
-
-def build_dataset(job: Job) -> Dataset:
+def build_dataset(job: Job | Checked) -> Dataset:
     """The job's labelled rows, in the output's schema, as a lazy Ray Dataset; nothing is committed.
 
     Ray must be running, or starts with its own defaults. Raises ConfigError for a job that cannot
@@ -140,101 +109,118 @@ def build_dataset(job: Job) -> Dataset:
     from glm_batch.pipelines.graph import stages
 
     prepared = prepare(job, None)
-    units = list(prepared.plan.units())
-    workers, ledger = job_workers(job), stages.start_ledger(prepared.plan)
-    read = Read(job_source(job))
-    dataset = stages.order(prepared.plan, units, workers)
-    dataset = completed(dataset, read, prepared.spec, engine_config(job), workers, ledger)
-    dataset = stages.parse(dataset, prepared.spec, workers, ledger)
-    return stages.without_own_columns(dataset, prepared.spec.schema, workers)
+    plan, spec = prepared.plan, prepared.spec
+    workers = job_workers(spec.job)
+    dataset = stages.unit_graph(
+        orders(plan, list(plan.units())),
+        partial(build_renderer, Read(job_source(spec.job)), spec),
+        engine_config(spec.job),
+        partial(build_parser, spec),
+        workers,
+        stages.start_ledger(plan),
+        commits=False,
+    )
+    return stages.without_own_columns(dataset, spec.schema, workers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A job that has been checked: its plan, what travels to the workers, what goes into the
-    manifest.
-    """
+class UnitSteps:
+    """How a run reads and commits a unit, and what a committed one adds to its tally."""
 
-    plan: Plan
-    spec: TaskSpec
-    facts: dict[str, Any]
+    read: Step
+    commit: Step
+    journal: Journal
+    counted: Callable[[CommitRecord], Counts] = lambda record: record.counts
 
 
-def prepare(job: Job, output: Output | None, *, extend: bool = False) -> Prepared:
-    """Checks everything that can be known before work starts; with an output, its plan is created
-    or taken up.
+def process(
+    prepared: Prepared,
+    output: Output,
+    units: Sequence[Unit],
+    tally: Tally,
+    watch: Watch,
+    *,
+    steps: UnitSteps | None = None,
+    app: str | None = None,
+) -> None:
+    """Commits these units. Raises as `run` does."""
+    tally.refuse_errors()
+    if not units:
+        return
+    job, steps = prepared.spec.job, steps or unit_steps(prepared, output)
+    tally.tell("starting")
+    with cluster(found=app is not None):
+        from glm_batch.pipelines.graph import stages
 
-    Raises ConfigError.
-    """
-    model_dir = os.path.abspath(job.model)
-    config = load_config(model_dir)
-    facts = job_facts(job, model_dir)
-    files = job_source(job).list_files(job.input)
-    identity = identify(job, files, model_dir)
-    standing = output.adopt(identity, extend=extend) if output is not None else None
-    if standing is None:
-        plan = make_plan(job, files, identity)
-    else:
-        plan = (
-            standing
-            if standing.identity == identity
-            else extended_plan(job, standing, files, identity)
+        engine = engine_of(job, app)
+        workers = job_workers(job, beside_app=app is not None)
+        watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
+        run_graphs(
+            partial(job_graph, prepared, steps, engine, workers),
+            units,
+            watch,
+            Exporter(prepared.plan.fingerprint),
+            lambda record: tally.add(steps.counted(record), record.spent),
         )
-    schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
-    if output is not None and standing is None:
-        plan = output.begin(plan)
-    run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
-    scaling = planned_scaling(plan.identity["task"], job.task.labels or config.id2label)
-    spec = TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id, scaling=scaling)
-    return Prepared(plan=plan, spec=spec, facts=facts)
+    tally.refuse_signal(watch.stop)
 
 
-def job_facts(job: Job, model_dir: str) -> dict[str, Any]:
-    """What is decided for a job before it starts, for its manifest. Raises ConfigError."""
-    if not job.asks_by_row:
-        return TaskRunner(job, model_dir).facts
-    from glm_batch.pipelines.openai_batch.requests import RequestRunner
-
-    return RequestRunner(job, model_dir).facts
-
-
-def completed(
-    dataset: Dataset,
-    read: Step,
-    spec: TaskSpec,
+def job_graph(
+    prepared: Prepared,
+    steps: UnitSteps,
     engine: EngineConfig | EngineSource,
     workers: Workers,
-    ledger: Any,
-    journal: Journal | None = None,
-) -> Dataset:
-    """The part of the graph from orders to completions."""
-    from glm_batch.pipelines.graph import stages
-
-    dataset = stages.render(dataset, read, spec, workers, ledger)
-    return stages.infer(dataset, engine, workers, ledger, journal)
-
-
-def committed(
-    plan: Plan,
     units: Sequence[Unit],
-    read: Step,
-    spec: TaskSpec,
-    workers: Workers,
-    journal: Journal,
-    commit: Step,
-    engine: EngineConfig | EngineSource | None = None,
 ) -> Dataset:
-    """The whole graph, as in the diagram above; `engine` is the job's own by default: see
-    `engine_of`.
-    """
+    """The whole graph over these units, as in the diagram above."""
     from glm_batch.pipelines.graph import stages
 
-    ledger = stages.start_ledger(plan)
-    dataset = stages.order(plan, units, workers)
-    dataset = completed(
-        dataset, read, spec, engine or engine_config(spec.job), workers, ledger, journal
+    plan, spec = prepared.plan, prepared.spec
+    return stages.unit_graph(
+        orders(plan, units),
+        partial(build_renderer, steps.read, spec),
+        engine,
+        partial(build_parser, spec, steps.commit),
+        workers,
+        stages.start_ledger(plan),
+        steps.journal,
     )
-    return stages.commit(dataset, spec, commit, workers, ledger)
+
+
+def unit_steps(prepared: Prepared, output: Output) -> UnitSteps:
+    """Those of a unit that is processed for the first time."""
+    plan, spec = prepared.plan, prepared.spec
+    journal = Journal(output=output, every_seconds=spec.job.commit.every_seconds)
+    return UnitSteps(
+        read=Read(job_source(spec.job)),
+        commit=Commit(journal, plan.unit_sizes, spec),
+        journal=journal,
+    )
+
+
+def is_done(prepared: Prepared, output: Output) -> bool:
+    """Whether nothing is left to do."""
+    is_finished = output.is_finished(prepared.plan)
+    if not is_finished or not prepared.spec.job.asks_by_row:
+        return is_finished
+    return bool(_answer_files().is_exported(output, output.manifest()))
+
+
+def finish(prepared: Prepared, output: Output, lease: Lease) -> Manifest:
+    """Writes what stands at the end of a job, after every unit is committed.
+
+    Raises LeaseLostError.
+    """
+    lease.confirm()
+    manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
+    if prepared.spec.job.asks_by_row and not _answer_files().is_exported(output, manifest):
+        _answer_files().export(output, manifest)
+    tidy(output)
+    return manifest
+
+
+def _answer_files() -> Any:
+    return rooms.load("pipelines.openai_batch.answer_files")
 
 
 def engine_config(job: Job) -> EngineConfig:
@@ -266,52 +252,35 @@ def engine_of(job: Job, app: str | None) -> EngineConfig | EngineSource:
     return source
 
 
-def complete(
-    job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch, app: str | None = None
+def run_graphs(
+    graph: Callable[[Sequence[T]], Dataset],
+    units: Sequence[T],
+    watch: Watch,
+    exporter: Exporter,
+    on_record: Callable[[CommitRecord], None],
 ) -> None:
-    """Commits every unit that is not committed yet."""
-    pending = work.pending(prepared.plan)
-    work.refuse_errors(job)
-    if not pending:
-        return
-    work.tell("starting")
-    with cluster(found=app is not None):
-        from glm_batch.pipelines.graph import stages
+    """Runs graphs that end in commits over all units, and tells of each record; ends early when
+    `watch` says so.
 
-        engine = engine_of(job, app)
-        workers = job_workers(job, beside_app=app is not None)
-        watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
-        journal = Journal(output=output, every_seconds=job.commit.every_seconds)
-        plan, spec, read = prepared.plan, prepared.spec, Read(job_source(job))
-        commit, exporter = Commit(journal, plan.unit_sizes, spec), Exporter(plan.fingerprint)
-        for wave in waves(pending):
-            dataset = committed(plan, wave, read, spec, workers, journal, commit, engine)
-            follow(dataset, watch, exporter, lambda record: work.add_checked(job, record))
-            if watch.stop.is_asked:
-                break
-    if watch.stop.signum is not None and not work.is_complete:
-        raise InterruptedRunError(work.how_far(), watch.stop.signum)
-
-
-def waves(units: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Units that become one graph together. Ray's driver keeps some 10 KB for each block that it
-    has ever seen.
+    Not all units make one graph: Ray's driver keeps some 10 KB for each block that it has ever
+    seen.
     """
     for start in range(0, len(units), WAVE_UNITS):
-        yield units[start : start + WAVE_UNITS]
+        _run_graph(graph(units[start : start + WAVE_UNITS]), watch, exporter, on_record)
+        if watch.stop.is_asked:
+            return
 
 
-def follow(
+def _run_graph(
     dataset: Dataset, watch: Watch, exporter: Exporter, on_record: Callable[[CommitRecord], None]
 ) -> None:
-    """Runs a graph that ends in commits, and tells of each record; ends early when `watch` says so."""
     from ray.exceptions import ActorDiedError, RayError
 
     from glm_batch.pipelines.graph import stages
 
     try:
         with watch.stop.listening():
-            for record in watched(stages.committed(dataset), watch.is_over):
+            for record in watched(stages.records(dataset), watch.is_over):
                 watch.count()
                 exporter.count(record.counts, record.spent)
                 on_record(record)

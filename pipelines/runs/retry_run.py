@@ -5,13 +5,10 @@
 
 A unit's good rows are copied, so that its next generation is whole; until its record is created,
 the old one counts. Which rows failed is read from the parts by the workers: the driver holds units.
-Owns nothing of how rows are processed.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,25 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from glm_batch.glm_actors.faults.spent import spent
-from glm_batch.models.checkpoint.config_reader import load_config
-from glm_batch.models.errors import ConfigError, EngineError, RowError
-from glm_batch.pipelines.calibration.calibration import planned_scaling
-from glm_batch.pipelines.cluster.cluster import cluster, job_workers
+from glm_batch.models.errors import EngineError, RowError
 from glm_batch.pipelines.graph.steps import Read, committed_table
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.bottleneck import COMMITTING, READING
 from glm_batch.pipelines.metrics.counts import Counts, Summary
-from glm_batch.pipelines.metrics.exporter import Exporter
 from glm_batch.pipelines.output.commit import CommitRecord, Output, part_of
-from glm_batch.pipelines.output.journal import Journal, tidy
-from glm_batch.pipelines.output.lease import Lease, own
-from glm_batch.pipelines.planning.plan import Plan, differences, identify, job_source
-from glm_batch.pipelines.runs.pipeline import committed, engine_of, finish, follow, job_facts, waves
-from glm_batch.pipelines.runs.progress import OnProgress, Work
-from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
-from glm_batch.pipelines.runs.watch import Watch
+from glm_batch.pipelines.output.journal import Journal
+from glm_batch.pipelines.output.lease import own
+from glm_batch.pipelines.planning.plan import job_source
+from glm_batch.pipelines.runs.pipeline import UnitSteps, finish, process
+from glm_batch.pipelines.runs.prepared import check_again
+from glm_batch.pipelines.runs.watch import OnProgress, Stop, Tally, Watch
 from glm_batch.pipelines.tasks.rows import RIGHT, UNIT, TaskSpec, count_rows
-from glm_batch.pipelines.tasks.schema import output_schema
 
 
 def retry_failed(
@@ -57,8 +48,8 @@ def retry_failed(
     application do the model's work. Raises ConfigError before anything starts, otherwise as
     pipelines.run does.
     """
-    work = Work(on_progress)
-    work.tell("planning")
+    tally = Tally(on_progress)
+    tally.tell("planning")
     plan = output.standing_plan()
     with own(output.store) as lease:
         failed = {
@@ -68,25 +59,42 @@ def retry_failed(
         }
         readable = plan.units_of(plan.present)
         touched = {unit: record for unit, record in failed.items() if unit < readable}
-        spec, facts = _checked(job, plan, touched)
-        if touched:
-            work.expect(
-                sum(num_failed(record.counts, codes) for record in touched.values()), len(touched)
-            )
-            work.tell("starting")
-            _process(
-                spec,
-                plan,
-                output,
-                touched,
-                codes,
-                work,
-                Watch(lease=lease, stop=stop or Stop()),
-                app,
-            )
-        counts = _finish(output, plan, spec, facts, lease)
-    work.tell("done")
-    return replace(work.summary(output), counts=counts, notes=tuple(_notes(failed, touched, codes)))
+        prepared = check_again(job, plan, touched).prepared(plan)
+        tally.expect(
+            sum(num_failed(record.counts, codes) for record in touched.values()), len(touched)
+        )
+        units = [unit for unit in plan.units() if unit.index in touched]
+        steps = _retry_steps(prepared.spec, output, touched, codes)
+        watch = Watch(lease=lease, stop=stop or Stop())
+        process(prepared, output, units, tally, watch, steps=steps, app=app)
+        if len(output.generations()) == plan.num_units:
+            counts = finish(prepared, output, lease).counts
+        else:
+            counts = sum((record.counts for record in output.records(plan)), Counts())
+    tally.tell("done")
+    notes = tuple(_notes(failed, touched, codes))
+    return replace(tally.summary(output), counts=counts, notes=notes)
+
+
+def _retry_steps(
+    spec: TaskSpec, output: Output, touched: Mapping[int, CommitRecord], codes: Sequence[str]
+) -> UnitSteps:
+    generations = {unit: record.generation for unit, record in touched.items()}
+    every_seconds = spec.job.commit.every_seconds
+    journal = Journal(output=output, every_seconds=every_seconds, generations=generations)
+
+    def recomputed(record: CommitRecord) -> Counts:
+        """As many rows as were processed again."""
+        before = touched[record.unit].counts
+        rows, ok = num_failed(before, codes), record.counts.ok - before.ok
+        return replace(record.counts, rows=rows, ok=ok)
+
+    return UnitSteps(
+        read=ReadFailed(Read(job_source(spec.job)), journal, codes),
+        commit=Recommit(journal, spec, codes),
+        journal=journal,
+        counted=recomputed,
+    )
 
 
 def _notes(
@@ -184,91 +192,3 @@ class Recommit:
         record = output.commit(unit, whole, counts, generation + 1, spent(table))
         self.journal.forget(unit)
         return committed_table(record)
-
-
-def _checked(
-    job: Job, plan: Plan, touched: Mapping[int, CommitRecord]
-) -> tuple[TaskSpec, dict[str, object]]:
-    """What travels to the workers, and what goes into the manifest. Raises ConfigError when the job
-    is another now.
-    """
-    model_dir = os.path.abspath(job.model)
-    identity = identify(job, [planned.file for planned in plan.files], model_dir)
-    source = job_source(job)
-    for number in {unit.file for unit in plan.units() if unit.index in touched}:
-        planned = plan.files[number].file
-        (now,) = source.list_files([planned.path])
-        identity["input"][planned.name] = {"size": now.size, "modified": now.stamp}
-    if identity != plan.identity:
-        lines = "\n  ".join(differences(plan.identity, identity))
-        raise ConfigError(
-            f"this is another job now; undo the difference (there -> now):\n  {lines}"
-        )
-    config = load_config(model_dir)
-    schema = output_schema(job, config, {name: plan.schema.field(name).type for name in job.carry})
-    run_id = f"{plan.fingerprint}-{uuid.uuid4().hex[:8]}"
-    scaling = planned_scaling(plan.identity["task"], job.task.labels or config.id2label)
-    spec = TaskSpec(job=job, model_dir=model_dir, schema=schema, run_id=run_id, scaling=scaling)
-    return spec, job_facts(job, model_dir)
-
-
-def _process(
-    spec: TaskSpec,
-    plan: Plan,
-    output: Output,
-    touched: Mapping[int, CommitRecord],
-    codes: Sequence[str],
-    work: Work,
-    watch: Watch,
-    app: str | None,
-) -> None:
-    generations = {unit: record.generation for unit, record in touched.items()}
-    journal = Journal(
-        output=output, every_seconds=spec.job.commit.every_seconds, generations=generations
-    )
-    units = [unit for unit in plan.units() if unit.index in touched]
-    with cluster(found=app is not None):
-        from glm_batch.pipelines.graph import stages
-
-        engine = engine_of(spec.job, app)
-        workers = job_workers(spec.job, beside_app=app is not None)
-        watch.expect(workers.replicas * stages.UNITS_IN_ENGINE)
-        exporter = Exporter(plan.fingerprint)
-        read = ReadFailed(Read(job_source(spec.job)), journal, codes)
-        for wave in waves(units):
-            dataset = committed(
-                plan, wave, read, spec, workers, journal, Recommit(journal, spec, codes), engine
-            )
-            follow(
-                dataset,
-                watch,
-                exporter,
-                lambda record: work.add(_recomputed(touched, record, codes), record.spent),
-            )
-            if watch.stop.is_asked:
-                break
-    if watch.stop.signum is not None and not work.is_complete:
-        raise InterruptedRunError(work.how_far(), watch.stop.signum)
-
-
-def _recomputed(
-    touched: Mapping[int, CommitRecord], record: CommitRecord, codes: Sequence[str]
-) -> Counts:
-    """What to show of a unit: as many rows as were processed again."""
-    before = touched[record.unit].counts
-    return replace(record.counts, rows=num_failed(before, codes), ok=record.counts.ok - before.ok)
-
-
-def _finish(
-    output: Output, plan: Plan, spec: TaskSpec, facts: dict[str, object], lease: Lease
-) -> Counts:
-    """Counts of the whole output; its manifest is written anew if it is complete."""
-    records: Iterator[CommitRecord] = output.records(plan)
-    counts = Counts()
-    for record in records:
-        counts += record.counts
-    if counts.rows == plan.num_rows:
-        lease.confirm()
-        finish(spec.job, output, plan, spec.schema, facts)
-        tidy(output)
-    return counts

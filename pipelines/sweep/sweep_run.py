@@ -10,28 +10,25 @@ and unit by unit. One lease covers them all.
 from __future__ import annotations
 
 import os
-import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from glm_batch.glm_actors.faults.spent import IN_ENGINE
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.cluster.cluster import cluster, job_workers
 from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.job import Job, job_file
-from glm_batch.pipelines.metrics.counts import Counts, Phase, Progress
+from glm_batch.pipelines.metrics.counts import Summary
 from glm_batch.pipelines.metrics.exporter import Exporter
-from glm_batch.pipelines.output.commit import LEASE, CommitRecord, Manifest, Output
-from glm_batch.pipelines.output.journal import Journal, tidy
+from glm_batch.pipelines.output.commit import LEASE, Manifest, Output
+from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.output.lease import own
-from glm_batch.pipelines.planning.plan import Plan, job_source, shared_unit_rows
-from glm_batch.pipelines.runs.pipeline import Prepared, engine_config, follow, prepare, waves
-from glm_batch.pipelines.runs.stop import InterruptedRunError, Stop
-from glm_batch.pipelines.runs.watch import Watch
+from glm_batch.pipelines.planning.plan import Plan, shared_unit_rows
+from glm_batch.pipelines.runs.pipeline import engine_config, finish, run_graphs
+from glm_batch.pipelines.runs.prepared import Checked, Prepared, check, prepare
+from glm_batch.pipelines.runs.watch import OnProgress, Stop, Tally, Watch
 from glm_batch.pipelines.storage.storage import TEMPORARY
 from glm_batch.pipelines.sweep.bundles import (
     Bundle,
@@ -49,9 +46,6 @@ from glm_batch.pipelines.tasks.rows import TaskSpec
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from glm_batch.pipelines.cluster.shares import Workers
-
-OnProgress = Callable[[Progress], None]
 CELL_FOLDER = "cells"
 OF_JOBS = ("plan.json", "parts", "commits")
 
@@ -67,13 +61,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """A sweep run to its end: `resumed_rows` were there before; seconds as in counts.Summary."""
+    """A sweep that was run to its end."""
 
     cells: tuple[Finished, ...]
-    counts: Counts
-    resumed_rows: int
-    elapsed_s: float
-    working_s: float
+    summary: Summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,46 +74,57 @@ class _Open:
     cell: Cell
     output: Output
     prepared: Prepared
-    spec: TaskSpec
     pending: frozenset[int]
 
     @property
     def plan(self) -> Plan:
         return self.prepared.plan
 
+    @property
+    def spec(self) -> TaskSpec:
+        return self.prepared.spec
+
 
 def run_sweep(
-    sweep: Sweep, on_progress: OnProgress | None = None, *, stop: Stop | None = None
+    sweep: Sweep,
+    on_progress: OnProgress | None = None,
+    *,
+    checked: Sequence[Checked] | None = None,
+    stop: Stop | None = None,
 ) -> Ran:
-    """Does what is not committed yet and finishes all outputs. Ray starts if there is work.
+    """Does what is not committed yet and finishes all outputs. Ray starts if there is work. Cells
+    that were `checked`, in their order, are not read again.
 
     Raises what pipelines.runs.pipeline.run raises; a ConfigError names the cell that it is about.
     """
-    tally = _Tally(on_progress)
+    tally = Tally(on_progress, whose=" of all cells")
     tally.tell("planning")
     output = Output.at(sweep.output, sweep.storage)
     _refuse_job(output)
     with output.writable():
         output.store.prepare((LEASE, TEMPORARY, CELL_FOLDER))
     with own(output.store) as lease:
-        cells = _opened(sweep, tally)
-        watch = Watch(lease=lease, stop=stop or Stop())
-        _complete(cells, tally, watch)
-        lease.confirm()
-        finished = tuple(map(_finished, cells))
+        cells = _opened(sweep.cells, checked or [_check(cell) for cell in sweep.cells], tally)
+        _process(cells, tally, Watch(lease=lease, stop=stop or Stop()))
+        finished = tuple(
+            Finished(
+                cell=each.cell,
+                output=each.output,
+                manifest=finish(each.prepared, each.output, lease),
+            )
+            for each in cells
+        )
     tally.tell("done")
-    return tally.ran(finished)
+    return Ran(cells=finished, summary=tally.summary(output))
 
 
-def with_shared_units(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells with one `commit.unit_rows` a data set where it is "auto": equal ranges are shared.
-
-    Raises ConfigError for input that cannot be listed.
-    """
+def with_shared_units(cells: Sequence[Cell], checked: Sequence[Checked]) -> list[Cell]:
+    """Cells with one `commit.unit_rows` a data set where it is "auto": equal ranges are shared."""
     found: dict[str, int] = {}
-    for name in dict.fromkeys(cell.dataset for cell in cells):
-        jobs = [cell.job for cell in cells if cell.dataset == name]
-        found[name] = shared_unit_rows(jobs, job_source(jobs[0]).list_files(jobs[0].input))
+    for cell, each in zip(cells, checked, strict=True):
+        if cell.dataset not in found:
+            jobs = [other.job for other in cells if other.dataset == cell.dataset]
+            found[cell.dataset] = shared_unit_rows(jobs, each.survey)
     return [
         replace(
             cell,
@@ -134,26 +136,32 @@ def with_shared_units(cells: Sequence[Cell]) -> list[Cell]:
     ]
 
 
-def _opened(sweep: Sweep, tally: _Tally) -> list[_Open]:
+def _check(cell: Cell) -> Checked:
+    try:
+        return check(cell.job)
+    except ConfigError as error:
+        raise ConfigError(f"{cell.name}: {error}") from error
+
+
+def _opened(cells: Sequence[Cell], checked: Sequence[Checked], tally: Tally) -> list[_Open]:
     """All cells are checked before work on any of them begins."""
     run_id = uuid.uuid4().hex
     found = []
-    for cell in with_shared_units(sweep.cells):
+    for cell, each in zip(with_shared_units(cells, checked), checked, strict=True):
         output = Output.at(cell.job.output, cell.job.storage)
         try:
-            prepared = prepare(cell.job, output)
+            prepared = prepare(replace(each, job=cell.job), output)
         except ConfigError as error:
             raise ConfigError(f"{cell.name}: {error}") from error
         output.take_over(prepared.plan, job_file(cell.job))
-        done = {record.unit: record.counts for record in output.records(prepared.plan)}
-        tally.expect(prepared.plan, done)
-        pending = frozenset(range(prepared.plan.num_units)) - done.keys()
         spec = replace(prepared.spec, run_id=run_id, name=cell.name)
-        found.append(_Open(cell=cell, output=output, prepared=prepared, spec=spec, pending=pending))
+        pending = frozenset(unit.index for unit in tally.resume(prepared.plan, output))
+        prepared = replace(prepared, spec=spec)
+        found.append(_Open(cell=cell, output=output, prepared=prepared, pending=pending))
     return found
 
 
-def _complete(cells: Sequence[_Open], tally: _Tally, watch: Watch) -> None:
+def _process(cells: Sequence[_Open], tally: Tally, watch: Watch) -> None:
     unfinished = [number for number, each in enumerate(cells) if each.pending]
     if not unfinished:
         return
@@ -161,63 +169,56 @@ def _complete(cells: Sequence[_Open], tally: _Tally, watch: Watch) -> None:
     with cluster():
         for replicas in dict.fromkeys(cells[number].cell.replicas for number in unfinished):
             together = [number for number in unfinished if cells[number].cell.replicas == replicas]
-            _run_together(cells, together, tally, watch)
+            _process_together(cells, together, tally, watch)
             if watch.stop.is_asked:
                 break
-    if watch.stop.signum is not None and not tally.is_complete:
-        raise InterruptedRunError(tally.how_far(), watch.stop.signum)
+    tally.refuse_signal(watch.stop)
 
 
-def _run_together(
-    cells: Sequence[_Open], numbers: Sequence[int], tally: _Tally, watch: Watch
+def _process_together(
+    cells: Sequence[_Open], numbers: Sequence[int], tally: Tally, watch: Watch
 ) -> None:
-    """The pending units of cells that share their engines."""
+    """The pending units of cells that share their engines: the whole graph, as in the diagram
+    above.
+    """
     from glm_batch.pipelines.graph import stages
 
-    jobs = [cells[number].cell.job for number in numbers]
+    some = [cells[number] for number in numbers]
+    jobs, specs = [each.cell.job for each in some], [each.spec for each in cells]
     workers = job_workers(next((job for job in jobs if reads_media(job, job.model)), jobs[0]))
-    watch.expect(workers.replicas * stages.UNITS_IN_ENGINE * len(numbers))
+    every_seconds = min(job.commit.every_seconds for job in jobs)
+    journals = {
+        number: Journal(output=cells[number].output, every_seconds=every_seconds)
+        for number in numbers
+    }
+    commit = CommitBundle(
+        journals, {number: cells[number].plan.unit_sizes for number in numbers}, specs
+    )
+    render = partial(build_renderer, specs, numbers, _sources(cells, numbers))
+    parse = partial(build_committer, specs, numbers, commit)
+
+    def graph(bundles: Sequence[Bundle]) -> Dataset:
+        journal = BundleJournal(
+            journals=journals,
+            cells={each.number: each.cells for each in bundles},
+            every_seconds=every_seconds,
+        )
+        ledger = stages.start_ledger(some[0].plan)
+        return stages.unit_graph(
+            bundles, render, engine_config(jobs[0]), parse, workers, ledger, journal
+        )
+
     bundles = make_bundles(
         [each.cell.dataset for each in cells],
         [each.plan for each in cells],
         [each.pending for each in cells],
         numbers,
     )
-    exporter = Exporter(cells[numbers[0]].plan.fingerprint)
-    for wave in waves(bundles):
-        follow(_graph(cells, numbers, wave, workers), watch, exporter, tally.add)
-        if watch.stop.is_asked:
-            break
-
-
-def _graph(
-    cells: Sequence[_Open], numbers: Sequence[int], bundles: Sequence[Bundle], workers: Workers
-) -> Dataset:
-    """The whole graph, as in the diagram above."""
-    from glm_batch.pipelines.graph import stages
-
-    specs = [each.spec for each in cells]
-    every_seconds = min(cells[number].cell.job.commit.every_seconds for number in numbers)
-    journals = {
-        number: Journal(output=cells[number].output, every_seconds=every_seconds)
-        for number in numbers
-    }
-    journal = BundleJournal(
-        journals=journals,
-        cells={each.number: each.cells for each in bundles},
-        every_seconds=every_seconds,
+    watch.expect(workers.replicas * stages.UNITS_IN_ENGINE * len(numbers))
+    exporter = Exporter(some[0].plan.fingerprint)
+    run_graphs(
+        graph, bundles, watch, exporter, lambda record: tally.add(record.counts, record.spent)
     )
-    commit = CommitBundle(
-        journals, {number: cells[number].plan.unit_sizes for number in numbers}, specs
-    )
-    ledger = stages.start_ledger(cells[numbers[0]].plan)
-    dataset = stages.order_all(bundles, workers)
-    render = partial(build_renderer, specs, numbers, _sources(cells, numbers))
-    dataset = stages.preprocess(dataset, render, workers, ledger)
-    dataset = stages.infer(
-        dataset, engine_config(cells[numbers[0]].cell.job), workers, ledger, journal
-    )
-    return stages.finish(dataset, partial(build_committer, specs, numbers, commit), workers, ledger)
 
 
 def _sources(cells: Sequence[_Open], numbers: Sequence[int]) -> Mapping[str, Source]:
@@ -234,12 +235,6 @@ def _sources(cells: Sequence[_Open], numbers: Sequence[int]) -> Mapping[str, Sou
     }
 
 
-def _finished(each: _Open) -> Finished:
-    manifest = each.output.finish(each.plan, each.spec.schema, each.prepared.facts)
-    tidy(each.output)
-    return Finished(cell=each.cell, output=each.output, manifest=manifest)
-
-
 def _refuse_job(output: Output) -> None:
     held = [
         entry.name
@@ -251,74 +246,3 @@ def _refuse_job(output: Output) -> None:
         raise ConfigError(
             f"output: {output.place} holds a job's output ({', '.join(held)}); name another place"
         )
-
-
-class _Tally:
-    """Adds up what is committed in all cells, and tells whoever shows it."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        self._on_progress = on_progress
-        self._begun = time.monotonic()
-        self._started: float | None = None
-        self._latest = self._begun
-        self._spent: Counter[str] = Counter()
-        self._resumed = self._counts = Counts()
-        self._rows = self._units = self._units_done = 0
-
-    def expect(self, plan: Plan, done: Mapping[int, Counts]) -> None:
-        self._rows += plan.num_rows
-        self._units += plan.num_units
-        self._units_done += len(done)
-        for counts in done.values():
-            self._resumed += counts
-        self._counts = self._resumed
-
-    def add(self, record: CommitRecord) -> None:
-        if self._started is None:
-            self._started = time.monotonic() - record.spent.get(IN_ENGINE, 0.0)
-        self._latest = time.monotonic()
-        self._counts += record.counts
-        self._spent.update(record.spent)
-        self._units_done += 1
-        self.tell("running")
-
-    @property
-    def is_complete(self) -> bool:
-        return self._units_done == self._units
-
-    def how_far(self) -> str:
-        return (
-            f"stopped with {self._units_done:,} of {self._units:,} units "
-            f"({self._counts.rows:,} of {self._rows:,} rows of all cells) committed; "
-            "the same command goes on from there"
-        )
-
-    def tell(self, phase: Phase) -> None:
-        if self._on_progress is None:
-            return
-        progress = Progress(
-            phase=phase,
-            units_total=self._units,
-            units_done=self._units_done,
-            rows_total=self._rows,
-            counts=self._counts,
-            resumed=self._resumed,
-            spent=dict(self._spent),
-            elapsed_s=time.monotonic() - self._begun,
-            working_s=self._working_s,
-        )
-        self._on_progress(progress)
-
-    def ran(self, cells: tuple[Finished, ...]) -> Ran:
-        return Ran(
-            cells=cells,
-            counts=self._counts,
-            resumed_rows=self._resumed.rows,
-            elapsed_s=time.monotonic() - self._begun,
-            working_s=self._working_s,
-        )
-
-    @property
-    def _working_s(self) -> float:
-        """Until the latest unit: what comes after it is no engine's time."""
-        return self._latest - self._started if self._started is not None else 0.0

@@ -172,7 +172,7 @@ def test_a_bad_job_is_refused_with_place_and_remedy(
 def test_the_good_job_is_good(work: Any) -> None:
     job, place = load_job(work.write_job().name)
     checked = check_job(job, place)
-    assert [file.name for file in checked.files] == ["data/a.parquet", "data/b.jsonl"]
+    assert [file.name for file in checked.survey.files] == ["data/a.parquet", "data/b.jsonl"]
     assert checked.schema.field("id").type == pa.int64()
 
 

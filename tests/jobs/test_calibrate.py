@@ -25,7 +25,7 @@ from glm_batch.models.processing.scores import label_scores, softmax
 from glm_batch.pipelines.evaluation.scoring import Rules, score
 from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
 from glm_batch.pipelines.planning.plan import differences, fingerprint, identify, job_source
-from glm_batch.pipelines.runs.pipeline import prepare
+from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.tasks.rows import task_runner
 from tests.pipelines.report.world import chosen, commit_rows, page_of
 

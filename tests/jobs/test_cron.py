@@ -29,12 +29,12 @@ from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import own
 from glm_batch.pipelines.planning.plan import MAX_UNIT_ROWS
 from glm_batch.pipelines.storage.storage import LocalStore
-from tests.pipelines.cron.cron_world import complete_here
+from tests.pipelines.cron.cron_world import process_here
 
 
 @pytest.fixture
 def nightly(work: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", complete_here)
+    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.process", process_here)
     work.write_job(
         lambda job: job.update(
             {"max_error_rate": 1.0, "input": ["data"], "commit": {"unit_rows": 2}}
@@ -134,13 +134,13 @@ def test_a_failed_run_leaves_the_last_manifest_in_force(
     def fail(*_: Any) -> None:
         raise OSError("the device is lost")
 
-    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", fail)
+    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.process", fail)
     capsys.readouterr()
     with pytest.raises(OSError, match="lost"):
         cron("job.yaml", [])
     assert said(capsys)["message"] == "the device is lost"
     assert (nightly.root / "out" / "manifest.json").read_bytes() == before
-    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", complete_here)
+    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.process", process_here)
     assert cron("job.yaml", []) == 0
     assert len(list(Output.at("out").iter_tables())) == len(Output.at("out").manifest().parts) == 6
 
@@ -154,7 +154,7 @@ def test_a_signal_before_the_work_ends_the_run_with_its_line(
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "glm_batch.pipelines.cron.incremental.complete",
+            "glm_batch.pipelines.cron.incremental.process",
             lambda *_: os.kill(os.getpid(), signal.SIGTERM),
         )
         assert cron("job.yaml", []) == 128 + signal.SIGTERM

@@ -67,7 +67,7 @@ def test_the_sample_holds_good_rows_and_typed_errors(work: Any) -> None:
     job, place = load_job(work.write_job().name)
     checked = check_job(job, place)
     assert isinstance(checked.runner, TaskRunner)
-    sample = take_sample(checked, make_plan(job, checked.files, {}))
+    sample = take_sample(checked, make_plan(job, checked.survey, {}))
     assert sample.rows == 8
     assert len(sample.ids) == 4
     assert [error.code for _, error in sample.errors] == [

@@ -9,6 +9,7 @@ killed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,15 +19,13 @@ import glm_batch.pipelines.cron.incremental
 from glm_batch.glm_actors.units.model_actor import ModelActor
 from glm_batch.glm_actors.units.row_worker import RowWorker
 from glm_batch.pipelines.cron.incremental import Choices, Night, run_night
-from glm_batch.pipelines.graph.steps import Commit, Order, Parse, Read, Render
+from glm_batch.pipelines.graph.steps import build_parser, build_renderer, orders
 from glm_batch.pipelines.job import CommitSection, CronSection, EngineSection, Job, TaskConfig
 from glm_batch.pipelines.output.commit import CommitRecord, Output
-from glm_batch.pipelines.output.journal import Journal
-from glm_batch.pipelines.planning.plan import job_source
-from glm_batch.pipelines.runs.pipeline import Prepared, engine_config, prepare
-from glm_batch.pipelines.runs.progress import Work
-from glm_batch.pipelines.runs.stop import InterruptedRunError
-from glm_batch.pipelines.runs.watch import Watch
+from glm_batch.pipelines.planning.plan import Unit
+from glm_batch.pipelines.runs.pipeline import UnitSteps, engine_config, unit_steps
+from glm_batch.pipelines.runs.prepared import Prepared, prepare
+from glm_batch.pipelines.runs.watch import Stop, Tally, Watch
 from glm_batch.pipelines.tasks.rows import UNIT
 
 
@@ -51,29 +50,33 @@ def model(checkpoint: str, job: str) -> ModelActor:
     return ModelActor(engine_config(make_job(Path(checkpoint), Path(job))), 1, None, UNIT)
 
 
-def complete_here(job: Job, prepared: Prepared, output: Output, work: Work, watch: Watch) -> None:
-    """What pipelines.runs.pipeline.complete does, unit by unit."""
-    plan, spec, source = prepared.plan, prepared.spec, job_source(job)
-    journal = Journal(output=output, every_seconds=3600.0)
-    begin = RowWorker(lambda: [Read(source), Render(spec)])
-    end = RowWorker(lambda: [Parse(spec), Commit(journal, plan.unit_sizes, spec)])
-    engine = model(job.model, "")
-    earlier = plan.duplicates_by_unit()
+def process_here(
+    prepared: Prepared,
+    output: Output,
+    units: Sequence[Unit],
+    tally: Tally,
+    watch: Watch,
+    *,
+    steps: UnitSteps | None = None,
+    app: str | None = None,
+) -> None:
+    """What pipelines.runs.pipeline.process does, unit by unit."""
+    spec, steps = prepared.spec, steps or unit_steps(prepared, output)
+    begin = RowWorker(lambda: build_renderer(steps.read, spec))
+    end = RowWorker(lambda: build_parser(spec, steps.commit))
+    engine = model(spec.job.model, "")
     watch.lease.check()
-    for unit in work.pending(plan):
+    for order in orders(prepared.plan, units):
         if watch.stop.is_asked:
             break
-        order = Order.of(
-            unit, plan.files[unit.file].file, earlier.get((unit.file, unit.rows.start), {})
-        )
         (record,) = end(engine(begin(order.to_table())))["record"].to_pylist()
-        work.add_checked(job, CommitRecord.from_json(record))
-    if watch.stop.signum is not None and not work.is_complete:
-        raise InterruptedRunError(work.how_far(), watch.stop.signum)
+        committed = CommitRecord.from_json(record)
+        tally.add(steps.counted(committed), committed.spent)
+    tally.refuse_signal(watch.stop)
 
 
 def night(job: Job, **choices: Any) -> Night:
-    """A run of cron in this process; pipelines.cron.incremental.complete must be `complete_here`."""
+    """A run of cron in this process; pipelines.cron.incremental.process must be `process_here`."""
     return run_night(job, Choices(**choices))
 
 
@@ -82,9 +85,8 @@ def from_scratch(job: Job, output: Path) -> Output:
     alone = replace(job, output=str(output))
     made = Output.at(alone.output)
     prepared = prepare(alone, made)
-    work = Work(None)
-    work.resume(prepared.plan, made)
-    complete_here(alone, prepared, made, work, _watch())
+    tally = Tally(None)
+    process_here(prepared, made, tally.resume(prepared.plan, made), tally, _watch())
     made.finish(prepared.plan, prepared.spec.schema, prepared.facts)
     return made
 
@@ -92,12 +94,10 @@ def from_scratch(job: Job, output: Path) -> Output:
 def _watch() -> Watch:
     from types import SimpleNamespace
 
-    from glm_batch.pipelines.runs.stop import Stop
-
     return Watch(lease=SimpleNamespace(check=lambda: None), stop=Stop())  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    glm_batch.pipelines.cron.incremental.complete = complete_here
+    glm_batch.pipelines.cron.incremental.process = process_here
     night(make_job(checkpoint, folder))

@@ -16,7 +16,7 @@ from glm_batch.pipelines import run
 from glm_batch.pipelines.cron.incremental import Choices, Night, run_night
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.commit import Output
-from glm_batch.pipelines.runs.stop import Stop
+from glm_batch.pipelines.runs.watch import Stop
 from tests.pipelines.runs.test_pipeline import make_job, write_input
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -25,7 +25,7 @@ from glm_batch.pipelines.cron.incremental import Night
 from glm_batch.pipelines.cron.versions import Versions
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import BusyError
-from tests.pipelines.cron.cron_world import complete_here, from_scratch, make_job, night
+from tests.pipelines.cron.cron_world import from_scratch, make_job, night, process_here
 
 ROOT = Path(__file__).parents[3]
 NIGHTS = 30
@@ -158,7 +158,7 @@ def overlapping(job: Any) -> Night:
 def test_thirty_nights(
     echo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", complete_here)
+    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.process", process_here)
     chance = random.Random(7)
     job, found = make_job(echo_checkpoint, tmp_path), Input(tmp_path / "in", chance)
     output, versions = Output.at(job.output), Versions.at(job.output, job.storage)

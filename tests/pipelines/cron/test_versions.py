@@ -22,13 +22,13 @@ from glm_batch.pipelines.output.commit import Output, part_of
 from glm_batch.pipelines.output.lease import BusyError
 from glm_batch.pipelines.storage.s3 import S3
 from glm_batch.pipelines.storage.storage import S3Store, StorageError
-from tests.pipelines.cron.cron_world import complete_here, make_job, night
+from tests.pipelines.cron.cron_world import make_job, night, process_here
 from tests.s3_faults import new_bucket
 
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.complete", complete_here)
+    monkeypatch.setattr("glm_batch.pipelines.cron.incremental.process", process_here)
 
 
 @pytest.fixture

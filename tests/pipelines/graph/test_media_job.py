@@ -17,9 +17,8 @@ import pytest
 
 from glm_batch.models.processing.tokenizer import Tokenizer
 from glm_batch.pipelines import run
-from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.job import EngineSection, Job, MediaSection, PreprocessSection, TaskConfig
-from glm_batch.pipelines.planning.plan import HEAVY_UNIT_BYTES, make_plan
+from glm_batch.pipelines.planning.plan import HEAVY_UNIT_BYTES, make_plan, survey_input
 from tests.bad_media import IMAGES, VIDEOS
 from tests.models.media_cases import TEXT, VISION
 from tests.models.processing.conftest import write_checkpoint
@@ -205,15 +204,15 @@ def test_units_of_large_images_have_few_rows(checkpoint: str, tmp_path: Path) ->
     """A unit travels as one block, so what its images weigh bounds its rows."""
     photo = encoded(picture(112, 112), "PNG")
     a_job = job(checkpoint, tmp_path, {"photo": [photo] * 5000}, image="photo")
-    files = Source(storage=a_job.storage, columns=("photo",)).list_files(a_job.input)
+    survey = survey_input(a_job)
     patches = 16 * 28 * 28 * 3
-    assert make_plan(a_job, files, {}).unit_rows == min(
+    assert make_plan(a_job, survey, {}).unit_rows == min(
         HEAVY_UNIT_BYTES // max(patches, len(photo)), 5000 // 32
     )
     wide = replace(
         a_job, preprocess=PreprocessSection(min_pixels=28 * 28 * 4096, max_pixels=28 * 28 * 4096)
     )
-    assert make_plan(wide, files, {}).unit_rows == HEAVY_UNIT_BYTES // (4096 * 28 * 28 * 3)
+    assert make_plan(wide, survey, {}).unit_rows == HEAVY_UNIT_BYTES // (4096 * 28 * 28 * 3)
 
 
 def test_a_classifier_and_vectors_over_images(checkpoint: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from glm_batch.pipelines.graph.steps import Order, Read
 from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
 from glm_batch.pipelines.input.values import LINE, NUMBER, decode_rows, key_text, row_key
 from glm_batch.pipelines.job import CommitSection, Job, StorageSection, TaskConfig
-from glm_batch.pipelines.planning.plan import Plan, choose_unit_rows, make_plan
+from glm_batch.pipelines.planning.plan import Plan, choose_unit_rows, make_plan, survey_input
 from glm_batch.pipelines.storage.s3 import S3
 from glm_batch.pipelines.tasks.prompts import cell_text
 from tests.s3_faults import new_bucket
@@ -49,7 +49,7 @@ def make_source(*columns: str) -> Source:
 
 def planned(job: Job, *columns: str) -> tuple[Source, Plan]:
     source = make_source(*(columns or ("text",)))
-    return source, make_plan(job, source.list_files(job.input), {})
+    return source, make_plan(job, survey_input(job), {})
 
 
 def texts(source: Source, plan: Plan) -> list[list[Any]]:
@@ -240,7 +240,7 @@ def test_a_missing_column_is_told_with_the_nearest_known_one(tmp_path: Path) -> 
         with pytest.raises(
             ConfigError, match=rf"{path.name} has no column 'txt'; did you mean 'text'"
         ):
-            source.schema(source.list_files([str(path)]))
+            source.survey(source.list_files([str(path)]))
 
 
 def test_extension_types_are_refused_before_arrow_revives_them(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_objects_are_listed_and_read_like_files(
     root, storage = bucket
     job = make_job(f"{root}/{pattern}", unit_rows=8, storage=storage)
     source = Source(storage=storage, columns=("text",))
-    plan = make_plan(job, source.list_files(job.input), {})
+    plan = make_plan(job, survey_input(job), {})
     assert [planned.file.name for planned in plan.files] == [f"{root}/{name}" for name in names]
     assert [text for unit in texts(source, plan) for text in unit] == [
         str(n) for n in range(20)
@@ -399,7 +399,7 @@ def test_an_object_that_was_replaced_after_the_plan_is_noticed(
     root, storage = bucket
     job = make_job(f"{root}/{name}", unit_rows=8, storage=storage)
     source = Source(storage=storage, columns=("text",))
-    plan = make_plan(job, source.list_files(job.input), {})
+    plan = make_plan(job, survey_input(job), {})
     data = S3(storage).read(f"{root}/{name}")
     S3(storage).write(f"{root}/{name}", data.replace(b"7", b"8"))
     with pytest.raises(ConfigError, match="has changed since the job was planned"):

@@ -21,12 +21,13 @@ from glm_batch.jobs.files.job_file import load_kept_job
 from glm_batch.models.engine import build_engine
 from glm_batch.models.errors import RowError
 from glm_batch.pipelines import run
-from glm_batch.pipelines.graph.steps import Order, Read, parse_step, render_step
+from glm_batch.pipelines.graph.steps import Order, Read, build_parser, build_renderer, orders
 from glm_batch.pipelines.job import EngineSection, Job, job_file
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import own
 from glm_batch.pipelines.planning.plan import job_source
-from glm_batch.pipelines.runs.pipeline import engine_config, prepare
+from glm_batch.pipelines.runs.pipeline import engine_config
+from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.tasks.rows import TaskSpec, count_rows
 
 Json = dict[str, Any]
@@ -67,9 +68,9 @@ class LocalStages:
     ) -> pa.Table:
         """A unit's output columns. What `lose` says of a line's requests befalls it in parsing."""
         table = order.to_table()
-        table = self._read(table, 0, self._read.num_rows(table))
-        render, parse = render_step(self._spec), parse_step(self._spec)
-        table = render(table, 0, render.num_rows(table))
+        for step in build_renderer(self._read, self._spec):
+            table = step(table, 0, step.num_rows(table))
+        (parse,) = build_parser(self._spec)
         submission: Future[Any] = self._loop.submit(to_requests(table))
         table = with_completions(table, submission.result())
         lines = [parse(table, row, row + 1, lose(table)) for row in range(parse.num_rows(table))]
@@ -86,10 +87,9 @@ def commit_all(job: Job) -> None:
     stages = LocalStages(prepared.spec)
     with own(output.store):
         output.take_over(prepared.plan, job_file(job))
-        for unit in prepared.plan.units():
-            earlier = prepared.plan.duplicates_by_unit().get((unit.file, unit.rows.start), {})
-            rows = stages.rows(Order.of(unit, prepared.plan.files[unit.file].file, earlier))
-            output.commit(unit.index, rows.select(prepared.spec.schema.names), count_rows(rows))
+        for order in orders(prepared.plan, list(prepared.plan.units())):
+            rows = stages.rows(order)
+            output.commit(order.unit, rows.select(prepared.spec.schema.names), count_rows(rows))
     stages.close()
 
 

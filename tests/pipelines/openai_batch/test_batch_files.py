@@ -23,13 +23,12 @@ from openai.types.chat import ChatCompletion
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines import run
-from glm_batch.pipelines.graph.steps import Order
-from glm_batch.pipelines.input.source import Source
+from glm_batch.pipelines.graph.steps import orders
 from glm_batch.pipelines.job import CommitSection, RequestsSection, StorageSection, job_file
 from glm_batch.pipelines.openai_batch.answer_files import EXPORT, is_exported
 from glm_batch.pipelines.output.commit import Output
-from glm_batch.pipelines.planning.plan import HEAVY_UNIT_BYTES, make_plan
-from glm_batch.pipelines.runs.pipeline import prepare
+from glm_batch.pipelines.planning.plan import HEAVY_UNIT_BYTES, make_plan, survey_input
+from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.runs.retry_run import retry_failed
 from tests.pipelines.openai_batch.batch_files import (
     Json,
@@ -190,8 +189,7 @@ def test_a_row_that_is_lost_on_the_way_is_the_servers_fault(
     )
     prepared = prepare(make_job(echo_checkpoint, tmp_path), None)
     stages = LocalStages(prepared.spec)
-    (unit,) = prepared.plan.units()
-    order = Order.of(unit, prepared.plan.files[0].file, {})
+    (order,) = orders(prepared.plan, list(prepared.plan.units()))
     (row,) = stages.rows(order, lambda table: RowError("worker_died", "it died twice")).to_pylist()
     stages.close()
     assert (row["row_key"], row["status"], row["status_code"]) == ("a", "error", 500)
@@ -250,19 +248,17 @@ def test_units_are_as_small_as_heavy_lines_need(
     ]
     write_lines(tmp_path / "requests.jsonl", lines)
     job = make_job(echo_checkpoint, tmp_path)
-    plan = make_plan(job, Source(storage=StorageSection(), columns=()).list_files(job.input), {})
+    plan = make_plan(job, survey_input(job), {})
     offsets = plan.files[0].offsets
     assert plan.num_rows == 2024
     assert max(stop - start for start, stop in pairwise(offsets)) <= HEAVY_UNIT_BYTES
     assert 4 <= plan.unit_rows < 16
     vectors = [line(str(n), EMBEDDINGS, {"model": model, "input": ["x"] * 2000}) for n in range(40)]
     write_lines(tmp_path / "requests.jsonl", vectors)
-    plan = make_plan(job, Source(storage=StorageSection(), columns=()).list_files(job.input), {})
+    plan = make_plan(job, survey_input(job), {})
     assert plan.unit_rows == 16
     wide = RequestsSection(limits=RequestLimits(max_inputs=10_000))
-    assert (
-        make_plan(replace(job, requests=wide), [plan.files[0].file], {}).unit_rows == plan.unit_rows
-    )
+    assert make_plan(replace(job, requests=wide), survey_input(job), {}).unit_rows == plan.unit_rows
 
 
 # ---- crashes and retries

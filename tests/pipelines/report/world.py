@@ -17,7 +17,7 @@ from glm_batch.glm_actors.faults.spent import IN_ENGINE
 from glm_batch.pipelines.job import CommitSection, Job, TaskConfig, job_file
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.commit import JOB, Output
-from glm_batch.pipelines.planning.plan import job_source, make_plan
+from glm_batch.pipelines.planning.plan import make_plan, survey_input
 from glm_batch.pipelines.report.committed_rows import committed_rows
 from glm_batch.pipelines.report.page import render_job
 from glm_batch.pipelines.tasks.schema import ROW_COLUMNS, TOKEN
@@ -70,7 +70,7 @@ def commit_rows(
     pq.write_table(rows, job.input[0])
     output = Output.at(job.output)
     known = dict(identity or {"task": {"kind": job.task.kind}, "input": {}})
-    plan = output.begin(make_plan(job, job_source(job).list_files(job.input), known))
+    plan = output.begin(make_plan(job, survey_input(job), known))
     output.store.write(JOB, job_file(job))
     schema = pa.schema(
         ROW_COLUMNS | dict(types or TYPES[job.task.kind]) | dict.fromkeys(TOKENS, pa.int32())

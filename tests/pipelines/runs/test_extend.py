@@ -16,7 +16,7 @@ from glm_batch.pipelines import run
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.planning.plan import Plan
-from glm_batch.pipelines.runs.pipeline import prepare
+from glm_batch.pipelines.runs.prepared import prepare
 from tests.pipelines.runs.test_pipeline import GOOD, all_rows, make_job, write_input
 
 

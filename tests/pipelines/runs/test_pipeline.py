@@ -28,7 +28,7 @@ from glm_batch.pipelines import build_dataset, run
 from glm_batch.pipelines.job import CommitSection, EngineSection, Job, TaskConfig
 from glm_batch.pipelines.metrics.counts import Progress
 from glm_batch.pipelines.output.commit import Output
-from glm_batch.pipelines.runs.pipeline import prepare
+from glm_batch.pipelines.runs.prepared import prepare
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from glm_batch.pipelines.output.lease import Lease, LeaseLostError
-from glm_batch.pipelines.runs.stop import Stop
-from glm_batch.pipelines.runs.watch import Watch, watched
+from glm_batch.pipelines.runs.watch import Stop, Watch, watched
 
 
 class FakeLease(Lease):
@@ -94,7 +93,7 @@ def test_handlers_are_put_back() -> None:
 
 def test_time_that_is_over_asks_as_a_signal_does(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("glm_batch.pipelines.runs.stop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("glm_batch.pipelines.runs.watch.time.monotonic", lambda: now[0])
     stop = Stop(grace_s=20.0, seconds=60.0)
     seen = []
     for now[0] in (159.0, 160.0, 179.0, 180.0):

@@ -20,7 +20,7 @@ from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.planning.plan import job_source
-from glm_batch.pipelines.runs.pipeline import Prepared, prepare
+from glm_batch.pipelines.runs.prepared import Prepared, prepare
 from glm_batch.pipelines.sweep.bundles import (
     CELL,
     PARSED,

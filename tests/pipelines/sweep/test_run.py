@@ -94,7 +94,7 @@ def test_interrupted_sweeps_go_on_unit_by_unit(whole: Sweep) -> None:
     ran = run_sweep(whole, seen.append)
     assert by_cell(ran) == before
     assert {path: path.read_bytes() for path in kept} == kept
-    assert 0 < ran.resumed_rows < ran.counts.rows == NUM_ROWS * len(whole.cells)
+    assert 0 < ran.summary.resumed_rows < ran.summary.counts.rows == NUM_ROWS * len(whole.cells)
     assert seen[-1].units_done == seen[-1].units_total
     assert results_of(whole, ran) == results
 

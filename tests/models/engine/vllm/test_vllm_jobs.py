@@ -12,7 +12,9 @@ import pytest
 
 from glm_batch.glm_actors.units.model_actor import ModelActor
 from glm_batch.jobs.files.job_file import load_job
-from glm_batch.pipelines.runs.pipeline import engine_config, job_source, prepare
+from glm_batch.pipelines.planning.plan import job_source
+from glm_batch.pipelines.runs.pipeline import engine_config
+from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.tasks.rows import parse_unit, render_unit, task_runner, unit_table
 
 EXAMPLES = Path(__file__).parents[4] / "examples"
