@@ -1,8 +1,7 @@
 """EngineLoop: one thread that steps one Engine, so that many callers can wait for their own
 requests.
 
-Owns the hand-over of requests and completions between threads. Knows nothing of Ray, Arrow or what
-the requests mean.
+Owns the hand-over of requests and completions between threads.
 """
 
 from __future__ import annotations
@@ -137,9 +136,7 @@ class EngineLoop:
             self._condition.notify()
 
     def look(self, at: Callable[[Engine], Any]) -> Future[Any]:
-        """What `at` finds in the engine between two steps. The future fails with what it raises, or
-        EngineError.
-        """
+        """What `at` finds in the engine between two steps, or what it raises, or EngineError."""
         look = _Look(at)
         with self._condition:
             if self._failure is not None:
@@ -156,9 +153,7 @@ class EngineLoop:
         return usage
 
     def close(self) -> None:
-        """Ends the thread after its present step and closes the engine; requests still in flight
-        fail.
-        """
+        """Ends the thread after its present step, and the engine; requests in flight fail."""
         with self._condition:
             self._closing = True
             self._condition.notify()
@@ -203,9 +198,7 @@ class EngineLoop:
         return self._watchdog.watch(what) if self._watchdog else nullcontext()
 
     def _take_arrivals(self) -> bool:
-        """Hands new requests to the engine; sleeps when there is nothing to do. False when the loop
-        should end.
-        """
+        """Hands new requests to the engine, or sleeps. False when the loop should end."""
         with self._condition:
             self._account(busy=True)
             self._condition.wait_for(
@@ -267,7 +260,8 @@ class EngineLoop:
                 submission.add(completion)
             if self._waiting and not self._arrived and not self._engine.has_work():
                 raise EngineError(
-                    f"the engine lost {len(self._waiting)} requests, {next(iter(self._waiting))!r} first"
+                    f"the engine lost {len(self._waiting)} requests, "
+                    f"{next(iter(self._waiting))!r} first"
                 )
 
     def _fail(self, failure: EngineError) -> None:

@@ -5,7 +5,7 @@ The model's actor asks Ray for what all its ranks need, in one piece: so a group
 Ray Data counts it as what it takes, and its share is free the moment it ends. The other ranks ask
 for nothing and use that share. A rank that dies, fails or does not answer is told to `on_loss`,
 which ends this process; each other rank sees that and ends too. Whoever starts this process again
-forms the group anew. Knows nothing of steps or requests.
+forms the group anew.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def needs_ranks(config: EngineConfig) -> bool:
 
 
 class Rank:
-    """The actor of another rank than 0. `environment` is set, or where it is None unset, before
-    torch is loaded.
-    """
+    """The actor of a rank. `environment` is set (None: unset) before torch is loaded."""
 
     def __init__(self, environment: Mapping[str, str | None]) -> None:
         for name, value in environment.items():
@@ -75,9 +73,7 @@ class Rank:
         backend: Backend,
         leader_pid: int,
     ) -> None:
-        """Joins the group and follows until rank 0 closes it. Raises what ends this rank before
-        that.
-        """
+        """Joins the group and follows until rank 0 closes it. Raises what ends it before that."""
         _end_with(leader_pid)
         from glm_batch.models.engine.execution import ranks
         from glm_batch.models.network.layers.parallel import join
@@ -174,7 +170,8 @@ class WorkerGroup:
                 return
             if self._running and (silent := silence.after(self._limits.silence_s)):
                 self._on_loss(
-                    f"rank {silent} has not answered for {self._limits.silence_s:.0f} s: it is stopped"
+                    f"rank {silent} has not answered for {self._limits.silence_s:.0f} s: it is "
+                    "stopped"
                 )
                 return
 

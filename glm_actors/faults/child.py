@@ -50,7 +50,7 @@ class ChildError(Exception):
     """A request was not answered: the child took too long, needed too much memory, or crashed."""
 
     def __init__(self, why: Literal["time", "memory", "crash"], how: str) -> None:
-        """`how` goes on where the child is the sentence's subject, or tells what was out of memory."""
+        """`how` goes on after the child as a subject, or tells what was out of memory."""
         super().__init__(how)
         self.why, self.how = why, how
 

@@ -25,9 +25,7 @@ class SchemaChecker:
         self._problem = lru_cache(REMEMBERED)(self._find_problem)
 
     def problem(self, text: str, kind: str = "json_schema") -> str:
-        """What is wrong with a schema (JSON text), or a grammar (kind lark); empty when it can be
-        followed.
-        """
+        """What is wrong with a schema (JSON text) or a grammar (kind lark); empty if nothing is."""
         return self._problem(text, kind)
 
     def close(self) -> None:

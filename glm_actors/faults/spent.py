@@ -1,7 +1,6 @@
 """What a unit's time went into: seconds by what was done, in a column that travels with its rows.
 
-A worker's seconds, not the clock's: several workers and units run side by side. Knows nothing of
-steps or engines.
+A worker's seconds, not the clock's: several workers and units run side by side.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ class Stopwatch:
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
-        """Times what happens in the context; `timed` is part of it as long as it is on the same
-        thread.
-        """
+        """Times what happens in the context, with what is `timed` on the same thread."""
         token = _running.set(self)
         outer, self._inner = self._inner, 0.0
         begun = time.monotonic()

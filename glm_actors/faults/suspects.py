@@ -60,9 +60,7 @@ class Patience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """What a starting worker is told: how long to wait first, and why not to start at all, if it
-    should not.
-    """
+    """What a starting worker is told: how long to wait first, or why not to start at all."""
 
     wait_s: float = 0.0
     refusal: str | None = None
@@ -82,9 +80,7 @@ class Piece:
 
 @dataclass(slots=True)
 class _Rows:
-    """One piece in the ledger: how often a worker died over it, and whether it has been finished
-    since.
-    """
+    """One piece: how often a worker died over it, and whether it was finished since."""
 
     deaths: int = 0
     cleared: bool = False
@@ -147,9 +143,7 @@ class Suspects:
             rows.cleared = True
 
     def forget(self, unit: str) -> None:
-        """A unit is answered. Its culprits stay known, in case its answers are lost and asked for
-        again.
-        """
+        """A unit is answered. Its culprits stay known: its answers may be lost and asked again."""
         if not any(rows.error for rows in self._units.get(unit, {}).values()):
             self._units.pop(unit, None)
 
@@ -187,7 +181,8 @@ class Ledger:
             or "nothing"
         )
         log.warning(
-            "worker %s has died, %d times by now, %d since it last finished anything: %s. In flight: %s. Starts again "
+            "worker %s has died, %d times by now, %d since it last finished anything: %s. In "
+            "flight: %s. Starts again "
             "in %.1f s", name, worker.deaths, worker.barren, reason, where, arrival.wait_s,
         )  # fmt: skip
         for unit, start, stop in in_flight:
@@ -196,9 +191,7 @@ class Ledger:
         return arrival
 
     def begin(self, name: str, unit: str, num_rows: int) -> list[Piece] | None:
-        """A worker takes up a unit. None: all of it is in flight from now on; else it is suspect:
-        see `enter`.
-        """
+        """A worker takes up a unit: in flight as a whole (None), or suspect: see `enter`."""
         pieces = self._suspects.pieces(unit)
         if pieces is None:
             self._worker(name).in_flight.add((unit, 0, num_rows))
@@ -232,7 +225,8 @@ class Ledger:
     def _arrival(self, worker: _Worker, reason: str) -> Arrival:
         if worker.barren >= self._patience.barren_deaths:
             return Arrival(
-                refusal=f"its process died {worker.barren} times in a row and finished nothing in between; the last "
+                refusal=f"its process died {worker.barren} times in a row and finished "
+                "nothing in between; the last "
                 f"time: {reason}"
             )
         if worker.barren < 2:
@@ -256,9 +250,7 @@ class Book(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[T]):
-    """What became of rows [start, stop): the work's result, or the error of a single row that must
-    not be run.
-    """
+    """What became of rows [start, stop): the work's result, or a culprit's error."""
 
     start: int
     stop: int
@@ -274,9 +266,7 @@ class Run(Protocol):
 
 
 class Guard:
-    """Arrives at the ledger when it is built: that may wait. `refusal` is why this process should
-    not start at all.
-    """
+    """Arrives at the ledger when it is built, which may wait. `refusal`: why not to start."""
 
     def __init__(self, book: Book | None, what: str) -> None:
         """`what` names the worker for people; without a book work is just done."""
@@ -289,9 +279,7 @@ class Guard:
             time.sleep(arrival.wait_s)
 
     def run(self, unit: str, num_rows: int, work: Callable[[int, int], T]) -> list[Answer[T]]:
-        """Runs `work(start, stop)` over all rows of a unit, at once or in pieces; answers in the
-        rows' order.
-        """
+        """Runs `work(start, stop)` over a unit's rows, at once or in pieces; answers in order."""
         if not num_rows:
             return [Answer(0, 0, work(0, 0))]
 
@@ -303,9 +291,7 @@ class Guard:
         )
 
     def run_steps(self, unit: str, whole: Callable[[], R], careful: Callable[[Run], R]) -> R:
-        """Runs `whole()`; but `careful` if the unit is suspect, which runs each step by what it is
-        given, as `run`.
-        """
+        """Runs `whole()`, or `careful` if the unit is suspect; that gets `run` for its steps."""
         return self._guarded(unit, 1, whole, lambda _: careful(self._run_alone))
 
     def _guarded(
@@ -414,9 +400,7 @@ class RayBook:
 
 
 class _CrashFile:
-    """Where Python writes what a fatal signal was, beside the worker's log, for the process that
-    comes after.
-    """
+    """Where Python writes what a fatal signal was, for the process that comes after."""
 
     def __init__(self, name: str) -> None:
         self.former: str | None = None
@@ -436,9 +420,7 @@ class _CrashFile:
 
 
 class _Turns:
-    """Many beside each other, or one alone. Whoever waits to be alone goes before those that come
-    later.
-    """
+    """Many beside each other, or one alone, who goes before those that come later."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -1,9 +1,7 @@
 """Watchdog: notices when loading a model or one step of it takes far longer than it should, and
 says so once.
 
-Owns how long is too long: `HangLimits`. Knows nothing of Ray and of what is to be done about it:
-whoever builds it says that with `on_hang`, which is called on a thread of its own while the work
-still hangs.
+Owns how long is too long: `HangLimits`.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Setup:
 
 
 class Decoder:
-    """Decodes one item at a time; several threads may call it. `module` is what the process runs."""
+    """Decodes one item at a time, for any thread. `module` is what the process runs."""
 
     def __init__(self, setup: Setup, *, module: str = MODULE) -> None:
         configs = {"image": asdict(setup.image), "video": asdict(setup.video)}

@@ -2,7 +2,7 @@
 and time.
 
 Owns which address may be connected to, redirects and repeated tries. Sends neither cookies nor
-credentials, and no proxy of the environment is used. Knows nothing of formats, rows or caches.
+credentials, and no proxy of the environment is used.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class _Target:
 
 
 class Fetcher:
-    """Fetches URLs under a job's rules; several threads may call it. Connections are kept and used
-    again.
-    """
+    """Fetches URLs under a job's rules, from several threads; connections are kept."""
 
     def __init__(self, rules: MediaRules, *, ssl_context: ssl.SSLContext | None = None) -> None:
         self._rules = rules
@@ -219,9 +217,7 @@ class Fetcher:
 
 
 class FetchAhead:
-    """Fetches URLs in order, `ahead` of them before they are asked for: no more bodies than that
-    wait in memory.
-    """
+    """Fetches URLs in order, and holds `ahead` bodies at most that were not asked for."""
 
     def __init__(self, fetcher: Fetcher, urls: Iterable[str], *, ahead: int = NUM_THREADS) -> None:
         self._fetcher = fetcher
@@ -243,9 +239,7 @@ class FetchAhead:
             future.cancel()
 
     def take(self, url: str) -> memoryview:
-        """The body at a URL; asking in the order given keeps others coming. Raises RowError as
-        Fetcher.fetch does.
-        """
+        """The body at a URL; asking in order keeps others coming. Raises as Fetcher.fetch does."""
         begun = self._begun.pop(url, None)
         if begun is None:
             return self._fetcher.fetch(url)
@@ -318,7 +312,8 @@ class _GuardedNetwork(httpcore.NetworkBackend):
                 if not is_global(address):
                     raise RowError(
                         "media_forbidden",
-                        f"{host} resolves to {address}, which is not globally routable; if that is meant, name it in "
+                        f"{host} resolves to {address}, which is not globally routable; if that "
+                        "is meant, name it in "
                         "media.private_hosts",
                     )
         return self._connect(addresses, port)
@@ -379,7 +374,7 @@ class _GuardedStream(httpcore.NetworkStream):
 
 
 def is_global(text: str) -> bool:
-    """Whether an address is one of the public internet, also where it holds an IPv4 address inside."""
+    """Whether an address, or an IPv4 address inside it, is one of the public internet."""
     address: Address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:

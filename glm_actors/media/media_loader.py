@@ -1,9 +1,7 @@
 """MediaLoader: the cells of media columns to uint8 patches, or to the error that a row's record
 will hold.
 
-Owns the order of things: read or fetch, look up equal content, decode. Knows nothing of rows,
-prompts or Ray; decoders run in a process of their own, and neither they nor a network client are
-imported here.
+Owns the order of things: read or fetch, look up equal content, decode.
 """
 
 from __future__ import annotations
@@ -36,9 +34,7 @@ Result = MediaPatches | RowError
 
 
 class MediaLoader:
-    """Loads media under one set of rules and one configuration for each kind; what was loaded
-    before is kept.
-    """
+    """Loads media under one set of rules; what was loaded before is kept."""
 
     def __init__(
         self, rules: MediaRules, image: ImageProcessorConfig, video: VideoProcessorConfig
@@ -57,9 +53,7 @@ class MediaLoader:
         self._results: ByteCache[Result] = ByteCache(CACHE_BYTES)
 
     def start(self) -> None:
-        """Begins to start the decoding process, which takes a second; otherwise the first item
-        does.
-        """
+        """Begins to start the decoding process, which else the first item does."""
         self._decoder.start()
 
     def close(self) -> None:

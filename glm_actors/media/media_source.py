@@ -1,7 +1,7 @@
 """A cell of a media column to bytes, an open file, or a URL to fetch.
 
 Owns what a cell may hold and which files may be read: regular ones below the declared root. Opens
-files, no connections. Knows nothing of formats.
+files, no connections.
 """
 
 from __future__ import annotations
@@ -114,9 +114,7 @@ def url_of(value: object) -> str | None:
 
 
 def _unwrapped(value: object) -> object:
-    """The layout of data sets, {"bytes": ..., "path": ...}, where bytes win; other values as they
-    are.
-    """
+    """Of the layout of data sets, {"bytes": ..., "path": ...}, the bytes or the path."""
     if not isinstance(value, Mapping) or not {"bytes", "path"} & value.keys():
         return value
     return value.get("path") if value.get("bytes") is None else value["bytes"]

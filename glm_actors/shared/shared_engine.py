@@ -86,9 +86,7 @@ class SharedEngine:
             raise
 
     def submit(self, requests: list[Request]) -> None:
-        """Sends requests; raises ValueError for an id that is in flight already, and for a request
-        that streams.
-        """
+        """Sends requests. Raises ValueError for an id in flight, and for one that streams."""
         if any(request.stream for request in requests):
             raise ValueError("a batch job's requests come back whole: they cannot stream")
         refuse_known_ids(
@@ -101,9 +99,7 @@ class SharedEngine:
             message.answer.add_done_callback(partial(self._arrive, message))
 
     def step(self) -> list[Completion]:
-        """Waits for an answer, a moment at most. Raises EngineError when a message cannot be
-        answered.
-        """
+        """Waits a moment for an answer. Raises EngineError when a message cannot be answered."""
         if self._pending and not self._ready:
             try:
                 self._take(self._answered.get(timeout=STEP_S))
@@ -156,7 +152,7 @@ class SharedEngine:
                 self._ready.append(completion)
 
     async def _ask(self, requests: Sequence[Request]) -> list[Completion]:
-        """Under other names: what a process that has died has left in a replica may still be there."""
+        """Under new names: what a dead process has left in a replica may still be there."""
         prefix = uuid.uuid4().hex
         renamed = [
             replace(each, id=f"{prefix}-{i}", priority=BATCH) for i, each in enumerate(requests)
@@ -178,9 +174,7 @@ class SharedEngine:
     async def _persist(
         self, absent: tuple[type[Exception], ...], ask: Callable[..., Awaitable[T]], *arguments: Any
     ) -> T:
-        """Asks until there is an answer. Errors of the types `absent` mean that nobody is there
-        yet.
-        """
+        """Asks until there is an answer; errors of the types `absent` mean: not there yet."""
         waiting = self._waiting
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(absent),
@@ -202,7 +196,8 @@ class SharedEngine:
     def _refusal(self, identity: ModelIdentity) -> str:
         found = "; ".join(self._model.identity.differences(identity))
         return (
-            f"{self._where} no longer serves the job's model ({found}): what is committed stays; go on with an "
+            f"{self._where} no longer serves the job's model ({found}): what is committed "
+            "stays; go on with an "
             "application that does, or without --app"
         )
 
@@ -231,9 +226,7 @@ class _Search:
         self._failure: AppFailedError | None = None
 
     async def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request, in their order. Raises AppFailedError, and what `ask`
-        raises else.
-        """
+        """A completion for each request. Raises AppFailedError, and what `ask` raises else."""
         unit = requests[0].id
         async with self._turns.beside_others():
             try:
@@ -333,9 +326,7 @@ def _failed(request: Request, error: RowError) -> Completion:
 
 
 def _cut(requests: Sequence[Request]) -> Iterator[list[Request]]:
-    """Messages of up to MESSAGE_ROWS requests, or as many as have MESSAGE_BYTES of media, at least
-    one.
-    """
+    """Messages of MESSAGE_ROWS requests or MESSAGE_BYTES of media at most, at least one."""
     part: list[Request] = []
     size = 0
     for request in requests:

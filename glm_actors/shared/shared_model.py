@@ -34,9 +34,7 @@ class AppFailedError(NoRestartError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """What decides the answers, as far as two sides can tell: the checkpoint's files, these
-    settings, our version.
-    """
+    """What decides answers: the checkpoint's files, these settings, our version."""
 
     checkpoint: str
     kind: str
@@ -61,7 +59,8 @@ class ModelIdentity:
         """In which of a job's keys `other`, which is served, is another: for people."""
         if self.version != other.version:
             return [
-                f"it runs glm-batch {other.version}, the job {self.version}: use the same version on both sides"
+                f"it runs glm-batch {other.version}, the job {self.version}: use the same "
+                "version on both sides"
             ]
         if self.checkpoint != other.checkpoint:
             return ["model: its files are others"]
@@ -170,9 +169,7 @@ class Callers:
         self._held: dict[str, asyncio.Task[None]] = {}
 
     def gone(self, caller: str, lifeline: Any) -> asyncio.Future[None]:
-        """Done once the lifeline's process has ended. One call is held for all of a caller's
-        messages.
-        """
+        """Done once the lifeline's process has ended. One call is held for each caller."""
         if caller not in self._held:
             self._held[caller] = asyncio.ensure_future(_hold(lifeline))
             self._held[caller].add_done_callback(lambda _: self._held.pop(caller))
@@ -194,9 +191,7 @@ def _handle(model: SharedModel) -> Any:
 
 @contextlib.contextmanager
 def _ray_failures() -> Iterator[None]:
-    """Whether a message came to a replica at all. Serve itself sends it to another one where it
-    knows it did not.
-    """
+    """Whether a message came to a replica at all; Serve repeats what it knows did not."""
     from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
 

@@ -44,6 +44,8 @@ def to_arrow(value: Any) -> Any:
         return {name: to_arrow(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return list(value.items())
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return [to_arrow(each) for each in value]
     return value
 
 

@@ -3,9 +3,8 @@
 A unit's table has one row for each input row, in the input's order, from beginning to end: rows
 that failed carry `error_code` and `error_message` and are passed over. Columns not named here
 travel along untouched. An image or video that several prompts of a table show travels in it once.
-Where a row has a `continuation` (token ids), the engine is asked about it too: its joint
-log-probability after the row's prompt comes back as the row's `choice_logprobs`. Knows nothing of
-prompts, tasks, files or Ray.
+Where a row has a `continuation` (token ids), the engine is asked about it too: its joint log-
+probability after the row's prompt comes back as the row's `choice_logprobs`.
 """
 
 from __future__ import annotations
@@ -227,9 +226,7 @@ def _merged_errors(table: pa.Table, rows: list[Completion | None]) -> tuple[pa.A
 
 
 def _valid_text(message: str) -> str:
-    """An error's text, which may quote what is wrong with a row: a lone surrogate, for which UTF-8
-    has no bytes.
-    """
+    """A message without lone surrogates, for which UTF-8 has no bytes."""
     return message.encode(errors="backslashreplace").decode()
 
 
@@ -322,9 +319,7 @@ def _array_values(table: pa.Table) -> list[np.ndarray[Any, Any] | None]:
 
 
 def _int_lists(rows: Sequence[Sequence[int] | None]) -> pa.Array:
-    """list<int32> built from one flat buffer: three times faster than Arrow's own walk over the
-    lists.
-    """
+    """list<int32> from one flat buffer: three times as fast as Arrow's own walk over lists."""
     lengths = np.fromiter((0 if row is None else len(row) for row in rows), np.int64, len(rows))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     if offsets[-1] > np.iinfo(np.int32).max:
@@ -339,9 +334,7 @@ def _int_lists(rows: Sequence[Sequence[int] | None]) -> pa.Array:
 
 
 def _work_column(requests: Sequence[Request | None]) -> pa.DictionaryArray:
-    """The requests' works as WORK_TYPE, each written once: most jobs have a single one for all
-    rows.
-    """
+    """The requests' works as WORK_TYPE, each written once: most jobs have a single one."""
     numbers: dict[Work, int] = {}
     indices: list[int | None] = []
     previous: Work | None = None

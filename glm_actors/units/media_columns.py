@@ -2,7 +2,7 @@
 out.
 
 Owns the two columns `media` and `positions`. An item that several prompts of a table show, or one
-prompt several times, is in it once. Knows nothing of rows, works, files or Ray.
+prompt several times, is in it once.
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ def _lists(rows: Sequence[Media | None], lengths: Sequence[int], values: pa.Arra
 def _read_items(
     column: pa.ListArray, known: dict[Key, MediaItem]
 ) -> Iterator[tuple[MediaItem, ...] | None]:
-    """The rows' items; those that come with patches are added to `known`, in which the others are
-    looked up.
-    """
+    """The rows' items; those with patches are added to `known`, where others are found."""
     bounds, values = _bounds(column)
     kinds, digests = values.field("kind").to_pylist(), values.field("digest").to_pylist()
     grids = [tuple(grid) for grid in values.field("grid").to_pylist()]
@@ -128,7 +126,8 @@ def _item(key: Key, data: Bytes | None, known: dict[Key, MediaItem]) -> MediaIte
         known[key] = MediaItem(kind=kind, patches=patches, grid_thw=grid, digest=digest)  # type: ignore[arg-type]
     elif key not in known:
         raise ValueError(
-            f"the patches of a row's {key[0]} of grid {key[1]} stood in an earlier row, which is gone"
+            f"the patches of a row's {key[0]} of grid {key[1]} stood in an earlier row, which "
+            "is gone"
         )
     return known[key]
 

@@ -193,9 +193,7 @@ class UnitJournal:
         self._written_at = time.monotonic()
 
     def complete(self, loop: EngineLoop, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request: those that an earlier attempt has left, and the loop's
-        for the rest.
-        """
+        """A completion for each request: what an earlier attempt has left, or the loop's."""
         submission = loop.submit([request for request in requests if request.id not in self._known])
         taken = 0
         while not self._wait(submission):

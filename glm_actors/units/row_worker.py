@@ -2,7 +2,6 @@
 
 Runs as the callable class of a Ray Data stage. The steps come as a function that builds them on the
 worker, so that only a description travels. A row that raises, or ends the process, costs that row.
-Knows nothing of tasks, prompts, files or what a step does.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ class Step(Protocol):
     def __call__(
         self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
     ) -> pa.Table:
-        """What becomes of rows [start, stop). With `lost` it is the error of each of them, and none
-        is looked at.
-        """
+        """What becomes of rows [start, stop); with `lost`, none is looked at and all have it."""
         ...
 
 
@@ -120,7 +117,8 @@ def _alone(step: Step, table: pa.Table, row: int) -> tuple[bool, pa.Table]:
     except GlmBatchError:
         raise
     except Exception as error:  # as above
-        message = f"{step.name} this row raised {type(error).__name__}: {error}; the worker's log has the traceback"
+        raised = f"{step.name} this row raised {type(error).__name__}: {error}"
+        message = f"{raised}; the worker's log has the traceback"
         return False, step(table, row, row + 1, RowError("internal_error", message))
 
 

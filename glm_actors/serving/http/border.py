@@ -1,8 +1,7 @@
 """Border: what every HTTP request must pass before anything looks at what it says.
 
 Owns the token, the size of a body and the time it may take to arrive, and the refusal of new work
-once the server ends. Plain ASGI: answers in OpenAI's form by itself. Knows nothing of routes but
-those that are open to anybody.
+once the server ends. Plain ASGI: answers in OpenAI's form by itself.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ def digest_of(token: str) -> bytes:
 
 
 class Border:
-    """Wraps an ASGI app. `token_digest` None lets everybody in. Set `draining` to refuse what is
-    new.
+    """Wraps an ASGI app. `token_digest` None lets all in; `draining` refuses what is new.
 
     `num_active` requests are being answered.
     """

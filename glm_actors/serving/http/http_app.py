@@ -67,9 +67,7 @@ CREATED = 0  # of a model: OpenAI wants a time, a checkpoint has none
 
 
 class Backend(Protocol):
-    """Where the models are. `answer` and `stream` raise ApiError, and end their work when they are
-    cancelled.
-    """
+    """Where the models are. `answer` and `stream` raise ApiError; cancelling ends their work."""
 
     @property
     def models(self) -> list[str]: ...
@@ -230,9 +228,7 @@ class _Routes:
         return JsonResponse(found)
 
     async def _stream(self, route: str, body: Sampled, request: Request) -> Response:
-        """Begins to answer once there is something to say: what fails before that has a status of
-        its own.
-        """
+        """Begins to answer once there is something to say: failures before have a status."""
         model = self._known(body.model)
         events = self._events(model, route, body)
         try:
@@ -246,9 +242,7 @@ class _Routes:
         )
 
     async def _events(self, model: str, route: str, body: Sampled) -> AsyncGenerator[bytes, None]:
-        """The stream as server-sent events. Raises ApiError before the first, and tells of it in an
-        event later.
-        """
+        """The stream as server-sent events. Raises ApiError before the first; later tells it."""
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         begun = last = time.monotonic()
         started = False

@@ -34,7 +34,7 @@ class Metrics:
             "glm_requests_in_flight", "Requests being answered.", model, registry=registry
         )
         self.first_token = Histogram(
-            "glm_time_to_first_token_seconds", "From a streaming request to its first chunk.", model,
+            "glm_time_to_first_token_seconds", "From a request to its first chunk.", model,
             buckets=LATENCIES, registry=registry,
         )  # fmt: skip
         self.between_tokens = Histogram(

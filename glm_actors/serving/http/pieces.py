@@ -4,7 +4,7 @@ the engine.
 Ray carries requests and says where they run; what a model writes would cost it a message for each
 token and stream. So an HTTP process has a Mailbox, whose address goes with the request, and a
 replica opens one Outlet to each Mailbox. When an Outlet loses its connection its streams are
-cancelled, and the callers hear of it from Ray. Knows nothing of Ray.
+cancelled, and the callers hear of it from Ray.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A part of a stream: chunks for the client, how many tokens they stand for, and at the very
-    end the usage.
-    """
+    """Chunks for the client, how many tokens they stand for, and at the very end the usage."""
 
     chunks: list[Json] = field(default_factory=list)
     num_tokens: int = 0
@@ -126,9 +124,7 @@ class Outlets:
 
 
 class Outlet(asyncio.Protocol):
-    """One connection. What its streams give between two turns of the event loop goes out as one
-    message.
-    """
+    """One connection. What is given between two turns of the event loop is one message."""
 
     def __init__(self, secret: bytes, on_lost: Callable[[], Any]) -> None:
         self._secret, self._on_lost = secret, on_lost
@@ -146,9 +142,7 @@ class Outlet(asyncio.Protocol):
 
     @contextlib.contextmanager
     def stream(self, number: int) -> Iterator[Give]:
-        """What takes the pieces of stream `number`. The task is cancelled when the connection
-        breaks.
-        """
+        """Takes the pieces of stream `number`; the task is cancelled if the connection breaks."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

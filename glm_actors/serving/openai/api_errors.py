@@ -1,6 +1,6 @@
 """ApiError: a refusal or failure as a client sees it, in OpenAI's form, without internals.
 
-Owns the HTTP status of each of the engine's error codes. Knows nothing of the HTTP server.
+Owns the HTTP status of each of the engine's error codes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ MAX_MESSAGE = 500  # characters of what is wrong with a field
 
 
 class ApiError(Exception):
-    """`status` is HTTP's, `code` a short stable name, `param` the request's field. It survives a
-    pickle.
-    """
+    """`status` is HTTP's, `code` a short stable name, `param` the field. Can be pickled."""
 
     def __init__(
         self,
@@ -77,9 +75,7 @@ def bad(param: str, message: str) -> ApiError:
 
 
 def of_problems(problems: Sequence[Any]) -> ApiError:
-    """The first problem that pydantic names of a body, each with its place below "body"; values are
-    not repeated.
-    """
+    """The first of pydantic's problems with a body, with its place; no values are shown."""
     kind, path = (
         problems[0]["type"],
         [str(part)[:80] for part in problems[0]["loc"] if part != "body"],

@@ -54,9 +54,7 @@ class Task(Protocol):
 
 
 class StreamTask(Task, Protocol):
-    """A task whose answer can come in chunks. `first` are those of its requests whose completions
-    come before all.
-    """
+    """A task that can answer in chunks, after the completions of the requests in `first`."""
 
     first: Sequence[Request]
 

@@ -1,7 +1,5 @@
 """ChatTask: a conversation's answer, whole or in chunks, with its reasoning and its calls of
 functions apart.
-
-Knows nothing of HTTP, of other requests or of how media become tokens.
 """
 
 from __future__ import annotations
@@ -151,13 +149,14 @@ def _thinks(body: ChatRequest, default: bool, *, constrained: bool) -> bool:
     if asked and constrained:
         raise bad(
             "thinking",
-            "an answer that is held to a schema is written without reasoning; leave one of them out",
+            "an answer that is held to a schema is written without reasoning; leave one of "
+            "them out",
         )
     return (default if asked is None else asked) and not constrained
 
 
 class ReasoningStream:
-    """One output. Joined, what `add` returns is what Chat.split_reasoning makes of the whole text."""
+    """One output; `add` gives, joined, what Chat.split_reasoning makes of the whole text."""
 
     def __init__(self, chat: Chat, *, thinking: bool) -> None:
         self._chat = chat
@@ -187,9 +186,7 @@ def _gain(known: str, now: str) -> tuple[str, str]:
 
 
 def _unfinished(text: str, separator: str) -> int:
-    """Characters at the end that may be the beginning of a tag or, where nothing else stands, of
-    the separator.
-    """
+    """How many characters at the end may be the beginning of a tag or of the separator."""
     if len(text) < len(separator) and separator.startswith(text):
         return len(text)
     tail = text[-max(map(len, REASONING_TAGS)) :]

@@ -1,7 +1,5 @@
 """CompletionTask: what follows raw prompts, whole or in chunks, on request after the prompts
 themselves.
-
-Knows nothing of HTTP, of other requests or of chat.
 """
 
 from __future__ import annotations
@@ -70,9 +68,7 @@ class CompletionTask:
         self._shown: dict[int, int] = {}  # characters that a choice's chunks have shown
 
     def _check_size(self, caps: RequestLimits) -> None:
-        """An answer must fit into memory: it has some numbers for each token of its prompts, once
-        for each choice.
-        """
+        """Bounds the answer, which has some numbers for each prompt token and choice."""
         count = (
             sum(len(prompt.input_ids) for prompt in self._prompts)
             * (1 + self._alternatives)
@@ -139,9 +135,7 @@ class CompletionTask:
         echo: str,
         prompt_logprobs: Lists | None,
     ) -> Json:
-        """`start` is where the output's own text begins; `echo` comes before it, and so do its
-        log-probabilities.
-        """
+        """`echo`, with its log-probabilities, comes before the output, which begins at `start`."""
         text, reason = echo + output.text, output.finish_reason
         choice: Json = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
         if output.logprobs or prompt_logprobs:

@@ -76,7 +76,7 @@ def _by_text(pairs: Iterable[tuple[int, float]], tokenizer: Tokenizer) -> dict[s
 
 
 def _offsets(ids: Sequence[int], tokenizer: Tokenizer, *, shows_special: bool) -> Iterator[int]:
-    """Where each token's text begins; that of a character's second half, where the character does."""
+    """Where each token's text begins, or the character of which it is a half."""
     detokenizer, start = IncrementalDetokenizer(tokenizer), 0
     for id in ids:
         yield start

@@ -97,9 +97,7 @@ class ToolChoice(Strict):
 
 
 class Sampled(Strict):
-    """What chat and completions share. Null is as good as absent; from `top_k` on the fields are
-    not OpenAI's.
-    """
+    """What chat and completions share; from `top_k` on the fields are not OpenAI's."""
 
     model: Name
     max_tokens: Count | None = None
@@ -165,9 +163,7 @@ class EmbeddingRequest(Strict):
 
 
 class ScoreRequest(Strict):
-    """POST /v1/score: the probabilities of labels as the answer to a prompt (one user message) or
-    to messages.
-    """
+    """POST /v1/score: the probabilities of labels as the answer to a prompt or messages."""
 
     model: Name
     labels: Texts
@@ -185,9 +181,7 @@ class ClassifyRequest(Strict):
 
 
 class TokenizeRequest(Strict):
-    """POST /tokenize: the token ids of raw text, or of messages as chat would give them to the
-    model.
-    """
+    """POST /tokenize: token ids of a raw text, or of messages as chat renders them."""
 
     model: Name
     prompt: str | None = None

@@ -42,9 +42,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
-    """What a request says of functions. `must` names those of which one has to be called; empty
-    leaves it open.
-    """
+    """A request's functions; one of those that `must` names has to be called."""
 
     functions: tuple[Function, ...] = ()
     must: tuple[str, ...] = ()
@@ -77,7 +75,8 @@ class Tools:
         if len(text) > caps.max_schema_bytes:
             raise bad(
                 "tools",
-                f"the functions' schemas have {len(text):,} bytes; this server takes {caps.max_schema_bytes:,}",
+                f"the functions' schemas have {len(text):,} bytes; this server takes "
+                f"{caps.max_schema_bytes:,}",
             )
         if problem := schemas.problem(text, "lark"):
             message = f"tools: not schemas that decoding can follow: {problem[:300]}"
@@ -95,9 +94,7 @@ def _shown(function: Function) -> Json:
 
 
 def tools_of(body: ChatRequest) -> Tools:
-    """The functions of a request; none where none may be called. Raises ApiError for
-    contradictions.
-    """
+    """The functions that may be called. Raises ApiError for contradictions."""
     choice: Literal["none", "auto", "required"] | ToolChoice = body.tool_choice or (
         "auto" if body.tools else "none"
     )
@@ -145,12 +142,11 @@ def call_grammar(functions: Sequence[Function]) -> str:
 
 
 def free_grammar(functions: Sequence[Function]) -> str:
-    """Any text; wherever it has a function's name and a line break, arguments that match its schema
-    follow.
-    """
+    """Any text; a function's name and a line break are followed by arguments that match."""
     calls = " | ".join(f"call_{number}" for number in range(len(functions)))
     rules = (
-        f"begin_{number}[lazy]: TEXT {_name(function)}\ncall_{number}: begin_{number} {_arguments(function)}\n"
+        f"begin_{number}[lazy]: TEXT {_name(function)}\ncall_{number}: begin_{number} "
+        f"{_arguments(function)}\n"
         for number, function in enumerate(functions)
     )
     return f"start: ({calls})* rest\nrest: TEXT\nTEXT: /(.|\\n)*/\n" + "".join(rules)
@@ -195,9 +191,7 @@ def _bad(number: int, problem: str) -> RowError:
 def find_calls(
     text: str, names: frozenset[str], *, one_call: bool = False
 ) -> tuple[str, list[Call]]:
-    """(content, calls): the calls that end a text, and what stands before them. A text without any
-    is all content.
-    """
+    """(content, calls): the calls that end a text, and what stands before them."""
     start = 0
     while start >= 0:
         calls = _calls_at(text, start, names)
@@ -233,9 +227,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class CallStream:
-    """One output that grows. Joined, what `add` returns is what `find_calls` makes of the whole
-    text.
-    """
+    """One output that grows; `add` gives, joined, what `find_calls` makes of the whole."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
@@ -245,9 +237,7 @@ class CallStream:
         self._is_text = False  # whether that line has turned out to be none
 
     def add(self, piece: str, *, last: bool) -> tuple[str, list[Call]]:
-        """(content, calls) that became certain with this piece of text; calls come with the last
-        one.
-        """
+        """(content, calls) that became certain with this piece; calls come with the last one."""
         self._text += piece
         calls: list[Call] = []
         if last:

@@ -165,7 +165,7 @@ def completion_sampling(body: CompletionRequest, caps: RequestLimits) -> Samplin
 def constraint_of(
     format_: ResponseFormat | None, caps: RequestLimits, schemas: SchemaChecker
 ) -> Constraint | None:
-    """The schema that the answer must match. Raises ApiError for one that decoding cannot follow."""
+    """The schema that the answer must match. Raises ApiError for one that cannot be followed."""
     if format_ is None or format_.type == "text":
         return None
     if format_.type == "json_object":

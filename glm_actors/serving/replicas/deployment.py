@@ -43,9 +43,7 @@ Json = dict[str, Any]
 
 
 class ModelDeployment:
-    """A Replica as Ray Serve wants it. Errors of a request are returned, not raised: Ray would log
-    them as its own.
-    """
+    """A Replica in Ray Serve. Errors are returned: what is raised Ray would log as its own."""
 
     def __init__(self, model: ServedModel, caps: RequestLimits, num_threads: int) -> None:
         # Ray limits a worker to as many threads as its logical CPUs; this must be set before torch
@@ -147,9 +145,7 @@ class Ingress:
         return self._border
 
     async def drain(self) -> int:
-        """From now on nothing new is taken. Returns when all is answered; else, after drain_s, how
-        many are not.
-        """
+        """Refuses what is new. How many requests are still not answered after drain_s."""
         self._border.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._caps.drain_s):
@@ -205,7 +201,7 @@ class RayBackend:
                     feeding.cancel()
 
     async def stats(self) -> dict[str, list[Json]]:
-        """Ray's router picks the replicas, so that one may be missed; it is heard of another time."""
+        """Ray's router picks the replicas: one that is missed is heard of another time."""
         asked = {
             name: [self._probe(name) for _ in range(most)] for name, most in self._replicas.items()
         }

@@ -1,7 +1,7 @@
 """Replica: one engine that answers requests of many clients at once.
 
 Owns admission, deadlines, and that whatever a client no longer waits for leaves the engine. Plain
-asyncio around an EngineLoop: `deploy` puts it into a Ray Serve deployment. Knows nothing of HTTP.
+asyncio around an EngineLoop: `deploy` puts it into a Ray Serve deployment.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ Found = TypeVar("Found")
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """A streaming request: who makes chunks of its deltas, who takes them, and what went wrong with
-    that.
-    """
+    """A streaming request: who makes chunks, who takes them, and what went wrong with that."""
 
     task: StreamTask
     give: Give
@@ -69,9 +67,7 @@ class _Stream:
 
 @dataclass(frozen=True, slots=True)
 class _Post:
-    """What the engine's thread calls. Equal for all streams of an event loop, so that a step wakes
-    it once.
-    """
+    """Called by the engine's thread; equal for an event loop's streams, to wake it once."""
 
     loop: asyncio.AbstractEventLoop
     give_out: Callable[[list[Delta]], None]
@@ -82,9 +78,7 @@ class _Post:
 
 
 class Replica:
-    """Built where the engine shall run; blocks until the model is loaded. Raises ConfigError for
-    one that cannot be.
-    """
+    """Blocks until the model is loaded. Raises ConfigError for one that cannot be."""
 
     def __init__(self, model: ServedModel, caps: RequestLimits) -> None:
         self.name = uuid.uuid4().hex[:8]
@@ -129,9 +123,7 @@ class Replica:
             await asyncio.wait({feeding})
 
     async def feed(self, body: Body, give: Give) -> None:
-        """As `stream`, for the caller's `give`, which is called in this event loop and never
-        raises.
-        """
+        """As `stream`, for a `give` that is called in this event loop and never raises."""
         with self._place():
             task: StreamTask = await self._prepare(body, partial(self._task, body))
             stream = _Stream(task, give)
@@ -182,9 +174,7 @@ class Replica:
         return {"replica": self.name, "requests": requests, **numbers}
 
     async def check_blocks(self) -> None:
-        """Raises AssertionError where the cache's books do not agree. Reads all of them: for tests,
-        not for a probe.
-        """
+        """Raises AssertionError where the cache's books do not agree. For tests: it reads all."""
         await asyncio.wrap_future(self._loop.look(_check_blocks))
 
     async def check_health(self) -> None:
@@ -211,9 +201,7 @@ class Replica:
             self._in_flight -= 1
 
     async def _prepare(self, body: Body, work: Callable[[], Found]) -> Found:
-        """Does a request's own work in a thread. Raises ApiError for what is wrong with the
-        request.
-        """
+        """Does a request's own work in a thread. Raises ApiError for what is wrong with it."""
         try:
             threads = self._slow_threads if _may_be_slow(body) else self._text_threads
             return await asyncio.get_running_loop().run_in_executor(threads, work)
@@ -339,9 +327,7 @@ def _check_blocks(engine: Engine) -> None:
 
 
 def _end_process(reason: str) -> None:
-    """What hangs or has lost a rank cannot be ended from outside its thread; Ray starts another
-    replica.
-    """
+    """A thread that hangs, or has lost a rank, ends with its process alone."""
     print(f"glm-batch: {reason}; this replica ends", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(STDERR, all_threads=True)
     os._exit(1)
