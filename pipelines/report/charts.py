@@ -8,7 +8,7 @@ the page's policy forbids them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -39,11 +39,8 @@ class Frame:
 
     def py(self, value: float) -> float:
         low, high = self.y
-        return (
-            self.height
-            - BOTTOM
-            - (value - low) / ((high - low) or 1.0) * (self.height - TOP - BOTTOM)
-        )
+        share = (value - low) / ((high - low) or 1.0)
+        return self.height - BOTTOM - share * (self.height - TOP - BOTTOM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +57,8 @@ class Point:
 
 def bar(share: float, second: float | None = None) -> Markup:
     """A horizontal bar for a table's cell; `second` is a thinner one below it."""
-    body = _rect(
-        "bar",
-        0,
-        0 if second is not None else 2,
-        100 * _within(share),
-        7 if second is not None else 8,
-    )
+    top, height = (2, 8) if second is None else (0, 7)
+    body = _rect("bar", 0, top, 100 * _within(share), height)
     if second is not None:
         body += _rect("bar-gold", 0, 8, 100 * _within(second), 3.5)
     return Markup(
@@ -92,57 +84,39 @@ def interval(value: float, low: float, high: float, scale: tuple[float, float]) 
     """A value with its interval on a small line, for a table's cell."""
     span = (scale[1] - scale[0]) or 1.0
     at, start, stop = ((each - scale[0]) / span * 96 + 2 for each in (value, low, high))
-    body = _line("whisker", start, 6, stop, 6) + Markup(
-        '<circle class="dot" cx="{:.1f}" cy="6" r="3.4"/>'
-    ).format(at)
     return Markup(
-        '<svg class="intervalcell" viewBox="0 0 100 12" aria-hidden="true">{}</svg>'
-    ).format(body)
+        '<svg class="intervalcell" viewBox="0 0 100 12" aria-hidden="true">{}'
+        '<circle class="dot" cx="{:.1f}" cy="6" r="3.4"/></svg>'
+    ).format(_line("whisker", start, 6, stop, 6), at)
 
 
 def histogram(
-    stacks: Sequence[Sequence[float]],
-    edges: Sequence[float],
-    *,
-    title: str,
-    x_name: str,
-    width: int = 420,
+    stacks: Sequence[Sequence[float]], edges: Sequence[float], *, title: str, x_name: str
 ) -> Markup:
     """Bars over [edges]; `stacks` are the heights of right, wrong and other rows for each bar."""
     heights = [sum(stack) for stack in stacks]
-    frame = Frame(
-        width=width, height=230, x=(edges[0], edges[-1]), y=(0, _ceiling(max(heights, default=1)))
-    )
-    body = _y_axis(frame, compact) + _x_axis(frame, x_name)
+    highest = max(heights, default=1)
+    frame = Frame(width=420, height=230, x=(edges[0], edges[-1]), y=(0, _ceiling(highest)))
+    body = _y_axis(frame, compact)
+    body += _x_axis(frame, x_name, {value: compact(value) for value in ticks(*frame.x)})
     for stack, low, high in zip(stacks, edges[:-1], edges[1:], strict=True):
-        base = 0.0
+        gap, base = 1.0 if high - low < edges[-1] - edges[0] else 0.0, 0.0
+        left, right = frame.px(low) + gap, frame.px(high) - gap
         for name, value in zip(("right", "wrong", "other"), stack, strict=False):
-            if value <= 0:
-                continue
-            # What is there must be seen, however small.
-            top, bottom = min(frame.py(base + value), frame.py(base) - 1.5), frame.py(base)
-            gap = 1.0 if high - low < edges[-1] - edges[0] else 0.0
-            body += _rect(
-                name,
-                frame.px(low) + gap,
-                top,
-                frame.px(high) - frame.px(low) - 2 * gap,
-                bottom - top,
-            )
-            base += value
-    highest = compact(max(heights, default=0))
-    told = f"{compact(sum(heights))} in {len(heights)} bars; the highest has {highest}."
+            if value > 0:
+                # What is there must be seen, however small.
+                top, bottom = min(frame.py(base + value), frame.py(base) - 1.5), frame.py(base)
+                body += _rect(name, left, top, right - left, bottom - top)
+                base += value
+    told = f"{compact(sum(heights))} in {len(heights)} bars; the highest has {compact(highest)}."
     return _svg(frame, title, told, body)
 
 
-def reliability(
-    points: Sequence[tuple[float, float, float, float, int]], *, title: str, width: int = 420
-) -> Markup:
+def reliability(points: Sequence[tuple[float, float, float, float, int]], *, title: str) -> Markup:
     """(confidence, accuracy, low, high, rows) of each bin against perfect calibration."""
-    frame = Frame(width=width, height=min(width, 340), x=(0, 1), y=(0, 1))
-    body = _y_axis(frame, lambda value: f"{value * 100:.0f} %") + _x_axis(
-        frame, "confidence", percents=True
-    )
+    frame = Frame(width=420, height=340, x=(0, 1), y=(0, 1))
+    body = _y_axis(frame, lambda value: f"{value * 100:.0f} %")
+    body += _x_axis(frame, "confidence", {x: f"{x * 100:.0f} %" for x in ticks(0, 1)})
     body += _line("diagonal", frame.px(0), frame.py(0), frame.px(1), frame.py(1))
     most = max((rows for *_, rows in points), default=1)
     for confidence, accuracy, low, high, rows in points:
@@ -171,36 +145,26 @@ def throughput(
     width: int = 860,
 ) -> Markup:
     """Rows per second over seconds of work. A pause is a line where it lies, a stall is shaded."""
-    frame = Frame(
-        width=width, height=250, x=(0, edges[-1]), y=(0, _ceiling(max(rates, default=1.0)))
-    )
+    highest = _ceiling(max(rates, default=1.0))
+    frame = Frame(width=width, height=250, x=(0, edges[-1]), y=(0, highest))
+    floor, end = frame.py(0), frame.px(edges[-1])
     body = _y_axis(frame, compact)
     for start, stop in stalls:
         left, right = frame.px(start), frame.px(stop)
-        body += _rect("stall", left, TOP, max(right - left, 2), frame.py(0) - TOP)
-    steps = [f"M{frame.px(0):.1f},{frame.py(0):.1f}"]
+        body += _rect("stall", left, TOP, max(right - left, 2), floor - TOP)
+    steps = [(frame.px(0), floor)]
     for low, high, rate in zip(edges[:-1], edges[1:], rates, strict=True):
-        steps.append(
-            f"L{frame.px(low):.1f},{frame.py(rate):.1f}L{frame.px(high):.1f},{frame.py(rate):.1f}"
-        )
-    steps.append(f"L{frame.px(edges[-1]):.1f},{frame.py(0):.1f}Z")
-    body += Markup('<path class="area" d="{}"/>').format("".join(steps))
-    body += _line("mean", frame.px(0), frame.py(mean), frame.px(edges[-1]), frame.py(mean))
-    body += _text(
-        "mean-name", frame.px(edges[-1]), frame.py(mean) - 5, f"mean {compact(mean)} rows/s", "end"
-    )
+        steps += [(frame.px(low), frame.py(rate)), (frame.px(high), frame.py(rate))]
+    body += Markup('<path class="area" d="M{}Z"/>').format(_path([*steps, (end, floor)]))
+    body += _line("mean", frame.px(0), frame.py(mean), end, frame.py(mean))
+    body += _text("mean-name", end, frame.py(mean) - 5, f"mean {compact(mean)} rows/s", "end")
     for place, name in pauses:
         x = frame.px(place)
-        body += _line("pause", x, TOP, x, frame.py(0))
-        body += _text(
-            "axis-name",
-            *(
-                (x + 4, TOP + 10, name, "start")
-                if x < width / 2
-                else (x - 4, TOP + 10, name, "end")
-            ),
-        )
-    body += _x_axis(frame, "time of work", seconds=True)
+        aside, anchor = (4, "start") if x < width / 2 else (-4, "end")
+        body += _line("pause", x, TOP, x, floor)
+        body += _text("axis-name", x + aside, TOP + 10, name, anchor)
+    names = {value: _clock(value, edges[-1]) for value in _time_ticks(edges[-1])}
+    body += _x_axis(frame, "time of work", names)
     body += _text("axis-name", 4, 14, "rows/s", "start")
     least, most = compact(min(rates, default=0)), compact(max(rates, default=0))
     told = f"Between {least} and {most} rows/s, mean {compact(mean)}."
@@ -217,50 +181,33 @@ def scatter(
     width: int = 860,
 ) -> Markup:
     """Points with intervals over a logarithmic x; `frontier` joins those that nothing beats."""
-    xs, ys = (
-        [point.x for point in points],
-        [each for point in points for each in (point.low, point.high)],
-    )
-    low, high = min(ys), max(ys)
+    xs = [point.x for point in points]
+    low, high = min(point.low for point in points), max(point.high for point in points)
     pad = max((high - low) * 0.08, 0.005)
     y = max(low - pad, 0.0), min(high + pad, 1.0)
     frame = Frame(width=width, height=330, x=(min(xs) / 1.15, max(xs) * 1.2), y=y, log_x=True)
-    body = _y_axis(frame, lambda value: f"{value * 100:.4g} %") + _log_axis(frame, x_name)
+    body = _y_axis(frame, lambda value: f"{value * 100:.4g} %")
+    body += _x_axis(frame, x_name, {value: compact(value) for value in _log_ticks(*frame.x)})
     if len(frontier) > 1:
-        path = "L".join(f"{frame.px(at):.1f},{frame.py(value):.1f}" for at, value in frontier)
+        path = _path([(frame.px(at), frame.py(value)) for at, value in frontier])
         body += Markup('<path class="frontier" d="M{}"/>').format(path)
-    for point in points:
-        x, at = frame.px(point.x) + _aside(point, points), frame.py(point.y)
-        body += _line(
-            f"whisker group-{point.group}", x, frame.py(point.low), x, frame.py(point.high)
-        )
-        body += _marker(point.group, x, at)
-    body += Markup().join(_names(frame, points))
+    last = max(point.group for point in points)
+    for point in points:  # those of the same cost stand side by side
+        x = frame.px(point.x) + BESIDE * (point.group - last / 2)
+        whisker = f"whisker group-{point.group}"
+        body += _line(whisker, x, frame.py(point.low), x, frame.py(point.high))
+        body += _marker(point.group, x, frame.py(point.y))
+    taken: list[tuple[float, float]] = []
+    for point in points:  # a name is moved aside where another one stands already
+        x, at = frame.px(point.x) + 8 + BESIDE * last / 2, frame.py(point.y) + 4
+        space = CHAR * (len(point.name) + 1)
+        while any(abs(x - left) < space and abs(at - top) < 12 for left, top in taken):
+            x += space
+        taken.append((x, at))
+        body += _text("point-name", x, at, point.name, "start")
     body += _text("axis-name", 4, 14, y_name, "start")
     told = "; ".join(f"{point.name}: {percent(point.y)} at {compact(point.x)}" for point in points)
     return _svg(frame, title, told, body)
-
-
-def _aside(point: Point, points: Sequence[Point]) -> float:
-    """So that groups of the same cost stand side by side."""
-    return BESIDE * (point.group - max(each.group for each in points) / 2)
-
-
-def _names(frame: Frame, points: Sequence[Point]) -> Iterable[Markup]:
-    """Each point's name, moved aside where another one stands already."""
-    taken: list[tuple[float, float]] = []
-    for point in points:
-        x, y = (
-            frame.px(point.x) + 8 + BESIDE * max(each.group for each in points) / 2,
-            frame.py(point.y) + 4,
-        )
-        while any(
-            abs(x - other[0]) < CHAR * (len(point.name) + 1) and abs(y - other[1]) < 12
-            for other in taken
-        ):
-            x += CHAR * (len(point.name) + 1)
-        taken.append((x, y))
-        yield _text("point-name", x, y, point.name, "start")
 
 
 def _marker(group: int, x: float, y: float) -> Markup:
@@ -294,46 +241,31 @@ def _ceiling(value: float) -> float:
     return step * math.ceil((value or 1.0) / step - 1e-9)
 
 
-def _y_axis(frame: Frame, name: object) -> Markup:
+def _y_axis(frame: Frame, name: Callable[[float], str]) -> Markup:
     body = Markup()
     for value in ticks(*frame.y, Y_TICKS):
         y = frame.py(value)
         body += _line("grid", LEFT, y, frame.width - RIGHT, y)
-        body += _text("tick", LEFT - 6, y + 4, name(value), "end")  # type: ignore[operator]
+        body += _text("tick", LEFT - 6, y + 4, name(value), "end")
     return body
 
 
-def _x_axis(frame: Frame, name: str, *, percents: bool = False, seconds: bool = False) -> Markup:
-    bottom = frame.height - BOTTOM
-    body = _line("axis", LEFT, bottom, frame.width - RIGHT, bottom)
-    for value in _time_ticks(frame.x[1]) if seconds else ticks(*frame.x, wanted=5):
-        told = (
-            f"{value * 100:.0f} %"
-            if percents
-            else _clock(value, frame.x[1])
-            if seconds
-            else compact(value)
-        )
+def _x_axis(frame: Frame, name: str, names: Mapping[float, str]) -> Markup:
+    """`names` are those of the values that get a tick."""
+    bottom, right = frame.height - BOTTOM, frame.width - RIGHT
+    body = _line("axis", LEFT, bottom, right, bottom)
+    for value, told in names.items():
         body += _text("tick", frame.px(value), bottom + 16, told, "middle")
     if name:
-        body += _text(
-            "axis-name", (LEFT + frame.width - RIGHT) / 2, frame.height - 6, name, "middle"
-        )
+        body += _text("axis-name", (LEFT + right) / 2, frame.height - 6, name, "middle")
     return body
 
 
-def _log_axis(frame: Frame, name: str) -> Markup:
-    bottom = frame.height - BOTTOM
-    low, high = frame.x
-    body = _line("axis", LEFT, bottom, frame.width - RIGHT, bottom)
+def _log_ticks(low: float, high: float) -> list[float]:
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
-    for value in (factor * 10.0**exponent for exponent in exponents for factor in factors):
-        if low <= value <= high:
-            body += _text("tick", frame.px(value), bottom + 16, compact(value), "middle")
-    return body + _text(
-        "axis-name", (LEFT + frame.width - RIGHT) / 2, frame.height - 6, name, "middle"
-    )
+    every = (factor * 10.0**exponent for exponent in exponents for factor in factors)
+    return [value for value in every if low <= value <= high]
 
 
 def _time_ticks(end: float) -> list[float]:
@@ -373,6 +305,10 @@ def _text(name: str, x: float, y: float, text: str, anchor: str) -> Markup:
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
         name, x, y, anchor, escape(short(text, 60))
     )
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def _within(share: float) -> float:

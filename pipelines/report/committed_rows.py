@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -237,20 +237,17 @@ class CommittedRows:
     @cached_property
     def values(self) -> dict[str, Values]:
         """By what is counted, in the order in which it came up; of an object's fields the first."""
-        names = [
-            name
-            for (name,) in self._ask("SELECT name FROM counted GROUP BY name ORDER BY min(rowid)")
-        ]
+        listed = self._ask("SELECT name FROM counted GROUP BY name ORDER BY min(rowid)")
+        names: list[str] = [name for (name,) in listed]
         fields = [name for name in names if name.startswith(FIELD)][:MAX_FIELDS]
         found = {}
+        query = "SELECT value, sum(rows)::BIGINT AS n FROM counted WHERE name = ? GROUP BY value"
         for name in fields or names:
-            query = (
-                "FROM (SELECT value, sum(rows)::BIGINT AS n FROM counted WHERE name = ? "
-                "GROUP BY value)"
+            ((total, different),) = self._ask(
+                f"SELECT sum(n)::BIGINT, count(*) FROM ({query})", name
             )
-            ((total, different),) = self._ask(f"SELECT sum(n)::BIGINT, count(*) {query}", name)
             most = MAX_VALUES + len(self.question.labels)
-            ranked = self._ask(f"SELECT value, n {query} ORDER BY n DESC, value LIMIT {most}", name)
+            ranked = self._ask(f"{query} ORDER BY n DESC, value LIMIT {most}", name)
             found[name] = Values(counts=dict(ranked), different=different, total=total)
         return found
 
@@ -258,7 +255,7 @@ class CommittedRows:
     def numbers(self) -> dict[str, Histogram]:
         names = self._ask("SELECT name FROM numbers GROUP BY name ORDER BY min(rowid)")
         query = "SELECT 2 AS verdict, value FROM numbers WHERE name = ?"
-        every = {name: self._histogram(query, (name,), NUMBER_BINS) for (name,) in names}
+        every = {name: self._histogram(NUMBER_BINS, query, name) for (name,) in names}
         return {name: found for name, found in every.items() if found is not None}
 
     @cached_property
@@ -275,25 +272,20 @@ class CommittedRows:
             f"SELECT {verdict} AS verdict, greatest(least({column}, 1), 0) AS value "
             f"FROM facts WHERE isfinite({column})"
         )
-        return self._histogram(query, (), UNIT_BINS, 0.0, 1.0)
+        return self._histogram(UNIT_BINS, query, whole=(0.0, 1.0))
 
     def _histogram(
-        self,
-        query: str,
-        values: Sequence[Any],
-        num_bins: int,
-        low: float | None = None,
-        high: float = 1.0,
+        self, num_bins: int, query: str, *values: Any, whole: tuple[float, float] | None = None
     ) -> Histogram | None:
-        """Of a query's `value` by its `verdict`, from `low` to `high` or else over all there is."""
+        """Of a query's `value` by its `verdict`, over the `whole` range or else all there is."""
         query = f"FROM ({query}) WHERE isfinite(value)"
         ((rows, lowest, highest, mean),) = self._ask(
             f"SELECT count(*), min(value), max(value), favg(value) {query}", *values
         )
         if not rows:
             return None
-        if low is None:
-            low, high = (lowest, highest) if lowest < highest else (lowest - 0.5, highest + 0.5)
+        few = 0.5 if lowest == highest else 0.0
+        low, high = whole or (lowest - few, highest + few)
         bins = np.zeros((3, num_bins), np.int64)
         bin = f"least(floor((value - {low!r}) / {high - low!r} * {num_bins}), {num_bins - 1})::INT"
         for verdict, number, count in self._ask(
@@ -324,11 +316,8 @@ class CommittedRows:
         ):
             bins[:, number] = sums
         found = Gold(rows=rows, right=right, failed=failed, bins=bins, brier=brier)
-        return (
-            found
-            if not self._ask("FROM facts WHERE gold IS NOT NULL LIMIT 1")
-            else self._by_label(found)
-        )
+        has_labels = self._ask("FROM facts WHERE gold IS NOT NULL LIMIT 1")
+        return self._by_label(found) if has_labels else found
 
     def _by_label(self, found: Gold) -> Gold:
         self.db.execute(

@@ -90,15 +90,15 @@ ABOUT_CODES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Note:
     """A sentence on top of the page; `level` is info or warning."""
 
-    level: str
     text: str
+    level: str = "info"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Tile:
     """A number with its name and a line of explanation."""
 
@@ -179,12 +179,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": percent,
-        "compact": compact,
-        "duration": duration,
-        "short": short,
-    }
+    environment.filters |= {"percent": percent, "compact": compact}
     environment.globals["bar"] = charts.bar
     return environment
 
@@ -309,82 +304,64 @@ def _files(rows: CommittedRows) -> dict[str, Any]:
 
 def _tiles(rows: CommittedRows) -> Iterator[Tile]:
     counts, line, gold = rows.totals.counts, rows.totals.clock.timeline(), rows.gold
-    of = "" if rows.finished else f"of {rows.plan.num_rows:,} so far"
-    yield Tile(name="Rows", value=f"{counts.rows:,}", note=of or f"{counts.ok:,} answered")
-    failed = counts.error_rate > rows.job.max_error_rate
-    yield Tile(
-        name="Failed",
-        value=f"{counts.error_rows:,}",
-        note=f"{percent(counts.error_rate)}, allowed {percent(rows.job.max_error_rate)}",
-        level="bad" if failed else "",
-    )
+    of = f"{counts.ok:,} answered" if rows.finished else f"of {rows.plan.num_rows:,} so far"
+    yield Tile("Rows", f"{counts.rows:,}", of)
+    failed, allowed = percent(counts.error_rate), percent(rows.job.max_error_rate)
+    level = "bad" if counts.error_rate > rows.job.max_error_rate else ""
+    yield Tile("Failed", f"{counts.error_rows:,}", f"{failed}, allowed {allowed}", level)
     if counts.accuracy is not None:
         low, high = wilson(counts.gold_correct, counts.gold_rows)
-        yield Tile(
-            name="Accuracy",
-            value=percent(counts.accuracy),
-            note=f"95 % interval {low * 100:.1f} to {high * 100:.1f}; "
-            f"{counts.gold_rows:,} rows with gold",
-        )
+        sure = f"95 % interval {low * 100:.1f} to {high * 100:.1f}"
+        note = f"{sure}; {counts.gold_rows:,} rows with gold"
+        yield Tile("Accuracy", percent(counts.accuracy), note)
     if rows.confidence is not None:
-        ece = gold.reliability.ece if gold and gold.reliability else None
-        note = (
-            f"calibration error {ece * 100:.1f} points"
-            if ece is not None
-            else "of the answer given"
-        )
-        yield Tile(name="Mean confidence", value=percent(rows.confidence.mean), note=note)
+        note = "of the answer given"
+        if gold and gold.reliability:
+            note = f"calibration error {gold.reliability.ece * 100:.1f} points"
+        yield Tile("Mean confidence", percent(rows.confidence.mean), note)
     if line.rows_per_s:
-        yield Tile(
-            name="Rows per second",
-            value=compact(line.rows_per_s),
-            note=f"over {duration(line.active_s)} of work",
-        )
+        note = f"over {duration(line.active_s)} of work"
+        yield Tile("Rows per second", compact(line.rows_per_s), note)
     total = counts.prompt_tokens + counts.output_tokens
-    yield Tile(
-        name="Tokens",
-        value=compact(total),
-        note=f"{percent(counts.cached_share)} of the prompts cached",
-    )
+    yield Tile("Tokens", compact(total), f"{percent(counts.cached_share)} of the prompts cached")
 
 
 def _notes(rows: CommittedRows) -> Iterator[Note]:
     """What stands out, the gravest first."""
-    counts, job = rows.totals.counts, rows.job
+    counts, allowed = rows.totals.counts, rows.job.max_error_rate
     if not rows.finished:
         done = f"{rows.totals.parts:,} of {rows.plan.num_units:,} units"
         yield Note(
-            level="warning",
-            text=f"The job is not finished: {done} are committed, and all numbers are theirs. "
+            f"The job is not finished: {done} are committed, and all numbers are theirs. "
             "The same label command goes on from there.",
+            "warning",
         )
-    if counts.error_rate > job.max_error_rate:
+    if counts.error_rate > allowed:
         yield Note(
-            level="warning",
-            text=f"{counts.error_rows:,} rows failed ({percent(counts.error_rate)}), and "
-            f"max_error_rate allows {percent(job.max_error_rate)}. What failed, and why, stands "
-            "below; glm-batch retry processes these rows again.",
+            f"{counts.error_rows:,} rows failed ({percent(counts.error_rate)}), and "
+            f"max_error_rate allows {percent(allowed)}. What failed, and why, stands below; "
+            "glm-batch retry processes these rows again.",
+            "warning",
         )
     if rows.input_rows.problems:
         first = next(iter(rows.input_rows.problems.values()))
         yield Note(
-            level="warning",
-            text=f"{len(rows.input_rows.problems):,} input files cannot be read any more, "
+            f"{len(rows.input_rows.problems):,} input files cannot be read any more, "
             f"so prompts, media and gold answers of their rows are missing here: {first}",
+            "warning",
         )
     yield from _quality_notes(rows)
     for start, stop in rows.totals.clock.timeline().stalls[:3]:
         yield Note(
-            level="warning",
-            text=f"Nothing was committed for {duration(stop - start)} from {clock(start)} on "
+            f"Nothing was committed for {duration(stop - start)} from {clock(start)} on "
             "while units were in work.",
+            "warning",
         )
     left = sum(len(page) for page in rows.output.store.pages(PARTS)) - rows.totals.parts
     if left > 0 and rows.finished:
         yield Note(
-            level="info",
-            text=f"{left:,} files of attempts that died, came second or were "
-            "retried are left; glm-batch gc removes them.",
+            f"{left:,} files of attempts that died, came second or were retried are left; "
+            "glm-batch gc removes them."
         )
 
 
@@ -395,33 +372,29 @@ def _quality_notes(rows: CommittedRows) -> Iterator[Note]:
         num_rows, sure, right = gold.bins.sum(axis=1)
         how = "surer than it is right" if sure > right else "less sure than it could be"
         yield Note(
-            level="warning",
-            text=f"The model is {how}: mean confidence {percent(sure / num_rows)}, accuracy "
+            f"The model is {how}: mean confidence {percent(sure / num_rows)}, accuracy "
             f"{percent(right / num_rows)} (calibration error {reliability.ece * 100:.1f} points).",
+            "warning",
         )
     if rows.off_set_mass is not None and rows.off_set_mass.mean > 0.1:
         yield Note(
-            level="warning",
-            text=f"On average {percent(rows.off_set_mass.mean)} of the probability goes to "
+            f"On average {percent(rows.off_set_mass.mean)} of the probability goes to "
             "answers outside of the labels: the prompt may not tell which ones there are.",
+            "warning",
         )
     if gold and gold.mistake and gold.mistake[2] >= 3:
         truth, given, number = gold.mistake
         pair = f"{short(truth, 40)} taken for {short(given, 40)}"
-        yield Note(level="info", text=f"The most frequent mistake: {pair}, {number:,} rows.")
+        yield Note(f"The most frequent mistake: {pair}, {number:,} rows.")
     if question.kind == "choose" and LABELS in values:
         never = [label for label in question.labels if label not in values[LABELS].counts]
         some = ", ".join(short(label, 30) for label in never[:8])
         if never:
-            more = " ..." if len(never) > 8 else ""
-            yield Note(level="info", text=f"Never given: {some}{more}.")
+            yield Note(f"Never given: {some}{' ...' if len(never) > 8 else ''}.")
     ends = values.get(ENDS)
     if ends is not None and (cut := ends.counts.get("length", 0)):
-        yield Note(
-            level="warning",
-            text=f"{cut:,} texts ({percent(cut / ends.total)}) were cut off at "
-            "sampling.max_tokens.",
-        )
+        share = percent(cut / ends.total)
+        yield Note(f"{cut:,} texts ({share}) were cut off at sampling.max_tokens.", "warning")
 
 
 def clock(moment: float) -> str:

@@ -10,12 +10,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, product
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from markupsafe import Markup
 
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.evaluation.reliability import NUM_BINS
@@ -122,11 +125,10 @@ def read_results(output: Output) -> dict[str, Any]:
 
 
 def sweep_cells(content: dict[str, Any]) -> list[SweepCell]:
+    marks = map("".join, chain.from_iterable(product(ascii_uppercase, repeat=n) for n in (1, 2, 3)))
     return [
-        SweepCell(
-            mark=_mark(number), name=each["name"], coordinates=each["coordinates"], content=each
-        )
-        for number, each in enumerate(content["cells"])
+        SweepCell(mark=mark, name=each["name"], coordinates=each["coordinates"], content=each)
+        for mark, each in zip(marks, content["cells"], strict=False)
     ]
 
 
@@ -146,12 +148,11 @@ def _group(
 
     with sweep_scores(output, cells) as scores:
         disagreements = _disagreements(scores, cells, texts)
-    axes = [axis for axis in AXES if len({cell.coordinates.get(axis) for cell in cells}) > 1] or [
-        "model"
-    ]
-    metrics = [name for name in MORE_METRICS if any(cell.metric(name) for cell in cells)][
-        :MOST_METRICS
-    ]
+    axes = [axis for axis in AXES if len({cell.coordinates.get(axis) for cell in cells}) > 1]
+    axes = axes or ["model"]
+    metrics = [name for name in MORE_METRICS if any(cell.metric(name) for cell in cells)]
+    metrics = metrics[:MOST_METRICS]
+    models = list(dict.fromkeys(cell.coordinates["model"] for cell in cells))
     known = [found for cell in cells if (found := cell.metric("accuracy"))]
     scale = _scale(known)
     best = max((found["value"] for found in known), default=math.nan)
@@ -165,9 +166,9 @@ def _group(
             _row(cell, axes, metrics, against.get(cell.name), baselines, scale, best)
             for cell in cells
         ],
-        "charts": _charts(cells),
+        "charts": _charts(cells, models),
         "details": [found for cell in cells if (found := _details(cell))],
-        "models": _legend(cells),
+        "models": [(shown(model, 60), k % 4) for k, model in enumerate(models[1:] and models)],
         "disagreements": disagreements,
         "scale": (percent(scale[0]), percent(scale[1])),
     }
@@ -192,7 +193,7 @@ def _row(
         "failed": failed,
         "accuracy": accuracy,
         "best": accuracy is not None and accuracy["value"] == best,
-        "bar": charts.interval(*_ends(accuracy), scale) if accuracy else "",
+        "bar": _bar(accuracy, scale) if accuracy else "",
         "metrics": [cell.metric(name) for name in metrics],
         "cost": cell.cost,
         "is_baseline": cell.name in baselines,
@@ -207,12 +208,11 @@ def _p_value(value: float | None) -> str:
     return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def _ends(found: Mapping[str, float]) -> tuple[float, float, float]:
-    return found["value"], found["low"], found["high"]
+def _bar(found: Mapping[str, float], scale: tuple[float, float]) -> Markup:
+    return charts.interval(found["value"], found["low"], found["high"], scale)
 
 
-def _charts(cells: Sequence[SweepCell]) -> list[Any] | None:
-    models = list(dict.fromkeys(cell.coordinates["model"] for cell in cells))
+def _charts(cells: Sequence[SweepCell], models: Sequence[str]) -> list[Any] | None:
     points = [
         charts.Point(
             x=cell.cost, y=found["value"], low=found["low"], high=found["high"],
@@ -242,15 +242,6 @@ def frontier(points: Sequence[charts.Point]) -> list[tuple[float, float]]:
     return found
 
 
-def _legend(cells: Sequence[SweepCell]) -> list[tuple[str, int]]:
-    models = list(dict.fromkeys(cell.coordinates["model"] for cell in cells))
-    return (
-        [(shown(model, 60), number % 4) for number, model in enumerate(models)]
-        if len(models) > 1
-        else []
-    )
-
-
 def _details(cell: SweepCell) -> dict[str, Any] | None:
     """Confusion and reliability of a cell, as a job's own page shows them."""
     kept = cell.content.get("confusion")
@@ -259,11 +250,8 @@ def _details(cell: SweepCell) -> dict[str, Any] | None:
     names = [str(label) for label in kept["labels"]]
     counts = np.array(kept["counts"], np.int64).reshape(len(names), len(names) + 1)
     sums = (counts.sum(1), counts[:, :-1].sum(0), np.diagonal(counts))
-    bins, found, brier = (
-        np.zeros((3, NUM_BINS)),
-        cell.content.get("reliability"),
-        cell.metric("brier"),
-    )
+    found, brier = cell.content.get("reliability"), cell.metric("brier")
+    bins = np.zeros((3, NUM_BINS))
     if found is not None:
         rows, sure, right = (np.array([value or 0.0 for value in found[name]]) for name in
                              ("rows", "confidence", "accuracy"))  # fmt: skip
@@ -413,17 +401,20 @@ def row_texts(output: Output, job: Job, keys: Sequence[str]) -> dict[str, str]:
 
 
 def _tiles(cells: Sequence[SweepCell]) -> Iterator[Tile]:
-    rows = sum(cell.content["rows"] for cell in cells)
-    tokens = sum(
-        cell.content["tokens"]["prompt"] + cell.content["tokens"]["output"] for cell in cells
+    def total(number: Callable[[dict[str, Any]], int]) -> int:
+        return sum(number(cell.content) for cell in cells)
+
+    questions, tokens = (
+        len({cell.question for cell in cells}),
+        total(lambda each: each["tokens"]["prompt"] + each["tokens"]["output"]),
     )
-    failed = sum(sum(cell.content["errors"].values()) for cell in cells)
-    questions = len({cell.question for cell in cells})
-    yield Tile(name="Cells", value=f"{len(cells):,}", note=f"{questions:,} tasks on data sets")
-    yield Tile(name="Rows scored", value=f"{rows:,}", note=f"{failed:,} failed and count as wrong")
-    yield Tile(name="Tokens", value=compact(tokens), note="read and written")
-    unscored = sum(cell.content["without_gold"] for cell in cells)
-    yield Tile(name="Without gold", value=f"{unscored:,}", note="these count nowhere")
+    failed = total(lambda each: sum(each["errors"].values()))
+    yield Tile("Cells", f"{len(cells):,}", f"{questions:,} tasks on data sets")
+    rows = total(lambda each: each["rows"])
+    yield Tile("Rows scored", f"{rows:,}", f"{failed:,} failed and count as wrong")
+    yield Tile("Tokens", compact(tokens), "read and written")
+    unscored = total(lambda each: each["without_gold"])
+    yield Tile("Without gold", f"{unscored:,}", "these count nowhere")
 
 
 def _notes(cells: Sequence[SweepCell], against: dict[str, Any]) -> Iterator[Note]:
@@ -434,39 +425,20 @@ def _notes(cells: Sequence[SweepCell], against: dict[str, Any]) -> Iterator[Note
             continue
         best, cell = max(known, key=lambda pair: (pair[0], -pair[1].cost))
         rivals = [each.mark for value, each in known if value == best and each is not cell]
-        task, dataset = cell.question
-        also = (
-            f"; {', '.join(rivals)} {'is' if len(rivals) == 1 else 'are'} as good at no lower cost"
-            if rivals
-            else ""
-        )
-        sure = against.get(cell.name)
-        told = ""
-        if sure is not None and sure["p_adjusted"] is not None:
-            told = (
-                " That is more than chance."
-                if sure["p_adjusted"] < SURE
-                else " Its lead over the baseline may be chance."
-            )
-        where = f"{short(task, 40)} on {short(dataset, 40)}"
-        cost = f"{compact(cell.cost)} tokens a row"
-        yield Note(
-            level="info",
-            text=f"{where}: {cell.mark} answers best, {percent(best)} right at {cost}{also}.{told}",
-        )
+        also, told = "", ""
+        if rivals:
+            verb = "is" if len(rivals) == 1 else "are"
+            also = f"; {', '.join(rivals)} {verb} as good at no lower cost"
+        p_value = (against.get(cell.name) or {}).get("p_adjusted")
+        if p_value is not None:
+            told = " Its lead over the baseline may be chance."
+            told = " That is more than chance." if p_value < SURE else told
+        where = f"{short(cell.question[0], 40)} on {short(cell.question[1], 40)}"
+        cost = f"{percent(best)} right at {compact(cell.cost)} tokens a row"
+        yield Note(f"{where}: {cell.mark} answers best, {cost}{also}.{told}")
 
 
 def _scale(known: Sequence[dict[str, float]]) -> tuple[float, float]:
     low = min((found["low"] for found in known), default=0.0)
     high = max((found["high"] for found in known), default=1.0)
     return (low, high) if high > low else (max(low - 0.01, 0.0), min(high + 0.01, 1.0))
-
-
-def _mark(number: int) -> str:
-    """A, B, ... Z, AA, AB ..."""
-    letters = ""
-    number += 1
-    while number:
-        number, rest = divmod(number - 1, 26)
-        letters = chr(ord("A") + rest) + letters
-    return letters
