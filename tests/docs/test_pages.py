@@ -39,3 +39,15 @@ def test_the_readme_is_short() -> None:
     assert len(lines) <= MOST_LINES
     commands = re.findall(r"^(make \w+|pip install|glm-batch \w+)", "\n".join(lines), re.M)
     assert commands[:4] == ["make demo", "make test", "pip install", "glm-batch demo"]
+
+
+def test_the_glossary_names_classes_of_the_code() -> None:
+    folders = ("models", "glm_actors", "pipelines", "jobs")
+    code = "\n".join(
+        path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py")
+    )
+    defined = set(re.findall(r"^class (\w+)", code, re.M))
+    text = (ROOT / "docs/glossary.md").read_text()
+    named = re.findall(r"\| `(\w+)` \|$", text, re.M)
+    assert named
+    assert set(named) <= defined
