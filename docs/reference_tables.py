@@ -28,7 +28,7 @@ from glm_batch.glm_actors.serving.http.http_app import build_app
 from glm_batch.glm_actors.serving.http.http_metrics import Metrics
 from glm_batch.glm_actors.serving.openai.api_errors import STATUS_OF_CODE
 from glm_batch.glm_actors.serving.openai.serve_settings import ServeSettings
-from glm_batch.jobs.files.job_file import describe
+from glm_batch.jobs.files.sections import describe
 from glm_batch.jobs.sweep.sweep_config import SweepFile
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.request import SamplingParams

@@ -16,7 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from glm_batch.jobs.files.job_file import Place, Problem, job_keys
+from glm_batch.jobs.files.job_file import job_keys
+from glm_batch.jobs.files.sections import Place, Problem
 from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.model_config import ModelConfig

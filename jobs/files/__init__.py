@@ -1,4 +1,4 @@
 """YAML to dataclasses, with the place of every mistake.
 
-May import `pipelines.job`. Read job_file.py, then sections.py.
+May import `pipelines.job`. Read sections.py, then job_file.py.
 """

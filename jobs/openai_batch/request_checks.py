@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from glm_batch.jobs.files.job_file import Problem
+from glm_batch.jobs.files.sections import Problem
 from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import Job, MediaSection, PreprocessSection, TaskConfig

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from glm_batch.jobs.commands.outputs import opened
-from glm_batch.jobs.files.job_file import load_kept_job, read_yaml
+from glm_batch.jobs.files.job_file import load_kept_job
+from glm_batch.jobs.files.sections import read_yaml
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import Job, StorageSection
 from glm_batch.pipelines.output.commit import JOB, Output
@@ -110,7 +111,7 @@ def _place(path: str) -> str:
     """The output that a YAML file names, or the path itself."""
     if not path.endswith(YAML):
         return path
-    place = read_yaml(path)[0].get("output")
+    place = read_yaml(path, "a job file or a sweep is a mapping of keys")[0].get("output")
     if not isinstance(place, str):
         raise ConfigError(f"{path} names no output: give the output itself")
     return place

@@ -18,8 +18,7 @@ from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import deployment_name
 from glm_batch.jobs.checks.checks import weight_problems
-from glm_batch.jobs.files.job_file import Place, Problem, read_yaml
-from glm_batch.jobs.files.sections import read_sections
+from glm_batch.jobs.files.sections import Place, Problem, load_sections
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.vllm.vllm_limits import check_installed, checkpoint_problem
 from glm_batch.models.errors import ConfigError
@@ -33,9 +32,7 @@ MIN_TOKEN_CHARS = 16
 
 def load_settings(path: str) -> tuple[ServeSettings, Place]:
     """Raises ConfigError that names each key and its place."""
-    data, lines = read_yaml(path, WHAT)
-    place = Place(path=path, lines=lines, overridden=frozenset())
-    return read_sections(ServeSettings, data, place), place
+    return load_sections(ServeSettings, path, WHAT)
 
 
 def check_settings(

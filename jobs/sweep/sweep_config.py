@@ -14,8 +14,7 @@ from itertools import product
 from typing import Any
 
 from glm_batch.jobs.checks.checks import check_job
-from glm_batch.jobs.files.job_file import Place, Problem, apply_overrides, read_yaml
-from glm_batch.jobs.files.sections import read_sections
+from glm_batch.jobs.files.sections import Place, Problem, load_sections
 from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.evaluation.intervals import CONFIDENCE
@@ -97,9 +96,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> tuple[Sweep, Place]:
 
     Raises ConfigError that names each key and its place.
     """
-    data, lines = read_yaml(path, WHAT)
-    place = Place(path=path, lines=lines, overridden=apply_overrides(data, overrides))
-    file = read_sections(SweepFile, data, place)
+    file, place = load_sections(SweepFile, path, WHAT, overrides)
     place.refuse(list(_problems(file)))
     cells = [cell for name, task in file.tasks.items() for cell in _cells(file, name, task)]
     if len(cells) > MAX_CELLS:

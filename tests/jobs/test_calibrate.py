@@ -17,7 +17,7 @@ import pytest
 
 from glm_batch.jobs.calibration.calibrate import calibrate
 from glm_batch.jobs.checks.checks import check_job
-from glm_batch.jobs.files.job_file import Place
+from glm_batch.jobs.files.sections import Place
 from glm_batch.jobs.report.report import kept_job
 from glm_batch.models.engine.api.request import Completion
 from glm_batch.models.errors import ConfigError
