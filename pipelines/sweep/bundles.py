@@ -8,7 +8,6 @@ pipelines.graph.steps for one job, and made of them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +41,7 @@ from glm_batch.pipelines.tasks.rows import (
 from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 CELLS, CELL, DATASET, PARSED = "#cells", "#cell", "#dataset", "#parsed"
+CELLS_TYPE = pa.list_(pa.struct({"cell": pa.int32(), "unit": pa.int32()}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +57,14 @@ class Bundle:
         return self.order.unit
 
     def to_table(self) -> pa.Table:
-        table = self.order.to_table().append_column(CELLS, pa.array([json.dumps(self.cells)]))
+        cells = [{"cell": cell, "unit": unit} for cell, unit in self.cells]
+        table = self.order.to_table().append_column(CELLS, pa.array([cells], CELLS_TYPE))
         return table.append_column(DATASET, pa.array([self.dataset]))
 
 
 def cells_of(table: pa.Table) -> list[tuple[int, int]]:
     """The cells of the bundle that this table is on its way of."""
-    return [(cell, unit) for cell, unit in json.loads(table[CELLS][0].as_py())]
+    return [(each["cell"], each["unit"]) for each in table[CELLS][0].as_py()]
 
 
 def make_bundles(
@@ -76,7 +77,7 @@ def make_bundles(
 
     Equal row ranges of a data set become one bundle. Bundles stand in the order of the input.
     """
-    found: dict[tuple[int, int, int, int], _Found] = {}
+    found: dict[tuple[int, int, int, int], _Range] = {}
     for cell in cells:
         plan = plans[cell]
         duplicates = plan.duplicates_by_unit()
@@ -85,7 +86,7 @@ def make_bundles(
                 place = (datasets.index(datasets[cell]), unit.file, unit.rows.start, unit.rows.stop)
                 earlier = duplicates.get((unit.file, unit.rows.start), {})
                 at = found.setdefault(
-                    place, _Found(plan.files[unit.file].file, unit.rows, earlier, [])
+                    place, _Range(plan.files[unit.file].file, unit.rows, earlier, [])
                 )
                 at.cells.append((cell, unit.index))
     return [
@@ -98,7 +99,7 @@ def make_bundles(
     ]
 
 
-class _Found(NamedTuple):
+class _Range(NamedTuple):
     file: InputFile
     rows: RowRange
     earlier: Mapping[int, str]
@@ -142,9 +143,7 @@ def cell_and_key(id: str) -> tuple[int, str]:
 
 
 def _with_keys(table: pa.Table, keys: Sequence[str]) -> pa.Table:
-    return table.set_column(
-        table.schema.get_field_index("row_key"), "row_key", pa.array(keys, pa.string())
-    )
+    return _with(table, "row_key", pa.array(keys, pa.string()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +161,7 @@ class ReadBundle:
         self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
     ) -> pa.Table:
         rows = Read(self.sources[table[DATASET][0].as_py()])(table, start, stop, lost)
-        return rows.append_column(CELLS, _constant(table[CELLS][0].as_py(), rows.num_rows))
+        return rows.append_column(CELLS, _repeated(table, CELLS, rows.num_rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +202,8 @@ class RenderBundle:
             for request, id in zip(_chained(rendered, "requests"), ids, strict=True)
         ]
         result = request_table([ids[i] for i in order], [named[i] for i in order])
-        result = result.append_column(
-            UNIT, _constant(table[UNIT][0].as_py(), len(order), pa.int32())
-        )
-        result = result.append_column(CELLS, _constant(table[CELLS][0].as_py(), len(order)))
+        for name in (UNIT, CELLS):
+            result = result.append_column(name, _repeated(table, name, len(order)))
         result = result.append_column(
             CELL, pa.array([cells[owners[i][1]] for i in order], pa.int32())
         )
@@ -243,16 +240,16 @@ class ParseBundle:
         ]
         return pa.table(
             {
-                UNIT: _constant(table[UNIT][0].as_py(), len(present), pa.int32()),
-                CELLS: _constant(table[CELLS][0].as_py(), len(present)),
+                UNIT: _repeated(table, UNIT, len(present)),
+                CELLS: _repeated(table, CELLS, len(present)),
                 CELL: pa.array(present, pa.int32()),
                 PARSED: pa.array(parsed, pa.large_binary()),
             }
         )
 
     def _cell(self, cell: int, unit: int, rows: pa.Table, lost: RowError | None) -> bytes:
-        keys = pa.array([cell_and_key(id)[1] for id in rows["row_key"].to_pylist()], pa.string())
-        rows = _with(_with(rows, "row_key", keys), UNIT, _constant(unit, rows.num_rows, pa.int32()))
+        rows = _with_keys(rows, [cell_and_key(id)[1] for id in rows["row_key"].to_pylist()])
+        rows = _with(rows, UNIT, pa.array([unit] * rows.num_rows, pa.int32()))
         return _to_bytes(parse_unit(self.specs[cell], rows, lost))
 
 
@@ -328,8 +325,9 @@ def _chained(rendered: Sequence[Rendered], name: str) -> list[Any]:
     return [value for each in rendered for value in getattr(each, name)]
 
 
-def _constant(value: object, num_rows: int, dtype: pa.DataType | None = None) -> pa.Array:
-    return pa.array([value] * num_rows, dtype or pa.string())
+def _repeated(table: pa.Table, name: str, num_rows: int) -> pa.ChunkedArray:
+    """What a column holds in its first row, as often as there are rows."""
+    return table[name].take(pa.array([0] * num_rows, pa.int64()))
 
 
 def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
