@@ -24,6 +24,7 @@ from glm_batch.glm_actors.units.row_worker import RowWorker, Step
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.pipelines.cluster.shares import Workers
 from glm_batch.pipelines.graph.dispatch import ByAffinity
+from glm_batch.pipelines.graph.steps import committed_records
 from glm_batch.pipelines.metrics.exporter import RECOMPUTED, Exporter
 from glm_batch.pipelines.output.commit import CommitRecord
 from glm_batch.pipelines.planning.plan import Plan
@@ -191,8 +192,7 @@ def records(dataset: Dataset) -> Iterable[CommitRecord]:
         batch_size=None, batch_format="pyarrow", prefetch_batches=0
     )
     for batch in batches:
-        for row in batch.to_pylist():
-            yield CommitRecord.from_json(row["record"])
+        yield from committed_records(batch)
 
 
 def _rows(

@@ -7,13 +7,13 @@ together; the work on rows is pipelines.tasks.rows'.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from glm_batch.glm_actors.faults.spent import spent
+from glm_batch.glm_actors.units.arrow_structs import arrow_type, reader, to_arrow
 from glm_batch.glm_actors.units.row_worker import Step
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.pipelines.input.listing import InputFile
@@ -39,7 +39,7 @@ from glm_batch.pipelines.tasks.rows import (
     unit_table,
 )
 
-ORDER = "#order"
+ORDER, RECORD = "#order", "record"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,19 +52,13 @@ class Order:
     earlier: Mapping[int, str]
 
     def to_table(self) -> pa.Table:
-        return pa.table(
-            {UNIT: pa.array([self.unit], pa.int32()), ORDER: [json.dumps(asdict(self))]}
-        )
+        order = pa.array([to_arrow(self)], arrow_type(Order))
+        return pa.table({UNIT: pa.array([self.unit], pa.int32()), ORDER: order})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Order:
-        content = json.loads(table[ORDER][0].as_py())
-        return cls(
-            unit=content["unit"],
-            file=InputFile(**content["file"]),
-            rows=RowRange(**content["rows"]),
-            earlier={int(row): first for row, first in content["earlier"].items()},
-        )
+        order: Order = reader(Order)(table[ORDER][0].as_py())
+        return order
 
 
 def orders(plan: Plan, units: Sequence[Unit]) -> list[Order]:
@@ -249,5 +243,10 @@ class Commit:
 
 
 def committed_table(record: CommitRecord) -> pa.Table:
-    """One row: a unit's commit record as JSON."""
-    return pa.table({"record": [record.to_json().decode()]})
+    """One row: a unit's commit record."""
+    return pa.table({RECORD: pa.array([to_arrow(record)], arrow_type(CommitRecord))})
+
+
+def committed_records(table: pa.Table) -> list[CommitRecord]:
+    """What `committed_table` made, of several units."""
+    return [reader(CommitRecord)(row) for row in table[RECORD].to_pylist()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,8 @@ from glm_batch.glm_actors.units.batches import request_table
 from glm_batch.models.engine.api.request import Request
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.models.processing.prompt import Prompt
-from glm_batch.pipelines.graph.steps import Commit, Order, Read
-from glm_batch.pipelines.input.listing import InputFile
-from glm_batch.pipelines.input.source import RowRange, Source
+from glm_batch.pipelines.graph.steps import Commit, Order, Read, orders
+from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.input.values import Row
 from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARING, READING
 from glm_batch.pipelines.output.journal import Journal
@@ -77,33 +76,18 @@ def make_bundles(
 
     Equal row ranges of a data set become one bundle. Bundles stand in the order of the input.
     """
-    found: dict[tuple[int, int, int, int], _Range] = {}
+    found: dict[tuple[int, int, int, int], Bundle] = {}
     for cell in cells:
-        plan = plans[cell]
-        duplicates = plan.duplicates_by_unit()
-        for unit in plan.units():
-            if unit.index in pending[cell]:
-                place = (datasets.index(datasets[cell]), unit.file, unit.rows.start, unit.rows.stop)
-                earlier = duplicates.get((unit.file, unit.rows.start), {})
-                at = found.setdefault(
-                    place, _Range(plan.files[unit.file].file, unit.rows, earlier, [])
-                )
-                at.cells.append((cell, unit.index))
+        dataset, plan = datasets[cell], plans[cell]
+        units = [unit for unit in plan.units() if unit.index in pending[cell]]
+        for unit, order in zip(units, orders(plan, units), strict=True):
+            place = (datasets.index(dataset), unit.file, unit.rows.start, unit.rows.stop)
+            at = found.setdefault(place, Bundle(order=order, dataset=dataset, cells=()))
+            found[place] = replace(at, cells=(*at.cells, (cell, unit.index)))
     return [
-        Bundle(
-            order=Order(unit=number, file=at.file, rows=at.rows, earlier=at.earlier),
-            dataset=datasets[place[0]],
-            cells=tuple(at.cells),
-        )
-        for number, (place, at) in enumerate(sorted(found.items(), key=lambda item: item[0]))
+        replace(each, order=replace(each.order, unit=number))
+        for number, (_, each) in enumerate(sorted(found.items(), key=lambda item: item[0]))
     ]
-
-
-class _Range(NamedTuple):
-    file: InputFile
-    rows: RowRange
-    earlier: Mapping[int, str]
-    cells: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

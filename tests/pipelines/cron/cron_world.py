@@ -19,9 +19,9 @@ import glm_batch.pipelines.cron.incremental
 from glm_batch.glm_actors.units.model_actor import ModelActor
 from glm_batch.glm_actors.units.row_worker import RowWorker
 from glm_batch.pipelines.cron.incremental import Choices, Night, run_night
-from glm_batch.pipelines.graph.steps import build_parser, build_renderer, orders
+from glm_batch.pipelines.graph.steps import build_parser, build_renderer, committed_records, orders
 from glm_batch.pipelines.job import CommitSection, CronSection, EngineSection, Job, TaskConfig
-from glm_batch.pipelines.output.commit import CommitRecord, Output
+from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.planning.plan import Unit
 from glm_batch.pipelines.runs.pipeline import UnitSteps, engine_config, unit_steps
 from glm_batch.pipelines.runs.prepared import Prepared, prepare
@@ -69,8 +69,7 @@ def process_here(
     for order in orders(prepared.plan, units):
         if watch.stop.is_asked:
             break
-        (record,) = end(engine(begin(order.to_table())))["record"].to_pylist()
-        committed = CommitRecord.from_json(record)
+        (committed,) = committed_records(end(engine(begin(order.to_table()))))
         tally.add(steps.counted(committed), committed.spent)
     tally.refuse_signal(watch.stop)
 
