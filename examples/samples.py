@@ -16,9 +16,9 @@ import torch
 from tiny_tokenizer import ChatEncoder
 
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
+from glm_batch.models.checkpoint.model_config import MediaTokens
 from glm_batch.models.processing.patches import MediaPatches, pixel_values
 from glm_batch.models.processing.positions import (
-    MediaTokens,
     VideoSpan,
     expand_placeholders,
     media_token_types,

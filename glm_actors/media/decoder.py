@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from glm_batch.glm_actors.faults.child import Answer, Child, ChildError, Json, serve
-from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
-from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.checkpoint.media_config import (
+    ImageProcessorConfig,
+    MediaKind,
+    VideoProcessorConfig,
+)
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.patches import Encoded, MediaPatches
 

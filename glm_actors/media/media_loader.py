@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING
 from glm_batch.glm_actors.media.decoder import Decoder, Setup
 from glm_batch.glm_actors.media.media_source import MediaRules, Url, read_source, url_of
 from glm_batch.models.byte_cache import ByteCache
-from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
-from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.checkpoint.media_config import (
+    ImageProcessorConfig,
+    MediaKind,
+    VideoProcessorConfig,
+)
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.patches import Encoded, MediaPatches, encoded_digest
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from glm_batch.models.engine.api.request import Media, MediaItem
+from glm_batch.models.processing.patches import Media, MediaItem
 
 # `patches` is null for an item that the table has before: one of the same kind, grid and digest.
 MEDIA_TYPE = pa.list_(

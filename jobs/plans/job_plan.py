@@ -262,9 +262,7 @@ def told_apart(prompt: Prompt, config: ModelConfig) -> list[int]:
     own = chain.from_iterable(
         repeat(int.from_bytes(item.digest), len(item.patches) // merged) for item in items
     )
-    return [
-        next(own) if id == config.media_tokens.image_token_id else id for id in prompt.input_ids
-    ]
+    return [next(own) if id == config.media_tokens.image else id for id in prompt.input_ids]
 
 
 def shared_prefix_share(prompts: Sequence[list[int]]) -> float:

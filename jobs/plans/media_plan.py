@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.processing.budget import Grid, image_grid, num_media_tokens, video_grid
 from glm_batch.models.processing.patches import MediaPatches
 from glm_batch.pipelines.job import Job, PreprocessSection

@@ -130,7 +130,8 @@ def resolve(model_dir: str | Path) -> list[Resolved]:
             f"vision.{f.name}": getattr(config.vision, f.name) for f in fields(config.vision)
         }
         values |= {
-            f.name: getattr(config.media_tokens, f.name) for f in fields(config.media_tokens)
+            f"{f.name}_token_id": getattr(config.media_tokens, f.name)
+            for f in fields(config.media_tokens)
         }
     values["num_parameters"] = config.num_parameters
     return [
@@ -139,18 +140,25 @@ def resolve(model_dir: str | Path) -> list[Resolved]:
     ]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the checkpoint; ConfigError when it is missing or broken."""
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of the checkpoint, {} for an optional one that is not there.
+
+    Raises ConfigError when it is missing or holds anything else.
+    """
+    if optional and not path.is_file():
+        return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; the model must be a checkpoint directory with a {path.name}"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}); restore the file") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        raise ConfigError(
+            f"{path}: expected a JSON object, found {type(data).__name__}; restore the file"
+        )
     return data
 
 
@@ -164,8 +172,7 @@ class _Resolver:
         self.raw = read_json(self.path)
         self.text = self._section("text_config") or self.raw
         self.defaults = CLASS_DEFAULTS
-        generation = model_dir / "generation_config.json"
-        self.generation = read_json(generation) if generation.exists() else {}
+        self.generation = read_json(model_dir / "generation_config.json", optional=True)
         self.sources: dict[str, str] = {}
 
     def config(self) -> ModelConfig:
@@ -340,8 +347,9 @@ class _Resolver:
 
     def _media_tokens(self, vocab_size: int) -> MediaTokens:
         ids: dict[str, int] = {}
-        for name in (f.name for f in fields(MediaTokens)):
-            ids[name] = value = self._get(name)
+        for field in fields(MediaTokens):
+            name = f"{field.name}_token_id"
+            ids[field.name] = value = self._get(name)
             if not _is_int(value) or not 0 <= value < vocab_size:
                 raise ConfigError(
                     f"{self.path}: {name} is {value!r}; it must be a token id below vocab_size ({vocab_size})"

@@ -1,9 +1,7 @@
-"""What a checkpoint says about images and videos: patch sizes, pixel budgets, normalisation, frame
-sampling.
+"""What a checkpoint says about images and videos: patches, pixel budgets, normalisation, sampling.
 
-Owns the reading of processor_config.json, preprocessor_config.json and
-video_preprocessor_config.json and the defaults of the published GLM-4.1V classes. Knows nothing of
-pixels, files of rows, or torch.
+Read from processor_config.json, preprocessor_config.json and video_preprocessor_config.json; what
+is missing there are the defaults of the published GLM-4.1V classes.
 """
 
 from __future__ import annotations
@@ -14,19 +12,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from glm_batch.models.checkpoint.normalization import Normalization
+from glm_batch.models.checkpoint.config_reader import read_json
 from glm_batch.models.errors import ConfigError
-from glm_batch.models.processing.tokenizer import read_json
 
+MediaKind = Literal["image", "video"]
 Resampling = Literal["torch", "pil"]
 
-PUBLISHED = Normalization()
 NUM_CHANNELS = 3
 BICUBIC = 3  # Pillow's number, which the files use
 # An 8192x8192 source; a decoded frame of it takes 200 MB, and Pillow needs a third more while it
 # decodes.
 DEFAULT_MAX_SOURCE_PIXELS = 1 << 26
 SUPPORTED_PROCESSORS = "Glm4v"  # Glm4vImageProcessor, ..Fast, ..Pil, Glm4vVideoProcessor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalization:
+    """y = (x * rescale_factor - mean) / std, with one mean and one std for each channel."""
+
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+
+
+PUBLISHED = Normalization()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +161,7 @@ def _read_first(folder: Path, nested: str, names: list[str]) -> tuple[dict[str, 
     of its own.
     """
     common = folder / "processor_config.json"
-    entry = read_json(common).get(nested)
+    entry = read_json(common, optional=True).get(nested)
     if isinstance(entry, dict):
         return entry, common
     for name in names:

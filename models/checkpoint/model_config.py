@@ -81,18 +81,17 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaTokens:
-    """The ids that stand for images and videos in a prompt: each feature takes the place of one
-    `image_token_id`.
+    """The ids that mark media in a prompt: each feature takes the place of one `image`.
 
-    Those between `video_start_token_id` and `video_end_token_id` are frames of a video.
+    Those between `video_start` and `video_end` are frames of a video.
     """
 
-    image_token_id: int
-    video_token_id: int
-    image_start_token_id: int
-    image_end_token_id: int
-    video_start_token_id: int
-    video_end_token_id: int
+    image: int
+    video: int
+    image_start: int
+    image_end: int
+    video_start: int
+    video_end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

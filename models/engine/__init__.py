@@ -18,8 +18,6 @@ from glm_batch.models.engine.api.request import (
     Embed,
     Generate,
     Inspect,
-    Media,
-    MediaItem,
     Output,
     PromptScores,
     Request,
@@ -30,6 +28,7 @@ from glm_batch.models.engine.api.request import (
     Work,
 )
 from glm_batch.models.network.layers.parallel import TorchGroup
+from glm_batch.models.processing.patches import Media, MediaItem
 
 __all__ = [
     "Choose",

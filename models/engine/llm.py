@@ -27,7 +27,6 @@ from glm_batch.models.engine.api.request import (
     Embed,
     Generate,
     Inspect,
-    Media,
     Output,
     Request,
     SamplingParams,
@@ -38,7 +37,7 @@ from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.images import ImageProcessor
 from glm_batch.models.processing.messages import MediaPart
-from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.models.processing.patches import Media, MediaPatches
 from glm_batch.models.processing.prompt import MediaPrompts, Prompter
 from glm_batch.models.processing.scores import class_scores, label_scores, softmax
 from glm_batch.models.processing.video import VideoProcessor

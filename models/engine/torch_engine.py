@@ -289,7 +289,7 @@ class TorchEngine:
                 "unsupported_media",
                 f"the prompt shows media; the checkpoint, a {self.config.architecture}, reads text",
             )
-        if request.media is None and tokens.image_token_id not in prompt:
+        if request.media is None and tokens.image not in prompt:
             return None
         return place(request.media, prompt, tokens, vision)
 

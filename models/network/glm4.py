@@ -1,5 +1,4 @@
-"""GLM-4-0414 and GLM-Z1: GLM whose sublayers' outputs are normed too before they join the residual
-stream.
+"""GLM-4-0414, GLM-Z1 and GLM-4.1V: GLM whose sublayers' outputs are normed before they are added.
 
 `post_attention_layernorm` is the norm before the MLP, as in GLM; `post_self_attn_layernorm` is the
 one after attention.
@@ -31,3 +30,9 @@ class Glm4Backbone(Backbone):
     """The GLM backbone with sandwich norms."""
 
     layer_class = Glm4DecoderLayer
+
+
+class Glm4vBackbone(Glm4Backbone):
+    """The language model of a GLM-4.1V: positions [3, T] and features come with the step."""
+
+    prefix = "model.language_model"

@@ -15,8 +15,7 @@ from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.checkpoint.weights import load_weights
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.glm import Backbone
-from glm_batch.models.network.glm4 import Glm4Backbone
-from glm_batch.models.network.glm4v import Glm4vBackbone
+from glm_batch.models.network.glm4 import Glm4Backbone, Glm4vBackbone
 from glm_batch.models.network.heads import CausalLMHead, ClassificationHead, ShardedLMHead
 from glm_batch.models.network.layers.attention import Attend
 from glm_batch.models.network.layers.attention_grouped import attend_grouped

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from glm_batch.models.byte_cache import ByteCache
+from glm_batch.models.checkpoint.media_config import Normalization
 from glm_batch.models.checkpoint.model_config import VisionConfig
-from glm_batch.models.checkpoint.normalization import Normalization
 from glm_batch.models.checkpoint.weights import Targets
 from glm_batch.models.network.layers.linear import GatedLinear, Linear
 from glm_batch.models.network.layers.norm import RMSNorm

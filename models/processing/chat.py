@@ -23,9 +23,10 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from glm_batch.models.checkpoint.config_reader import read_json
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.messages import Message, check_messages, plain_value
-from glm_batch.models.processing.tokenizer import Tokenizer, read_json
+from glm_batch.models.processing.tokenizer import Tokenizer
 
 ThinkingForm = Literal["none", "open", "tags", "switch"]
 
@@ -463,7 +464,7 @@ def _read_templates(folder: Path) -> tuple[str, str | None, Path]:
         return file.read_text(encoding="utf-8"), None, file
     for name in ("tokenizer_config.json", "chat_template.json"):
         file = folder / name
-        found = read_json(file).get("chat_template")
+        found = read_json(file, optional=True).get("chat_template")
         if isinstance(found, str):
             return found, None, file
         if isinstance(found, list):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.errors import RowError
 
 Message = Mapping[str, Any]

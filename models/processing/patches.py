@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from glm_batch.models.checkpoint.media_config import NUM_CHANNELS, ImageProcessorConfig, Resampling
-from glm_batch.models.checkpoint.normalization import MediaKind
-from glm_batch.models.engine.api.request import MediaItem
+from glm_batch.models.checkpoint.media_config import (
+    NUM_CHANNELS,
+    ImageProcessorConfig,
+    MediaKind,
+    Resampling,
+)
 from glm_batch.models.processing.budget import Grid
 
 if TYPE_CHECKING:
@@ -28,6 +31,45 @@ if TYPE_CHECKING:
 Frame = npt.NDArray[np.uint8]  # [height, width, 3]
 # a file's bytes, or the file itself, opened for reading and seekable
 Encoded = bytes | memoryview | BinaryIO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MediaItem:
+    """One image or video, cut into patches but not yet normalised.
+
+    `grid_thw` counts frames (1 for an image, the temporal groups of a video), rows and columns of
+    patches. `patches` are uint8 [t * h * w, values] in storage order: an image's hold its frame
+    once [channels * patch * patch], a video's the frames of the group [channels *
+    temporal_patch_size * patch * patch]. Items with equal kind, grid and `digest` are taken for the
+    same.
+    """
+
+    kind: MediaKind
+    patches: npt.NDArray[np.uint8]
+    grid_thw: tuple[int, int, int]
+    digest: bytes
+
+    @property
+    def key(self) -> tuple[str, tuple[int, int, int], bytes]:
+        """What tells items apart."""
+        return self.kind, self.grid_thw, self.digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Media:
+    """What a prompt shows. The images stand in the order of their placeholders, and so do the
+    videos.
+
+    `positions` int64 [3, tokens] are the prompt's rotary positions along time, height and width.
+    """
+
+    items: tuple[MediaItem, ...]
+    positions: npt.NDArray[np.int64]
+
+    @property
+    def rope_delta(self) -> int:
+        """The first generated token stands at position (number of prompt tokens) + rope_delta."""
+        return int(self.positions.max()) + 1 - len(self.positions[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

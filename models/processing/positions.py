@@ -1,8 +1,6 @@
-"""Where media stands in a prompt: placeholders expanded to tokens, their types, and three-axis
-positions.
+"""Where media stand in a prompt: placeholders expanded, token types, and three-axis positions.
 
-Works on token ids, sizes and timestamps alone; equal to the published GLM-4.1V processor and model.
-Knows nothing of pixels, templates, batches or torch.
+Works on token ids, sizes and timestamps; equal to the published GLM-4.1V processor and model.
 """
 
 from __future__ import annotations
@@ -10,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from glm_batch.models.checkpoint.model_config import MediaTokens
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.budget import Grid, num_media_tokens
 from glm_batch.models.processing.tokenizer import Tokenizer
@@ -22,34 +20,24 @@ from glm_batch.models.processing.tokenizer import Tokenizer
 TEXT, IMAGE, VIDEO = 0, 1, 2  # the values of mm_token_type_ids
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaTokens:
-    """The ids that mark media in a prompt. `image` also stands for each token of a video's frames."""
-
-    image: int
-    video: int
-    image_start: int
-    image_end: int
-    video_start: int
-    video_end: int
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Tokenizer) -> Self:
-        """Raises ConfigError when the tokenizer lacks one of them: it belongs to a text model."""
-        strings = {
-            "image": "<|image|>",
-            "video": "<|video|>",
-            "image_start": "<|begin_of_image|>",
-            "image_end": "<|end_of_image|>",
-            "video_start": "<|begin_of_video|>",
-            "video_end": "<|end_of_video|>",
-        }
-        missing = sorted(set(strings.values()) - tokenizer.control_tokens)
-        if missing:
-            raise ConfigError(
-                f"tokenizer.json has no {', '.join(missing)}; images and videos need a GLM-4.1V model"
-            )
-        return cls(**{name: tokenizer.encode_control(text)[0] for name, text in strings.items()})
+def tokenizer_media_tokens(tokenizer: Tokenizer) -> MediaTokens:
+    """The ids as the tokenizer has them. Raises ConfigError when it lacks one: it reads text alone."""
+    strings = {
+        "image": "<|image|>",
+        "video": "<|video|>",
+        "image_start": "<|begin_of_image|>",
+        "image_end": "<|end_of_image|>",
+        "video_start": "<|begin_of_video|>",
+        "video_end": "<|end_of_video|>",
+    }
+    missing = sorted(set(strings.values()) - tokenizer.control_tokens)
+    if missing:
+        raise ConfigError(
+            f"tokenizer.json has no {', '.join(missing)}; images and videos need a GLM-4.1V model"
+        )
+    return MediaTokens(
+        **{name: tokenizer.encode_control(text)[0] for name, text in strings.items()}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,19 +13,18 @@ from typing import Any
 
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
-from glm_batch.models.checkpoint.model_config import ModelConfig, VisionConfig
-from glm_batch.models.engine.api.request import Media
+from glm_batch.models.checkpoint.model_config import MediaTokens, ModelConfig, VisionConfig
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.budget import num_media_tokens
 from glm_batch.models.processing.chat import Chat
 from glm_batch.models.processing.messages import MediaPart, Message, media_parts
-from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.models.processing.patches import Media, MediaPatches
 from glm_batch.models.processing.positions import (
-    MediaTokens,
     VideoSpan,
     expand_placeholders,
     media_token_types,
     rope_positions,
+    tokenizer_media_tokens,
 )
 from glm_batch.models.processing.tokenizer import Tokenizer
 from glm_batch.models.processing.tool_messages import ToolForm, in_form, tool_form, uses_tools
@@ -187,7 +186,7 @@ class MediaPrompts:
             raise ConfigError(
                 f"{model_dir}: {config.architecture} reads text alone; images and videos need a GLM-4.1V checkpoint"
             )
-        tokens = MediaTokens.from_tokenizer(tokenizer)
+        tokens = tokenizer_media_tokens(tokenizer)
         _check_ids(model_dir, config, tokens)
         image, video = (
             ImageProcessorConfig.from_dir(model_dir),
@@ -235,7 +234,7 @@ class MediaPrompts:
 def _check_ids(model_dir: str, config: ModelConfig, tokens: MediaTokens) -> None:
     for field in fields(tokens):
         name = f"{field.name}_token_id"
-        wanted, found = getattr(config.media_tokens, name), getattr(tokens, field.name)
+        wanted, found = getattr(config.media_tokens, field.name), getattr(tokens, field.name)
         if wanted != found:
             raise ConfigError(
                 f"{Path(model_dir) / 'config.json'}: {name} is {wanted}, in tokenizer.json that token is {found}; "

@@ -8,34 +8,14 @@ engines.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
+from glm_batch.models.checkpoint.config_reader import read_json
 from glm_batch.models.errors import ConfigError, RowError
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, or {} when there is no such file. Raises ConfigError for anything
-    else in it.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: it cannot be read as JSON ({error}); restore the file"
-        ) from error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path}: a JSON object was expected, found {type(value).__name__}; restore the file"
-        )
-    return value
 
 
 class Tokenizer:
@@ -169,13 +149,14 @@ class Tokenizer:
         """Ids of "eos_token" or "pad_token" from the first of the checkpoint's files that names
         one.
         """
-        config = read_json(folder / "config.json")
+        config = read_json(folder / "config.json", optional=True)
         nested = config.get("text_config")
-        for owner in (read_json(folder / "generation_config.json"), config, nested or {}):
+        generation = read_json(folder / "generation_config.json", optional=True)
+        for owner in (generation, config, nested or {}):
             value = owner.get(f"{name}_id")
             if value is not None:
                 return list(value) if isinstance(value, list) else [value]
-        token = read_json(folder / "tokenizer_config.json").get(name)
+        token = read_json(folder / "tokenizer_config.json", optional=True).get(name)
         content = token.get("content") if isinstance(token, dict) else token
         if content is None:
             return []

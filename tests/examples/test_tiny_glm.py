@@ -35,7 +35,7 @@ from glm_batch.models.engine.llm import LLM
 from glm_batch.models.processing.chat import Chat
 from glm_batch.models.processing.images import ImageProcessor
 from glm_batch.models.processing.patches import MediaPatches
-from glm_batch.models.processing.positions import MediaTokens
+from glm_batch.models.processing.positions import tokenizer_media_tokens
 from glm_batch.models.processing.video import VideoProcessor
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "tiny_glm"
@@ -153,7 +153,7 @@ def test_engine_and_transformers_agree_on_pictures_and_clips(encoder: ChatEncode
 
 
 def test_config_names_the_media_tokens_of_the_tokenizer(encoder: ChatEncoder) -> None:
-    tokens = MediaTokens.from_tokenizer(Chat.from_dir(str(CHECKPOINT)).tokenizer)
+    tokens = tokenizer_media_tokens(Chat.from_dir(str(CHECKPOINT)).tokenizer)
     assert tokens == media_tokens(encoder)
     config = json.loads((CHECKPOINT / "config.json").read_text())
     assert config["model_type"] == "glm4v"

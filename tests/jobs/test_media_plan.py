@@ -20,8 +20,7 @@ from glm_batch.jobs.plans.media_plan import (
     smaller_budgets,
 )
 from glm_batch.models.checkpoint.config_reader import load_config
-from glm_batch.models.engine.api.request import Media, MediaItem
-from glm_batch.models.processing.patches import MediaPatches
+from glm_batch.models.processing.patches import Media, MediaItem, MediaPatches
 from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.job import Job, PreprocessSection, TaskConfig
 from tests.models.media_cases import IDS, IMAGE, TEXT, VISION

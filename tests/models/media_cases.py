@@ -19,8 +19,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from glm_batch.models.checkpoint.normalization import Normalization
-from glm_batch.models.engine.api.request import Media, MediaItem
+from glm_batch.models.checkpoint.media_config import Normalization
+from glm_batch.models.processing.patches import Media, MediaItem
 from tests.models.conftest import VOCAB_SIZE, save_checkpoint
 
 IMAGE, VIDEO, IMAGE_START, IMAGE_END, VIDEO_START, VIDEO_END = range(300, 306)

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from glm_batch.models.byte_cache import ByteCache
-from glm_batch.models.checkpoint.normalization import MediaKind
-from glm_batch.models.engine.api.request import MediaItem
+from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.engine.scheduling.step_size import is_out_of_memory
 from glm_batch.models.network.vision import Grid, VisionTower
+from glm_batch.models.processing.patches import MediaItem
 
 # of one forward pass of the tower; a single frame may have more
 ENCODE_PATCHES = {"cpu": 4096, "cuda": 32768}

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from glm_batch.models import rooms
-from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.engine.api.interface import EngineConfig
-from glm_batch.models.engine.api.request import MediaItem
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.engine.execution.media_encoder import Key, MediaEncoder
 from glm_batch.models.engine.execution.runner import StepOutput, TorchRunner
@@ -34,6 +33,7 @@ from glm_batch.models.errors import EngineError
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup, TorchGroup, dealt
 from glm_batch.models.network.registry import build_model
 from glm_batch.models.network.vision import VisionTower
+from glm_batch.models.processing.patches import MediaItem
 
 
 def build_runner(config: EngineConfig, group: ParallelGroup = SINGLE) -> tuple[TorchRunner, Limits]:

@@ -15,10 +15,10 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.checkpoint.model_config import MediaTokens, VisionConfig
-from glm_batch.models.checkpoint.normalization import MediaKind
-from glm_batch.models.engine.api.request import Media, MediaItem
 from glm_batch.models.errors import RowError
+from glm_batch.models.processing.patches import Media, MediaItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +93,11 @@ def _placeholders(prompt: Sequence[int], tokens: MediaTokens) -> dict[str, list[
     found: dict[str, list[int]] = {"image": [], "video": []}
     kind: MediaKind = "image"
     for index, token in enumerate(prompt):
-        if token == tokens.image_token_id:
+        if token == tokens.image:
             found[kind].append(index)
-        elif token == tokens.video_start_token_id:
+        elif token == tokens.video_start:
             kind = "video"
-        elif token == tokens.video_end_token_id:
+        elif token == tokens.video_end:
             kind = "image"
     return found
 

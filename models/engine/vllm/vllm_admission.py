@@ -96,6 +96,6 @@ def place_media(request: Request, prompt: list[int], model: ModelConfig) -> Plac
             "unsupported_media",
             f"the prompt shows media; the checkpoint, a {model.architecture}, reads text",
         )
-    if request.media is None and model.media_tokens.image_token_id not in prompt:
+    if request.media is None and model.media_tokens.image not in prompt:
         return None
     return place(request.media, prompt, model.media_tokens, model.vision)

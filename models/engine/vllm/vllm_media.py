@@ -22,13 +22,12 @@ from vllm.multimodal.inputs import (
 from glm_batch.models.checkpoint.media_config import (
     NUM_CHANNELS,
     ImageProcessorConfig,
+    MediaKind,
     VideoProcessorConfig,
 )
 from glm_batch.models.checkpoint.model_config import VisionConfig
-from glm_batch.models.checkpoint.normalization import MediaKind
-from glm_batch.models.engine.api.request import MediaItem
 from glm_batch.models.engine.scheduling.placeholders import PlacedMedia, Span
-from glm_batch.models.processing.patches import pixel_values
+from glm_batch.models.processing.patches import MediaItem, pixel_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

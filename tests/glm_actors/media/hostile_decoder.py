@@ -13,7 +13,7 @@ import numpy as np
 
 from glm_batch.glm_actors.faults import child
 from glm_batch.glm_actors.media import decoder
-from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.patches import Encoded, MediaPatches, as_file
 

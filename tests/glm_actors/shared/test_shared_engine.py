@@ -30,17 +30,10 @@ from glm_batch.glm_actors.shared.shared_model import (
 )
 from glm_batch.glm_actors.units.model_actor import ModelActor, UnitJournal
 from glm_batch.models.engine.api.interface import EngineConfig
-from glm_batch.models.engine.api.request import (
-    BATCH,
-    Choose,
-    Completion,
-    Embed,
-    Media,
-    MediaItem,
-    Request,
-)
+from glm_batch.models.engine.api.request import BATCH, Choose, Completion, Embed, Request
 from glm_batch.models.engine.echo import EchoEngine
 from glm_batch.models.errors import ConfigError, EngineError
+from glm_batch.models.processing.patches import Media, MediaItem
 
 IDENTITY = ModelIdentity(
     checkpoint="c", kind="torch", dtype="float32", max_model_len="auto", version="1.0"

@@ -17,7 +17,7 @@ from glm_batch.glm_actors.units.batches import (
     to_requests,
     with_completions,
 )
-from glm_batch.models.checkpoint.normalization import MediaKind
+from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.engine.api.request import (
     Choose,
     Classify,
@@ -26,8 +26,6 @@ from glm_batch.models.engine.api.request import (
     Embed,
     Generate,
     Inspect,
-    Media,
-    MediaItem,
     Output,
     PromptScores,
     Request,
@@ -38,6 +36,7 @@ from glm_batch.models.engine.api.request import (
     Work,
 )
 from glm_batch.models.errors import RowError
+from glm_batch.models.processing.patches import Media, MediaItem
 
 WORKS: list[Work] = [
     Choose(choices=((1, 2), (3,)), count_end=True),

@@ -12,8 +12,9 @@ import pytest
 
 from glm_batch.glm_actors.units.batches import request_table, to_requests
 from glm_batch.glm_actors.units.row_worker import RowWorker
-from glm_batch.models.engine.api.request import Classify, Embed, Media, MediaItem, Request
+from glm_batch.models.engine.api.request import Classify, Embed, Request
 from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.processing.patches import Media, MediaItem
 
 
 class Doubling:

@@ -430,10 +430,7 @@ def test_glm4v_in_every_form(write_glm4v: WriteConfig, form: str) -> None:
     assert config.vision is not None
     assert config.media_tokens is not None
     assert (config.vision.depth, config.vision.grid_size, config.vision.rope_theta) == (24, 24, 1e4)
-    assert (config.media_tokens.image_token_id, config.media_tokens.video_end_token_id) == (
-        151343,
-        151342,
-    )
+    assert (config.media_tokens.image, config.media_tokens.video_end) == (151343, 151342)
     assert config.num_parameters == 10_292_777_472
     assert config.vision.num_parameters == 892_498_432
 
@@ -460,8 +457,8 @@ def test_glm4v_is_read_as_transformers_does(write_glm4v: WriteConfig, form: str)
     ):
         assert getattr(ours.vision, name) == getattr(theirs.vision_config, name), name
     assert theirs.text_config.rope_parameters["partial_rotary_factor"] == 0.5
-    for name in ("image_token_id", "video_start_token_id"):
-        assert getattr(ours.media_tokens, name) == getattr(theirs, name), name
+    for name in ("image", "video_start"):
+        assert getattr(ours.media_tokens, name) == getattr(theirs, f"{name}_token_id"), name
 
 
 def test_glm4v_always_has_biases_and_no_head_dim_of_its_own(write_glm4v: WriteConfig) -> None:

@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from glm_batch import models
-from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
-from glm_batch.models.checkpoint.normalization import Normalization
+from glm_batch.models.checkpoint.media_config import (
+    ImageProcessorConfig,
+    Normalization,
+    VideoProcessorConfig,
+)
 from glm_batch.models.engine import Classify, Completion, Inspect, Request
 from glm_batch.models.engine.llm import LLM
 from glm_batch.models.errors import ConfigError

@@ -17,14 +17,15 @@ from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.video_utils import VideoMetadata
 
 from glm_batch.models.checkpoint.media_config import VideoProcessorConfig
+from glm_batch.models.checkpoint.model_config import MediaTokens
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.budget import Grid, sample_frames
 from glm_batch.models.processing.positions import (
-    MediaTokens,
     VideoSpan,
     expand_placeholders,
     media_token_types,
     rope_positions,
+    tokenizer_media_tokens,
 )
 from glm_batch.models.processing.tokenizer import Tokenizer
 from tests.models.processing.conftest import build_tokenizer
@@ -44,7 +45,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer: Tokenizer) -> MediaTokens:
-    return MediaTokens.from_tokenizer(tokenizer)
+    return tokenizer_media_tokens(tokenizer)
 
 
 def expand(
@@ -52,7 +53,7 @@ def expand(
 ) -> list[int]:
     return expand_placeholders(
         tokenizer.encode_control(text),
-        tokens=MediaTokens.from_tokenizer(tokenizer),
+        tokens=tokenizer_media_tokens(tokenizer),
         merge_size=2,
         images=images,
         videos=videos,
@@ -265,4 +266,4 @@ def test_an_empty_prompt() -> None:
 
 def test_a_text_models_tokenizer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"<\|image\|>, <\|video\|>"):
-        MediaTokens.from_tokenizer(Tokenizer(build_tokenizer()))
+        tokenizer_media_tokens(Tokenizer(build_tokenizer()))

@@ -295,7 +295,7 @@ def test_vocab_size_counts_added_tokens(tokenizer: Tokenizer, folder: Path) -> N
         ({}, "no such file"),
         ({"tokenizer.json": "{"}, "does not describe a tokenizer"),
         ({"tokenizer.json": '{"model": {"type": "None"}}'}, "does not describe a tokenizer"),
-        ({"tokenizer.json": None, "config.json": "[1]"}, "a JSON object was expected"),
+        ({"tokenizer.json": None, "config.json": "[1]"}, "expected a JSON object"),
         ({"tokenizer.json": None, "generation_config.json": "{,"}, "cannot be read as JSON"),
         (
             {"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<eos>"}'},
