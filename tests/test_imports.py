@@ -56,6 +56,7 @@ TORCH_FREE = [
     "glm_batch.models",
     "glm_batch.models.checkpoint.model_config",
     "glm_batch.models.checkpoint.config_reader",
+    "glm_batch.models.checkpoint.headers",
     "glm_batch.models.checkpoint.media_config",
     "glm_batch.models.checkpoint.media_config",
     "glm_batch.models.engine",

@@ -6,7 +6,6 @@ nothing of YAML, and loads no weights.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from glm_batch.jobs.files.job_file import job_keys
 from glm_batch.jobs.files.sections import Place, Problem
 from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
+from glm_batch.models.checkpoint.headers import check_weights
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.errors import ConfigError
@@ -412,7 +412,10 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
             _of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text")
         )
     if job.engine.kind != "echo":
-        problems += [_of_model(text) for text in weight_problems(path)]
+        try:
+            check_weights(path, quantised=job.engine.kind == "vllm")
+        except ConfigError as error:
+            problems.append(_of_model(str(error)))
     return config, problems
 
 
@@ -517,53 +520,6 @@ def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:
         and job.task.gold is not None
     ):
         yield f"{file}: a regression has no right and wrong, so that accuracy cannot be told; remove task.gold"
-
-
-def weight_problems(path: Path) -> Iterator[str]:
-    """What is wrong with the weight files: absent, pickled, missing shards, cut short. Reads their
-    headers only.
-    """
-    index = path / "model.safetensors.index.json"
-    names = sorted(file.name for file in path.glob("*.safetensors"))
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
-            yield f"{index}: not a weight index ({error}); copy it again"
-            return
-    pickled = sorted(
-        file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)
-    )
-    if not names and pickled:
-        yield (
-            f"{path / pickled[0]}: pickled weights are refused, because loading them can run code; "
-            "convert the checkpoint to safetensors"
-        )
-    elif not names:
-        yield f"{path}: no *.safetensors file there; the checkpoint has no weights"
-    for name in names:
-        yield from _shard_problems(path / name)
-
-
-def _shard_problems(path: Path) -> Iterator[str]:
-    """A safetensors file: 8 bytes of header length, a JSON header with byte ranges, the data."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(length) if 0 < length <= size - 8 else b"")
-            end = max(
-                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            )
-    except FileNotFoundError:
-        yield f"{path} is named in the weight index but missing; copy it again"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        yield f"{path}: not a safetensors file, or cut short in its header; copy it again"
-    else:
-        if 8 + length + end != size:
-            yield f"{path} has {size} bytes where its header says {8 + length + end}: it is incomplete; copy it again"
 
 
 def _of_model(message: str) -> Problem:

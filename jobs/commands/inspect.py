@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glm_batch.jobs.checks.checks import weight_problems
 from glm_batch.models.checkpoint.config_reader import resolve
+from glm_batch.models.checkpoint.headers import check_weights
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.processing.chat import Chat
 from glm_batch.models.processing.tokenizer import Tokenizer
@@ -39,9 +39,7 @@ def inspect(model_dir: str) -> None:
     for line in [*config_lines(path), *tokenizer_lines(path), *weight_lines(path)]:
         table.add_row(*map(Text, line))
     Console(highlight=False).print(table)
-    problems = list(weight_problems(path))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    check_weights(path)
 
 
 def config_lines(path: Path) -> Iterator[Line]:

@@ -17,9 +17,9 @@ from glm_batch.glm_actors.media.media_source import endpoints
 from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import deployment_name
-from glm_batch.jobs.checks.checks import weight_problems
 from glm_batch.jobs.files.sections import Place, Problem, load_sections
 from glm_batch.models.checkpoint.config_reader import load_config
+from glm_batch.models.checkpoint.headers import check_weights
 from glm_batch.models.engine.vllm.vllm_limits import check_installed, checkpoint_problem
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.layers.parallel import check_parts
@@ -165,7 +165,10 @@ def _model_problems(name: str, model: ServedModel, caps: RequestLimits) -> Itera
         message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
         yield Problem(key=f"models.{name}.engine.max_model_len", message=message)
     if model.engine.kind != "echo":
-        yield from (Problem(key=key, message=text) for text in weight_problems(path))
+        try:
+            check_weights(path, quantised=model.engine.kind == "vllm")
+        except ConfigError as error:
+            yield Problem(key=key, message=str(error))
 
 
 def _port_problems(settings: ServeSettings) -> Iterator[Problem]:

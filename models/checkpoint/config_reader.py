@@ -7,11 +7,11 @@ torch, weights or tokenizers.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from glm_batch.models.checkpoint.directory import read_json, refuse_others
 from glm_batch.models.checkpoint.model_config import (
     Family,
     Head,
@@ -94,6 +94,10 @@ ROOT = (
     "problem_type",
     *(name for name in GLM4V_DEFAULTS if name.startswith(("image_", "video_"))),
 )  # at the root alone
+REMOTE_CODE = (
+    ". This is the layout for remote code; use its sibling whose name ends in -hf, such as "
+    "glm-4-9b-chat-hf"
+)
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_PARTIAL_ROTARY_FACTOR = 0.5
 GLM4V_PARTIAL_ROTARY_FACTOR = 1.0  # the published class's; real checkpoints state 0.5
@@ -140,34 +144,13 @@ def resolve(model_dir: str | Path) -> list[Resolved]:
     ]
 
 
-def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """The JSON object in a file of the checkpoint, {} for an optional one that is not there.
-
-    Raises ConfigError when it is missing or holds anything else.
-    """
-    if optional and not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; the model must be a checkpoint directory with a {path.name}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error}); restore the file") from error
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"{path}: expected a JSON object, found {type(data).__name__}; restore the file"
-        )
-    return data
-
-
 class _Resolver:
     """Looks keys up in the order that the checkpoint formats give them and notes where each was
     found.
     """
 
     def __init__(self, model_dir: Path) -> None:
+        refuse_others(model_dir)
         self.path = model_dir / "config.json"
         self.raw = read_json(self.path)
         self.text = self._section("text_config") or self.raw
@@ -232,6 +215,8 @@ class _Resolver:
             raise ConfigError(
                 f"{self.path}: architecture {name!r} (model_type {model_type!r}) is not supported; "
                 f"supported: {', '.join(ARCHITECTURES)}"
+                + REMOTE_CODE
+                * ("auto_map" in self.raw or model_type == "chatglm")
             )
         family, head = ARCHITECTURES[name]
         for key in ("architecture", "family", "head"):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from glm_batch.models.checkpoint.config_reader import read_json
+from glm_batch.models.checkpoint.directory import read_json
 from glm_batch.models.errors import ConfigError
 
 MediaKind = Literal["image", "video"]

@@ -1,11 +1,11 @@
-"""ModelConfig: what defines one network, as frozen data.
+"""ModelConfig: what defines one network, as frozen data, and what follows from it.
 
-Owns names, types and what follows from them (parameter counts, the longest context). Reading them
-from a checkpoint's files is the business of models.checkpoint.config_reader.
+That are the tensors which a checkpoint stores, parameter counts, and the longest context.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,13 +70,41 @@ class VisionConfig:
 
     @property
     def num_parameters(self) -> int:
-        hidden, out = self.hidden_size, self.out_hidden_size
-        embeddings = (self.temporal_patch_size * self.frame_values + 1 + self.grid_size**2) * hidden
-        attention = 4 * hidden * hidden + (3 * hidden if self.attention_bias else 0)
-        block = attention + 3 * hidden * out + 2 * hidden
-        downsample = out * hidden * self.spatial_merge_size**2 + out
-        merger = out * out + 2 * out + 3 * out * self.intermediate_size
-        return embeddings + self.depth * block + 2 * hidden + downsample + merger
+        return sum(map(math.prod, self.tensor_shapes("").values()))
+
+    def tensor_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """What a checkpoint stores of the tower, whose names begin with `name`."""
+        hidden, out, merge = self.hidden_size, self.out_hidden_size, self.spatial_merge_size
+        patch = (self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size)
+        shapes: dict[str, tuple[int, ...]] = {
+            "embeddings.position_embedding.weight": (self.grid_size**2, hidden),
+            "patch_embed.proj.weight": (hidden, *patch),
+            "patch_embed.proj.bias": (hidden,),
+            "post_conv_layernorm.weight": (hidden,),
+            "post_layernorm.weight": (hidden,),
+            "downsample.weight": (out, hidden, merge, merge),
+            "downsample.bias": (out,),
+            "merger.proj.weight": (out, out),
+            "merger.post_projection_norm.weight": (out,),
+            "merger.post_projection_norm.bias": (out,),
+            "merger.gate_proj.weight": (self.intermediate_size, out),
+            "merger.up_proj.weight": (self.intermediate_size, out),
+            "merger.down_proj.weight": (out, self.intermediate_size),
+        }
+        for i in range(self.depth):
+            block = f"blocks.{i}"
+            shapes |= {
+                f"{block}.norm1.weight": (hidden,),
+                f"{block}.norm2.weight": (hidden,),
+                f"{block}.attn.qkv.weight": (3 * hidden, hidden),
+                f"{block}.attn.proj.weight": (hidden, hidden),
+                f"{block}.mlp.gate_proj.weight": (out, hidden),
+                f"{block}.mlp.up_proj.weight": (out, hidden),
+                f"{block}.mlp.down_proj.weight": (hidden, out),
+            }
+            if self.attention_bias:
+                shapes[f"{block}.attn.qkv.bias"] = (3 * hidden,)
+        return {f"{name}{part}": shape for part, shape in shapes.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,20 +175,41 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Weights of the whole network, the head included."""
-        hidden, heads, kv_heads = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.num_key_value_heads,
-        )
-        qkv = (heads + 2 * kv_heads) * self.head_dim
-        attention = (
-            qkv * hidden + heads * self.head_dim * hidden + (qkv if self.attention_bias else 0)
-        )
-        norms = (2 if self.family == "glm" else 4) * hidden
-        layer = attention + 3 * hidden * self.intermediate_size + norms
-        total = self.num_hidden_layers * layer + self.vocab_size * hidden + hidden
-        total += self.vision.num_parameters if self.vision else 0
-        if self.head == "causal_lm":
-            return total + (0 if self.tie_word_embeddings else self.vocab_size * hidden)
-        bias = self.head == "token_classification" and self.token_classification_bias
-        return total + self.num_labels * hidden + (self.num_labels if bias else 0)
+        return sum(map(math.prod, self.tensor_shapes().values()))
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that a checkpoint stores for the network, by name, with their shapes.
+
+        The networks' own targets are these, which a test compares; here no torch is needed.
+        """
+        hidden, inner = self.hidden_size, self.intermediate_size
+        rows = {
+            "q_proj": self.num_attention_heads * self.head_dim,
+            "k_proj": self.num_key_value_heads * self.head_dim,
+            "v_proj": self.num_key_value_heads * self.head_dim,
+        }
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if self.family != "glm":
+            norms += ["post_self_attn_layernorm", "post_mlp_layernorm"]
+        prefix = "model.language_model" if self.family == "glm4v" else "model"
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{prefix}.embed_tokens.weight": (self.vocab_size, hidden),
+            f"{prefix}.norm.weight": (hidden,),
+        }
+        for i in range(self.num_hidden_layers):
+            layer = f"{prefix}.layers.{i}"
+            shapes |= {f"{layer}.{norm}.weight": (hidden,) for norm in norms}
+            for name, count in rows.items():
+                shapes[f"{layer}.self_attn.{name}.weight"] = (count, hidden)
+                if self.attention_bias:
+                    shapes[f"{layer}.self_attn.{name}.bias"] = (count,)
+            shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, rows["q_proj"])
+            shapes[f"{layer}.mlp.gate_up_proj.weight"] = (2 * inner, hidden)
+            shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
+        if self.head != "causal_lm":
+            shapes["score.weight"] = (self.num_labels, hidden)
+            if self.head == "token_classification" and self.token_classification_bias:
+                shapes["score.bias"] = (self.num_labels,)
+        elif not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        return shapes | (self.vision.tensor_shapes("model.visual.") if self.vision else {})

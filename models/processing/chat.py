@@ -23,7 +23,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from glm_batch.models.checkpoint.config_reader import read_json
+from glm_batch.models.checkpoint.directory import read_json
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.messages import Message, check_messages, plain_value
 from glm_batch.models.processing.tokenizer import Tokenizer

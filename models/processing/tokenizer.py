@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
-from glm_batch.models.checkpoint.config_reader import read_json
+from glm_batch.models.checkpoint.directory import read_json
 from glm_batch.models.errors import ConfigError, RowError
 
 

@@ -21,6 +21,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from glm_batch.models.checkpoint.config_reader import load_config
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -105,8 +107,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = root / "model"
     model.mkdir()
     save_tokenizer(train_tokenizer(["a b c"], 260), model, 128)
-    save_file({"model.norm.weight": np.ones(8, np.float32)}, model / "model.safetensors")
     (model / "config.json").write_text(json.dumps(MODEL_CONFIG))
+    shapes = load_config(model).tensor_shapes()
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, model / "model.safetensors")
     data = root / "data"
     data.mkdir()
     texts = ["hello", "world", None, "", "x" * 500]

@@ -267,17 +267,17 @@ def test_an_override_of_a_text_needs_no_quotes(
 def test_weights_only_as_pickle_are_refused_with_the_reason(work: Any) -> None:
     Path("model/model.safetensors").rename("model/pytorch_model.bin")
     message = refusal(work, top(engine={"kind": "torch"}))
-    assert "model/pytorch_model.bin: pickled weights are refused" in message
+    assert "model: pickled weights (pytorch_model.bin), which are refused" in message
     assert "convert the checkpoint to safetensors" in message
 
 
 @pytest.mark.parametrize(
     ("cut", "said"),
     [
-        (lambda data: data[:-3], "it is incomplete; copy it again"),
-        (lambda data: data[:20], "cut short in its header"),
-        (lambda data: b"", "not a safetensors file"),
-        (lambda data: b"\xff" * 64, "not a safetensors file"),
+        (lambda data: data[:-3], "not a readable safetensors file"),
+        (lambda data: data[:20], "not a readable safetensors file"),
+        (lambda data: b"", "not a readable safetensors file"),
+        (lambda data: b"\xff" * 64, "not a readable safetensors file"),
     ],
 )
 def test_broken_weights_are_noticed_by_their_headers(
@@ -295,7 +295,7 @@ def test_a_missing_shard_is_named(work: Any) -> None:
     Path("model/model.safetensors").rename("model/model-1.safetensors")
     Path("model/model.safetensors.index.json").write_text(json.dumps(index))
     message = refusal(work, top(engine={"kind": "torch"}))
-    assert "model/model-2.safetensors is named in the weight index but missing" in message
+    assert "names the shard 'model-2.safetensors', which is not in model; copy it there" in message
 
 
 @pytest.mark.parametrize(

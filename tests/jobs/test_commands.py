@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from glm_batch.jobs.__main__ import EXIT_BAD_CONFIG, EXIT_OK, EXIT_ROW_ERRORS
 
@@ -71,11 +72,33 @@ def test_label_status_and_a_rerun(work: Any) -> None:
 
 def test_what_a_worker_refuses_is_told_without_its_traceback(work: Any) -> None:
     """Ray's wrapper once put a page of frames in front of the reason."""
+    weights = Path("model/model.safetensors")
+    tensors = load_file(weights)
+    save_file(tensors | {"lm_head.weight": 2 * tensors["lm_head.weight"]}, weights)
+    work.write_config(tie_word_embeddings=True)
     done = work.run("label", work.write_job().name, "--set", "engine.kind=torch")
     assert done.code == EXIT_BAD_CONFIG, done.err
     assert "Traceback" not in done.err
-    assert "model: the tensors do not fit config.json (missing: " in done.err
+    assert "tensor lm_head.weight differs from the one that config.json ties it to" in done.err
     assert len(done.err.splitlines()) < 8
+
+
+def test_unfit_weights_are_refused_before_anything_starts(work: Any) -> None:
+    """They once were when the engine loaded, and an output lay there already."""
+    weights = Path("model/model.safetensors")
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.down_proj.qweight"] = tensors.pop(
+        "model.layers.0.mlp.down_proj.weight"
+    )
+    save_file(tensors, weights)
+    job = work.write_job().name
+    for arguments in (["label", job], ["plan", job], ["inspect", "model"]):
+        chosen = [] if arguments[0] == "inspect" else ["--set", "engine.kind=torch"]
+        done = work.run(*arguments, *chosen)
+        assert done.code == EXIT_BAD_CONFIG, done.err
+        assert "a quantised checkpoint (GPTQ or AWQ)" in done.err
+        assert "starting the workers" not in done.err
+    assert not Path("out").exists()
 
 
 def read(part: str) -> list[dict[str, Any]]:

@@ -135,9 +135,7 @@ def test_pickled_weights_are_refused(make_checkpoint: MakeCheckpoint, tmp_path: 
     (path / "model.safetensors").unlink()
     assert_refused(path, f"{path}: no model.safetensors and no model.safetensors.index.json")
     (path / "pytorch_model.bin").write_bytes(b"")
-    assert_refused(
-        path, f"{path}: holds pytorch_model.bin", "pickled weights can run code", "convert"
-    )
+    assert_refused(path, f"{path}: pickled weights (pytorch_model.bin)", "can run code", "convert")
 
 
 @pytest.fixture
