@@ -29,8 +29,9 @@ from glm_batch.jobs.files.job_file import load_job
 from glm_batch.models.errors import RowError
 from glm_batch.pipelines.cluster.cluster import cluster, job_workers
 from glm_batch.pipelines.graph.steps import committed_table
-from glm_batch.pipelines.output.commit import CommitRecord, Output
+from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import own
+from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.runs.pipeline import engine_config, job_graph, unit_steps
 from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.tasks.rows import UNIT, TaskSpec, count_rows

@@ -29,7 +29,8 @@ from benchmarks.machine import describe
 from glm_batch.pipelines import Job
 from glm_batch.pipelines.job import EngineSection, TaskConfig
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.commit import CommitRecord, Output
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.planning.plan import Plan
 from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.runs.watch import Tally

@@ -23,6 +23,7 @@ from glm_batch.pipelines.job import Job, StorageSection
 from glm_batch.pipelines.metrics.counts import Summary
 from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import JOB, Output
+from glm_batch.pipelines.output.state import status_of, verify
 from glm_batch.pipelines.runs.watch import Stop
 
 SHOWN_PROBLEMS = 20
@@ -74,7 +75,7 @@ def status(path: str, *, verify: bool = False, endpoint_url: str | None = None) 
     console = Console(highlight=False)
     found = opened(path, endpoint_url)
     output = found.output
-    console.print(status_table(output.status(), found.path))
+    console.print(status_table(status_of(output), found.path))
     return not verify or verified(output, console)
 
 
@@ -82,7 +83,7 @@ def verified(output: Output, console: Console) -> bool:
     """Reads all committed parts and prints what is wrong with them."""
     parts = num_bytes = 0
     problems: list[str] = []
-    for part, problem in output.verify():
+    for part, problem in verify(output):
         parts, num_bytes = parts + 1, num_bytes + part.num_bytes
         problems += [problem] if problem else []
     for problem in problems[:SHOWN_PROBLEMS]:

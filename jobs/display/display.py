@@ -18,7 +18,7 @@ from rich.text import Text
 
 from glm_batch.pipelines.metrics.bottleneck import bottleneck
 from glm_batch.pipelines.metrics.counts import Counts, Phase, Progress, Summary
-from glm_batch.pipelines.output.commit import Status
+from glm_batch.pipelines.output.state import Status
 
 LOG_EVERY_S = 5.0
 BAR_WIDTH = 24

@@ -35,8 +35,9 @@ from glm_batch.pipelines.cron.versions import Versions, plans
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.job import Job, job_file
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.commit import PARTS, Output, unit_generation
+from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import Lease
+from glm_batch.pipelines.output.parts import PARTS, unit_generation
 from glm_batch.pipelines.planning.plan import (
     Identity,
     Plan,

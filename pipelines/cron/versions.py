@@ -25,7 +25,8 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.input.listing import is_remote
 from glm_batch.pipelines.job import StorageSection
 from glm_batch.pipelines.output import lease as leases
-from glm_batch.pipelines.output.commit import LEASE, MANIFEST, PLAN, PLAN_NAME, Output
+from glm_batch.pipelines.output.commit import LEASE, PLAN, PLAN_NAME, Output
+from glm_batch.pipelines.output.manifest import MANIFEST
 from glm_batch.pipelines.planning.plan import Plan
 from glm_batch.pipelines.storage.crash_points import reach
 from glm_batch.pipelines.storage.storage import TEMPORARY, Store, check_store, open_store

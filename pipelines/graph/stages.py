@@ -26,7 +26,7 @@ from glm_batch.pipelines.cluster.shares import Workers
 from glm_batch.pipelines.graph.dispatch import ByAffinity
 from glm_batch.pipelines.graph.steps import committed_records
 from glm_batch.pipelines.metrics.exporter import RECOMPUTED, Exporter
-from glm_batch.pipelines.output.commit import CommitRecord
+from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.planning.plan import Plan
 from glm_batch.pipelines.tasks.rows import UNIT
 

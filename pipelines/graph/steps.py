@@ -25,8 +25,8 @@ from glm_batch.pipelines.openai_batch.request_rows import (
     render_requests,
     request_runner,
 )
-from glm_batch.pipelines.output.commit import CommitRecord
 from glm_batch.pipelines.output.journal import Journal
+from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.planning.plan import Plan, Unit, UnitSizes
 from glm_batch.pipelines.tasks.rows import (
     UNIT,

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from glm_batch.pipelines.output.commit import Manifest, Output
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.manifest import Manifest
 from glm_batch.pipelines.storage.crash_points import reach
 
 ANSWERS, ERRORS, EXPORT = "output.jsonl", "errors.jsonl", "export.json"

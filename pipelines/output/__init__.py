@@ -1,6 +1,7 @@
 """The committed output: parts, commit records and manifest, the lease of its one driver, and the
 journal.
 
-May import `storage`, `planning` and `metrics`. Read commit.py, lease.py, journal.py; cleanup.py
-removes what does not count.
+May import `storage`, `planning` and `metrics`. Read commit.py, which says the whole protocol,
+then parts.py, manifest.py, lease.py and journal.py; state.py tells of an output, cleanup.py removes
+what does not count.
 """

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from glm_batch.pipelines.output.commit import PART_NAME, PARTS, Output
+from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.journal import leftovers
 from glm_batch.pipelines.output.lease import own, tidy
+from glm_batch.pipelines.output.manifest import named_parts
+from glm_batch.pipelines.output.parts import PART_NAME, PARTS
 from glm_batch.pipelines.storage.crash_points import reach
 from glm_batch.pipelines.storage.storage import TEMPORARY, Entry
 
@@ -37,7 +39,9 @@ def collect(output: Output, kept: Collection[str] = ()) -> Collected:
     output.standing_plan()
     temporaries = list(_files(output, TEMPORARY))  # later ones may be the lease's own
     with own(output.store) as lease:
-        named, generations = output.named_parts().union(kept), output.generations()
+        generations = output.generations()
+        counting = {record.part for record in output.read_records(generations.items())}
+        named = {*counting, *named_parts(output), *kept}
         removed: list[Entry] = []
         waiting = 0
         for entry in _files(output, PARTS):

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from glm_batch.pipelines.output.commit import JOURNAL, Output, unit_generation
+from glm_batch.pipelines.output.commit import JOURNAL, Output
+from glm_batch.pipelines.output.parts import unit_generation
 from glm_batch.pipelines.storage.crash_points import reach
 from glm_batch.pipelines.storage.storage import Entry
 

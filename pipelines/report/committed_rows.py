@@ -22,7 +22,9 @@ import pyarrow.compute as pc
 from glm_batch.pipelines.evaluation.reliability import NUM_BINS, Reliability
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.commit import CommitRecord, Output, Part, part_of
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.manifest import is_finished
+from glm_batch.pipelines.output.parts import CommitRecord, PartFile, part_of
 from glm_batch.pipelines.planning.plan import Plan, Unit
 from glm_batch.pipelines.report.answers import (
     FACTS,
@@ -153,7 +155,7 @@ class CommittedRows:
     def __init__(self, output: Output, job: Job, db: DuckDBPyConnection) -> None:
         self.output, self.job, self.db = output, job, db
         self.plan = output.standing_plan()
-        self.finished = output.is_finished(self.plan)
+        self.finished = is_finished(output, self.plan)
         self.manifest_facts = output.manifest().facts if self.finished else {}
         labels = label_names(job.task.kind, job.task.labels, self.manifest_facts)
         self.question = Question(job.task.kind, labels, tuple(job.carry))
@@ -215,7 +217,7 @@ class CommittedRows:
                 "SELECT part, rows, bytes, sha256 FROM parts WHERE unit = ?", unit
             )
             part = self.output.read_part(
-                Part(name=name, rows=num_rows, num_bytes=size, checksum=checksum)
+                PartFile(name=name, rows=num_rows, num_bytes=size, checksum=checksum)
             )
             facts = self._ask(
                 "SELECT accuracy, margin FROM facts WHERE unit = ? AND list_contains(?, row) "

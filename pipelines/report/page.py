@@ -22,7 +22,7 @@ from markupsafe import Markup
 from glm_batch.glm_actors.faults.spent import ENGINE_BUSY
 from glm_batch.pipelines.metrics.bottleneck import AFTER_ENGINE, BEFORE_ENGINE, bottleneck
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.commit import PARTS
+from glm_batch.pipelines.output.parts import PARTS
 from glm_batch.pipelines.report import charts
 from glm_batch.pipelines.report.answers import ENDS, LABELS
 from glm_batch.pipelines.report.cards import Deck

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.manifest import is_finished
 from glm_batch.pipelines.planning.plan import Plan
 from glm_batch.pipelines.report.answers import label_names, matrix
 from glm_batch.pipelines.report.cards import asked, asked_columns
@@ -302,7 +303,7 @@ def npy_file(path: Path, dtype: npt.DTypeLike, row_shape: tuple[int, ...]) -> It
 
 def probability_labels(output: Output, job: Job) -> Sequence[str]:
     plan = output.standing_plan()
-    facts = output.manifest().facts if output.is_finished(plan) else {}
+    facts = output.manifest().facts if is_finished(output, plan) else {}
     if job.task.kind == "choose" or facts.get("problem_type") == "single_label_classification":
         return label_names(job.task.kind, job.task.labels, facts)
     if job.task.kind == "classify" and not facts:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm_batch.glm_actors.faults.spent import IN_ENGINE
-from glm_batch.pipelines.output.commit import CommitRecord
+from glm_batch.pipelines.output.parts import CommitRecord
 
 Floats = npt.NDArray[np.float64]
 Span = tuple[float, float]

@@ -27,9 +27,11 @@ from glm_batch.pipelines.graph.steps import Commit, Read, build_parser, build_re
 from glm_batch.pipelines.job import Job, job_file
 from glm_batch.pipelines.metrics.counts import Counts, Summary
 from glm_batch.pipelines.metrics.exporter import Exporter
-from glm_batch.pipelines.output.commit import CommitRecord, Manifest, Output
+from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.journal import Journal, tidy
 from glm_batch.pipelines.output.lease import Lease, own
+from glm_batch.pipelines.output.manifest import Manifest, is_finished, write_manifest
+from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.planning.plan import Unit, job_source
 from glm_batch.pipelines.runs.prepared import Checked, Prepared, prepare
 from glm_batch.pipelines.runs.watch import OnProgress, Stop, Tally, Watch, watched
@@ -200,10 +202,10 @@ def unit_steps(prepared: Prepared, output: Output) -> UnitSteps:
 
 def is_done(prepared: Prepared, output: Output) -> bool:
     """Whether nothing is left to do."""
-    is_finished = output.is_finished(prepared.plan)
-    if not is_finished or not prepared.spec.job.asks_by_row:
-        return is_finished
-    return bool(_answer_files().is_exported(output, output.manifest()))
+    if not is_finished(output, prepared.plan):
+        return False
+    asks_by_row = prepared.spec.job.asks_by_row
+    return not asks_by_row or bool(_answer_files().is_exported(output, output.manifest()))
 
 
 def finish(prepared: Prepared, output: Output, lease: Lease) -> Manifest:
@@ -212,7 +214,7 @@ def finish(prepared: Prepared, output: Output, lease: Lease) -> Manifest:
     Raises LeaseLostError.
     """
     lease.confirm()
-    manifest = output.finish(prepared.plan, prepared.spec.schema, prepared.facts)
+    manifest = write_manifest(output, prepared.plan, prepared.spec.schema, prepared.facts)
     if prepared.spec.job.asks_by_row and not _answer_files().is_exported(output, manifest):
         _answer_files().export(output, manifest)
     tidy(output)

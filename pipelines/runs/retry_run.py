@@ -22,9 +22,10 @@ from glm_batch.pipelines.graph.steps import Read, committed_table
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.bottleneck import COMMITTING, READING
 from glm_batch.pipelines.metrics.counts import Counts, Summary
-from glm_batch.pipelines.output.commit import CommitRecord, Output, part_of
+from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.output.lease import own
+from glm_batch.pipelines.output.parts import CommitRecord, part_of
 from glm_batch.pipelines.planning.plan import job_source
 from glm_batch.pipelines.runs.pipeline import UnitSteps, finish, process
 from glm_batch.pipelines.runs.prepared import check_again

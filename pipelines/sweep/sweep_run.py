@@ -22,9 +22,10 @@ from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.job import Job, job_file
 from glm_batch.pipelines.metrics.counts import Summary
 from glm_batch.pipelines.metrics.exporter import Exporter
-from glm_batch.pipelines.output.commit import LEASE, Manifest, Output
+from glm_batch.pipelines.output.commit import LEASE, Output
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.output.lease import own
+from glm_batch.pipelines.output.manifest import Manifest
 from glm_batch.pipelines.planning.plan import Plan, shared_unit_rows
 from glm_batch.pipelines.runs.pipeline import engine_config, finish, run_graphs
 from glm_batch.pipelines.runs.prepared import Checked, Prepared, check, prepare

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.state import verify
 from tests.faults.driver import Pace
 
 # How a row was batched with others shows in these: in how much of it was cached, and in the last
@@ -57,7 +58,7 @@ def check_output(folder: Path, workload: Workload) -> None:
 
 def check_parts(output: Output) -> None:
     """The manifest names the parts of the commit records, each undamaged."""
-    assert [problem for _, problem in output.verify() if problem] == []
+    assert [problem for _, problem in verify(output) if problem] == []
     plan = output.standing_plan()
     records = list(output.records(plan))
     assert [record.unit for record in records] == list(range(plan.num_units))

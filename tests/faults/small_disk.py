@@ -24,6 +24,7 @@ import psutil
 import yaml
 
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.state import status_of, verify
 from tests.faults.driver import HURRY
 from tests.faults.places import ROOT, Laptop, driver_command
 from tests.faults.workloads import ECHO_PACE
@@ -98,12 +99,12 @@ def _limit_files(pid: int) -> None:
 def _state(folder: Path) -> dict[str, Any]:
     """What the disk that is full holds."""
     output = Output.at(str(folder))
-    status = output.status()
+    status = status_of(output)
     return {
         "units_done": status.units_done,
         "units": status.num_units,
         "finished": status.finished,
-        "problems": [problem for _, problem in output.verify() if problem],
+        "problems": [problem for _, problem in verify(output) if problem],
     }
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from glm_batch.jobs.__main__ import app
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.manifest import write_manifest
 from tests.pipelines.output.test_commit import SCHEMA, commit, make_plan
 
 
@@ -19,7 +20,7 @@ def output(tmp_path: Path) -> Path:
     plan = made.begin(make_plan())
     for unit, keys in enumerate(("ab", "cd", "e")):
         commit(made, unit, *keys)
-    made.finish(plan, SCHEMA, {})
+    write_manifest(made, plan, SCHEMA, {})
     made.store.write("parts/unit-00000001-g1-dead0000.parquet", b"1234567")
     return tmp_path / "out"
 

@@ -18,6 +18,7 @@ import pytest
 from glm_batch.jobs.__main__ import EXIT_BAD_CONFIG, EXIT_ROW_ERRORS
 from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.state import status_of
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS, UNIT_ROWS = 1200, 4
@@ -98,7 +99,7 @@ def test_signals_commit_what_is_finished_and_every_rerun_goes_on(long_job: Any) 
     driver.communicate(timeout=60)
     assert driver.returncode in (130, 143)
 
-    before = Output.at("out").status()
+    before = status_of(Output.at("out"))
     assert (before.finished, before.units_done < before.num_units) == (False, True)
     done = long_job.run("label", "job.yaml")
     assert done.code == 0, done.err
@@ -124,7 +125,7 @@ def test_fail_fast_ends_early_and_drops_no_row(work: Any) -> None:
     done = work.run("label", "job.yaml")
     assert done.code == EXIT_ROW_ERRORS, done.err
     assert "3 rows failed (bad_json 3), and max_error_rate allows 0.50% of 300" in done.err
-    assert not Output.at("out").status().finished
+    assert not status_of(Output.at("out")).finished
     again = work.run("label", "job.yaml")
     assert (again.code, "ray" in again.imported) == (EXIT_ROW_ERRORS, False)
 

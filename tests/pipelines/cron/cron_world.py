@@ -22,6 +22,7 @@ from glm_batch.pipelines.cron.incremental import Choices, Night, run_night
 from glm_batch.pipelines.graph.steps import build_parser, build_renderer, committed_records, orders
 from glm_batch.pipelines.job import CommitSection, CronSection, EngineSection, Job, TaskConfig
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.manifest import write_manifest
 from glm_batch.pipelines.planning.plan import Unit
 from glm_batch.pipelines.runs.pipeline import UnitSteps, engine_config, unit_steps
 from glm_batch.pipelines.runs.prepared import Prepared, prepare
@@ -86,7 +87,7 @@ def from_scratch(job: Job, output: Path) -> Output:
     prepared = prepare(alone, made)
     tally = Tally(None)
     process_here(prepared, made, tally.resume(prepared.plan, made), tally, _watch())
-    made.finish(prepared.plan, prepared.spec.schema, prepared.facts)
+    write_manifest(made, prepared.plan, prepared.spec.schema, prepared.facts)
     return made
 
 

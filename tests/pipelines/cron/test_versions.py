@@ -18,8 +18,10 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.cron.versions import Versions, find
 from glm_batch.pipelines.job import Job, StorageSection
 from glm_batch.pipelines.output.cleanup import collect
-from glm_batch.pipelines.output.commit import Output, part_of
+from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import BusyError
+from glm_batch.pipelines.output.manifest import write_manifest
+from glm_batch.pipelines.output.parts import part_of
 from glm_batch.pipelines.storage.s3 import S3
 from glm_batch.pipelines.storage.storage import S3Store, StorageError
 from tests.pipelines.cron.cron_world import make_job, night, process_here
@@ -79,7 +81,7 @@ def recommitted(output: Output) -> None:
         before.unit, pa.Table.from_pylist(rows, table.schema), counts, before.generation + 1
     )
     manifest = output.manifest()
-    output.finish(plan, manifest.schema, manifest.facts)
+    write_manifest(output, plan, manifest.schema, manifest.facts)
 
 
 def test_a_path_means_the_version_in_force_or_the_one_that_it_names(

@@ -15,6 +15,7 @@ from glm_batch.pipelines import run
 from glm_batch.pipelines.graph.stages import PATIENCE, CountingLedger
 from glm_batch.pipelines.metrics.exporter import METRICS, PREFIX, RECOMPUTED
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.state import status_of
 from tests.pipelines.runs.test_pipeline import GOOD, make_job, write_input
 
 DASHBOARD = Path(__file__).parents[3] / "jobs" / "deploy" / "grafana.json"
@@ -72,7 +73,7 @@ def test_a_cluster_tells_what_a_job_has_committed(echo_checkpoint: Path, tmp_pat
     assert found["stage_seconds", "reading"] > 0
     assert found["stage_seconds", "committing"] > 0
     assert {name for name, _ in found} == {metric.name for metric in METRICS}
-    status = Output.at(job.output).status()
+    status = status_of(Output.at(job.output))
     assert status.spent["reading"] == pytest.approx(found["stage_seconds", "reading"], rel=0.01)
     assert RECOMPUTED.name in {metric.name for metric in METRICS}
 

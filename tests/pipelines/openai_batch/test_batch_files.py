@@ -27,6 +27,7 @@ from glm_batch.pipelines.graph.steps import orders
 from glm_batch.pipelines.job import CommitSection, RequestsSection, StorageSection, job_file
 from glm_batch.pipelines.openai_batch.answer_files import EXPORT, is_exported
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.state import status_of
 from glm_batch.pipelines.planning.plan import HEAVY_UNIT_BYTES, make_plan, survey_input
 from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.runs.retry_run import retry_failed
@@ -177,7 +178,7 @@ def test_every_kind_of_bad_line_is_told_and_none_is_lost(
         assert BatchError.model_validate(each["error"]).line == number
     assert refused[-1]["error"]["line"] == len(texts) + 1
     assert "row " + str(tmp_path) in refused[8]["error"]["message"]
-    summary = Output.at(job.output).status().counts
+    summary = status_of(Output.at(job.output)).counts
     assert (summary.rows, summary.ok, summary.error_rows) == (len(lines) + 3, 3, len(refused))
 
 
@@ -329,7 +330,7 @@ def test_a_whole_job_and_a_retry_of_what_failed(
     assert [each["error"]["code"] for each in refused] == ["duplicate_custom_id"]
     known = {each["custom_id"]: each for each in answered}
     assert all(known[each["custom_id"]] == each for each in good)
-    counts = Output.at(job.output).status().counts
+    counts = status_of(Output.at(job.output)).counts
     assert (counts.rows, counts.ok, counts.errors) == (25, 24, {"duplicate_custom_id": 1})
 
 

@@ -15,6 +15,7 @@ from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import own
+from glm_batch.pipelines.output.manifest import is_finished, write_manifest
 from glm_batch.pipelines.planning.plan import Plan, PlannedFile
 
 NUM_ROWS, UNIT_ROWS = 11, 2
@@ -34,7 +35,7 @@ def make_plan() -> Plan:
 
 def label(output: Output) -> None:
     plan = output.adopt(make_plan().identity) or output.begin(make_plan())
-    if output.is_finished(plan):
+    if is_finished(output, plan):
         return
     with own(output.store) as lease:
         output.take_over(plan, b"{}")
@@ -46,7 +47,7 @@ def label(output: Output) -> None:
                     unit.index, pa.table({"row_key": keys}), Counts(rows=len(keys), ok=len(keys))
                 )
         lease.confirm()
-        output.finish(plan, SCHEMA, {})
+        write_manifest(output, plan, SCHEMA, {})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ import pytest
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.commit import CommitRecord, Output
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.manifest import write_manifest
+from glm_batch.pipelines.output.parts import CommitRecord
+from glm_batch.pipelines.output.state import status_of
 from glm_batch.pipelines.planning.plan import Plan, PlannedFile
 from glm_batch.pipelines.storage.storage import LocalStore, StorageError
 
@@ -103,21 +106,21 @@ def test_the_manifest_names_every_part_in_input_order(output: Output) -> None:
     plan = output.begin(make_plan())
     for unit, keys in ((2, "e"), (0, "ab"), (1, "cd")):
         commit(output, unit, *keys)
-    assert not output.status().finished
-    manifest = output.finish(plan, SCHEMA, {"end_counted": False})
+    assert not status_of(output).finished
+    manifest = write_manifest(output, plan, SCHEMA, {"end_counted": False})
     assert [key for table in output.iter_tables() for key in table["row_key"].to_pylist()] == list(
         "abcde"
     )
     assert manifest.counts == Counts(rows=5, ok=5)
     assert (manifest.fingerprint, manifest.facts) == (plan.fingerprint, {"end_counted": False})
-    assert output.finish(plan, SCHEMA, {}) == manifest
+    assert write_manifest(output, plan, SCHEMA, {}) == manifest
 
 
 def test_readers_see_the_parts_of_the_manifest_alone(output: Output) -> None:
     plan = output.begin(make_plan(num_rows=2))
     commit(output, 0, "a", "b")
     pq.write_table(rows("stray"), root(output) / "parts" / "unit-00000000-dead.parquet")
-    output.finish(plan, SCHEMA, {})
+    write_manifest(output, plan, SCHEMA, {})
     assert sum(table.num_rows for table in output.iter_tables()) == 2
 
 
@@ -125,7 +128,7 @@ def test_the_manifest_waits_for_all_units(output: Output) -> None:
     plan = output.begin(make_plan())
     commit(output, 0, "a", "b")
     with pytest.raises(RuntimeError, match="1 of 3 units with 2 of 5 rows"):
-        output.finish(plan, SCHEMA, {})
+        write_manifest(output, plan, SCHEMA, {})
     with pytest.raises(ConfigError, match="not finished"):
         output.manifest()
 
@@ -134,7 +137,7 @@ def test_a_committed_part_that_is_gone_is_noticed(output: Output) -> None:
     plan = output.begin(make_plan(num_rows=2))
     (root(output) / commit(output, 0, "a", "b").part).unlink()
     with pytest.raises(ConfigError, match="is gone or is not what was written"):
-        output.finish(plan, SCHEMA, {})
+        write_manifest(output, plan, SCHEMA, {})
 
 
 def test_a_rerun_takes_up_the_plan_that_stands(output: Output) -> None:
@@ -183,7 +186,7 @@ def test_a_part_that_could_not_be_written_leaves_nothing(
 def test_status_adds_up_what_is_committed(output: Output) -> None:
     output.begin(make_plan())
     commit(output, 2, "e")
-    status = output.status()
+    status = status_of(output)
     assert (status.num_rows, status.num_units, status.units_done, status.finished) == (
         5,
         3,
@@ -192,7 +195,7 @@ def test_status_adds_up_what_is_committed(output: Output) -> None:
     )
     assert status.counts == Counts(rows=1, ok=1)
     with pytest.raises(ConfigError, match="holds no output"):
-        Output.at(str(root(output) / "parts")).status()
+        status_of(Output.at(str(root(output) / "parts")))
 
 
 def test_records_are_json_that_people_can_read(output: Output) -> None:
@@ -206,20 +209,20 @@ def test_records_are_json_that_people_can_read(output: Output) -> None:
 def test_a_later_generation_of_a_record_counts(output: Output) -> None:
     plan = output.begin(make_plan(num_rows=2))
     commit(output, 0, "a", "b")
-    first = output.finish(plan, SCHEMA, {})
+    first = write_manifest(output, plan, SCHEMA, {})
     second = output.commit(0, rows("a", "c"), Counts(rows=2, ok=2), generation=2)
     assert output.commit(0, rows("a", "d"), Counts(rows=2, ok=2), generation=2) == second
     assert list(output.records(plan)) == [second]
     # Readers go on with the first until the manifest is written anew.
     assert [table["row_key"].to_pylist() for table in output.iter_tables()] == [["a", "b"]]
-    assert output.finish(plan, SCHEMA, {}) != first
+    assert write_manifest(output, plan, SCHEMA, {}) != first
     assert [table["row_key"].to_pylist() for table in output.iter_tables()] == [["a", "c"]]
 
 
 def test_a_part_that_was_changed_is_noticed_by_its_reader(output: Output) -> None:
     plan = output.begin(make_plan(num_rows=2))
     record = commit(output, 0, "a", "b")
-    output.finish(plan, SCHEMA, {})
+    write_manifest(output, plan, SCHEMA, {})
     path = root(output) / record.part
     data = bytearray(path.read_bytes())
     data[10] ^= 1

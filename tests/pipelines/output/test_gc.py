@@ -10,8 +10,11 @@ import pytest
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.cleanup import collect
-from glm_batch.pipelines.output.commit import Output, part_of
+from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import own
+from glm_batch.pipelines.output.manifest import write_manifest
+from glm_batch.pipelines.output.parts import part_of
+from glm_batch.pipelines.output.state import verify
 from glm_batch.pipelines.storage.storage import StorageError
 from tests.pipelines.output.test_commit import SCHEMA, commit, make_plan, rows
 
@@ -55,7 +58,7 @@ def test_orphans_go_and_the_rest_stays(output: Output) -> None:
     assert collected.num_bytes == 4 * 7 + output.known_record(0, 1).num_bytes
     assert collected.waiting == 2
     assert waiting | {foreign} < names(output)
-    assert [problem for _, problem in output.verify()] == [None, None]
+    assert [problem for _, problem in verify(output)] == [None, None]
     assert collect(output).removed == ()
 
 
@@ -64,11 +67,11 @@ def test_readers_of_a_manifest_keep_their_parts(tmp_path: Path) -> None:
     output = Output.at(str(tmp_path / "out"))
     plan = output.begin(make_plan(num_rows=2))
     commit(output, 0, "a", "b")
-    output.finish(plan, SCHEMA, {})
+    write_manifest(output, plan, SCHEMA, {})
     output.commit(0, rows("a", "B"), Counts(rows=2, ok=2), generation=2)
     assert collect(output).removed == ()
     assert [table["row_key"].to_pylist() for table in output.iter_tables()] == [["a", "b"]]
-    output.finish(plan, SCHEMA, {})
+    write_manifest(output, plan, SCHEMA, {})
     assert len(collect(output).removed) == 1
     assert [table["row_key"].to_pylist() for table in output.iter_tables()] == [["a", "B"]]
 
@@ -85,10 +88,10 @@ def test_a_changed_a_short_and_a_lost_part_are_found(output: Output) -> None:
     data = output.store.read(first.part)
     for damage in (data[:-1], data[:50] + bytes([data[50] ^ 1]) + data[51:]):
         put(output, first.part, damage)
-        assert [problem is None for _, problem in output.verify()] == [False, True]
+        assert [problem is None for _, problem in verify(output)] == [False, True]
     put(output, first.part, data)
     output.store.delete(second.part)
-    (_, sound), (_, lost) = output.verify()
+    (_, sound), (_, lost) = verify(output)
     assert sound is None
     assert lost is not None
     assert "unit-00000001-g1" in lost
@@ -99,7 +102,7 @@ def test_a_part_with_another_number_of_rows_is_found(output: Output) -> None:
     record = output.known_record(1, 1)
     content = json.loads(record.to_json()) | {"rows": 3}
     put(output, "commits/unit-00000001-g1.json", json.dumps(content).encode())
-    assert [problem for _, problem in output.verify()][
+    assert [problem for _, problem in verify(output)][
         1
     ] == f"{record.part} holds 2 rows, its record says 3"
 
@@ -108,14 +111,14 @@ def test_a_manifest_that_says_something_else_is_found(tmp_path: Path) -> None:
     output = Output.at(str(tmp_path / "out"))
     plan = output.begin(make_plan(num_rows=2))
     commit(output, 0, "a", "b")
-    output.finish(plan, SCHEMA, {})
+    write_manifest(output, plan, SCHEMA, {})
     manifest = output.store.read("manifest.json")
     put(
         output,
         "manifest.json",
         manifest.replace(output.known_record(0, 1).checksum.encode(), b"0" * 64),
     )
-    ((_, problem),) = output.verify()
+    ((_, problem),) = verify(output)
     assert "manifest.json says something else" in str(problem)
 
 
@@ -136,7 +139,7 @@ def test_a_full_disk_leaves_an_output_that_goes_on(
             commit(output, 2, "e")
     plan = output.standing_plan()
     commit(output, 2, "e")
-    assert output.finish(plan, SCHEMA, {}).counts.rows == 5
+    assert write_manifest(output, plan, SCHEMA, {}).counts.rows == 5
 
 
 def _no_space(descriptor: int) -> None:

@@ -23,7 +23,8 @@ from glm_batch.glm_actors.faults.spent import IN_ENGINE
 from glm_batch.models.processing.messages import MediaPart
 from glm_batch.pipelines.job import CommitSection, Job, MediaSection, TaskConfig
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.commit import CommitRecord, Output
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.report import charts
 from glm_batch.pipelines.report.answers import TEXTS, Question, row_facts
 from glm_batch.pipelines.report.cards import pictures

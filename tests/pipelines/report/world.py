@@ -17,6 +17,7 @@ from glm_batch.glm_actors.faults.spent import IN_ENGINE
 from glm_batch.pipelines.job import CommitSection, Job, TaskConfig, job_file
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.commit import JOB, Output
+from glm_batch.pipelines.output.manifest import write_manifest
 from glm_batch.pipelines.planning.plan import make_plan, survey_input
 from glm_batch.pipelines.report.committed_rows import committed_rows
 from glm_batch.pipelines.report.page import render_job
@@ -88,7 +89,7 @@ def commit_rows(
             )
         first = last
     if units is None:
-        output.finish(plan, schema, dict(facts or {}))
+        write_manifest(output, plan, schema, dict(facts or {}))
     return output
 
 

@@ -17,6 +17,7 @@ from glm_batch.pipelines import run
 from glm_batch.pipelines.cron.versions import Versions
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.journal import Journal
+from glm_batch.pipelines.output.state import status_of, verify
 
 MADE_IN = b"/begun"
 COMPARED = ("row_key", "status", "error_code", "label", "label_probs", "id", "size")
@@ -57,7 +58,7 @@ def test_a_killed_output_is_finished(begun: Path) -> None:
     assert digests(begun / "killed").items() >= before.items()
     assert list((begun / "killed" / "journal").iterdir()) == []
     output = Output.at("killed")
-    assert all(problem is None for _, problem in output.verify())
+    assert all(problem is None for _, problem in verify(output))
     job, _ = load_job("label.yaml", ["output=anew"])
     assert rows(output) == rows(run(job).output)
     assert output.manifest().counts.errors == {"bad_json": 1, "duplicate_key": 1}
@@ -86,5 +87,5 @@ def test_a_night_that_was_killed_is_finished(
     fresh = rows(run(job).output)
     kept = rows(Output.at(f"nightly/versions/{first}"))[-5:]
     assert rows(Output.at("nightly")) == fresh + kept
-    assert Output.at(f"nightly/versions/{second}").status().finished
+    assert status_of(Output.at(f"nightly/versions/{second}")).finished
     assert '"state": "finished"' in capsys.readouterr().out

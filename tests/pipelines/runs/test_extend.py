@@ -15,6 +15,7 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines import run
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.state import status_of
 from glm_batch.pipelines.planning.plan import Plan
 from glm_batch.pipelines.runs.prepared import prepare
 from tests.pipelines.runs.test_pipeline import GOOD, all_rows, make_job, write_input
@@ -125,4 +126,4 @@ def test_a_finished_output_takes_up_new_rows_and_keeps_the_others(job: Job) -> N
     rows = all_rows(job)
     assert rows[:10] == before
     assert [row["row_key"] for row in rows[10:]] == [f"n{n}" for n in range(9)]
-    assert output.status().finished
+    assert status_of(output).finished

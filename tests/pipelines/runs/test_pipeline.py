@@ -28,6 +28,7 @@ from glm_batch.pipelines import build_dataset, run
 from glm_batch.pipelines.job import CommitSection, EngineSection, Job, TaskConfig
 from glm_batch.pipelines.metrics.counts import Progress
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.state import status_of
 from glm_batch.pipelines.runs.prepared import prepare
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -280,7 +281,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(
     time.sleep(1)  # its workers notice that it is gone
     job = make_job(echo_checkpoint, tmp_path, 2)
     output = Output.at(job.output)
-    before = output.status()
+    before = status_of(output)
     parts = {path.name: path.read_bytes() for path in (tmp_path / "out" / "commits").iterdir()}
     assert 3 <= before.units_done < 200
     result = run(job)

@@ -15,7 +15,10 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines import run
 from glm_batch.pipelines.job import Job, job_file
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.commit import Output, part_of
+from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.manifest import write_manifest
+from glm_batch.pipelines.output.parts import part_of
+from glm_batch.pipelines.output.state import status_of, verify
 from glm_batch.pipelines.runs.retry_run import failed_positions, merged, retry_failed
 from tests.pipelines.runs.test_pipeline import GOOD, all_rows, make_job, write_input
 
@@ -92,7 +95,7 @@ def with_failures(job: Job, output: str, every: int) -> Job:
             **tokens,
         )
         target.commit(record.unit, table, counts)
-    target.finish(plan, source.manifest().schema, source.manifest().facts)
+    write_manifest(target, plan, source.manifest().schema, source.manifest().facts)
     return broken
 
 
@@ -109,12 +112,12 @@ def test_failed_rows_become_what_an_undisturbed_run_gives(done: Job, tmp_path: P
     rows = all_rows(broken)
     assert comparable(rows) == comparable(all_rows(done))
     assert [row["attempts"] == 2 for row in rows] == failed
-    expected = Output.at(done.output).status().counts
+    expected = status_of(Output.at(done.output)).counts
     assert replace(summary.counts, cached_tokens=0) == replace(expected, cached_tokens=0)
-    assert output.status().counts == output.manifest().counts == summary.counts
+    assert status_of(output).counts == output.manifest().counts == summary.counts
     assert set(before.values()) == {1}
     assert set(output.generations().values()) == {2}
-    assert all(problem is None for _, problem in output.verify())
+    assert all(problem is None for _, problem in verify(output))
 
     # Only the row that is bad for good is left; a retry of its code touches its unit alone.
     assert summary.counts.errors == {"bad_json": 1}
@@ -133,9 +136,9 @@ def test_a_retry_that_died_is_completed_by_a_rerun_of_either_command(
     output, source = Output.at(broken.output), Output.at(done.output)
     good = source.known_record(1, 1)
     output.commit(1, source.read_part(part_of(good)), good.counts, generation=2)
-    assert not output.status().finished
+    assert not status_of(output).finished
     assert run(broken).manifest.counts.errors["engine_lost"] == 11
-    assert output.status().finished
+    assert status_of(output).finished
     retry_failed(broken, output, [])
     assert comparable(all_rows(broken)) == comparable(all_rows(done))
 

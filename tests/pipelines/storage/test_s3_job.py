@@ -15,6 +15,7 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines import run
 from glm_batch.pipelines.job import Job, StorageSection
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.state import status_of
 from glm_batch.pipelines.storage.s3 import S3
 from tests.pipelines.runs.test_pipeline import GOOD, make_job, write_input
 from tests.s3_faults import new_bucket, proxy
@@ -51,7 +52,7 @@ def test_a_job_under_faults_gives_the_rows_of_an_undisturbed_one(
     assert [{**row, "cached_tokens": 0} for row in rows_of(output)] == [
         {**row, "cached_tokens": 0} for row in expected
     ]
-    assert output.status().finished
+    assert status_of(output).finished
     rerun = replace(remote, storage=StorageSection(endpoint_url=s3_server))
     assert run(rerun).summary.resumed_rows == 153
 
