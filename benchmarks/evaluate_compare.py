@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks.make_mid_model import LABELS, make_mid_model, make_words
 from glm_batch.pipelines.job import Job, TaskConfig
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 
 TASK = "local_route"
 PROMPT = "{header}Text: {text}\nTeam:"
@@ -109,7 +109,9 @@ def write_rows(folder: Path, checkpoint: Path, num_rows: int, shots: int) -> Non
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
     task = TaskConfig(kind="choose", prompt=PROMPT, labels=list(LABELS))
     runner = TaskRunner(Job(model=str(checkpoint), input=[], output="", task=task), str(checkpoint))
-    lines = [{"context": runner.render(row), "gold": LABELS.index(row["gold"])} for row in rows]
+    lines = [
+        {"context": runner.prompts.render(row), "gold": LABELS.index(row["gold"])} for row in rows
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -28,7 +28,7 @@ from benchmarks.watched_job import MIB, WORKERS, WatchedJob, run_watched
 from glm_batch.glm_actors.units.batches import request_table
 from glm_batch.jobs.files.job_file import load_job
 from glm_batch.models.engine.api.request import Request
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.task_runner import ReadRow, TaskRunner
 
 MARKS = (0.1, 0.5, 1.0)
 ROWS_PER_FILE = 1000
@@ -104,13 +104,13 @@ def _bytes_between_stages(job_path: Path, folder: Path) -> dict[str, float]:
     job, _ = load_job(str(job_path))
     shard = pq.read_table(next(iter(sorted(folder.glob("*/*.parquet"))))).slice(0, 32)
     runner = TaskRunner(job, job.model)
+    rows = [{"image": image} for image in shard["image"].to_pylist()]
+    read = [ReadRow(name=str(number), row=row) for number, row in enumerate(rows)]
     requests: list[Request] = []
-    for number, prompt in enumerate(
-        runner.prompts([{"image": image} for image in shard["image"].to_pylist()])
-    ):
-        if isinstance(prompt, Exception):
-            raise prompt
-        requests.append(runner.request(str(number), prompt))
+    for asked in runner.ask(read):
+        if asked.error is not None:
+            raise asked.error
+        requests += asked.requests
     runner.close()
     table = request_table([request.id for request in requests], requests)
     return {

@@ -17,6 +17,7 @@ from glm_batch.models.request_limits import RequestLimits
 
 Auto = Literal["auto"]
 TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed", "requests"]
+COLUMN = {"names": "columns of the input"}  # metadata of keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +28,11 @@ class TaskConfig:
     system: str | None = None  # a system message
     prompt: str | None = None  # a template over columns: "{text}"; {{ and }} are literal braces
     # or: a column of chat messages (structs, or JSON text) instead of prompt
-    messages: str | None = None
+    messages: str | None = field(default=None, metadata=COLUMN)
     # column(s): bytes, path, URL or data URL; a list column gives several images
-    image: str | list[str] | None = None
+    image: str | list[str] | None = field(default=None, metadata=COLUMN)
     # the same for clips; media come before the prompt's text, images first
-    video: str | list[str] | None = None
+    video: str | list[str] | None = field(default=None, metadata=COLUMN)
     labels: list[str] | None = None  # choose: any strings, of one or many tokens each
     # choose: count the label's end? auto: if one label begins another
     end_of_label: Literal["auto", "always", "never"] = "auto"
@@ -43,7 +44,8 @@ class TaskConfig:
     thinking: bool = False  # generate: let the model reason first, into the column `reasoning`
     pooling: Literal["last", "mean"] = "last"  # embed: the last token's state, or the mean
     normalize: bool = False  # embed: vectors of length 1
-    gold: str | None = None  # a column with the right answer: the summary then tells the accuracy
+    # a column with the right answer: the summary then tells the accuracy
+    gold: str | None = field(default=None, metadata=COLUMN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,3 +186,21 @@ def job_file(job: Job) -> bytes:
     # such URLs let everybody write who has them
     found = replace(found, cron=replace(job.cron, webhook=None))
     return json.dumps(asdict(found), indent=1).encode()
+
+
+# Keys of the task section since the first version. Later ones stand in a job's identity where they
+# are set, so that outputs begun before go on.
+FIRST_KEYS = (
+    "kind", "system", "prompt", "messages", "image", "video", "labels", "end_of_label", "schema",
+    "thinking", "pooling", "normalize", "gold",
+)  # fmt: skip
+
+
+def task_identity(task: TaskConfig) -> dict[str, Any]:
+    """What of a task decides what rows come out as, but for what its calibration holds."""
+    default = TaskConfig(kind=task.kind)
+    return {
+        name: value
+        for name, value in asdict(replace(task, calibration=None)).items()
+        if name in FIRST_KEYS or value != getattr(default, name)
+    }

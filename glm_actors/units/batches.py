@@ -1,17 +1,15 @@
 """The actors' batch contract: Arrow tables to Requests and Completions and back, and nowhere else.
 
-A unit's table has one row for each input row, in the input's order, from beginning to end: rows
-that failed carry `error_code` and `error_message` and are passed over. Columns not named here
+A unit's table has one row for each request, in the same order from beginning to end: rows that
+failed carry `error_code` and `error_message` and are passed over. Columns not named here
 travel along untouched. An image or video that several prompts of a table show travels in it once.
-Where a row has a `continuation` (token ids), the engine is asked about it too: its joint log-
-probability after the row's prompt comes back as the row's `choice_logprobs`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, get_args
 
 import numpy as np
@@ -20,7 +18,6 @@ import pyarrow as pa
 from glm_batch.glm_actors.units.arrow_structs import arrow_type, reader, to_arrow
 from glm_batch.glm_actors.units.media_columns import media_columns, read_media
 from glm_batch.models.engine.api.request import (
-    Choose,
     Completion,
     Output,
     PromptScores,
@@ -30,9 +27,7 @@ from glm_batch.models.engine.api.request import (
 )
 from glm_batch.models.errors import RowError
 
-CONTINUATION = "continuation"
-REQUEST_COLUMNS = ("input_ids", "work", "media", "positions", CONTINUATION)
-SCORED = "\0scored"  # behind a row's key, the id of the request for its continuation
+REQUEST_COLUMNS = ("input_ids", "work", "media", "positions")
 COMPLETION_SCHEMA = pa.schema(
     {
         "finish_reason": pa.string(),
@@ -101,31 +96,14 @@ def to_requests(table: pa.Table) -> list[Request]:
     """The requests of the rows that have not failed, in the order of the rows; a request's id is
     its row key.
 
-    A row with a continuation has a second one behind it, with a prompt that the prefix cache knows
-    by then.
-
     Patches are views into the table's memory, read-only, which they keep alive.
     """
-    keys = table["row_key"].to_pylist()
-    all_ids = table["input_ids"].to_pylist()
-    media = read_media(table)
-    found = []
-    rows = zip(keys, all_ids, _works(table), media, _continuations(table), strict=True)
-    for key, ids, work, shown, continuation in rows:
-        if work is not None:
-            found.append(Request(id=key, input_ids=ids, work=work, media=shown))
-            if continuation is not None:
-                scored = Choose(choices=(tuple(continuation),))
-                found.append(Request(id=key + SCORED, input_ids=ids, work=scored, media=shown))
-    return found
-
-
-def num_requests(table: pa.Table) -> list[int]:
-    """How many of `to_requests` each row has."""
-    valid = table["work"].is_valid().to_pylist()
+    keys, all_ids = table["row_key"].to_pylist(), table["input_ids"].to_pylist()
+    rows = zip(keys, all_ids, _works(table), read_media(table), strict=True)
     return [
-        0 if not good else 1 if continuation is None else 2
-        for good, continuation in zip(valid, _continuations(table), strict=True)
+        Request(id=key, input_ids=ids, work=work, media=media)
+        for key, ids, work, media in rows
+        if work is not None
     ]
 
 
@@ -136,29 +114,12 @@ def with_completions(table: pa.Table, completions: Iterable[Completion]) -> pa.T
     A completion's error becomes its row's error.
     """
     remaining = iter(completions)
-    rows = [_of_row(list(islice(remaining, count))) for count in num_requests(table)]
+    rows = [next(remaining) if good else None for good in table["work"].is_valid().to_pylist()]
     assert next(remaining, None) is None, "one completion for each request"
     codes, messages = _merged_errors(table, rows)
     columns = {name: table[name] for name in table.column_names if name not in REQUEST_COLUMNS}
     columns |= {"error_code": codes, "error_message": messages}
     return pa.table(columns | _completion_columns(rows))
-
-
-def _continuations(table: pa.Table) -> Sequence[list[int] | None]:
-    if CONTINUATION not in table.column_names:
-        return [None] * table.num_rows
-    found: list[list[int] | None] = table[CONTINUATION].to_pylist()
-    return found
-
-
-def _of_row(completions: Sequence[Completion]) -> Completion | None:
-    """One completion of a row's: that of its own work, with what its continuation has come to."""
-    if len(completions) < 2:
-        return completions[0] if completions else None
-    own, scored = completions
-    if own.error is None and scored.error is not None:
-        return dataclasses.replace(own, finish_reason="error", outputs=(), error=scored.error)
-    return dataclasses.replace(own, choice_logprobs=scored.choice_logprobs)
 
 
 def completion_table(completions: Sequence[Completion]) -> pa.Table:

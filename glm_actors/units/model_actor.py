@@ -26,7 +26,6 @@ from glm_batch.glm_actors.faults.suspects import Answer, Guard, NoRestartError, 
 from glm_batch.glm_actors.faults.watchdog import STDERR, HangLimits, Watchdog
 from glm_batch.glm_actors.units.batches import (
     completion_table,
-    num_requests,
     to_completions,
     to_requests,
     with_completions,
@@ -96,7 +95,9 @@ class ModelActor:
             raise self._refusal
         begun = time.monotonic()
         requests = to_requests(table)
-        first = list(accumulate(num_requests(table), initial=0))  # request of each row
+        first = list(
+            accumulate(table["work"].is_valid().to_pylist(), initial=0)
+        )  # request of each row
         unit = table[self._unit_column][0].as_py() if self._unit_column and table.num_rows else ""
         journal = UnitJournal(self._journal, int(unit)) if unit != "" else UnitJournal(None)
 

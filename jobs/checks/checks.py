@@ -28,33 +28,12 @@ from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import Survey
 from glm_batch.pipelines.job import Job, MediaSection, RequestsSection, TaskConfig
 from glm_batch.pipelines.planning.plan import job_source, survey_input
-from glm_batch.pipelines.runs.prepared import Checked, build_runner
-from glm_batch.pipelines.tasks.prompts import PromptTemplate, media_columns
-from glm_batch.pipelines.tasks.tasks import check_schema
+from glm_batch.pipelines.runs.prepared import Checked
+from glm_batch.pipelines.tasks.kinds import TASKS
+from glm_batch.pipelines.tasks.prompts import PromptTemplate, column_keys, media_columns
+from glm_batch.pipelines.tasks.task import unsupported_keys
+from glm_batch.pipelines.tasks.task_runner import build_runner
 
-HEADS = {
-    "choose": "causal_lm",
-    "generate": "causal_lm",
-    "extract": "causal_lm",
-    "classify": "sequence_classification",
-    "tag": "token_classification",
-}
-# Keys that mean something for some task kinds only; elsewhere a value other than the default is a
-# mistake.
-ONLY_WITH: dict[str, tuple[str, ...]] = {
-    "task.labels": ("choose",),
-    "task.end_of_label": ("choose",),
-    "task.label_logprobs": ("choose",),
-    "task.gold_logprobs": ("generate",),
-    "task.calibration": ("choose", "classify"),
-    "task.schema": ("extract",),
-    "task.thinking": ("generate",),
-    "task.pooling": ("embed",),
-    "task.normalize": ("embed",),
-    "task.gold": ("choose", "generate", "extract", "classify"),
-    "task.image": ("choose", "generate", "extract", "classify", "embed"),
-    "task.video": ("choose", "generate", "extract", "classify", "embed"),
-}
 # Keys that mean something for images and videos only.
 OF_MEDIA = (
     "preprocess.min_pixels", "preprocess.max_pixels", "preprocess.fps",
@@ -135,15 +114,13 @@ def _check_rows_alone(job: Job) -> Iterator[Problem]:
 
 def _check_task(job: Job) -> Iterator[Problem]:
     task = job.task
-    for key, kinds in ONLY_WITH.items():
-        if task.kind not in kinds and value_of(job, key) != job_keys()[key].default:
-            yield Problem(
-                key=key,
-                message=f"only {_listing(kinds)} takes it; remove it from this {task.kind} task",
-            )
+    for name, kinds in unsupported_keys(task, TASKS).items():
+        message = f"only {_listing(tuple(kinds))} takes it; remove it from this {task.kind} task"
+        yield Problem(key=f"task.{name}", message=message)
     yield from _check_prompt(task)
     yield from _check_media(job)
-    yield from _check_answer(task)
+    for key, message in TASKS[task.kind].problems(job):
+        yield Problem(key=key, message=message)
     yield from _check_sampling(job)
 
 
@@ -155,11 +132,6 @@ def _check_prompt(task: TaskConfig) -> Iterator[Problem]:
         )
     if task.prompt is not None and task.messages is not None:
         yield Problem(key="task.messages", message="task.prompt is set too; keep one of them")
-    if task.kind == "tag" and (task.system is not None or task.messages is not None):
-        yield Problem(
-            key="task.messages" if task.messages is not None else "task.system",
-            message="tag labels the tokens of one text; remove it and use task.prompt",
-        )
     if task.prompt is not None:
         try:
             columns = PromptTemplate.parse(task.prompt).columns
@@ -213,51 +185,16 @@ def _check_media(job: Job) -> Iterator[Problem]:
                 yield Problem(key=key, message=message)
 
 
-def _check_answer(task: TaskConfig) -> Iterator[Problem]:
-    if task.kind == "choose" and not task.labels:
-        yield Problem(
-            key="task.labels",
-            message="choose needs at least one label; write labels: [first, second]",
-        )
-    labels = task.labels or []
-    for label in sorted({label for label in labels if labels.count(label) > 1}):
-        yield Problem(
-            key="task.labels",
-            message=f"the label {label!r} stands there {labels.count(label)} times; keep one",
-        )
-    if any(not label.strip() for label in labels):
-        yield Problem(key="task.labels", message="a label is empty; give each label some text")
-    if task.gold_logprobs and task.gold is None:
-        yield Problem(
-            key="task.gold_logprobs",
-            message="there is nothing to score; name the column in task.gold",
-        )
-    if task.kind == "extract" and task.schema is None:
-        yield Problem(
-            key="task.schema",
-            message="extract needs a JSON schema; write schema: {type: object, ...}",
-        )
-    if task.schema is not None:
-        try:
-            check_schema(task.schema)
-        except ConfigError as error:
-            yield Problem(key="task.schema", message=str(error).removeprefix("task.schema: "))
-
-
 def _check_sampling(job: Job) -> Iterator[Problem]:
     kind, sampling, default = job.task.kind, job.sampling, SamplingParams()
-    if kind not in ("generate", "extract"):
-        for field in fields(SamplingParams):
-            if getattr(sampling, field.name) != getattr(default, field.name):
-                message = f"{kind} draws no tokens, so it has no effect; remove it"
-                yield Problem(key=f"sampling.{field.name}", message=message)
-    if kind == "extract":
-        for name in ("n", "logprobs"):
-            if getattr(sampling, name) != getattr(default, name):
-                yield Problem(
-                    key=f"sampling.{name}",
-                    message="extract gives one JSON text for a row; remove it",
-                )
+    counts = TASKS[kind].sampling
+    for field in fields(SamplingParams):
+        if field.name not in counts and getattr(sampling, field.name) != getattr(
+            default, field.name
+        ):
+            why = f"{kind} gives one JSON text for a row" if counts else f"{kind} draws no tokens"
+            message = f"{why}, so it has no effect; remove it"
+            yield Problem(key=f"sampling.{field.name}", message=message)
     if sampling.logprobs > 1:
         yield Problem(
             key="sampling.logprobs",
@@ -405,7 +342,7 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
     problems += _limit_problems(job, config)
     if job.engine.kind == "vllm" and job.task.kind != "requests":
         limits = rooms.load("models.engine.vllm.vllm_limits")
-        if refusal := limits.checkpoint_problem(config, job.task.kind):
+        if refusal := limits.checkpoint_problem(config, TASKS[job.task.kind].engine_task):
             problems.append(Problem(key="engine.kind", message=refusal))
     if not (path / "tokenizer.json").is_file():
         problems.append(
@@ -444,21 +381,9 @@ def _column_problems(job: Job, files: Sequence[InputFile]) -> Iterator[Problem]:
 
 def column_uses(job: Job) -> Iterator[tuple[str, str]]:
     """(key of the job, input column that it names), for every column that the job reads."""
-    task = job.task
-    if task.prompt is not None:
-        yield from (("task.prompt", column) for column in PromptTemplate.parse(task.prompt).columns)
-    for key, column in (
-        ("task.messages", task.messages),
-        ("key", job.key),
-        ("task.gold", task.gold),
-    ):
-        if column is not None:
-            yield key, column
-    for key in ("task.image", "task.video"):
-        names = value_of(job, key)
-        yield from (
-            (key, column) for column in ([names] if isinstance(names, str) else names or [])
-        )
+    yield from ((f"task.{key}", column) for key, column in column_keys(job.task))
+    if job.key is not None:
+        yield "key", job.key
     yield from (("carry", column) for column in job.carry)
 
 
@@ -501,25 +426,18 @@ def _limit_problems(job: Job, config: ModelConfig) -> Iterator[Problem]:
 
 def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:
     """What the checkpoint's head cannot do."""
-    kind, file = job.task.kind, Path(job.model) / "config.json"
-    wanted = HEADS.get(kind, config.head)
-    if config.head != wanted:
-        kinds = [name for name, head in HEADS.items() if head == config.head]
-        yield f"{file} says {config.architecture}, which can {_listing((*kinds, 'embed'))}, but not {kind}"
-    elif (
-        kind == "classify"
-        and config.inferred_problem_type == "regression"
-        and config.num_labels > 1
-    ):
-        yield f"{file}: a regression with {config.num_labels} values is not supported, only with one"
+    file, task = Path(job.model) / "config.json", TASKS.get(job.task.kind)
+    if task is None:
+        return
+    if task.head not in (None, config.head):
+        kinds = tuple(name for name, each in TASKS.items() if each.head in (None, config.head))
+        can = f"which can {_listing(kinds)}, but not {job.task.kind}"
+        yield f"{file} says {config.architecture}, {can}"
     elif media_columns(job.task) and config.vision is None:
-        yield f"{file} says {config.architecture}, which reads text only; images and videos need a GLM-4.1V"
-    elif (
-        kind == "classify"
-        and config.inferred_problem_type == "regression"
-        and job.task.gold is not None
-    ):
-        yield f"{file}: a regression has no right and wrong, so that accuracy cannot be told; remove task.gold"
+        can = "which reads text only; images and videos need a GLM-4.1V"
+        yield f"{file} says {config.architecture}, {can}"
+    else:
+        yield from task.checkpoint_problems(job, config)
 
 
 def _of_model(message: str) -> Problem:

@@ -14,6 +14,7 @@ from glm_batch.pipelines.input.values import LINE, NUMBER, parse_line, row_key
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.planning.plan import Plan, job_source
 from glm_batch.pipelines.runs.prepared import Checked
+from glm_batch.pipelines.tasks.task_runner import ReadRow
 
 LINES_PER_UNIT = 64
 MEDIA_LINES_PER_UNIT = 8
@@ -63,16 +64,16 @@ def take_requests(job: Job, checked: Checked, plan: Plan) -> RequestSample:
             file = plan.files[unit.file].file
             lines = job_source(job).read(file, unit.rows).slice(0, most)
             pairs = zip(lines[LINE].to_pylist(), lines[NUMBER].to_pylist(), strict=True)
-            for row, (line, number) in enumerate(pairs, unit.rows.start):
-                where = f"{file.name}, line {number}"
-                asked = runner.ask(parse_line(line), len(line), row_key(file, row))
+            rows = [
+                ReadRow(name=row_key(file, row), row=parse_line(line), size=len(line), line=number)
+                for row, (line, number) in enumerate(pairs, unit.rows.start)
+            ]
+            for read, asked in zip(rows, runner.ask(rows), strict=True):
+                where = f"{file.name}, line {read.line}"
                 if asked.error is None:
-                    good.append((where, asked.url or "", asked.requests))
+                    good.append((where, asked.note["url"], asked.requests))
                 else:
-                    error = RowError(
-                        asked.error.code or f"http_{asked.error.status}", asked.error.message
-                    )
-                    errors.append((where, error))
+                    errors.append((where, asked.error))
     return RequestSample(requests=good, errors=errors, units=len(units))
 
 

@@ -38,7 +38,7 @@ from glm_batch.pipelines.input.values import Row, decode_rows
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.planning.plan import Plan, Unit, job_source, make_plan
 from glm_batch.pipelines.runs.prepared import Checked
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 
 SAMPLED_UNITS = 8
 ROWS_PER_UNIT = 64
@@ -146,9 +146,9 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
                     continue
                 ids.append(told_apart(prompt, checked.config))
                 media += map(MediaSize.of, prompt.patches)
-                unprinted.update(runner.unprinted(row))
+                unprinted.update(runner.prompts.unprinted(row))
                 good.append((where + "".join(map(media_note, prompt.patches)), row))
-    prompts = [(where, runner.render(row)) for where, row in evenly(good)]
+    prompts = [(where, runner.prompts.render(row)) for where, row in evenly(good)]
     return Sample(
         ids=ids,
         prompts=prompts,
@@ -166,7 +166,7 @@ def _sampled(
 ) -> Iterator[tuple[str, Row, Prompt | RowError]]:
     """(place, row, prompt or error) of the first rows of a unit."""
     file, runner = plan.files[unit.file].file, checked.runner
-    num_rows = MEDIA_ROWS_PER_UNIT if runner.reads_media else ROWS_PER_UNIT
+    num_rows = MEDIA_ROWS_PER_UNIT if runner.prompts.reads_media else ROWS_PER_UNIT
     rows = decode_rows(job_source(checked.job).read(file, unit.rows).slice(0, num_rows))
     prompts = iter(runner.prompts([row for row in rows if not isinstance(row, RowError)]))
     for number, row in enumerate(rows, unit.rows.start):
@@ -395,5 +395,5 @@ def _label_lines(job: Job, runner: TaskRunner) -> Iterator[tuple[str, str]]:
         counted = "counted" if runner.work.count_end else "not counted"
         text = ", ".join(f"{label} ({len(choice)})" for label, choice in labels)
         yield "label tokens", f"{text}; the end of a label is {counted}"
-    if runner.calibration is not None:
-        yield "calibration", f"{job.task.calibration}: {runner.calibration.sentence()}"
+    if (calibration := runner.task.calibration) is not None:
+        yield "calibration", f"{job.task.calibration}: {calibration.sentence()}"

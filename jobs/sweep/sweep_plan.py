@@ -32,7 +32,7 @@ from glm_batch.pipelines.planning.plan import Plan, make_plan
 from glm_batch.pipelines.runs.prepared import Checked
 from glm_batch.pipelines.sweep.cells import Cell
 from glm_batch.pipelines.sweep.sweep_run import with_shared_units
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 
 
 def plan_sweep(path: str, overrides: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ def plan_sweep(path: str, overrides: Sequence[str]) -> None:
         assert isinstance(each.runner, TaskRunner)
         plan, question = (
             make_plan(cell.job, each.survey, {}),
-            (cell.job.model, cell.dataset, each.runner.prompt_key),
+            (cell.job.model, cell.dataset, each.runner.prompts.key),
         )
         if question not in samples:
             samples[question] = take_sample(each, plan)

@@ -19,12 +19,6 @@ from glm_batch.models.errors import EngineError, RowError
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
 from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARING, READING
-from glm_batch.pipelines.openai_batch.request_rows import (
-    num_lines,
-    parse_requests,
-    render_requests,
-    request_runner,
-)
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.planning.plan import Plan, Unit, UnitSizes
@@ -33,9 +27,10 @@ from glm_batch.pipelines.tasks.rows import (
     TaskSpec,
     count_rows,
     lost_table,
+    num_rows,
     parse_unit,
     render_unit,
-    task_runner,
+    runner_of,
     unit_table,
 )
 
@@ -130,7 +125,7 @@ class Render:
     name: str = PREPARING
 
     def start(self) -> None:
-        task_runner(self.spec).start()
+        runner_of(self.spec).start()
 
     def num_rows(self, table: pa.Table) -> int:
         return table.num_rows  # type: ignore[no-any-return]
@@ -149,67 +144,29 @@ class Parse:
     name: str = PARSING
 
     def start(self) -> None:
-        task_runner(self.spec)
+        runner_of(self.spec)
 
     def num_rows(self, table: pa.Table) -> int:
-        return table.num_rows  # type: ignore[no-any-return]
+        return num_rows(table)
 
     def __call__(
         self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
     ) -> pa.Table:
-        return parse_unit(self.spec, table.slice(start, stop - start), lost)
-
-
-@dataclass(frozen=True, slots=True)
-class RenderRequests:
-    """A unit's lines of an OpenAI batch file -> requests."""
-
-    spec: TaskSpec
-    name: str = PREPARING
-
-    def start(self) -> None:
-        request_runner(self.spec).start()
-
-    def num_rows(self, table: pa.Table) -> int:
-        return table.num_rows  # type: ignore[no-any-return]
-
-    def __call__(
-        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
-    ) -> pa.Table:
-        return render_requests(self.spec, table.slice(start, stop - start), lost)
-
-
-@dataclass(frozen=True, slots=True)
-class ParseRequests:
-    """Their completions -> output columns. Its rows are the lines."""
-
-    spec: TaskSpec
-    name: str = PARSING
-
-    def start(self) -> None:
-        request_runner(self.spec)
-
-    def num_rows(self, table: pa.Table) -> int:
-        return num_lines(table)
-
-    def __call__(
-        self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
-    ) -> pa.Table:
-        return parse_requests(self.spec, table, start, stop, lost)
+        return parse_unit(self.spec, table, start, stop, lost)
 
 
 def build_renderer(read: Step, spec: TaskSpec) -> list[Step]:
     """The steps of a preprocessing worker; the tokenizer is loaded, the decoder started, while it
     starts.
     """
-    step = RenderRequests(spec) if spec.job.asks_by_row else Render(spec)
+    step = Render(spec)
     step.start()
     return [read, step]
 
 
 def build_parser(spec: TaskSpec, *commit: Step) -> list[Step]:
     """The steps of a parsing worker, which may commit, too; the tokenizer is loaded while it starts."""
-    step = ParseRequests(spec) if spec.job.asks_by_row else Parse(spec)
+    step = Parse(spec)
     step.start()
     return [step, *commit]
 

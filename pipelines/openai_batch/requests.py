@@ -1,20 +1,20 @@
-"""RequestRunner: a line of an OpenAI batch file to engine requests, and their completions to the
-body of a response.
+"""RequestRunner: lines of an OpenAI batch file to engine requests, completions to responses.
 
-What a request means is the server's business: glm_actors.serving checks the body, builds its task
-and writes the answer, so that all comes out as over HTTP. Owns the line around it (custom_id,
-method, url) and whose errors are whose. Importing this loads pydantic: do it inside functions.
-Knows nothing of tables, files or Ray.
+What a request means is the server's business: its room checks the body, builds the task and writes
+the answer, so that all comes out as over HTTP. A line may ask for several things at once (texts to
+embed, prompts to complete). Importing this loads pydantic: name it as text, see models.rooms.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import pyarrow as pa
 
 from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import (
@@ -36,15 +36,20 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     ScoreRequest,
     validated,
 )
-from glm_batch.models.engine.api.request import Completion, Request
+from glm_batch.models.engine.api.request import Completion
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.messages import MEDIA_PARTS
 from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.input.values import Row, usable_key
 from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.tasks.tasks import row_seed
+from glm_batch.pipelines.tasks.kinds import REQUEST_COLUMNS, TOKEN_COLUMNS
+from glm_batch.pipelines.tasks.task import Columns, row_seed
+from glm_batch.pipelines.tasks.task_runner import Asked, Prompts, ReadRow
 
 Json = dict[str, Any]
+ASSUMED_TOKENS = 256  # that a request writes which does not say how many
+ALTERNATIVE_BYTES = 120  # a token among top_logprobs, in the engine's answer and as JSON
+NUMBER_BYTES = 24  # a number of a vector, as float32 and as JSON
 ROUTES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
@@ -57,23 +62,14 @@ MAX_SHOWN = 80
 OWN_FAULTS = ("worker_died", "internal_error", "aborted")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Asked:
-    """What a line asks for: requests for the engine, or an error.
+class RequestRunner:
+    """One job's requests on one worker; see pipelines.tasks.task_runner.Runner.
 
-    A RowError is the line's: there is no request that could have a response. An ApiError is the
-    request's. `body` is the request without its media as JSON, as much as `answer` needs of it.
+    A note's `body` is the request without its media as JSON, as much as an answer needs of it; a
+    line that was refused has none, but the response that a client would have got.
     """
 
-    custom_id: str | None = None
-    url: str | None = None
-    body: str | None = None
-    requests: list[Request] = field(default_factory=list)
-    error: RowError | ApiError | None = None
-
-
-class RequestRunner:
-    """One job's requests on one worker. Built once from the job and its checkpoint."""
+    notes: Mapping[str, pa.DataType] = REQUEST_COLUMNS | {"body": pa.string()}
 
     def __init__(self, job: Job, model_dir: str) -> None:
         """Raises ConfigError for a checkpoint whose files cannot be used."""
@@ -98,44 +94,93 @@ class RequestRunner:
         """What was decided for this job and belongs into its manifest."""
         return {"models": self.models}
 
-    def ask(self, row: Row | RowError, num_bytes: int, name: str) -> Asked:
-        """What a line of `num_bytes` asks for. `name` is a text that no other row of the input has.
+    def ask(self, rows: Sequence[ReadRow], prompts: Prompts | None = None) -> Iterator[Asked]:
+        """What each line asks for.
 
-        Requests are named after it, and a request without a seed gets one that follows from the
-        custom_id: a rerun draws the same.
+        A request without a seed gets one that follows from the custom_id: a rerun draws the same.
         """
-        if isinstance(row, RowError):
-            return Asked(error=row)
+        for read in rows:
+            note: Json = {"line": read.line}
+            try:
+                yield self._asked(read, note)
+            except RowError as error:
+                yield Asked(key=note.get("custom_id") or read.name, error=error, note=note)
+            except ApiError as error:
+                refused = note | {"status_code": error.status, "response": json_text(error.body())}
+                yield Asked(key=note["custom_id"], error=_row_error(error), note=refused)
+
+    def columns(
+        self,
+        note: Mapping[str, Any],
+        completions: Sequence[Completion | RowError],
+        lost: RowError | None = None,
+    ) -> Columns:
+        done = [each for each in completions if isinstance(each, Completion)]
+        columns: Columns = {name: note[name] for name in REQUEST_COLUMNS} | {
+            name: sum(getattr(each, name) for each in done) if done else None
+            for name in TOKEN_COLUMNS
+        }
+        failed = next((each for each in completions if isinstance(each, RowError)), None)
+        if note["body"] is None:
+            assert failed is not None, "a line without a body was refused"
+            return columns | _failed(failed)
         try:
-            custom_id = _custom_id(row)
-        except RowError as error:
-            return Asked(error=error)
+            if failed := lost or failed:
+                raise fault(failed)
+            body = self._answer(note["url"], note["body"], done)
+        except ApiError as error:
+            response = {"status_code": error.status, "response": json_text(error.body())}
+            return columns | _failed(_row_error(error)) | response
+        # What the answer says: a prompt that is echoed and gone on with is asked about twice and
+        # counts once.
+        usage = body["usage"]
+        return columns | {
+            "status": "ok",
+            "error_code": None,
+            "error_message": None,
+            "prompt_tokens": usage["prompt_tokens"],
+            "output_tokens": usage["completion_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "status_code": 200,
+            "response": json_text(body),
+        }
+
+    def _asked(self, read: ReadRow, note: Json) -> Asked:
+        """Fills in the note as far as it comes. A RowError is the line's: there is no request that
+        could have a response. An ApiError is the request's.
+        """
+        if failed := read.error or (read.row if isinstance(read.row, RowError) else None):
+            raise failed
+        row = cast(Row, read.row)
+        note["custom_id"] = _custom_id(row)
         url = row.get("url")
-        known = Asked(
-            custom_id=custom_id, url=url if isinstance(url, str) and url in ROUTES else None
-        )
+        note["url"] = url if isinstance(url, str) and url in ROUTES else None
+        if read.first is not None:
+            raise RowError(
+                "duplicate_custom_id",
+                f"custom_id {note['custom_id']!r} is that of an earlier line (row {read.first}); "
+                "give each its own",
+            )
         try:
-            body = self._checked(row, num_bytes)
+            body = self._checked(row, read.size)
             if isinstance(body, Sampled) and body.seed is None:
-                body = body.model_copy(update={"seed": row_seed(self._seed, custom_id)})
+                seed = row_seed(self._seed, note["custom_id"])
+                body = body.model_copy(update={"seed": seed})
             task = build_task(
                 body, self.prompter, self._schemas, self._limits, thinking=self._section.thinking
             )
             kept = json.dumps(_without_media(row["body"]))
         except RowError as error:
-            return replace(known, error=of_row(error))
-        except ApiError as error:
-            return replace(known, error=error)
-        except RecursionError:
-            return replace(
-                known, error=ApiError(400, "the body is nested too deeply", "invalid_json")
-            )
+            raise of_row(error) from error
+        except RecursionError as error:
+            raise ApiError(400, "the body is nested too deeply", "invalid_json") from error
         requests = [
-            replace(request, id=f"{name}#{number}") for number, request in enumerate(task.requests)
+            replace(request, id=f"{read.name}#{number}")
+            for number, request in enumerate(task.requests)
         ]
-        return replace(known, body=kept, requests=requests)
+        return Asked(key=note["custom_id"], requests=requests, note=note | {"body": kept})
 
-    def answer(self, url: str, body: str, completions: Sequence[Completion]) -> Json:
+    def _answer(self, url: str, body: str, completions: Sequence[Completion]) -> Json:
         """The body of the response. Raises ApiError where the engine could not do the work."""
         for completion in completions:
             if completion.error is not None and completion.error.code in OWN_FAULTS:
@@ -177,6 +222,48 @@ class RequestRunner:
 def fault(error: RowError) -> ApiError:
     """What befell a row on its way, as the client of a server would hear of it."""
     return ApiError(500, error.message, error.code) if error.code in OWN_FAULTS else of_row(error)
+
+
+def answer_bytes(row: Row, hidden_size: int) -> int:
+    """What the answer of a line may weigh: vectors of `hidden_size` numbers for texts to embed,
+    tokens for what is written. A guess for the size of units, from the line alone.
+    """
+    body = row.get("body")
+    if not isinstance(body, dict):
+        return 0
+    if row.get("url") == "/v1/embeddings":
+        return _count(body.get("input")) * hidden_size * NUMBER_BYTES
+    alternatives = max(_number(body.get("top_logprobs")), _number(body.get("logprobs")))
+    tokens = (
+        _number(body.get("max_completion_tokens"))
+        or _number(body.get("max_tokens"))
+        or ASSUMED_TOKENS
+    )
+    choices = _count(body.get("prompt")) * max(_number(body.get("n")), 1)
+    return choices * tokens * (8 + alternatives * ALTERNATIVE_BYTES)
+
+
+def _count(value: Any) -> int:
+    """How many texts or token lists stand in a field; token ids by themselves are one."""
+    is_many = isinstance(value, list) and value and not isinstance(value[0], int)
+    return len(value) if is_many else 1
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def json_text(value: Any) -> str:
+    """As the server writes it: plain ASCII."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _row_error(error: ApiError) -> RowError:
+    return RowError(error.code or f"http_{error.status}", error.message)
+
+
+def _failed(error: RowError) -> Columns:
+    return {"status": "error", "error_code": error.code, "error_message": error.message}
 
 
 class _AnsweredPrompter(RequestPrompter):

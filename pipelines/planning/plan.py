@@ -27,12 +27,12 @@ from glm_batch.pipelines.input.keys import Place, find_duplicates
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import RowRange, Source, Survey
 from glm_batch.pipelines.input.values import Row, decode_rows, parse_line, row_key, split_lines
-from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.openai_batch.request_size import ASSUMED_TOKENS, answer_bytes
+from glm_batch.pipelines.job import Job, task_identity
 from glm_batch.pipelines.tasks.job_media import media_row_bytes, reads_media
 from glm_batch.pipelines.tasks.prompts import input_columns
 
 FORMAT = 1
+REQUESTS = "pipelines.openai_batch.requests"
 MAX_UNIT_ROWS = 1000
 MIN_UNIT_ROWS = 16
 # more rows than this many full units: larger units, so that what is kept of each stays small
@@ -354,7 +354,7 @@ def choose_unit_rows(job: Job, num_rows: int, num_bytes: int = 0, row_bytes: flo
     if job.task.kind in ("generate", "extract"):
         speed = min(speed, GENERATED_TOKENS_PER_S / (job.sampling.max_tokens * job.sampling.n))
     elif job.asks_by_row:
-        speed = GENERATED_TOKENS_PER_S / ASSUMED_TOKENS
+        speed = GENERATED_TOKENS_PER_S / rooms.load(REQUESTS).ASSUMED_TOKENS
     most = min(int(speed * job.commit.every_seconds), MAX_UNIT_ROWS, num_rows // WANTED_UNITS)
     most = max(most, MIN_UNIT_ROWS)
     if num_rows > MANY_UNITS * most:
@@ -391,11 +391,7 @@ def identify(job: Job, files: Sequence[InputFile], model_dir: str) -> Identity:
     engine = {name: getattr(job.engine, name) for name in ("kind", "dtype", "max_model_len")}
     preprocess = asdict(job.preprocess)
     preprocess.pop("workers")
-    task = asdict(job.task)
-    for name in ("label_logprobs", "gold_logprobs"):
-        if not task[name]:
-            del task[name]  # outputs from before there was this key stay as they are
-    del task["calibration"]
+    task = task_identity(job.task)
     if job.task.calibration is not None:
         # whatever the file's name is
         calibration = rooms.load("pipelines.calibration.calibration")
@@ -469,7 +465,8 @@ def _request_bytes(job: Job, source: Source, file: InputFile) -> float:
     rows = [parse_line(line) for line in lines]
     config = load_config(job.model)
     media = media_row_bytes(job, rows[:SAMPLED_ROWS]) if config.vision is not None else 0.0
-    answers = sum(
+    answer_bytes = rooms.load(REQUESTS).answer_bytes
+    answers: int = sum(
         answer_bytes(row, config.hidden_size) for row in rows if not isinstance(row, RowError)
     )
     return media + (sum(map(len, lines)) + answers) / max(len(lines), 1)

@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 
 from glm_batch.pipelines.evaluation.reliability import bin_numbers
 from glm_batch.pipelines.evaluation.scoring import Rules, score_rows
-from glm_batch.pipelines.tasks.schema import ROW_COLUMNS
-from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS
+from glm_batch.pipelines.tasks.kinds import ROW_COLUMNS, TOKEN_COLUMNS
 
 JUDGED = ("choose", "classify", "generate", "extract")  # kinds with one right answer
 MAX_TEXT = 80  # a longer answer is counted as LONGER

@@ -28,15 +28,8 @@ from glm_batch.pipelines.report.committed_rows import CommittedRows
 from glm_batch.pipelines.report.input_rows import Place
 from glm_batch.pipelines.report.text import shown
 from glm_batch.pipelines.tasks.job_media import media_rules
-from glm_batch.pipelines.tasks.prompts import (
-    Message,
-    PromptTemplate,
-    conversation,
-    prompt_columns,
-    uses_chat,
-)
-from glm_batch.pipelines.tasks.schema import ROW_COLUMNS
-from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS
+from glm_batch.pipelines.tasks.kinds import ROW_COLUMNS, TOKEN_COLUMNS, uses_chat
+from glm_batch.pipelines.tasks.prompts import Message, PromptTemplate, conversation, prompt_columns
 
 PROMPT_SHOWN, ANSWER_SHOWN, MESSAGE_SHOWN, KEY_SHOWN, TOKENS_SHOWN = 600, 600, 400, 120, 40
 LABELS_SHOWN = 5

@@ -45,8 +45,7 @@ from glm_batch.pipelines.report.sweep_page import (
     places_of,
     sweep_scores,
 )
-from glm_batch.pipelines.tasks.schema import ROW_COLUMNS
-from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS
+from glm_batch.pipelines.tasks.kinds import ROW_COLUMNS, TOKEN_COLUMNS
 
 Row = TypeVar("Row", Place, str)  # how a row is named: by its place, or by its key
 

@@ -35,6 +35,7 @@ from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.planning.plan import Unit, job_source
 from glm_batch.pipelines.runs.prepared import Checked, Prepared, prepare
 from glm_batch.pipelines.runs.watch import OnProgress, Stop, Tally, Watch, watched
+from glm_batch.pipelines.tasks.kinds import TASKS
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -238,7 +239,7 @@ def engine_config(job: Job) -> EngineConfig:
         tensor_parallel_size=engine.tensor_parallel_size,
         max_step_tokens=engine.max_step_tokens,
         max_model_len=engine.max_model_len,
-        task=None if job.task.kind == "requests" else job.task.kind,
+        task=None if job.asks_by_row else TASKS[job.task.kind].engine_task,
     )
 
 

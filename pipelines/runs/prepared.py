@@ -33,9 +33,9 @@ from glm_batch.pipelines.planning.plan import (
     make_plan,
     survey_input,
 )
+from glm_batch.pipelines.tasks.kinds import output_schema
 from glm_batch.pipelines.tasks.rows import TaskSpec
-from glm_batch.pipelines.tasks.schema import output_schema
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.task_runner import build_runner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Checked:
     job: Job
     config: ModelConfig
     survey: Survey
-    runner: Any  # a TaskRunner, or the runner of an OpenAI batch file
+    runner: Any  # a pipelines.tasks.task_runner.Runner
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -125,17 +125,6 @@ def check_again(job: Job, plan: Plan, units: Collection[int]) -> Checked:
         survey=Survey(files=files, schema=plan.schema, num_rows={}),
         runner=build_runner(job),
     )
-
-
-def build_runner(job: Job) -> Any:
-    """What turns the job's rows into requests and completions into columns, with its tokenizer.
-
-    Raises ConfigError.
-    """
-    model_dir = os.path.abspath(job.model)
-    if not job.asks_by_row:
-        return TaskRunner(job, model_dir)
-    return rooms.load("pipelines.openai_batch.requests").RequestRunner(job, model_dir)
 
 
 def prepare(job: Job | Checked, output: Output | None, *, extend: bool = False) -> Prepared:

@@ -29,15 +29,17 @@ from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARIN
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.planning.plan import Plan, UnitSizes
 from glm_batch.pipelines.tasks.affinity import with_prefix_key
+from glm_batch.pipelines.tasks.row_prompts import RowPrompts
 from glm_batch.pipelines.tasks.rows import (
     UNIT,
     Rendered,
     TaskSpec,
+    num_rows,
     parse_unit,
     render_rows,
-    task_runner,
+    rows_of,
+    runner_of,
 )
-from glm_batch.pipelines.tasks.tasks import TaskRunner
 
 CELLS, CELL, DATASET, PARSED = "#cells", "#cell", "#dataset", "#parsed"
 CELLS_TYPE = pa.list_(pa.struct({"cell": pa.int32(), "unit": pa.int32()}))
@@ -166,20 +168,20 @@ class RenderBundle:
     ) -> pa.Table:
         cells = [cell for cell, _ in cells_of(table)]
         prompts: dict[object, Sequence[Prompt | RowError]] = {}
-        owners: list[tuple[int, int]] = []  # row and place of each pair, cell after cell
+        owners: list[tuple[int, int]] = []  # row and place of each request, cell after cell
         rendered: list[Rendered] = []
         for place, cell in enumerate(cells):
             first, last = (max(-(-(edge - place) // len(cells)), 0) for edge in (start, stop))
             if first < last:
-                owners += [(row, place) for row in range(first, last)]
-                find = partial(_prompts, prompts, (first, last))
-                rendered.append(
-                    render_rows(self.specs[cell], table.slice(first, last - first), lost, find)
-                )
+                spec = self.specs[cell]
+                find = partial(_prompts, prompts, (first, last), runner_of(spec).prompts)
+                found = render_rows(spec, table.slice(first, last - first), lost, find)
+                owners += [(first + row, place) for row in found.owners.to_pylist()]
+                rendered.append(found)
         order = sorted(range(len(owners)), key=owners.__getitem__)
         ids = [
             request_id(cells[place], key)
-            for (_, place), key in zip(owners, _chained(rendered, "keys"), strict=True)
+            for (_, place), key in zip(owners, _chained(rendered, "ids"), strict=True)
         ]
         named = [
             _named(request, id)
@@ -192,7 +194,7 @@ class RenderBundle:
             CELL, pa.array([cells[owners[i][1]] for i in order], pa.int32())
         )
         beside = pa.concat_tables(
-            [pa.table(each.beside) for each in rendered], promote_options="default"
+            [each.beside for each in rendered], promote_options="default"
         ).take(order)
         for name in beside.column_names:
             result = result.append_column(name, beside[name])
@@ -210,12 +212,12 @@ class ParseBundle:
     name: str = PARSING
 
     def num_rows(self, table: pa.Table) -> int:
-        return table.num_rows  # type: ignore[no-any-return]
+        return num_rows(table)
 
     def __call__(
         self, table: pa.Table, start: int, stop: int, lost: RowError | None = None
     ) -> pa.Table:
-        pairs = table.slice(start, stop - start)
+        pairs = rows_of(table, start, stop)
         present = np.unique(pairs[CELL].to_numpy()).tolist()
         units = dict(cells_of(table))
         parsed = [
@@ -232,9 +234,8 @@ class ParseBundle:
         )
 
     def _cell(self, cell: int, unit: int, rows: pa.Table, lost: RowError | None) -> bytes:
-        rows = _with_keys(rows, [cell_and_key(id)[1] for id in rows["row_key"].to_pylist()])
         rows = _with(rows, UNIT, pa.array([unit] * rows.num_rows, pa.int32()))
-        return _to_bytes(parse_unit(self.specs[cell], rows, lost))
+        return _to_bytes(parse_unit(self.specs[cell], rows, lost=lost))
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,7 @@ def build_renderer(
 ) -> list[Any]:
     """The steps of a preprocessing worker; loads tokenizers and starts decoders."""
     for cell in cells:
-        task_runner(specs[cell]).start()
+        runner_of(specs[cell]).start()
     return [ReadBundle(sources), RenderBundle(specs)]
 
 
@@ -284,20 +285,20 @@ def build_committer(
 ) -> list[Any]:
     """The steps of a committing worker."""
     for cell in cells:
-        task_runner(specs[cell])
+        runner_of(specs[cell])
     return [ParseBundle(specs), commit]
 
 
 def _prompts(
     known: dict[object, Sequence[Prompt | RowError]],
     rows: object,
-    runner: TaskRunner,
-    good: list[Row],
+    prompts: RowPrompts,
+    good: Sequence[Row],
 ) -> Sequence[Prompt | RowError]:
     """The prompts of these rows, made once for all cells that ask in the same words."""
-    key = (rows, runner.prompt_key)
+    key = (rows, prompts.key)
     if key not in known:
-        known[key] = runner.prompts(good)
+        known[key] = prompts(good)
     return known[key]
 
 

@@ -13,13 +13,11 @@ import math
 import re
 import string
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from glm_batch.models.errors import ConfigError, RowError
-from glm_batch.pipelines.job import Job, TaskConfig
-
-CHAT_KINDS = frozenset({"choose", "generate", "extract"})
+from glm_batch.pipelines.job import COLUMN, Job, TaskConfig
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -126,25 +124,28 @@ def input_columns(job: Job) -> tuple[str, ...]:
     """
     if job.asks_by_row:
         return ()
-    return tuple(
-        dict.fromkeys((*prompt_columns(job.task), *_single(job.task.gold, job.key), *job.carry))
-    )
+    named = (*task_columns(job.task), *_single(job.key), *job.carry)
+    return tuple(dict.fromkeys(named))
+
+
+def column_keys(task: TaskConfig) -> Iterator[tuple[str, str]]:
+    """(key of the task section, input column that it names), for each column."""
+    if task.prompt is not None:
+        yield from (("prompt", column) for column in PromptTemplate.parse(task.prompt).columns)
+    for key in fields(task):
+        if key.metadata == COLUMN:
+            yield from ((key.name, column) for column in _names(getattr(task, key.name)))
+
+
+def task_columns(task: TaskConfig) -> tuple[str, ...]:
+    """The input columns that the task names, each once."""
+    return tuple(dict.fromkeys(column for _, column in column_keys(task)))
 
 
 def prompt_columns(task: TaskConfig) -> tuple[str, ...]:
     """The input columns that become the prompt."""
     fields = PromptTemplate.parse(task.prompt).columns if task.prompt is not None else ()
     return tuple(dict.fromkeys((*fields, *_single(task.messages), *media_columns(task))))
-
-
-def uses_chat(task: TaskConfig) -> bool:
-    """True where the prompt goes through the chat template; classification, tags and vectors take
-    raw text.
-    """
-    is_conversation = (
-        task.system is not None or task.messages is not None or bool(media_columns(task))
-    )
-    return task.kind in CHAT_KINDS or is_conversation
 
 
 def _media_parts(task: TaskConfig, row: Row) -> Iterator[Message]:

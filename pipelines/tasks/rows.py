@@ -1,51 +1,50 @@
-"""The work on one unit's table: rows to requests, and completions to output columns.
+"""The work on a unit's table: rows to requests, and completions to output columns.
 
-Pure functions of tables, for whatever runs them. Owns what is done with keys, carried columns and
-gold answers; the prompt and the answer belong to pipelines.tasks.tasks. Knows nothing of Ray or
-files.
-
-Names in travelling tables: "#..." are our own, "in...." are the input's columns, the rest is the
-actors' contract.
+A row may ask for several things at once: it travels as one row for each of its requests, which come
+back together, and what belongs to the row itself stands on the first of them. Names in travelling
+tables: "#..." are our own, "in...." are the input's columns, the rest is the actors' contract.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from itertools import pairwise
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from glm_batch.glm_actors.media.media_loader import MediaLoader
-from glm_batch.glm_actors.units.batches import CONTINUATION, request_table, to_completions
-from glm_batch.models.engine.api.request import Completion, Request
+from glm_batch.glm_actors.units.batches import request_table, to_completions
+from glm_batch.models.engine.api.request import Request
 from glm_batch.models.errors import RowError
-from glm_batch.models.processing.prompt import Prompt
 from glm_batch.models.processing.scores import Scaling
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.values import (
     LINE,
+    NUMBER,
     Row,
     column_values,
     decode_rows,
-    key_text,
     parse_line,
     row_key,
 )
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.tasks.affinity import with_prefix_key
-from glm_batch.pipelines.tasks.prompts import cell_text, prompt_columns
-from glm_batch.pipelines.tasks.tasks import TOKEN_COLUMNS, TaskRunner
+from glm_batch.pipelines.tasks.kinds import TOKEN_COLUMNS
+from glm_batch.pipelines.tasks.prompts import task_columns
+from glm_batch.pipelines.tasks.task_runner import Asked, Prompts, ReadRow, Runner, build_runner
 
 UNIT, ROW, FIRST, LOST = "#unit", "#row", "#first", "#lost"
-GOLD, GOLD_TOKENS, PROMPT, RIGHT = "#gold", "#gold_tokens", "#prompt", "#right"
+KEY, GOLD, RIGHT = "#key", "#gold", "#right"  # only a row's first request has a KEY
+NOTE = "#note."
 OWN_PARSED = ((UNIT, pa.int32()), (RIGHT, pa.bool_()))
 INPUT = "in."
-INPUT_LINE = INPUT + LINE
+INPUT_LINE, INPUT_NUMBER = INPUT + LINE, INPUT + NUMBER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,27 +64,14 @@ class TaskSpec:
     scaling: Scaling | None = None
 
 
-class Runner(Protocol):
-    """What is built once for a job in a process, and may have started other processes."""
-
-    def close(self) -> None: ...
-
-
-R = TypeVar("R", bound=Runner)
 _runners: dict[tuple[str, str], Any] = {}
 _loaders: dict[str, MediaLoader] = {}  # of all these runners
 
 
-def task_runner(spec: TaskSpec) -> TaskRunner:
-    """The runner of this process for this job."""
-    return kept_runner(
-        spec, lambda job, model_dir: TaskRunner(job, model_dir, _loaders, spec.scaling)
-    )
+def runner_of(spec: TaskSpec) -> Any:
+    """The Runner of this process for this job, built once.
 
-
-def kept_runner(spec: TaskSpec, build: Callable[[Job, str], R]) -> R:
-    """What `build` makes of this job, once; a process that goes on to another run forgets those of
-    the first.
+    A process that goes on to another run forgets those of the first.
     """
     key = (spec.run_id, spec.name)
     if key not in _runners:
@@ -94,9 +80,8 @@ def kept_runner(spec: TaskSpec, build: Callable[[Job, str], R]) -> R:
                 earlier.close()
             _runners.clear()
             _loaders.clear()
-        _runners[key] = build(spec.job, spec.model_dir)
-    kept: R = _runners[key]
-    return kept
+        _runners[key] = build_runner(spec.job, spec.model_dir, _loaders, spec.scaling)
+    return _runners[key]
 
 
 def unit_table(
@@ -124,88 +109,104 @@ def lost_table(table: pa.Table, error: RowError) -> pa.Table:
 
 
 def render_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
-    """Rows to requests: keys, prompts, token ids. Carried columns and gold answers go along.
+    """Rows to requests. Keys, carried columns and gold answers go along.
 
     With `lost` these rows get that error instead of a prompt.
     """
     rendered = render_rows(spec, table, lost)
-    result = request_table(rendered.keys, rendered.requests).append_column(UNIT, table[UNIT])
-    for name, column in rendered.beside.items():
-        result = result.append_column(name, column)
+    result = request_table(rendered.ids, rendered.requests)
+    result = result.append_column(UNIT, table[UNIT].take(rendered.owners))
+    for name in rendered.beside.column_names:
+        result = result.append_column(name, rendered.beside[name])
     return with_prefix_key(result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """Rows as the engine takes them: key and request of each, and the columns that go along."""
+    """What rows ask of the engine: id and request of each travelling row, and what goes along.
 
-    keys: list[str]
+    `owners` are the rows' numbers, in order; a row that failed has one that is an error.
+    """
+
+    ids: list[str]
     requests: list[Request | RowError]
-    beside: dict[str, pa.Array]
-
-
-Prompts = Callable[[TaskRunner, list[Row]], Sequence[Prompt | RowError]]
+    owners: pa.Array
+    beside: pa.Table
 
 
 def render_rows(
+    spec: TaskSpec, table: pa.Table, lost: RowError | None = None, prompts: Prompts | None = None
+) -> Rendered:
+    """As `render_unit`; `prompts` finds prompts that another job has made."""
+    runner: Runner = runner_of(spec)
+    rows: list[Row | RowError]
+    if lost is not None and spec.job.asks_by_row:
+        rows = [lost for _ in range(table.num_rows)]  # whose lines are not looked at again
+    else:
+        rows = _with_lost(_rows(spec.job, table), table)
+    carried, misfits = _carried(spec, table, rows)
+    asked = list(runner.ask(_read_rows(table, rows, misfits, lost), prompts))
+    counts = [max(len(each.requests), 1) for each in asked]
+    heads = [row if place == 0 else None for row, n in enumerate(counts) for place in range(n)]
+    ids: list[str] = []
+    requests: list[Request | RowError] = []
+    for each in asked:
+        if each.error is not None:
+            ids.append(each.key)
+            requests.append(each.error)
+        ids += [request.id for request in each.requests]
+        requests += each.requests
+    beside = pa.table(_beside(spec.job, runner, rows, asked) | carried)
+    return Rendered(
+        ids=ids,
+        requests=requests,
+        owners=pa.array([row for row, n in enumerate(counts) for _ in range(n)], pa.int32()),
+        beside=beside if len(ids) == len(rows) else beside.take(pa.array(heads, pa.int64())),
+    )
+
+
+def num_rows(table: pa.Table) -> int:
+    """How many rows of the input the travelling rows of a table stand for."""
+    return table.num_rows - table[KEY].null_count  # type: ignore[no-any-return]
+
+
+def rows_of(table: pa.Table, start: int, stop: int | None) -> pa.Table:
+    """The travelling rows that stand for rows [start, stop) of the input."""
+    starts = _starts(table)[start : None if stop is None else stop + 1]
+    return table.slice(starts[0], starts[-1] - starts[0])
+
+
+def parse_unit(
     spec: TaskSpec,
     table: pa.Table,
+    start: int = 0,
+    stop: int | None = None,
     lost: RowError | None = None,
-    prompts: Prompts = TaskRunner.prompts,
-) -> Rendered:
-    """As `render_unit`; `prompts` makes prompts of rows, or finds those that another job has made."""
-    runner = task_runner(spec)
-    rows = _with_lost(_rows(spec.job, table), table)
-    carried, misfits = _carried(spec, table, rows)
-    if lost:
-        misfits = [lost] * table.num_rows
-    names = zip(rows, table[ROW].to_pylist(), table[FIRST].to_pylist(), misfits, strict=True)
-    checked = [_checked(spec.job, *name) for name in names]
-    keys = [key for key, _ in checked]
-    good = prompts(runner, [row for _, row in checked if not isinstance(row, RowError)])
-    requests, continuations = _requests(runner, checked, good)
-    beside = _beside(spec.job, rows) | carried
-    if spec.job.task.gold_logprobs:
-        beside |= _scored(continuations)
-    return Rendered(keys=keys, requests=requests, beside=beside)
-
-
-def parse_unit(spec: TaskSpec, table: pa.Table, lost: RowError | None = None) -> pa.Table:
-    """Completions to the job's output columns and OWN_PARSED; RIGHT says whether a row agrees with
-    its gold answer.
+) -> pa.Table:
+    """Completions of rows [start, stop) to the job's output columns and OWN_PARSED; RIGHT says
+    whether a row agrees with its gold answer.
 
     With `lost` these rows get that error, whatever their completions say.
     """
-    runner = task_runner(spec)
-    completions: list[Completion | RowError] = (
-        [lost] * table.num_rows if lost else to_completions(table)
-    )
-    golds = _from_json(table, GOLD)
-    prompts = _from_json(table, PROMPT)
-    gold_tokens = (
-        table[GOLD_TOKENS].to_pylist()
-        if GOLD_TOKENS in table.column_names
-        else [None] * table.num_rows
-    )
-    outputs: list[dict[str, Any]] = []
-    for completion, prompt, scored in zip(completions, prompts, gold_tokens, strict=True):
-        if isinstance(completion, RowError):
-            outputs.append(runner.error_columns(completion))
-        else:
-            outputs.append(runner.to_columns(completion, prompt or {}, scored))
-    right = [
-        None if gold is None else runner.is_right(row, gold)
-        for row, gold in zip(outputs, golds, strict=True)
+    runner: Runner = runner_of(spec)
+    table = rows_of(table, start, stop)
+    starts = _starts(table)
+    heads = table.take(pa.array(starts[:-1], pa.int64()))
+    notes = heads.select([NOTE + name for name in runner.notes]).rename_columns(list(runner.notes))
+    completions = to_completions(table)
+    outputs = [
+        runner.columns(note, completions[begin:end], lost)
+        for note, (begin, end) in zip(_dicts(notes), pairwise(starts), strict=True)
     ]
-    given = {"row_key": table["row_key"], "attempts": pa.array([1] * table.num_rows, pa.int32())}
-    given |= {name: table[INPUT + name] for name in spec.job.carry}
+    given = {"row_key": heads[KEY], "attempts": pa.array([1] * heads.num_rows, pa.int32())}
+    given |= {name: heads[INPUT + name] for name in spec.job.carry}
     columns = {
         field.name: given[field.name]
         if field.name in given
         else pa.array([row[field.name] for row in outputs], field.type)
         for field in spec.schema
     }
-    own = {UNIT: table[UNIT], RIGHT: pa.array(right, pa.bool_())}
+    own = {UNIT: heads[UNIT], RIGHT: pa.array(_right(runner, outputs, heads), pa.bool_())}
     return pa.table(columns | own, schema=pa.schema([*spec.schema, *OWN_PARSED]))
 
 
@@ -227,60 +228,24 @@ def count_rows(table: pa.Table) -> Counts:
     )
 
 
-def _checked(
-    job: Job, row: Row | RowError, default: str, first: str | None, misfit: RowError | None
-) -> tuple[str, Row | RowError]:
-    """A row's key, and the row or what is wrong with it before its prompt is looked at."""
-    key = default
-    try:
-        if isinstance(row, RowError):
-            raise row
-        if job.key is not None:
-            key = key_text(row, job.key)
-        if first is not None:
-            raise RowError(
-                "duplicate_key", f"{job.key} {key!r} is the key of an earlier row: {first}"
-            )
-        if misfit is not None:
-            raise misfit
-        return key, row
-    except RowError as error:
-        return key, error
-
-
-def _requests(
-    runner: TaskRunner,
-    rows: Sequence[tuple[str, Row | RowError]],
-    good: Sequence[Prompt | RowError],
-) -> tuple[list[Request | RowError], list[Sequence[int] | None]]:
-    """A request for each row, and what to score beside it; `good` are the prompts of those without
-    an error.
-    """
-    prompts = iter(good)
-    requests: list[Request | RowError] = []
-    continuations: list[Sequence[int] | None] = []
-    for key, row in rows:
-        continuation = None
-        try:
-            if isinstance(row, RowError):
-                raise row
-            prompt = next(prompts)
-            if isinstance(prompt, RowError):
-                raise prompt
-            continuation = runner.gold_ids(row, prompt)
-            requests.append(runner.request(key, prompt))
-        except RowError as error:
-            requests.append(error)
-        continuations.append(continuation)
-    return requests, continuations
-
-
-def _scored(continuations: Sequence[Sequence[int] | None]) -> dict[str, pa.Array]:
-    lengths = [None if ids is None else len(ids) for ids in continuations]
-    return {
-        CONTINUATION: pa.array(continuations, pa.list_(pa.int32())),
-        GOLD_TOKENS: pa.array(lengths, pa.int32()),
-    }
+def _read_rows(
+    table: pa.Table,
+    rows: Sequence[Row | RowError],
+    misfits: Sequence[RowError | None],
+    lost: RowError | None,
+) -> list[ReadRow]:
+    names, firsts = table[ROW].to_pylist(), table[FIRST].to_pylist()
+    sizes, numbers = [0] * len(rows), [None] * len(rows)
+    if INPUT_LINE in table.column_names:
+        sizes = [len(line or b"") for line in table[INPUT_LINE].to_pylist()]
+    if INPUT_NUMBER in table.column_names:
+        numbers = table[INPUT_NUMBER].to_pylist()
+    return [
+        ReadRow(name=name, row=row, first=first, error=lost or misfit, size=size, line=number)
+        for name, row, first, misfit, size, number in zip(
+            names, rows, firsts, misfits, sizes, numbers, strict=True
+        )
+    ]
 
 
 def _with_lost(rows: list[Row | RowError], table: pa.Table) -> list[Row | RowError]:
@@ -296,45 +261,42 @@ def _rows(job: Job, table: pa.Table) -> list[Row | RowError]:
     """The rows with the columns that are looked at here: carried columns of Parquet are not."""
     if INPUT_LINE in table.column_names:
         return [parse_line(line) for line in table[INPUT_LINE].to_pylist()]
-    looked_at = {*prompt_columns(job.task), job.task.gold, job.key}
+    looked_at = {*task_columns(job.task), job.key}
     names = [name for name in table.column_names if name.removeprefix(INPUT) in looked_at]
     picked = table.select(names).rename_columns([name.removeprefix(INPUT) for name in names])
     return decode_rows(picked) if names else [{} for _ in range(table.num_rows)]
 
 
-def _beside(job: Job, rows: Sequence[Row | RowError]) -> dict[str, pa.Array]:
-    """What the parse stage needs of the rows, as JSON texts: gold answers, and for tag the prompt's
-    cells.
-    """
-    columns = {}
+def _beside(
+    job: Job, runner: Runner, rows: Sequence[Row | RowError], asked: Sequence[Asked]
+) -> dict[str, pa.Array]:
+    """Keys, gold answers as JSON texts, and what the runner has noted."""
+    columns = {KEY: pa.array([each.key for each in asked], pa.string())}
     if (gold := job.task.gold) is not None:
         values = [None if isinstance(row, RowError) else row.get(gold) for row in rows]
         columns[GOLD] = pa.array(
             [None if value is None else _json_text(value) for value in values], pa.string()
         )
-    if job.task.kind == "tag":
-        columns[PROMPT] = pa.array(
-            [_cells(row, prompt_columns(job.task)) for row in rows], pa.string()
-        )
+    for name, dtype in runner.notes.items():
+        columns[NOTE + name] = pa.array([each.note.get(name) for each in asked], dtype)
     return columns
 
 
-def _cells(row: Row | RowError, columns: Sequence[str]) -> str | None:
-    """The prompt's cells as texts: the template makes the same prompt of them as of the row."""
-    try:
-        return (
-            None
-            if isinstance(row, RowError)
-            else json.dumps({name: cell_text(row, name) for name in columns})
-        )
-    except RowError:
-        return None
+def _starts(table: pa.Table) -> list[int]:
+    """The travelling row with which each row begins, and the end."""
+    is_first = table[KEY].is_valid().to_pylist()
+    return [*(place for place, first in enumerate(is_first) if first), table.num_rows]
 
 
-def _from_json(table: pa.Table, name: str) -> list[Any]:
-    if name not in table.column_names:
-        return [None] * table.num_rows
-    return [None if text is None else json.loads(text) for text in table[name].to_pylist()]
+def _right(runner: Any, outputs: Sequence[Mapping[str, Any]], heads: pa.Table) -> list[bool | None]:
+    if GOLD not in heads.column_names:
+        return [None] * heads.num_rows
+    golds = [None if text is None else json.loads(text) for text in heads[GOLD].to_pylist()]
+    return [runner.is_right(row, gold) for row, gold in zip(outputs, golds, strict=True)]
+
+
+def _dicts(table: pa.Table) -> list[dict[str, Any]]:
+    return table.to_pylist() if table.num_columns else [{} for _ in range(table.num_rows)]
 
 
 def _json_text(value: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 from glm_batch.models.checkpoint.model_config import ModelConfig, RopeConfig
 from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.pipelines.job import Job, TaskConfig
-from glm_batch.pipelines.tasks.schema import output_schema
+from glm_batch.pipelines.tasks.kinds import output_schema
 
 CONFIG = ModelConfig(
     architecture="Glm4ForCausalLM", family="glm4", head="causal_lm", vocab_size=320, hidden_size=8,

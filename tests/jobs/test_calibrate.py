@@ -26,7 +26,7 @@ from glm_batch.pipelines.evaluation.scoring import Rules, score
 from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
 from glm_batch.pipelines.planning.plan import differences, fingerprint, identify, job_source
 from glm_batch.pipelines.runs.prepared import prepare
-from glm_batch.pipelines.tasks.rows import task_runner
+from glm_batch.pipelines.tasks.rows import runner_of
 from tests.pipelines.report.world import chosen, commit_rows, page_of
 
 LABELS = ["red", "green", "blue"]
@@ -70,11 +70,11 @@ def fit(root: Path, **options: Any) -> str:
 
 def labelled(job: Job, logprobs: np.ndarray) -> list[dict[str, Any]]:
     """What a worker of the job makes of a model's answers."""
-    runner = task_runner(prepare(job, None).spec)
+    runner = runner_of(prepare(job, None).spec)
     rows = []
     for number, row in enumerate(logprobs.tolist()):
         completion = Completion(id=str(number), finish_reason="stop", choice_logprobs=tuple(row))
-        rows.append({"row_key": str(number)} | runner.to_columns(completion, {}))
+        rows.append({"row_key": str(number)} | runner.columns({}, [completion]))
     return rows
 
 

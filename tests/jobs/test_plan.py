@@ -26,7 +26,7 @@ from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine.api.request import Choose, Embed, Generate, SamplingParams
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.planning.plan import make_plan
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 
 
 def test_shared_prefix_share_counts_what_a_neighbour_has_already() -> None:

@@ -21,7 +21,8 @@ from glm_batch.models.engine import EngineConfig
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.tasks.tasks import Columns, TaskRunner
+from glm_batch.pipelines.tasks.task import Columns
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 from tests.glm_actors.serving.conftest import MODEL, TINY, TOKEN
 from tests.glm_actors.serving.local import serving
 from tests.glm_actors.serving.test_same_as_batch import batch, job_of, rows_of

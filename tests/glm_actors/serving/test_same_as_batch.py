@@ -29,7 +29,8 @@ from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.processing.prompt import Prompt
 from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import Job, TaskConfig
-from glm_batch.pipelines.tasks.tasks import Columns, TaskRunner
+from glm_batch.pipelines.tasks.task import Columns
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 from tests.glm_actors.serving.conftest import MODEL, ROOT, TINY
 from tests.models.conftest import MakeCheckpoint, make_checkpoint
 
@@ -80,16 +81,20 @@ def batch(
     prompts = runner.prompts(rows)
     runner.close()
     found = []
-    for number, prompt in enumerate(prompts):
-        assert isinstance(prompt, Prompt)
-        engine.submit([runner.request(str(number), prompt)])
+    asked = [
+        runner.asked(str(number), row, prompt)
+        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
+    ]
+    for each in asked:
+        assert each.error is None
+        engine.submit(each.requests)
     done: dict[str, Completion] = {}
     while engine.has_work():
         done |= {completion.id: completion for completion in engine.step()}
-    for number, row in enumerate(rows):
-        columns = runner.to_columns(done[str(number)], row)
+    for each in asked:
+        columns = runner.columns(each.note, [done[each.key]])
         assert columns["status"] == "ok"
-        found.append((columns, done[str(number)]))
+        found.append((columns, done[each.key]))
     return found
 
 

@@ -15,7 +15,7 @@ from glm_batch.pipelines.evaluation.scoring import Rules, score
 from glm_batch.pipelines.input.values import json_or_text, same_json
 from glm_batch.pipelines.job import Job, TaskConfig
 from glm_batch.pipelines.report.answers import Question, row_facts
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2) | st.floats(-2, 2) | st.text("ab", max_size=2),

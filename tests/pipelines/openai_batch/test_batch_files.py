@@ -31,6 +31,7 @@ from glm_batch.pipelines.output.state import status_of
 from glm_batch.pipelines.planning.plan import HEAVY_UNIT_BYTES, make_plan, survey_input
 from glm_batch.pipelines.runs.prepared import prepare
 from glm_batch.pipelines.runs.retry_run import retry_failed
+from glm_batch.pipelines.tasks.task_runner import ReadRow
 from tests.pipelines.openai_batch.batch_files import (
     Json,
     LocalStages,
@@ -213,7 +214,8 @@ def test_names_of_the_model_and_seeds(echo_checkpoint: Path, tmp_path: Path) -> 
     drawn = []
     for seed in (0, 0, 1):
         runner = RequestRunner(replace(job, sampling=replace(job.sampling, seed=seed)), job.model)
-        asked = [runner.ask(chat(name, "gpt-4"), 10, name) for name in ("a", "b")]
+        rows = [ReadRow(name=name, row=chat(name, "gpt-4"), size=10) for name in ("a", "b")]
+        asked = list(runner.ask(rows))
         drawn.append([each.requests[0].work.sampling.seed for each in asked])  # type: ignore[union-attr]
         runner.close()
     assert drawn[0] == drawn[1] != drawn[2]

@@ -21,7 +21,8 @@ from glm_batch.pipelines.output.manifest import write_manifest
 from glm_batch.pipelines.planning.plan import make_plan, survey_input
 from glm_batch.pipelines.report.committed_rows import committed_rows
 from glm_batch.pipelines.report.page import render_job
-from glm_batch.pipelines.tasks.schema import ROW_COLUMNS, TOKEN
+from glm_batch.pipelines.tasks.kinds import ROW_COLUMNS
+from glm_batch.pipelines.tasks.tag_task import TOKEN
 
 FLOATS = pa.list_(pa.float64())
 TYPES: dict[str, dict[str, pa.DataType]] = {

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from glm_batch.glm_actors.media.media_loader import MediaLoader
-from glm_batch.glm_actors.units.batches import num_requests, to_requests, with_completions
+from glm_batch.glm_actors.units.batches import to_requests, with_completions
 from glm_batch.models.engine import EngineConfig, build_engine
 from glm_batch.models.errors import RowError
 from glm_batch.pipelines.input.source import Source
@@ -35,8 +35,8 @@ from glm_batch.pipelines.sweep.bundles import (
 )
 from glm_batch.pipelines.sweep.cells import Sweep
 from glm_batch.pipelines.tasks.prompts import input_columns
-from glm_batch.pipelines.tasks.rows import TaskSpec, task_runner
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.row_prompts import RowPrompts
+from glm_batch.pipelines.tasks.rows import TaskSpec, num_rows, runner_of
 from tests.pipelines.sweep.conftest import NUM_ROWS
 
 
@@ -47,7 +47,7 @@ def specs(sweep: Sweep) -> Iterator[list[TaskSpec]]:
     ]
     yield found
     for spec in found:
-        task_runner(spec).close()
+        runner_of(spec).close()
 
 
 def prepared(sweep: Sweep) -> list[Prepared]:
@@ -96,13 +96,13 @@ def test_equal_prompts_are_made_once(
 ) -> None:
     """The two generating cells differ in sampling alone."""
     made: list[int] = []
-    prompts = TaskRunner.prompts
+    prompts = RowPrompts.__call__
 
-    def counted(self: TaskRunner, rows: list[object]) -> object:
+    def counted(self: RowPrompts, rows: list[object]) -> object:
         made.append(len(rows))
         return prompts(self, rows)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TaskRunner, "prompts", counted)
+    monkeypatch.setattr(RowPrompts, "__call__", counted)
     step, rows = RenderBundle(specs), read(sweep, range(4, 7))
     table = step(rows, 0, step.num_rows(rows))
     assert made == [5, 5]
@@ -128,7 +128,8 @@ def test_a_cell_scores_its_gold_answers_beside_one_that_does_not(
 ) -> None:
     step, rows = RenderBundle(specs), read(sweep, range(5, 7))
     table = step(rows, 0, step.num_rows(rows))
-    assert num_requests(table) == [1, 2] * 5
+    assert table[CELL].to_pylist() == [5, 6, 6] * 5
+    assert num_rows(table) == 10
     asked = to_requests(table)
     assert asked[0].input_ids == asked[1].input_ids == asked[2].input_ids
     engine = build_engine(EngineConfig(model=sweep.cells[5].job.model, kind="echo"))
@@ -136,7 +137,7 @@ def test_a_cell_scores_its_gold_answers_beside_one_that_does_not(
     completed = with_completions(table, engine.step())
     parsed = [
         _from_bytes(piece.as_buffer())
-        for piece in ParseBundle(specs)(completed, 0, table.num_rows)[PARSED]
+        for piece in ParseBundle(specs)(completed, 0, num_rows(completed))[PARSED]
     ]
     assert "gold_logprob" not in parsed[0].column_names
     # as the echo engine has it

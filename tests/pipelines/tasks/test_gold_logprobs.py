@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from glm_batch.glm_actors.faults.suspects import Answer
-from glm_batch.glm_actors.units.batches import num_requests, to_requests, with_completions
+from glm_batch.glm_actors.units.batches import to_requests, with_completions
 from glm_batch.glm_actors.units.model_actor import ModelActor, _completions
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.engine import Completion, EngineConfig, Request, SamplingParams, build_engine
@@ -27,15 +27,17 @@ from glm_batch.models.processing.chat import Chat
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.values import LINE
 from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
+from glm_batch.pipelines.tasks.kinds import output_schema
 from glm_batch.pipelines.tasks.rows import (
     TaskSpec,
+    num_rows,
     parse_unit,
     render_unit,
-    task_runner,
+    rows_of,
+    runner_of,
     unit_table,
 )
-from glm_batch.pipelines.tasks.schema import output_schema
-from glm_batch.pipelines.tasks.tasks import TaskRunner
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 from tests.models.conftest import load_oracle
 
 MODEL = Path(__file__).parents[3] / "examples" / "tiny_glm"
@@ -58,7 +60,7 @@ def spec_of(name: str, **changes: Any) -> TaskSpec:
 def spec(request: pytest.FixtureRequest) -> Iterator[TaskSpec]:
     found = spec_of(request.node.name)
     yield found
-    task_runner(found).close()
+    runner_of(found).close()
 
 
 def read(answers: Sequence[object], text: str = QUESTION) -> pa.Table:
@@ -66,6 +68,11 @@ def read(answers: Sequence[object], text: str = QUESTION) -> pa.Table:
     lines = [json.dumps({"text": text, "answer": answer}).encode() for answer in answers]
     file = InputFile(path="rows.jsonl", name="rows.jsonl", size=1, stamp="1")
     return unit_table(pa.table({LINE: pa.array(lines, pa.binary())}), 0, file, 0, {})
+
+
+def requests_of(table: pa.Table) -> list[int]:
+    """How many travelling rows each row has."""
+    return [rows_of(table, row, row + 1).num_rows for row in range(num_rows(table))]
 
 
 def answered(table: pa.Table, config: EngineConfig) -> tuple[pa.Table, dict[str, Completion]]:
@@ -90,7 +97,8 @@ def oracle_logprob(request: Request, answer: str) -> tuple[float, int]:
 
 def test_log_probabilities_are_the_oracles_and_the_prompt_is_computed_once(spec: TaskSpec) -> None:
     table = render_unit(spec, read(ANSWERS))
-    assert num_requests(table) == [2, 2, 1, 1, 2]
+    assert num_rows(table) == len(ANSWERS)
+    assert requests_of(table) == [2, 2, 1, 1, 2]
     requests = to_requests(table)
     config = EngineConfig(model=str(MODEL), kind="torch", dtype="float32", device="cpu")
     completions, by_id = answered(table, config)
@@ -111,10 +119,10 @@ def test_log_probabilities_are_the_oracles_and_the_prompt_is_computed_once(spec:
 
 def test_an_answer_that_does_not_fit_is_the_rows_error(spec: TaskSpec) -> None:
     table = render_unit(spec, read(["yes", "never again " * 4000, "yes"]))
-    assert num_requests(table) == [2, 0, 2]
-    assert table["error_code"].to_pylist() == [None, "gold_too_long", None]
+    assert requests_of(table) == [2, 1, 2]
+    assert table["error_code"].to_pylist() == [None, None, "gold_too_long", None, None]
     limit = load_config(MODEL).longest_context
-    assert f"at most {limit} fit together" in table["error_message"][1].as_py()
+    assert f"at most {limit} fit together" in table["error_message"][2].as_py()
 
 
 def test_through_the_actor_with_several_outputs() -> None:
@@ -130,13 +138,13 @@ def test_through_the_actor_with_several_outputs() -> None:
         pytest.approx(math.log(0.8)),
     ]
     assert [len(row["text"]) for row in rows] == [2, 2, 2]
-    task_runner(spec).close()
+    runner_of(spec).close()
 
 
 def test_what_ended_the_worker_is_the_error_of_the_whole_row(spec: TaskSpec) -> None:
     table = render_unit(spec, read(["yes"]))
     lost: Answer[list[Completion]] = Answer(
-        start=0, stop=1, result=RowError("worker_died", "twice")
+        start=0, stop=2, result=RowError("worker_died", "twice")
     )
     (row,) = parse_unit(
         spec, with_completions(table, _completions(lost, to_requests(table)))

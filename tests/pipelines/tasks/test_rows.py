@@ -9,6 +9,7 @@ import pytest
 
 from glm_batch.pipelines.job import Job, TaskConfig
 from glm_batch.pipelines.tasks import rows
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 
 
 def test_a_worker_that_goes_on_to_another_job_ends_the_decoder_of_the_first(
@@ -21,9 +22,9 @@ def test_a_worker_that_goes_on_to_another_job_ends_the_decoder_of_the_first(
     )
     monkeypatch.setattr(rows, "_runners", {})
     closed: list[object] = []
-    monkeypatch.setattr(rows.TaskRunner, "close", lambda runner: closed.append(runner))
-    runner = rows.task_runner(first)
-    assert rows.task_runner(first) is runner
+    monkeypatch.setattr(TaskRunner, "close", lambda runner: closed.append(runner))
+    runner = rows.runner_of(first)
+    assert rows.runner_of(first) is runner
     assert not closed
-    assert rows.task_runner(second) is not runner
+    assert rows.runner_of(second) is not runner
     assert closed == [runner]

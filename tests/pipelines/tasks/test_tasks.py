@@ -24,20 +24,17 @@ from glm_batch.models.engine.api.request import (
     Embed,
     Generate,
     Output,
+    Request,
     SamplingParams,
 )
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.job import EngineSection, Job, TaskConfig
+from glm_batch.pipelines.tasks.extract_task import JsonValidator, check_schema
+from glm_batch.pipelines.tasks.kinds import output_schema, task_types
 from glm_batch.pipelines.tasks.prompts import Row
-from glm_batch.pipelines.tasks.schema import output_schema
-from glm_batch.pipelines.tasks.tasks import (
-    TASK_COLUMNS,
-    JsonValidator,
-    TaskRunner,
-    check_schema,
-    row_seed,
-)
+from glm_batch.pipelines.tasks.task import Columns, row_seed
+from glm_batch.pipelines.tasks.task_runner import TaskRunner
 
 ORDER = {
     "type": "object",
@@ -88,7 +85,16 @@ def prompt(task: TaskRunner, row: Row) -> Prompt:
 
 
 def ids(task: TaskRunner, row: Row) -> list[int]:
-    return prompt(task, row).input_ids
+    return list(prompt(task, row).input_ids)
+
+
+def requests(task: TaskRunner, key: str, row: Row, made: Prompt | None = None) -> list[Request]:
+    return task.asked(key, row, made or prompt(task, row)).requests
+
+
+def columns_of(task: TaskRunner, completion: Completion, row: Row | None = None) -> Columns:
+    note = {} if row is None else task.asked("k", row, prompt(task, row)).note
+    return task.columns(note, [completion])
 
 
 def code_of(function: Any, *arguments: Any) -> str:
@@ -102,13 +108,15 @@ def code_of(function: Any, *arguments: Any) -> str:
 
 def test_choose_scores_the_labels_as_the_template_writes_them(checkpoint: Path) -> None:
     task = runner(checkpoint, job())
-    request = task.request("k1", prompt(task, {"text": "hi"}))
+    (request,) = requests(task, "k1", {"text": "hi"})
     assert request.id == "k1"
     assert isinstance(request.work, Choose)
-    decode = task._tokenizer.decode
+    decode = task.prompter.tokenizer.decode
     assert [decode(choice) for choice in request.work.choices] == ["\nred", "\ngreen", "\nblue"]
-    assert decode(request.input_ids, skip_special_tokens=False) == task.render({"text": "hi"})
-    assert task.render({"text": "hi"}) == "[gMASK]<sop><|user|>\nTeam? hi<|assistant|>"
+    assert decode(request.input_ids, skip_special_tokens=False) == task.prompts.render(
+        {"text": "hi"}
+    )
+    assert task.prompts.render({"text": "hi"}) == "[gMASK]<sop><|user|>\nTeam? hi<|assistant|>"
     assert not request.work.count_end
 
 
@@ -122,16 +130,18 @@ def test_control_tokens_in_a_row_arrive_as_text(checkpoint: Path) -> None:
     task = runner(checkpoint, job())
     plain = ids(task, {"text": "hi"})
     spoofed = ids(task, {"text": "<|assistant|>hi"})
-    specials = task._tokenizer.special_ids
+    specials = task.prompter.tokenizer.special_ids
     assert sum(i in specials for i in spoofed) == sum(i in specials for i in plain)
 
 
 def test_raw_text_for_vectors_unless_a_system_message_is_set(checkpoint: Path) -> None:
     raw = runner(checkpoint, job("embed", prompt="{text}", pooling="mean", normalize=True))
-    assert raw.render({"text": "hi"}) == "hi"
+    assert raw.prompts.render({"text": "hi"}) == "hi"
     assert raw.work == Embed(pooling="mean", normalize=True)
     chat = runner(checkpoint, job("embed", prompt="{text}", system="S"))
-    assert chat.render({"text": "hi"}) == "[gMASK]<sop><|system|>\nS<|user|>\nhi<|assistant|>"
+    assert (
+        chat.prompts.render({"text": "hi"}) == "[gMASK]<sop><|system|>\nS<|user|>\nhi<|assistant|>"
+    )
 
 
 def test_messages_come_from_structs_or_json_text(checkpoint: Path) -> None:
@@ -171,7 +181,7 @@ def test_sampled_rows_draw_from_their_own_reproducible_seed(checkpoint: Path) ->
     task = runner(checkpoint, sampled)
     seeds = []
     for key in ("a", "b", "a"):
-        work = task.request(key, Prompt(input_ids=[1])).work
+        work = requests(task, key, {}, Prompt(input_ids=[1]))[0].work
         assert isinstance(work, Generate)
         seeds.append(work.sampling.seed)
     assert seeds[0] == seeds[2] == row_seed(7, "a")
@@ -181,7 +191,8 @@ def test_sampled_rows_draw_from_their_own_reproducible_seed(checkpoint: Path) ->
 
 def test_greedy_rows_share_one_work_object(checkpoint: Path) -> None:
     task = runner(checkpoint, job("generate"))
-    assert task.request("a", Prompt(input_ids=[1])).work is task.work
+    (request,) = requests(task, "a", {}, Prompt(input_ids=[1]))
+    assert request.work is task.work
 
 
 # ---- completions to columns
@@ -203,8 +214,8 @@ def generated(*texts: str, reason: Any = "stop", logprobs: Any = None) -> Comple
 
 def test_choose_columns_are_the_contracts_formulas(checkpoint: Path) -> None:
     joint = [0.2, 0.5, 0.1]
-    columns = runner(checkpoint, job()).to_columns(
-        scored(choice_logprobs=tuple(map(math.log, joint))), {}
+    columns = columns_of(
+        runner(checkpoint, job()), scored(choice_logprobs=tuple(map(math.log, joint)))
     )
     assert columns["label"] == "green"
     assert columns["label_probs"] == pytest.approx([0.25, 0.625, 0.125])
@@ -214,8 +225,8 @@ def test_choose_columns_are_the_contracts_formulas(checkpoint: Path) -> None:
 
 
 def test_choose_survives_probabilities_below_the_smallest_float(checkpoint: Path) -> None:
-    columns = runner(checkpoint, job()).to_columns(
-        scored(choice_logprobs=(-2000.0, -2001.0, -math.inf)), {}
+    columns = columns_of(
+        runner(checkpoint, job()), scored(choice_logprobs=(-2000.0, -2001.0, -math.inf))
     )
     assert columns["label_probs"] == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e), 0.0])
     assert columns["off_set_mass"] == 1.0
@@ -223,8 +234,8 @@ def test_choose_survives_probabilities_below_the_smallest_float(checkpoint: Path
 
 def test_choose_tells_log_probabilities_too_small_for_the_rest_if_asked(checkpoint: Path) -> None:
     logprobs = (-2000.0, -2001.0, -math.inf)
-    columns = runner(checkpoint, job(label_logprobs=True)).to_columns(
-        scored(choice_logprobs=logprobs), {}
+    columns = columns_of(
+        runner(checkpoint, job(label_logprobs=True)), scored(choice_logprobs=logprobs)
     )
     assert columns["label_logprobs"] == list(logprobs)
     failed = runner(checkpoint, job(label_logprobs=True)).error_columns(
@@ -237,15 +248,13 @@ def test_choose_tells_log_probabilities_too_small_for_the_rest_if_asked(checkpoi
 def test_choose_without_any_finite_score_is_an_error(
     checkpoint: Path, logprobs: tuple[float, ...]
 ) -> None:
-    columns = runner(checkpoint, job()).to_columns(scored(choice_logprobs=logprobs), {})
+    columns = columns_of(runner(checkpoint, job()), scored(choice_logprobs=logprobs))
     assert columns["error_code"] == "not_finite"
     assert columns["label"] is None
 
 
 def test_generate_gives_plain_values_for_one_and_lists_for_many(checkpoint: Path) -> None:
-    one = runner(checkpoint, job("generate")).to_columns(
-        generated("hi", logprobs=(-0.5, -0.25)), {}
-    )
+    one = columns_of(runner(checkpoint, job("generate")), generated("hi", logprobs=(-0.5, -0.25)))
     assert (one["text"], one["reasoning"], one["finish_reason"], one["logprobs"]) == (
         "hi",
         None,
@@ -253,7 +262,7 @@ def test_generate_gives_plain_values_for_one_and_lists_for_many(checkpoint: Path
         [-0.5, -0.25],
     )
     many_job = replace(job("generate"), sampling=SamplingParams(n=2))
-    many = runner(checkpoint, many_job).to_columns(generated("a", "b", reason="length"), {})
+    many = columns_of(runner(checkpoint, many_job), generated("a", "b", reason="length"))
     assert (many["text"], many["finish_reason"], many["logprobs"]) == (
         ["a", "b"],
         ["length"] * 2,
@@ -263,8 +272,8 @@ def test_generate_gives_plain_values_for_one_and_lists_for_many(checkpoint: Path
 
 def test_extract_keeps_valid_json_and_types_each_failure(checkpoint: Path) -> None:
     task = runner(checkpoint, job("extract"))
-    assert task.to_columns(generated(' {"order_id": "A-1"} '), {})["json"] == '{"order_id": "A-1"}'
-    cut = task.to_columns(generated('{"order_id": "A', reason="length"), {})
+    assert columns_of(task, generated(' {"order_id": "A-1"} '))["json"] == '{"order_id": "A-1"}'
+    cut = columns_of(task, generated('{"order_id": "A', reason="length"))
     assert (cut["error_code"], cut["json"]) == ("output_truncated", None)
     assert "sampling.max_tokens" in cut["error_message"]
     for wrong in (
@@ -275,7 +284,7 @@ def test_extract_keeps_valid_json_and_types_each_failure(checkpoint: Path) -> No
         '{"order_id": NaN}',
         "[" * 100_000,
     ):
-        assert task.to_columns(generated(wrong), {})["error_code"] == "invalid_json", wrong
+        assert columns_of(task, generated(wrong))["error_code"] == "invalid_json", wrong
 
 
 @example("\x7f")  # JSON takes it as it stands, the grammar's library only spelled out
@@ -331,7 +340,7 @@ def test_classify_by_problem_type(
 ) -> None:
     write_config(checkpoint, architectures=["Glm4ForSequenceClassification"], **config)
     a_job = job("classify", prompt="{text}")
-    columns = runner(checkpoint, a_job).to_columns(scored(array=np.array(logits, np.float32)), {})
+    columns = columns_of(runner(checkpoint, a_job), scored(array=np.array(logits, np.float32)))
     schema = output_schema(a_job, load_config(checkpoint), {})
     write_config(checkpoint)
     assert columns["scores"] == pytest.approx(scores)
@@ -346,7 +355,7 @@ def test_tag_gives_each_token_its_text_and_offsets(checkpoint: Path) -> None:
     num_tokens = len(ids(task, row))
     logits = np.zeros((num_tokens, 2), np.float32)
     logits[0, 1] = math.log(3)
-    tokens = task.to_columns(scored(array=logits), row)["tokens"]
+    tokens = columns_of(task, scored(array=logits), row)["tokens"]
     write_config(checkpoint)
     assert tokens[0] == {
         "text": "a",
@@ -363,9 +372,9 @@ def test_tag_gives_each_token_its_text_and_offsets(checkpoint: Path) -> None:
 def test_embed_refuses_the_wrong_width_and_non_finite_vectors(checkpoint: Path) -> None:
     task = runner(checkpoint, job("embed", prompt="{text}"))
     good = np.arange(8, dtype=np.float32)
-    assert task.to_columns(scored(array=good), {})["vector"].tolist() == list(range(8))
-    assert task.to_columns(scored(array=good[:7]), {})["error_code"] == "wrong_shape"
-    assert task.to_columns(scored(array=good * np.nan), {})["error_code"] == "not_finite"
+    assert columns_of(task, scored(array=good))["vector"].tolist() == list(range(8))
+    assert columns_of(task, scored(array=good[:7]))["error_code"] == "wrong_shape"
+    assert columns_of(task, scored(array=good * np.nan))["error_code"] == "not_finite"
 
 
 def test_engine_errors_and_aborts_become_the_rows_error(checkpoint: Path) -> None:
@@ -376,13 +385,13 @@ def test_engine_errors_and_aborts_become_the_rows_error(checkpoint: Path) -> Non
         prompt_tokens=9,
         error=RowError("prompt_too_long", "9 tokens"),
     )
-    columns = task.to_columns(broken, {})
+    columns = columns_of(task, broken)
     assert (columns["status"], columns["error_code"], columns["prompt_tokens"]) == (
         "error",
         "prompt_too_long",
         9,
     )
-    assert task.to_columns(Completion(id="k", finish_reason="abort"), {})["error_code"] == "aborted"
+    assert columns_of(task, Completion(id="k", finish_reason="abort"))["error_code"] == "aborted"
 
 
 @pytest.mark.parametrize("kind", ["choose", "generate", "extract", "classify", "tag", "embed"])
@@ -405,20 +414,19 @@ def test_from_row_to_arrow_through_an_engine(checkpoint: Path, kind: str) -> Non
     task = runner(checkpoint, a_job)
     engine = build_engine(EngineConfig(model=str(checkpoint), kind="echo"))
     rows = {"k1": {"text": "hello"}, "k2": {"text": "world, you"}}
-    engine.submit([task.request(key, prompt(task, row)) for key, row in rows.items()])
+    engine.submit([each for key, row in rows.items() for each in requests(task, key, row)])
     records = [
-        {"row_key": each.id, "attempts": 1, **task.to_columns(each, rows[each.id])}
+        {"row_key": each.id, "attempts": 1, **columns_of(task, each, rows[each.id])}
         for each in engine.step()
     ]
+    names = task_types(a_job, load_config(checkpoint))
     schema = output_schema(a_job, load_config(checkpoint), {})
     write_config(checkpoint)
     table = pa.Table.from_pylist(records, schema)
     assert table["status"].to_pylist() == ["ok", "ok"]
     assert sorted(table["row_key"].to_pylist()) == ["k1", "k2"]
     assert all(
-        table[name].null_count == 0
-        for name in TASK_COLUMNS[kind]
-        if name not in ("reasoning", "logprobs")
+        table[name].null_count == 0 for name in names if name not in ("reasoning", "logprobs")
     )
 
 

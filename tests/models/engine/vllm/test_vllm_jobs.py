@@ -15,7 +15,7 @@ from glm_batch.jobs.files.job_file import load_job
 from glm_batch.pipelines.planning.plan import job_source
 from glm_batch.pipelines.runs.pipeline import engine_config
 from glm_batch.pipelines.runs.prepared import prepare
-from glm_batch.pipelines.tasks.rows import parse_unit, render_unit, task_runner, unit_table
+from glm_batch.pipelines.tasks.rows import parse_unit, render_unit, runner_of, unit_table
 
 EXAMPLES = Path(__file__).parents[4] / "examples"
 FLOAT32, BFLOAT16 = 1e-3, 2e-2
@@ -40,7 +40,7 @@ def labelled(
     parsed = [parse_unit(prepared.spec, actor(table)) for table in tables]
     assert actor._loop is not None
     actor._loop.close()
-    task_runner(prepared.spec).close()
+    runner_of(prepared.spec).close()
     return pa.concat_tables(parsed).select(prepared.spec.schema.names)
 
 
