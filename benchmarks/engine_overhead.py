@@ -28,10 +28,10 @@ from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine import Choose, Generate, Request, SamplingParams, Work
 from glm_batch.models.engine.execution.batch import Batch
-from glm_batch.models.engine.execution.runner import StepOutput
 from glm_batch.models.engine.execution.settings import Limits, resolve_end_ids
 from glm_batch.models.engine.scheduling.scheduler import Scheduler
 from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.engine.works.readout import StepOutput
 from glm_batch.models.processing.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny_glm"
@@ -60,11 +60,8 @@ class IdleRunner:
 
     def run(self, batch: Batch) -> StepOutput:
         return StepOutput(
-            sample_logits=self._logits[: len(batch.sample_rows)],
-            pair_logprobs=np.full(len(batch.pair_rows), -1.0, dtype=np.float32),
-            class_logits=np.empty((0, 1), dtype=np.float32),
-            logits=np.empty((0, 1), dtype=np.float32),
-            hidden=np.empty((0, 1), dtype=np.float32),
+            sample_logits=self._logits[: len(batch.readout.sample)],
+            pair_logprobs=[-1.0] * len(batch.readout.pair_rows),
         )
 
     def free_memory(self) -> None:
@@ -107,7 +104,7 @@ def timed_parts(seconds: dict[str, list[float]]) -> Iterator[None]:
 
     with (
         mock.patch.object(Scheduler, "schedule", timed("schedule", Scheduler.schedule)),
-        mock.patch.object(TorchEngine, "_batch", timed("build batch", TorchEngine._batch)),
+        mock.patch.object(TorchEngine, "_pack", timed("build batch", TorchEngine._pack)),
         mock.patch.object(TorchEngine, "_draw", timed("draw", TorchEngine._draw)),
         mock.patch.object(TorchEngine, "_hand_out", timed("hand out", TorchEngine._hand_out)),
     ):

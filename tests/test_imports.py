@@ -18,7 +18,7 @@ PACKAGES = ["models", "glm_actors", "pipelines", "jobs"]
 # A package's own name stands for the modules right in its folder.
 ORDER = """
     models models/checkpoint models/network/layers models/network models/processing
-    models/engine/api models/engine/scheduling models/engine/decoding
+    models/engine/api models/engine/scheduling models/engine/decoding models/engine/works
     models/engine/execution models/engine/cuda models/engine models/engine/vllm
     glm_actors glm_actors/faults glm_actors/engines glm_actors/media glm_actors/shared glm_actors/units
     glm_actors/serving/openai glm_actors/serving/http glm_actors/serving/replicas pipelines

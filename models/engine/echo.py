@@ -1,42 +1,24 @@
 """EchoEngine: answers every request at once from its prompt alone. No model, no torch; for dry runs
 and tests.
 
-Answers are a function of the prompt's token ids, its media and the work, so that reruns agree. A
-generated text is the prompt's last tokens (decoded by the tokenizer when one is given) and the
-first bytes of its media's digests; the label scores favour a choice picked by the sum of the prompt
-and of these bytes. Every prompt token is the likeliest.
+Answers are a function of the prompt's token ids, its media and the work, so that reruns agree: see
+`echo` of each kind in `works`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import chain
 from typing import Protocol
 
-import numpy as np
-
-from glm_batch.models.engine.api.request import (
-    Choose,
-    Classify,
-    Completion,
-    Delta,
-    Embed,
-    FinishReason,
-    Generate,
-    Inspect,
-    Output,
-    PromptScores,
-    Request,
-    Score,
-    Tag,
-    refuse_known_ids,
-)
+from glm_batch.models.engine.api.request import Completion, Delta, Request, refuse_known_ids
+from glm_batch.models.engine.works.admission import failed
+from glm_batch.models.engine.works.answer import EchoPrompt, Fields
+from glm_batch.models.engine.works.kinds import ANSWERS
 from glm_batch.models.errors import RowError
 
 # length of vectors, class logits and hidden states where no checkpoint says otherwise
 ECHO_WIDTH = 8
-DIGEST_BYTES = 4  # of each item's digest, as much as answers depend on
 
 
 class Decoder(Protocol):
@@ -77,13 +59,7 @@ class EchoEngine:
         self._waiting |= {request.id: request for request in requests}
 
     def step(self) -> list[Completion]:
-        answers = [self._answer(request) for request in self._waiting.values()]
-        for request, answer in zip(self._waiting.values(), answers, strict=True):
-            if request.stream:
-                self._deltas += [
-                    _delta(request.id, index, output) for index, output in enumerate(answer.outputs)
-                ]
-        done = self._aborted + answers
+        done = self._aborted + [self._answer(request) for request in self._waiting.values()]
         self._waiting.clear()
         self._aborted = []
         return done
@@ -96,7 +72,7 @@ class EchoEngine:
         for request_id in ids:
             request = self._waiting.pop(request_id, None)
             if request is not None:
-                self._aborted.append(self._done(request, "abort"))
+                self._aborted.append(self._completion(request, {"finish_reason": "abort"}))
 
     def has_work(self) -> bool:
         return bool(self._waiting or self._aborted)
@@ -106,99 +82,55 @@ class EchoEngine:
         self._aborted = []
 
     def _answer(self, request: Request) -> Completion:
-        ids = list(request.input_ids)
-        error = self._error(request)
-        if error is not None:
-            return Completion(
-                id=request.id, finish_reason="error", prompt_tokens=len(ids), error=error
-            )
-        items = request.media.items if request.media else ()
-        seen = [item.digest[:DIGEST_BYTES] for item in items]
-        digest = sum(ids) + sum(int.from_bytes(each) for each in seen)
-        done = self._done(request, "scored")
-        match request.work:
-            case Generate(sampling=sampling):
-                echoed = ids[-sampling.max_tokens :]
-                text = (
-                    self._tokenizer.decode(echoed)
-                    if self._tokenizer
-                    else " ".join(map(str, echoed))
+        try:
+            self._check(request)
+        except RowError as error:
+            return failed(request, error)
+        prompt = EchoPrompt(
+            ids=list(request.input_ids),
+            items=request.media.items if request.media else (),
+            decode=self._tokenizer.decode if self._tokenizer else _numbers,
+            hidden_size=self._hidden_size,
+            num_labels=self._num_labels,
+        )
+        fields = ANSWERS[type(request.work)].echo(request.work, prompt)
+        completion = self._completion(request, {"finish_reason": "scored"} | fields)
+        if request.stream:  # each output at once: it is written in one step
+            self._deltas += [
+                Delta(
+                    id=request.id,
+                    index=index,
+                    token_ids=output.token_ids,
+                    text=output.text,
+                    finish_reason=output.finish_reason,
+                    logprobs=output.logprobs or (),
                 )
-                text += "".join(
-                    f" {item.kind} {each.hex()}" for item, each in zip(items, seen, strict=True)
-                )
-                logprobs = (0.0,) * len(echoed) if sampling.logprobs else None
-                output = Output(
-                    token_ids=tuple(echoed), text=text, finish_reason="stop", logprobs=logprobs
-                )
-                outputs = (output,) * sampling.n
-                return replace(
-                    done,
-                    finish_reason="stop",
-                    output_tokens=len(echoed) * sampling.n,
-                    outputs=outputs,
-                )
-            case Choose(choices=choices):
-                rest = 0.1 / max(len(choices) - 1, 1)
-                picked = digest % len(choices)
-                scores = tuple(math.log(0.8 if i == picked else rest) for i in range(len(choices)))
-                return replace(done, choice_logprobs=scores)
-            case Score(top=top):
-                return replace(done, scores=_echo_scores(ids, top, shift=(digest - sum(ids)) % 97))
-            case Classify() | Embed():
-                width = self._hidden_size if isinstance(request.work, Embed) else self._num_labels
-                array = np.cos(np.arange(width, dtype=np.float32) + digest % 97)
-            case Tag() | Inspect():
-                width = self._hidden_size if isinstance(request.work, Inspect) else self._num_labels
-                shift = (digest - sum(ids)) % 97
-                array = np.cos(
-                    np.arange(width, dtype=np.float32) + np.array(ids, np.float32)[:, None] + shift
-                )
-        return replace(done, array=array.astype(np.float32))
+                for index, output in enumerate(completion.outputs)
+            ]
+        return completion
 
-    def _done(self, request: Request, reason: FinishReason) -> Completion:
+    def _completion(self, request: Request, fields: Fields) -> Completion:
         items = request.media.items if request.media and self._merge_size else ()
         media_tokens = sum(
             math.prod(item.grid_thw) // (self._merge_size or 1) ** 2 for item in items
         )
-        num_tokens = len(request.input_ids)
         return Completion(
-            id=request.id, finish_reason=reason, prompt_tokens=num_tokens, media_tokens=media_tokens
+            id=request.id, prompt_tokens=len(request.input_ids), media_tokens=media_tokens, **fields
         )
 
-    def _error(self, request: Request) -> RowError | None:
+    def _check(self, request: Request) -> None:
         num_tokens = len(request.input_ids)
         if num_tokens == 0:
-            return RowError("empty_prompt", "the prompt has no tokens")
+            raise RowError("empty_prompt", "the prompt has no tokens")
         if num_tokens >= self._max_model_len:
-            return RowError(
+            raise RowError(
                 "prompt_too_long",
-                f"the prompt has {num_tokens} tokens, the model takes fewer than {self._max_model_len}",
+                f"the prompt has {num_tokens} tokens, the model takes fewer than "
+                f"{self._max_model_len}",
             )
         if request.media is not None and self._merge_size is None:
-            return RowError(
-                "unsupported_media", "the prompt shows media; the checkpoint reads text"
-            )
-        return None
+            raise RowError("unsupported_media", "the prompt shows media; the checkpoint reads text")
 
 
-def _echo_scores(ids: list[int], top: int, *, shift: int) -> PromptScores:
-    logprobs = np.full(len(ids) - 1, -1.0 - shift / 97, np.float32)
-    ranks = np.arange(top)
-    return PromptScores(
-        logprobs=logprobs,
-        top_ids=np.array(ids[1:], np.int64)[:, None] + ranks,
-        top_logprobs=logprobs[:, None] - ranks.astype(np.float32),
-    )
-
-
-def _delta(id: str, index: int, output: Output) -> Delta:
-    """The whole output at once: it is written in one step."""
-    return Delta(
-        id=id,
-        index=index,
-        token_ids=output.token_ids,
-        text=output.text,
-        finish_reason=output.finish_reason,
-        logprobs=output.logprobs or (),
-    )
+def _numbers(ids: list[int]) -> str:
+    return " ".join(map(str, ids))

@@ -1,9 +1,8 @@
 """The same packed step as models.engine.execution.batch, described by block tables: what the fused
 attention on GPUs reads.
 
-Owns PagedLayout and how it is made of scheduled chunks, without a loop over tokens: a step of 256
-decodes must cost a millisecond. Which sequences share a prefix plays no part here: on a GPU the
-shared keys come out of its cache.
+Made without a loop over tokens: a step of 256 decodes must cost a millisecond. Which sequences
+share a prefix plays no part here: on a GPU the shared keys come out of its cache.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_batch.models.engine.execution.batch import Batch, Ints, Wanted, media_spans, outputs
+from glm_batch.models.engine.execution.batch import Batch, Step, media_spans, read_chunks
 from glm_batch.models.engine.scheduling.choice_tree import ChoiceTree
 from glm_batch.models.engine.scheduling.scheduler import Chunk
+from glm_batch.models.engine.works.readout import Ints, ReadoutBuilder
 
 Int32s = NDArray[np.int32]
 
@@ -45,14 +45,13 @@ class _Tables:
     starts: Ints
 
 
-def build_paged_batch(
-    chunks: list[Chunk], *, block_size: int, tile_queries: int, eos_token_ids: tuple[int, ...]
-) -> tuple[Batch, list[Wanted]]:
-    """Packs the chunks of one step; `groups` and `out_groups` are PagedLayouts."""
+def build_paged_step(
+    chunks: list[Chunk], *, block_size: int, tile_queries: int, num_ids: int
+) -> Step:
+    """As build_step; `groups` and `out_groups` are PagedLayouts."""
     sequences = [chunk.sequence for chunk in chunks]
-    wanted = [
-        Wanted(chunk.sequence, chunk.sequence.wanted(chunk.start, chunk.end)) for chunk in chunks
-    ]
+    readout = ReadoutBuilder()
+    wanted = read_chunks(chunks, readout)
     starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     counts = np.array([chunk.end for chunk in chunks], dtype=np.int64) - starts
     first_rows = np.cumsum(counts) - counts
@@ -85,9 +84,9 @@ def build_paged_batch(
             else _layout(chunks, out_indices, out_counts, tables, block_size, tile_queries)
         ),
         media=tuple(media_spans(chunks)),
-        **outputs(wanted, eos_token_ids),
+        readout=readout.readout(num_ids),
     )
-    return batch, wanted
+    return Step(batch, wanted, readout.decodings)
 
 
 def _input_ids(chunks: list[Chunk], count: int) -> Ints:

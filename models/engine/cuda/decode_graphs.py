@@ -63,7 +63,7 @@ Compute = Callable[[DecodeInputs, torch.Tensor], torch.Tensor]
 def is_decode(batch: Batch) -> bool:
     """Whether every token of the step is the last of a sequence that samples its next one."""
     return (
-        len(batch.sample_rows) == len(batch.input_ids)
+        len(batch.readout.sample) == len(batch.input_ids)
         and batch.positions.ndim == 1
         and not batch.media
     )

@@ -19,7 +19,8 @@ from glm_batch.models.engine.cuda.glm_fused import fused_forward
 from glm_batch.models.engine.cuda.paged import PagedQueries
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.engine.execution.media_encoder import MediaEncoder
-from glm_batch.models.engine.execution.runner import StepOutput, TorchRunner
+from glm_batch.models.engine.execution.runner import TorchRunner
+from glm_batch.models.engine.works.readout import StepOutput
 from glm_batch.models.network.layers.attention import AttentionBatch
 from glm_batch.models.network.registry import Model
 
@@ -45,13 +46,7 @@ class CudaRunner(TorchRunner):
     def run(self, batch: Batch) -> StepOutput:
         if not (is_decode(batch) and self._graphs.fits(batch)):
             return super().run(batch)
-        return StepOutput(
-            sample_logits=self._graphs.run(batch, self._turns, self._logits),
-            pair_logprobs=np.empty(0, dtype=np.float32),
-            class_logits=np.empty((0, self.config.num_labels), dtype=np.float32),
-            logits=np.empty((0, self.config.vocab_size), dtype=np.float32),
-            hidden=np.empty((0, self.config.hidden_size), dtype=np.float32),
-        )
+        return StepOutput(sample_logits=self._graphs.run(batch, self._turns, self._logits))
 
     def free_memory(self) -> None:
         self._graphs.forget()

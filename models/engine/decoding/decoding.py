@@ -1,8 +1,4 @@
-"""Decoding: what one generated sequence has said so far, and whether it is finished.
-
-Owns text, stop conditions, the constraint's state and the log-probabilities of one sampled output.
-Knows nothing of logits, caches or other sequences.
-"""
+"""Decoding: text, end, constraint and log-probabilities of one output while it is written."""
 
 from __future__ import annotations
 
@@ -18,8 +14,10 @@ from glm_batch.models.processing.tokenizer import IncrementalDetokenizer, Tokeni
 
 
 class Decoding:
-    """One output being written. `max_tokens` is what the request asks for or what the model's
-    length leaves.
+    """Output number `index` of a request.
+
+    `max_tokens` is what the request asks for or what the model's length leaves. With `jump_forward`
+    tokens that the constraint forces are added at once, without being drawn.
     """
 
     def __init__(
@@ -28,14 +26,21 @@ class Decoding:
         tokenizer: Tokenizer,
         *,
         max_tokens: int,
+        prompt_ids: list[int],
+        index: int = 0,
         matcher: Matcher | None = None,
+        jump_forward: bool = True,
     ) -> None:
         self.params = params
+        self.prompt_ids = prompt_ids
+        self.index = index
         self.matcher = matcher
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._eos = frozenset() if params.ignore_eos else frozenset(tokenizer.eos_token_ids)
         self._max_tokens = max_tokens
+        # a forced token has no log-probability
+        self._jump_forward = jump_forward and not params.logprobs
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._text = ""
         self._stop_reason: str | int | None = None
@@ -61,7 +66,7 @@ class Decoding:
         if self.finish_reason or self.matcher is None:
             return []
         self.matcher.accept(token_id)
-        forced = [] if self.params.logprobs else self._forced()
+        forced = self._forced() if self._jump_forward else []
         if not self.finish_reason and self.matcher.is_done:
             self.finish_reason = "stop"
         return forced
@@ -81,7 +86,7 @@ class Decoding:
             top_logprobs=tuple(self._top_logprobs) if wants_logprobs else None,
         )
 
-    def delta(self, id: str, index: int) -> Delta:
+    def delta(self, id: str) -> Delta:
         """What was added since the last call: see Delta."""
         text = (
             self.output().text
@@ -92,7 +97,7 @@ class Decoding:
         self._given_tokens, self._given_chars = len(self.token_ids), len(text)
         return Delta(
             id=id,
-            index=index,
+            index=self.index,
             token_ids=tuple(self.token_ids[tokens]),
             text=text[chars],
             finish_reason=self.finish_reason,

@@ -1,8 +1,7 @@
 """From scheduled chunks to one packed step: plain numpy arrays that any rank can turn into tensors.
 
-Owns how tokens are packed, which of them attend together (shared prefixes once, short queries
-padded side by side, long ones cut into blocks) and which rows' results are wanted. Pure functions
-of their arguments.
+Here is decided which tokens attend together: shared prefixes once, short queries padded side by
+side, long ones cut into pieces.
 """
 
 from __future__ import annotations
@@ -15,20 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_batch.models.engine.api.request import (
-    Choose,
-    Classify,
-    Embed,
-    Generate,
-    Inspect,
-    Score,
-    Tag,
-)
+from glm_batch.models.engine.decoding.decoding import Decoding
 from glm_batch.models.engine.scheduling.placeholders import Span
 from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
 from glm_batch.models.engine.scheduling.sequence import Sequence
+from glm_batch.models.engine.works.readout import Ints, Readout, ReadoutBuilder, Wanted
 
-Ints = NDArray[np.int64]
 Layout = Any  # tuple[Group, ...], or glm_batch.models.engine.cuda.batch_paged.PagedLayout
 SHORT_QUERIES = 16  # up to this many queries a sequence is padded together with others
 # Scores of one part (all heads). Near the caches, and small enough for memory that the allocator
@@ -57,34 +48,15 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
-    """Wanted rows after which tokens[i] stands: its log-probability, and those of the likeliest
-    `top` of `num_ids` ids.
-
-    rows, tokens: [R].
-    """
-
-    rows: Ints
-    tokens: Ints
-    top: int
-    num_ids: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One step. input_ids, slots: [tokens]; out_rows [W]: the packed rows whose hidden state is
-    wanted.
+    """One step, as a runner computes it. input_ids, slots: [tokens]; out_rows [W]: the packed rows
+    whose hidden state is wanted; readout: what is read off them.
 
     positions: [tokens], or [3, tokens] where media are among them. media: what takes the place of
     embeddings, with tokens counted as packed rows.
 
     groups, out_groups: who attends to what, in the form that the runner's attention reads;
     out_groups for the wanted rows alone, and groups itself where all are wanted.
-
-    The rest says what becomes of the W wanted rows, each an index into them: `sample_rows` give
-    logits to sample from, `class_rows` class logits, `logit_rows` and `hidden_rows` everything;
-    pairs (score_rows[pair_rows[i]], pair_tokens[i]) give one log-probability each; `ranking` gives
-    those of whole prompts.
     """
 
     input_ids: Ints
@@ -93,25 +65,19 @@ class Batch:
     groups: Layout
     out_rows: Ints
     out_groups: Layout
-    sample_rows: Ints
-    score_rows: Ints
-    pair_rows: Ints
-    pair_tokens: Ints
-    class_rows: Ints
-    logit_rows: Ints
-    hidden_rows: Ints
-    ranking: Ranking | None = None
+    readout: Readout
     media: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What one sequence gets back from a step: `indices` are its tokens, in the order of their
-    rows.
+class Step:
+    """A batch, whose numbers are for whom (a Wanted for each chunk), and the decodings that want a
+    token, in the order of the rows to sample from.
     """
 
-    sequence: Sequence
-    indices: list[int]
+    batch: Batch
+    wanted: list[Wanted]
+    decodings: list[Decoding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +92,14 @@ class Segment:
     slots: Ints  # of tokens [0, last index + 1)
 
 
-def build_batch(
-    chunks: list[Chunk], scheduler: Scheduler, *, num_heads: int, eos_token_ids: tuple[int, ...]
-) -> tuple[Batch, list[Wanted]]:
-    """Packs the chunks of one step. `num_heads` bounds the size of an attention part."""
+def build_step(chunks: list[Chunk], scheduler: Scheduler, *, num_heads: int, num_ids: int) -> Step:
+    """Packs the chunks of one step. `num_heads` bounds the size of an attention part; `num_ids` is
+    the number of ids that stand for something.
+    """
     block_size = scheduler.blocks.block_size
     segments = list(_segments(chunks, block_size))
-    wanted = [
-        Wanted(chunk.sequence, chunk.sequence.wanted(chunk.start, chunk.end)) for chunk in chunks
-    ]
+    readout = ReadoutBuilder()
+    wanted = read_chunks(chunks, readout)
     wanted_segments, out_rows = _wanted_segments(segments, wanted)
     num_tokens = sum(len(segment.rows) for segment in segments)
     shared = [scheduler.shared_blocks(chunk.sequence, chunk.start) for chunk in chunks]
@@ -155,9 +120,22 @@ def build_batch(
         if all_wanted
         else _groups(wanted_segments, shared, block_size, num_heads),
         media=tuple(media_spans(chunks)),
-        **outputs(wanted, eos_token_ids),
+        readout=readout.readout(num_ids),
     )
-    return batch, wanted
+    return Step(batch, wanted, readout.decodings)
+
+
+def read_chunks(chunks: list[Chunk], readout: ReadoutBuilder) -> list[Wanted]:
+    """Asks each chunk's answer what it wants; the wanted rows stand in the order of the chunks."""
+    wanted, row = [], 0
+    for chunk in chunks:
+        sequence = chunk.sequence
+        indices = sequence.answer.wanted(sequence, chunk.start, chunk.end)
+        rows = range(row, row + len(indices))
+        where = sequence.answer.read(sequence, indices, rows, readout)
+        wanted.append(Wanted(sequence, indices, where))
+        row = rows.stop
+    return wanted
 
 
 def _positions(chunks: list[Chunk]) -> Ints:
@@ -325,74 +303,3 @@ def _visible(segment: Segment, prefix_len: int) -> NDArray[np.bool_]:
         known = len(segment.slots) - sequence.num_prompt
         visible[nodes >= 0, first:] = sequence.tree.ancestors[nodes[nodes >= 0], :known]
     return visible
-
-
-def outputs(wanted: list[Wanted], eos_token_ids: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of a Batch that say what becomes of its wanted rows."""
-    found: dict[str, list[int]] = {
-        name: []
-        for name in (
-            "sample_rows",
-            "score_rows",
-            "pair_rows",
-            "pair_tokens",
-            "class_rows",
-            "logit_rows",
-            "hidden_rows",
-        )
-    }
-    row = 0
-    for want in wanted:
-        rows = range(row, row + len(want.indices))
-        match want.sequence.request.work:
-            case Generate():
-                found["sample_rows"] += rows
-            case Choose():
-                for index, out_row in zip(want.indices, rows, strict=True):
-                    tokens = scored_tokens(want.sequence, index, eos_token_ids)
-                    found["pair_rows"] += [len(found["score_rows"])] * len(tokens)
-                    found["pair_tokens"] += tokens
-                    found["score_rows"].append(out_row)
-            case Classify() | Tag():
-                found["class_rows"] += rows
-            case Inspect(what="logits"):
-                found["logit_rows"] += rows
-            case Embed() | Inspect():
-                found["hidden_rows"] += rows
-            case Score():
-                pass  # see `ranking`
-        row += len(want.indices)
-    return {name: np.array(values, dtype=np.int64) for name, values in found.items()}
-
-
-def ranking(wanted: list[Wanted], num_ids: int) -> Ranking | None:
-    """The rows of sequences whose prompts are scored; `top` is what the most curious of them asks
-    for.
-    """
-    rows: list[int] = []
-    tokens: list[int] = []
-    top = row = 0
-    for want in wanted:
-        if isinstance(want.sequence.request.work, Score):
-            rows += range(row, row + len(want.indices))
-            tokens += [want.sequence.tokens[index + 1] for index in want.indices]
-            top = max(top, want.sequence.request.work.top)
-        row += len(want.indices)
-    if not rows:
-        return None
-    return Ranking(
-        rows=np.array(rows, dtype=np.int64),
-        tokens=np.array(tokens, dtype=np.int64),
-        top=top,
-        num_ids=num_ids,
-    )
-
-
-def scored_tokens(sequence: Sequence, index: int, eos_token_ids: tuple[int, ...]) -> list[int]:
-    """The tokens whose probability after token `index` some label needs: edges first, then the end
-    ids.
-    """
-    assert sequence.tree is not None
-    node = index - sequence.num_prompt
-    edges = [sequence.tree.edges[edge][1] for edge in sequence.tree.edges_at[node]]
-    return edges + (list(eos_token_ids) if node in sequence.tree.ends else [])

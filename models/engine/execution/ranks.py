@@ -20,7 +20,7 @@ from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.engine.execution.media_encoder import Key, MediaEncoder
-from glm_batch.models.engine.execution.runner import StepOutput, TorchRunner
+from glm_batch.models.engine.execution.runner import TorchRunner
 from glm_batch.models.engine.execution.settings import (
     Limits,
     resolve_device,
@@ -29,6 +29,7 @@ from glm_batch.models.engine.execution.settings import (
 )
 from glm_batch.models.engine.scheduling.placeholders import Span
 from glm_batch.models.engine.scheduling.step_size import is_out_of_memory
+from glm_batch.models.engine.works.readout import StepOutput
 from glm_batch.models.errors import EngineError
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup, TorchGroup, dealt
 from glm_batch.models.network.registry import build_model

@@ -1,12 +1,7 @@
-"""Runner: one rank's forward pass. Arrays of a Batch in, the numbers that somebody wants out.
-
-Owns the model and the KV cache's tensors. Knows nothing of sequences, scheduling or sampling; a
-tensor-parallel runner has the same three members.
-"""
+"""Runner: one rank's forward pass. Arrays of a Batch in, the numbers that somebody wants out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,9 +10,17 @@ from numpy.typing import NDArray
 
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.request import PromptScores
-from glm_batch.models.engine.execution.batch import Batch, Group, Ints, Ranking
+from glm_batch.models.engine.execution.batch import Batch, Group
 from glm_batch.models.engine.execution.kv_cache import KVCache
 from glm_batch.models.engine.execution.media_encoder import MediaEncoder
+from glm_batch.models.engine.works.readout import (
+    NOTHING,
+    Floats,
+    Ints,
+    Ranking,
+    Readout,
+    StepOutput,
+)
 from glm_batch.models.network.glm import MediaRows
 from glm_batch.models.network.heads import CausalLMHead
 from glm_batch.models.network.layers.attention import AttentionBatch, AttentionGroup, AttentionPart
@@ -25,24 +28,6 @@ from glm_batch.models.network.registry import Model
 
 # vocabulary logits of this many rows at a time, so that they never fill the memory
 LOGIT_ROWS = 256
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutput:
-    """What a Batch asked for. sample_logits: float32 [rows, vocab_size] on the model's device, the
-    rest numpy float32.
-
-    pair_logprobs [pairs]; class_logits [rows, num_labels]; logits [rows, vocab_size]; hidden [rows,
-    hidden_size]. `scores` are those of the batch's `ranking`, where it has one.
-    """
-
-    sample_logits: torch.Tensor
-    pair_logprobs: Floats
-    class_logits: Floats
-    logits: Floats
-    hidden: Floats
-    scores: PromptScores | None = None
 
 
 class Runner(Protocol):
@@ -86,14 +71,13 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
-        hidden = self._hidden(batch)
+        hidden, readout = self._hidden(batch), batch.readout
         return StepOutput(
-            sample_logits=self._head(hidden, batch.sample_rows),
-            pair_logprobs=self._pair_logprobs(hidden, batch),
-            class_logits=self._class_logits(hidden, batch.class_rows),
-            logits=self._all_logits(hidden, batch.logit_rows),
-            hidden=self._hidden_rows(hidden, batch.hidden_rows),
-            scores=self._scores(hidden, batch.ranking) if batch.ranking else None,
+            sample_logits=self._head(hidden, readout.sample),
+            pair_logprobs=self._pair_logprobs(hidden, readout),
+            head=self._head_rows(hidden, readout.head),
+            hidden=self._hidden_rows(hidden, readout.hidden),
+            scores=self._scores(hidden, readout.ranking) if readout.ranking else None,
         )
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
@@ -137,23 +121,25 @@ class TorchRunner:
             return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         return self._model.head(hidden[self._tensor(rows)])  # type: ignore[no-any-return]
 
-    def _pair_logprobs(self, hidden: torch.Tensor, batch: Batch) -> Floats:
-        """log P(token) at the scored rows: the whole vocabulary counts, a few numbers leave the
-        device.
-        """
-        found = np.empty(len(batch.pair_rows), dtype=np.float32)
-        for start in range(0, len(batch.score_rows), LOGIT_ROWS):
+    def _pair_logprobs(self, hidden: torch.Tensor, readout: Readout) -> list[float]:
+        """log P(token) of each pair: the whole vocabulary counts, a few numbers leave the device."""
+        found = np.empty(len(readout.pair_rows), dtype=np.float32)
+        scored, number = np.unique(readout.pair_rows, return_inverse=True)
+        for start in range(0, len(scored), LOGIT_ROWS):
             assert isinstance(self._model.head, CausalLMHead), (
                 "choices are refused where there is another head"
             )
-            scored = hidden[self._tensor(batch.score_rows[start : start + LOGIT_ROWS])]
-            here = (batch.pair_rows >= start) & (batch.pair_rows < start + LOGIT_ROWS)
-            rows, tokens = (
-                self._tensor(batch.pair_rows[here] - start),
-                self._tensor(batch.pair_tokens[here]),
+            here = (number >= start) & (number < start + LOGIT_ROWS)
+            found[here] = (
+                self._model.head.pair_logprobs(
+                    hidden[self._tensor(scored[start : start + LOGIT_ROWS])],
+                    self._tensor(number[here] - start),
+                    self._tensor(readout.pair_tokens[here]),
+                )
+                .cpu()
+                .numpy()
             )
-            found[here] = self._model.head.pair_logprobs(scored, rows, tokens).cpu().numpy()
-        return found
+        return found.tolist()
 
     def _scores(self, hidden: torch.Tensor, ranking: Ranking) -> PromptScores:
         """Of whole prompts, slice by slice. Where ranks share a vocabulary, rank 0 alone has
@@ -186,24 +172,18 @@ class TorchRunner:
             top_logprobs=values.cpu().numpy(),
         )
 
-    def _class_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
-        if not len(rows):
-            return np.empty((0, self.config.num_labels), dtype=np.float32)
-        return self._head(hidden, rows).cpu().numpy()
-
-    def _all_logits(self, hidden: torch.Tensor, rows: Ints) -> Floats:
-        if not len(rows):
-            return np.empty((0, self.config.vocab_size), dtype=np.float32)
+    def _head_rows(self, hidden: torch.Tensor, rows: Ints) -> Floats:
+        """Vocabulary logits piece by piece, class logits at once."""
+        is_wide = isinstance(self._model.head, CausalLMHead)
+        step = LOGIT_ROWS if is_wide else max(len(rows), 1)
         pieces = [
-            self._head(hidden, rows[start : start + LOGIT_ROWS])
-            for start in range(0, len(rows), LOGIT_ROWS)
+            self._head(hidden, rows[start : start + step]).cpu()
+            for start in range(0, len(rows), step)
         ]
-        return torch.cat([piece.cpu() for piece in pieces]).numpy()
+        return torch.cat(pieces).numpy() if pieces else NOTHING
 
     def _hidden_rows(self, hidden: torch.Tensor, rows: Ints) -> Floats:
-        if not len(rows):
-            return np.empty((0, self.config.hidden_size), dtype=np.float32)
-        return hidden[self._tensor(rows)].float().cpu().numpy()
+        return hidden[self._tensor(rows)].float().cpu().numpy() if len(rows) else NOTHING
 
     def _attention(self, batch: Batch) -> AttentionBatch:
         groups = tuple(map(self._group, batch.groups))

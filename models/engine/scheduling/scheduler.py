@@ -212,7 +212,7 @@ class Scheduler:
         """
         blocks = self.blocks
         hits = (
-            blocks.find_prefix(sequence.prompt_keys, sequence.num_skippable)
+            blocks.find_prefix(sequence.prompt_keys, sequence.answer.num_skippable)
             if blocks.prefix_caching
             else []
         )

@@ -1,8 +1,6 @@
-"""Sequence: one run of tokens on its way through the engine (a request has `n` of them when it
-samples n outputs).
+"""Sequence: one run of tokens, how far it is computed and which blocks it holds.
 
-Owns the tokens, how far they are computed and the blocks they hold. Knows nothing of tensors or of
-other sequences.
+A request has `n` of them when it samples n outputs.
 """
 
 from __future__ import annotations
@@ -10,24 +8,27 @@ from __future__ import annotations
 from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_batch.models.engine.api.request import (
-    Choose,
-    Classify,
-    Embed,
-    Generate,
-    Inspect,
-    Priority,
-    Request,
-    Score,
-    Tag,
-)
+from glm_batch.models.engine.api.request import Priority, Request
 from glm_batch.models.engine.scheduling.block_manager import ROOT
 from glm_batch.models.engine.scheduling.choice_tree import ChoiceTree
 from glm_batch.models.engine.scheduling.placeholders import PlacedMedia
+
+
+class Asker(Protocol):
+    """The answer that a sequence is computed for: see models.engine.works.answer.Answer."""
+
+    num_skippable: int
+
+    def wanted(self, sequence: Sequence, start: int, end: int) -> SequenceOf[int]: ...
+
+    def read(
+        self, sequence: Sequence, indices: SequenceOf[int], rows: range, readout: Any
+    ) -> Any: ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -40,10 +41,10 @@ class Sequence:
     """
 
     request: Request
-    sample_index: int
+    answer: Asker
+    sample_index: int = 0
     tokens: list[int]
     num_prompt: int
-    pooled_index: int = 0
     tree: ChoiceTree | None = None
     media: PlacedMedia | None = None
     num_computed: int = 0
@@ -74,37 +75,6 @@ class Sequence:
     def num_shareable(self) -> int:
         """Leading tokens that another sequence may reuse: the tree's nodes are no continuous text."""
         return self.num_prompt if self.tree else len(self.tokens)
-
-    @property
-    def num_skippable(self) -> int:
-        """Leading prompt tokens that need not be computed when they are cached: nobody wants their
-        hidden states.
-        """
-        match self.request.work:
-            case Tag() | Inspect() | Score() | Embed(pooling="mean"):
-                return 0
-            case Classify():
-                return self.pooled_index
-            case Choose() | Embed() | Generate():
-                return self.num_prompt - 1
-
-    def wanted(self, start: int, end: int) -> list[int]:
-        """The tokens within [start, end) whose final hidden state this sequence's work needs."""
-        match self.request.work:
-            case Tag() | Inspect() | Embed(pooling="mean"):
-                return list(range(start, end))
-            case Score():
-                # nothing comes after the last
-                return list(range(start, min(end, len(self.tokens) - 1)))
-            case Classify():
-                candidates = [self.pooled_index]
-            case Choose():
-                assert self.tree is not None
-                # PROMPT is -1: its last token
-                candidates = [self.num_prompt + node for node in self.tree.edges_at]
-            case Embed() | Generate():
-                candidates = [len(self.tokens) - 1]
-        return [index for index in candidates if start <= index < end]
 
     @property
     def prompt_keys(self) -> SequenceOf[Hashable]:

@@ -1,7 +1,4 @@
-"""One running vLLM engine in this process, made from an EngineConfig.
-
-Owns vLLM's arguments, building and closing. Knows nothing of Requests and Completions.
-"""
+"""One running vLLM engine in this process, made from an EngineConfig: arguments, building, closing."""
 
 from __future__ import annotations
 
@@ -172,7 +169,7 @@ class VllmCore:
 
         self.runner = runner
         if settings.model.vision is not None:
-            from glm_batch.models.engine.vllm.vllm_glm4v import register
+            from glm_batch.models.engine.vllm.vllm_overrides import register
 
             register()
         # while vLLM builds it collects garbage five times: none of it among its own modules
@@ -225,7 +222,7 @@ class VllmCore:
         """Constraints see the tokens as TorchEngine does: every end id, and no control token inside
         a text.
         """
-        from glm_batch.models.engine.vllm.vllm_constraints import OwnGuidance
+        from glm_batch.models.engine.vllm.vllm_overrides import OwnGuidance
 
         manager = self._llm.engine_core.engine_core.structured_output_manager
         if tokenizer.eos_token_ids:

@@ -221,7 +221,7 @@ def test_a_constraint_that_fails_costs_its_own_request_only(path: Path) -> None:
     engine = build(path)
     ids = prompts(3, shared=10)
     engine.submit(requests(GREEDY, ids))
-    engine._pending["r1"].decodings[0].matcher = BrokenMatcher()  # type: ignore[assignment]
+    engine._pending["r1"].answer.decodings[0].matcher = BrokenMatcher()  # type: ignore[assignment]
     done = {}
     while engine.has_work():
         done |= {completion.id: completion for completion in engine.step()}

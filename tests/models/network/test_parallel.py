@@ -28,8 +28,9 @@ from glm_batch.models.engine import (
 )
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.engine.execution.ranks import SharedEncoder
-from glm_batch.models.engine.execution.runner import StepOutput, TorchRunner
+from glm_batch.models.engine.execution.runner import TorchRunner
 from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.engine.works.readout import StepOutput
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.layers.parallel import (
     ParallelGroup,

@@ -4,22 +4,24 @@ scheduler's own batches.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from glm_batch.models.engine.cuda.batch_paged import PagedLayout, build_paged_batch
+from glm_batch.models.engine.cuda.batch_paged import PagedLayout, build_paged_step
 from glm_batch.models.engine.execution.batch import Batch
+from glm_batch.models.engine.works.readout import Readout
 from tests.models.network.layers.test_attention import SEEDS, Step, steps, visible_slots
 
 TILE_QUERIES = 4
 
 
 def paged_batch(step: Step) -> Batch:
-    return build_paged_batch(
-        step.chunks, block_size=step.block_size, tile_queries=TILE_QUERIES, eos_token_ids=(1,)
-    )[0]
+    return build_paged_step(
+        step.chunks, block_size=step.block_size, tile_queries=TILE_QUERIES, num_ids=9
+    ).batch
 
 
 def seen_by_layout(layout: PagedLayout) -> list[list[int]]:
@@ -58,13 +60,11 @@ def test_layout_says_which_keys_each_query_sees(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS[:10])
 def test_all_else_is_as_in_the_plain_batch(seed: int) -> None:
-    names = (
-        "input_ids", "positions", "slots", "out_rows", "sample_rows", "score_rows", "pair_rows", "pair_tokens",
-        "class_rows", "logit_rows", "hidden_rows", "media",
-    )  # fmt: skip
     for step in islice(steps(seed), 8):
         batch = paged_batch(step)
-        for name in names:
-            np.testing.assert_array_equal(
-                getattr(batch, name), getattr(step.batch, name), err_msg=name
-            )
+        for of, plain, names in (
+            (batch, step.batch, ["input_ids", "positions", "slots", "out_rows", "media"]),
+            (batch.readout, step.batch.readout, [field.name for field in fields(Readout)]),
+        ):
+            for name in names:
+                np.testing.assert_array_equal(getattr(of, name), getattr(plain, name), err_msg=name)

@@ -23,13 +23,13 @@ from glm_batch.models.engine import (
     SamplingParams,
 )
 from glm_batch.models.engine.execution.batch import Batch
-from glm_batch.models.engine.execution.runner import StepOutput
 from glm_batch.models.engine.scheduling.step_size import (
     STEPS_TO_RECOVER,
     StepSize,
     is_out_of_memory,
 )
 from glm_batch.models.engine.torch_engine import TorchEngine
+from glm_batch.models.engine.works.readout import StepOutput
 from tests.models.conftest import MakeCheckpoint, random_ids
 
 POISON = 255

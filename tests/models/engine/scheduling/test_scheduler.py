@@ -4,6 +4,9 @@ the young.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +29,8 @@ def make_sequence(name: str, prompt: list[int], priority: Priority = ONLINE) -> 
     request = Request(
         id=name, input_ids=prompt, work=Generate(sampling=SamplingParams()), priority=priority
     )
-    return Sequence(request=request, sample_index=0, tokens=list(prompt), num_prompt=len(prompt))
+    answer: Any = SimpleNamespace(num_skippable=len(prompt) - 1)
+    return Sequence(request=request, answer=answer, tokens=list(prompt), num_prompt=len(prompt))
 
 
 def make_scheduler(

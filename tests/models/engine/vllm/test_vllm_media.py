@@ -27,7 +27,7 @@ from glm_batch.models.engine import (
 from glm_batch.models.engine.api.request import ONLINE
 from glm_batch.models.engine.vllm import vllm_engine
 from glm_batch.models.engine.vllm.vllm_engine import VllmEngine
-from glm_batch.models.engine.vllm.vllm_requests import Vocabulary, sample_forks
+from glm_batch.models.engine.vllm.vllm_forks import RequestForks, Vocabulary
 from glm_batch.models.processing.images import ImageProcessor
 from glm_batch.models.processing.patches import MediaPatches
 from glm_batch.models.processing.prompt import MediaPrompts
@@ -141,9 +141,9 @@ def test_rendered_media_are_bounded(tiny_glm: VllmEngine, monkeypatch: pytest.Mo
 
 def _past_the_seam(engine: VllmEngine, ids: list[int], picture: Image.Image, work: Generate) -> Any:
     core = engine._core("generate")
-    (fork,) = sample_forks(
-        work, Vocabulary.of(engine.tokenizer, engine.settings.model.vocab_size), 8, stream=False
-    )
+    vocabulary = Vocabulary.of(engine.tokenizer, engine.settings.model.vocab_size)
+    maker = RequestForks(vocabulary=vocabulary, num_prompt=len(ids), max_scored=1000)
+    fork = maker.sample(work, 0, 8, stream=False)
     core.add(
         "theirs",
         {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}},

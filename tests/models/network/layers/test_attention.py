@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +19,21 @@ import torch
 
 from glm_batch.models.engine.api.request import Choose, Embed, Generate, Inspect, Request, Work
 from glm_batch.models.engine.execution import batch as batching
-from glm_batch.models.engine.execution.batch import Batch, Group, build_batch
+from glm_batch.models.engine.execution.batch import Batch, Group, build_step
 from glm_batch.models.engine.execution.runner import TorchRunner
 from glm_batch.models.engine.scheduling.block_manager import BlockManager
-from glm_batch.models.engine.scheduling.choice_tree import ChoiceTree
 from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
 from glm_batch.models.engine.scheduling.sequence import Sequence
+from glm_batch.models.engine.works.answer import Context
+from glm_batch.models.engine.works.kinds import answer_to
 from glm_batch.models.network.layers.attention import AttentionGroup, attend_reference, store
 from glm_batch.models.network.layers.attention_grouped import attend_grouped
 
 SEEDS = range(24)
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
 NUM_BLOCKS = 64
+TOKENIZER: Any = SimpleNamespace(eos_token_ids=(1,))
+CONTEXT = Context(SimpleNamespace(pad_token_id=None), TOKENIZER, max_model_len=1000)  # type: ignore[arg-type]
 ATTENDS = {"reference": attend_reference, "grouped": attend_grouped}
 
 
@@ -40,11 +44,11 @@ class Step:
     block_size: int
 
 
-def random_tree(rng: np.random.Generator) -> ChoiceTree:
+def random_choose(rng: np.random.Generator) -> Choose:
     choices = {
         tuple(rng.integers(0, 3, rng.integers(1, 6)).tolist()) for _ in range(rng.integers(1, 7))
     }
-    return ChoiceTree.build(tuple(sorted(choices)), count_end=bool(rng.integers(2)))
+    return Choose(choices=tuple(sorted(choices)), count_end=bool(rng.integers(2)))
 
 
 def random_sequence(rng: np.random.Generator, i: int) -> Sequence:
@@ -52,12 +56,12 @@ def random_sequence(rng: np.random.Generator, i: int) -> Sequence:
     beginning = np.random.default_rng(rng.integers(3)).integers(0, 9, 40)[: rng.integers(0, 40)]
     prompt = [*beginning.tolist(), *rng.integers(0, 9, rng.integers(1, 30)).tolist()]
     work: Work = (Generate(), Choose(choices=((1,),)), Embed(), Inspect())[rng.integers(4)]
-    tree = random_tree(rng) if isinstance(work, Choose) else None
-    tokens = prompt + list(tree.tokens if tree else ())
-    request = Request(id=str(i), input_ids=prompt, work=work)
-    return Sequence(
-        request=request, sample_index=0, tokens=tokens, num_prompt=len(prompt), tree=tree
+    if isinstance(work, Choose):
+        work = random_choose(rng)
+    (sequence,) = answer_to(Request(id=str(i), input_ids=prompt, work=work), CONTEXT).sequences(
+        None
     )
+    return sequence
 
 
 def steps(seed: int) -> Iterator[Step]:
@@ -73,8 +77,8 @@ def steps(seed: int) -> Iterator[Step]:
         scheduler.add(random_sequence(rng, i))
     while scheduler.has_work():
         chunks = scheduler.schedule()
-        batch, _ = build_batch(chunks, scheduler, num_heads=NUM_HEADS, eos_token_ids=(1,))
-        yield Step(chunks, batch, block_size)
+        step = build_step(chunks, scheduler, num_heads=NUM_HEADS, num_ids=9)
+        yield Step(chunks, step.batch, block_size)
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_computed = chunk.end

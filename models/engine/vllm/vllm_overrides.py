@@ -1,8 +1,8 @@
-"""vLLM's GLM-4.1V without its processor: what vLLM asks at start about images and videos is
-answered here.
+"""What of vLLM's own is replaced in this process: GLM-4.1V's processor, and the tokens that
+constraints see.
 
 vLLM would run the published processors on pictures of the largest size to learn how many tokens
-they take. Registered in place of vLLM's class, in this process alone. Knows nothing of requests.
+they take.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from vllm.model_executor.models.glm4_1v import (
     Glm4vProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+
+from glm_batch.models.engine.decoding.constraints import ll_tokenizer
 
 
 class OwnProcessingInfo(Glm4vProcessingInfo):  # type: ignore[misc]  # vllm has no types here
@@ -41,3 +44,15 @@ class OwnGlm4v(Glm4vForConditionalGeneration):  # type: ignore[misc]  # vllm has
 def register() -> None:
     """From now on this process's engines build OwnGlm4v."""
     ModelRegistry.register_model("Glm4vForConditionalGeneration", OwnGlm4v)
+
+
+class OwnGuidance(GuidanceBackend):  # type: ignore[misc]  # vllm has no types here
+    """Masks allow what TorchEngine's allow: any of the end ids where a text may end, and no control
+    token inside.
+
+    `tokenizer` is a models.processing.tokenizer.Tokenizer.
+    """
+
+    def __post_init__(self) -> None:
+        self.disable_any_whitespace = self.disable_additional_properties = False
+        self.ll_tokenizer = ll_tokenizer(self.tokenizer, self.vocab_size)
