@@ -16,13 +16,17 @@ __all__ = ["load"]
 
 
 def load(model_dir: str, **engine: Any) -> LLM:
-    """Loads a checkpoint for one-off use; `engine` holds fields of EngineConfig, such as dtype or
-    device.
+    """Loads a checkpoint for one-off use; `engine` holds EngineOptions, such as dtype or device.
 
-    torch is imported here and not with the package, so that a driver which only plans work stays
-    light.
+    Raises ConfigError for a checkpoint or an option that cannot run. torch is imported here and not
+    with the package, so that a driver which only plans work stays light.
     """
     from glm_batch.models.engine.api.interface import EngineConfig
     from glm_batch.models.engine.llm import LLM
+    from glm_batch.models.errors import ConfigError
 
-    return LLM(EngineConfig(model=str(model_dir), **engine))
+    try:
+        config = EngineConfig(model=str(model_dir), **engine)
+    except ValueError as error:
+        raise ConfigError(str(error).removeprefix("engine.")) from error
+    return LLM(config)

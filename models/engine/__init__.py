@@ -8,7 +8,7 @@ away and are reached through `models.rooms`. llm.py is the few-line Python door.
 from __future__ import annotations
 
 from glm_batch.models import rooms
-from glm_batch.models.engine.api.interface import Engine, EngineConfig
+from glm_batch.models.engine.api.interface import Engine, EngineConfig, EngineOptions
 from glm_batch.models.engine.api.request import (
     Choose,
     Classify,
@@ -39,6 +39,7 @@ __all__ = [
     "Embed",
     "Engine",
     "EngineConfig",
+    "EngineOptions",
     "Generate",
     "Inspect",
     "Media",

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from glm_batch.models.engine.api.request import Completion, Delta, Request, refuse_known_ids
 from glm_batch.models.engine.works.admission import failed
+from glm_batch.models.engine.works.all_answers import ANSWERS
 from glm_batch.models.engine.works.answer import EchoPrompt, Fields
-from glm_batch.models.engine.works.kinds import ANSWERS
 from glm_batch.models.errors import RowError
 
 # length of vectors, class logits and hidden states where no checkpoint says otherwise
@@ -43,7 +43,7 @@ class EchoEngine:
         are refused.
         """
         self._max_model_len = max_model_len
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._hidden_size = hidden_size
         self._num_labels = num_labels
         self._merge_size = merge_size
@@ -89,7 +89,7 @@ class EchoEngine:
         prompt = EchoPrompt(
             ids=list(request.input_ids),
             items=request.media.items if request.media else (),
-            decode=self._tokenizer.decode if self._tokenizer else _numbers,
+            decode=self.tokenizer.decode if self.tokenizer else _numbers,
             hidden_size=self._hidden_size,
             num_labels=self._num_labels,
         )

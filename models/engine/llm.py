@@ -1,8 +1,7 @@
 """LLM: the few-line Python door to one checkpoint, for one-off use and for tests.
 
-Wraps an engine with the checkpoint's tokenizer and chat template; each call runs until its own
-requests are done. The caller is trusted: paths in messages are read wherever they lie, and media
-are decoded in this process.
+Each call runs until its own requests are done. The caller is trusted: paths in messages are read
+wherever they lie, and media are decoded in this process.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.model_config import ModelConfig
-from glm_batch.models.engine.api.interface import EngineConfig
+from glm_batch.models.engine import build_engine
+from glm_batch.models.engine.api.interface import Engine, EngineConfig
 from glm_batch.models.engine.api.request import (
     Choose,
     Classify,
@@ -33,16 +34,16 @@ from glm_batch.models.engine.api.request import (
     Tag,
     Work,
 )
-from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.images import ImageProcessor
 from glm_batch.models.processing.messages import MediaPart
 from glm_batch.models.processing.patches import Media, MediaPatches
 from glm_batch.models.processing.prompt import MediaPrompts, Prompter
 from glm_batch.models.processing.scores import class_scores, label_scores, softmax
+from glm_batch.models.processing.tokenizer import Tokenizer
 from glm_batch.models.processing.video import VideoProcessor
 
-Prompt = str | Sequence[int]
+TextOrIds = str | Sequence[int]
 Messages = str | list[dict[str, Any]]
 
 
@@ -79,9 +80,13 @@ class LLM:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.engine = TorchEngine.from_checkpoint(config)
-        self.config: ModelConfig = self.engine.config
-        self.tokenizer = self.engine.tokenizer
+        """Kind "auto" is torch, which does every kind of work."""
+        if config.kind == "auto":
+            config = replace(config, kind="torch")
+        engine: Any = build_engine(config)
+        self.engine: Engine = engine
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self.config: ModelConfig = load_config(config.model)
         self.prompter = Prompter(config.model, self.tokenizer)
         self._ids = itertools.count()
 
@@ -98,7 +103,7 @@ class LLM:
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: TextOrIds,
         *,
         schema: str | None = None,
         regex: str | None = None,
@@ -128,7 +133,7 @@ class LLM:
             off_set_mass=found.off_set_mass,
         )
 
-    def classify(self, text: Prompt) -> dict[str, float]:
+    def classify(self, text: TextOrIds) -> dict[str, float]:
         """Class probabilities (or the raw value for regression) of raw text by a
         sequence-classification head.
         """
@@ -154,7 +159,7 @@ class LLM:
         ]
 
     def embed(
-        self, text: Prompt, *, pooling: str = "last", normalize: bool = False
+        self, text: TextOrIds, *, pooling: str = "last", normalize: bool = False
     ) -> NDArray[np.float32]:
         """[hidden_size]: the last token's hidden state or the mean over all tokens of raw text."""
         return self._array(text, Embed(pooling=pooling, normalize=normalize))  # type: ignore[arg-type]
@@ -183,12 +188,12 @@ class LLM:
     def close(self) -> None:
         self.engine.close()
 
-    def _array(self, prompt: Prompt, work: Work) -> NDArray[np.float32]:
+    def _array(self, prompt: TextOrIds, work: Work) -> NDArray[np.float32]:
         array = self.run([self._request(prompt, work)])[0].array
         assert array is not None
         return array
 
-    def _request(self, prompt: Prompt, work: Work, media: Media | None = None) -> Request:
+    def _request(self, prompt: TextOrIds, work: Work, media: Media | None = None) -> Request:
         ids = self.tokenizer.encode_raw(prompt) if isinstance(prompt, str) else list(prompt)
         return Request(id=f"llm-{next(self._ids)}", input_ids=ids, work=work, media=media)
 

@@ -28,8 +28,8 @@ from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
 from glm_batch.models.engine.scheduling.sequence import Sequence
 from glm_batch.models.engine.scheduling.step_size import StepSize, is_out_of_memory
 from glm_batch.models.engine.works.admission import check, failed, place_media
+from glm_batch.models.engine.works.all_answers import answer_to
 from glm_batch.models.engine.works.answer import Answer, Context
-from glm_batch.models.engine.works.kinds import answer_to
 from glm_batch.models.engine.works.readout import Draw, StepOutput, Wanted
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.network.layers.parallel import TorchGroup

@@ -1,18 +1,22 @@
-"""The engine seam: what every engine does, and how one is configured.
-
-An engine sees token ids and arrays, never a file, a URL or a row. Which engine to build is decided
-in models.engine.build_engine alone.
+"""What every engine does, and how one is configured. An engine sees token ids and arrays, never a
+file, a URL or a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol, get_args
 
 from glm_batch.models.engine.api.request import Completion, Delta, Request
 
 Auto = Literal["auto"]
+Kind = Literal["auto", "torch", "vllm", "echo"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Task = Literal["choose", "generate", "extract", "classify", "tag", "embed"]
+SIZES = (
+    "max_step_tokens", "batch_step_tokens", "max_num_seqs", "max_model_len", "kv_cache_tokens",
+    "block_size", "media_cache_bytes",
+)  # fmt: skip
 
 
 class Engine(Protocol):
@@ -60,24 +64,23 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """How to run one model. "auto" is resolved by the engine from the device and the checkpoint.
+class EngineOptions:
+    """How to run a model: what a job's or server's `engine:` section and `load` in Python take.
 
-    `max_step_tokens` bounds the tokens of one forward pass, `batch_step_tokens` those of one with
-    BATCH requests in it: an ONLINE request that comes waits for no more than that. `max_num_seqs`
-    bounds the sequences in flight, `kv_cache_tokens` the size of the paged KV cache in tokens,
-    `block_size` the tokens of one block of it. `max_model_len` bounds prompt plus output; "auto"
-    takes the checkpoint's max_position_embeddings. `media_cache_bytes` bounds the features of
-    images and videos that are remembered. `task` tells what all requests will ask for, where that
-    is known: kind "auto" goes by it, and vllm loads the model for nothing else.
+    "auto" is resolved by the engine from the device and the checkpoint. `max_step_tokens` bounds
+    the tokens of one forward pass, `batch_step_tokens` those of one with BATCH requests in it: an
+    ONLINE request that comes waits for no more than that. `max_num_seqs` bounds the sequences in
+    flight, `kv_cache_tokens` the size of the paged KV cache in tokens, `block_size` the tokens of
+    one block of it. `max_model_len` bounds prompt plus output; "auto" takes the checkpoint's
+    max_position_embeddings. `media_cache_bytes` bounds the features of images and videos that are
+    remembered. `cuda_kernels`, on an NVIDIA GPU: fused kernels and recorded decode steps instead of
+    plain torch. Raises ValueError for what is none of these.
     """
 
-    model: str
-    kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kind: Kind = "auto"
+    dtype: Dtype = "auto"
     device: str = "auto"
     tensor_parallel_size: int = 1
-    # on an NVIDIA GPU: fused kernels and recorded decode steps, not plain torch
     cuda_kernels: bool = False
     max_step_tokens: int | Auto = "auto"
     batch_step_tokens: int | Auto = "auto"
@@ -87,13 +90,14 @@ class EngineConfig:
     block_size: int | Auto = "auto"
     media_cache_bytes: int | Auto = "auto"
     prefix_caching: bool = True
-    task: Task | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_step_tokens", "batch_step_tokens", "max_num_seqs", "max_model_len", "kv_cache_tokens", "block_size",
-            "media_cache_bytes",
-        ):  # fmt: skip
+        for name, known in (("kind", get_args(Kind)), ("dtype", get_args(Dtype))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"engine.{name}={getattr(self, name)!r}: it must be one of {', '.join(known)}"
+                )
+        for name in SIZES:
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or value < 1):
                 raise ValueError(
@@ -103,3 +107,20 @@ class EngineConfig:
             raise ValueError(
                 f"engine.tensor_parallel_size={self.tensor_parallel_size}: it must be at least 1"
             )
+
+    def of(self, model: str, task: Task | None = None) -> EngineConfig:
+        """These options for one checkpoint."""
+        options = {field.name: getattr(self, field.name) for field in fields(EngineOptions)}
+        return EngineConfig(model=model, task=task, **options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(EngineOptions):
+    """One checkpoint and how to run it.
+
+    `task` tells what all requests will ask for, where that is known: kind "auto" goes by it, and
+    vllm loads the model for nothing else.
+    """
+
+    model: str
+    task: Task | None = None

@@ -30,8 +30,8 @@ from glm_batch.models.engine.vllm.vllm_forks import Asks, Fork, RequestForks, Vo
 from glm_batch.models.engine.vllm.vllm_limits import checkpoint_problem
 from glm_batch.models.engine.vllm.vllm_media import MediaRenderer, RenderedMedia
 from glm_batch.models.engine.works.admission import check, failed, place_media
+from glm_batch.models.engine.works.all_answers import answer_to
 from glm_batch.models.engine.works.answer import Answer, Context
-from glm_batch.models.engine.works.kinds import answer_to
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.tokenizer import Tokenizer
 

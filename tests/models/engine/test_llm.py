@@ -27,7 +27,7 @@ from glm_batch.models.engine.llm import LLM
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.patches import pixel_values
 from glm_batch.models.processing.video import VideoProcessor
-from tests.models.conftest import MakeCheckpoint, byte_tokenizer, load_oracle
+from tests.models.conftest import MakeCheckpoint, byte_tokenizer, load_oracle, random_ids
 from tests.models.media_cases import PATCH, MakeGlm4v, load_glm4v, make_glm4v
 
 __all__ = ["make_glm4v"]  # a fixture
@@ -510,3 +510,33 @@ def test_media_that_cannot_be_read_are_row_errors(
         assert caught.value.code == code
     with pytest.raises(RowError, match="reads text only"):
         llm.chat(user({"type": "image", "image": picture(24, 24)}))
+
+
+def test_an_engine_that_is_not_known_is_refused_with_those_that_are(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^kind='nonsense': .* auto, torch, vllm, echo"):
+        load(path, kind="nonsense")
+    with pytest.raises(ConfigError, match=r"^max_step_tokens=0"):
+        load(path, max_step_tokens=0)
+
+
+def test_the_engine_is_the_one_that_is_asked_for(path: Path) -> None:
+    assert type(load(path).engine).__name__ == "TorchEngine"
+    echo = load(path, kind="echo")
+    assert echo.generate("abc")[0].text == "abc"
+    assert echo.embed("abc").shape == (echo.config.hidden_size,)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_vector_of_a_generating_model_reads_memory_that_nobody_wrote(
+    path: Path, dtype: str
+) -> None:
+    torch.use_deterministic_algorithms(True)  # which fills what nobody wrote with NaN
+    try:
+        llm = load(path, dtype=dtype)
+        for length in (1, 2, 17, 90):
+            for pooling in ("last", "mean"):
+                ids = random_ids(length, length)
+                assert np.isfinite(llm.embed(ids, pooling=pooling)).all()
+                assert np.isfinite(llm.embed([*ids[:-1], 3], pooling=pooling)).all()
+    finally:
+        torch.use_deterministic_algorithms(False)

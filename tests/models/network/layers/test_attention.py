@@ -24,8 +24,8 @@ from glm_batch.models.engine.execution.runner import TorchRunner
 from glm_batch.models.engine.scheduling.block_manager import BlockManager
 from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
 from glm_batch.models.engine.scheduling.sequence import Sequence
+from glm_batch.models.engine.works.all_answers import answer_to
 from glm_batch.models.engine.works.answer import Context
-from glm_batch.models.engine.works.kinds import answer_to
 from glm_batch.models.network.layers.attention import AttentionGroup, attend_reference, store
 from glm_batch.models.network.layers.attention_grouped import attend_grouped
 
