@@ -179,7 +179,12 @@ def _common_values(values: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"{key}: {values[key]!r} is not supported; this version reads {SUPPORTED_PROCESSORS}*"
             )
-    for key, wanted in (("do_resize", True), ("do_convert_rgb", True), ("resample", BICUBIC)):
+    for key, wanted in (
+        ("do_resize", True),
+        ("do_convert_rgb", True),
+        ("do_sample_frames", True),
+        ("resample", BICUBIC),
+    ):
         if values.get(key) not in (None, wanted):
             raise ConfigError(
                 f"{key}: {values[key]!r} is not supported; set it to {json.dumps(wanted)}"

@@ -1,8 +1,7 @@
-"""Conversations to prompts: a checkpoint's chat template, thinking blocks, and labels as the model
-would write them.
+"""Conversations to prompts: a checkpoint's chat template, thinking blocks, and labels in it.
 
-Owns the rendering and the rule that only the template writes control tokens: "<|user|>" in a
-message is text. Knows nothing of rows, jobs, models or engines.
+A template gets what transformers gives it: messages, tools, documents, and the tokenizer's special
+tokens by name. Only the template writes control tokens: "<|user|>" in a message is text.
 """
 
 from __future__ import annotations
@@ -71,18 +70,19 @@ class Chat:
         self._template = _compile(template)
         self._tool_template = self._template if tool_template is None else _compile(tool_template)
         self._source = template + (tool_template or "")
-        self._source_characters = frozenset(self._source)
+        named = tokenizer.named_tokens.values()
+        self._source_characters = frozenset(self._source).union(*named)
         # Content can only turn into a control token if it holds the character that the token begins
         # with.
         self._first_characters = sorted({token[0] for token in tokenizer.control_tokens})
-        self._opens_thinking = self._run(_PROBE, True, True, None).rstrip().endswith("<think>")
+        self._opens_thinking = self._run(_PROBE, True, True).rstrip().endswith("<think>")
         self.thinking_form: ThinkingForm = self._detect_thinking()
         self.separator: str = self._detect_separator()
 
     @classmethod
     def from_dir(cls, path: str, tokenizer: Tokenizer | None = None) -> Chat:
-        """Reads the template from chat_template.jinja, else tokenizer_config.json, else
-        chat_template.json.
+        """Reads the template from chat_template.jinja (and additional_chat_templates), else
+        tokenizer_config.json, else chat_template.json.
 
         Raises ConfigError when there is none or it is no valid template.
         """
@@ -106,6 +106,7 @@ class Chat:
         thinking: bool = False,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The prompt as text for people: control tokens of the template and of the content look the
         same in it.
@@ -113,7 +114,7 @@ class Chat:
         With thinking=False the generation prompt closes the thinking block where the checkpoint has
         one. Raises RowError for messages or a result that cannot be used.
         """
-        text, restore = self._render(messages, thinking, add_generation_prompt, tools)
+        text, restore = self._render(messages, thinking, add_generation_prompt, tools, documents)
         return _replace(text, restore)
 
     def prompt_ids(
@@ -122,6 +123,7 @@ class Chat:
         *,
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         start_answer: bool = False,
     ) -> list[int]:
         """The prompt's token ids, ready to generate from; control-token strings in content arrive
@@ -130,7 +132,7 @@ class Chat:
         `start_answer` puts `separator` at the end: for a constrained answer, whose grammar would
         forbid the model to write it itself. It goes with thinking=False.
         """
-        text, restore = self._render(messages, thinking, True, tools)
+        text, restore = self._render(messages, thinking, True, tools, documents)
         return self._encode(text + self.separator if start_answer else text, restore)
 
     def label_continuations(
@@ -212,6 +214,7 @@ class Chat:
         thinking: bool,
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[str, dict[str, str]]:
         """The rendered text with stand-ins in its content, and the table that puts the originals
         back.
@@ -219,12 +222,15 @@ class Chat:
         try:
             conversation = check_messages(messages)
             shown = self._shown(conversation)
-            plain_tools = plain_value("tools", list(tools)) if tools else None
-            protect, restore = self._stand_ins(conversation, plain_tools)
+            beside = [
+                plain_value(where, list(given)) if given else None
+                for where, given in (("tools", tools), ("documents", documents))
+            ]
+            protect, restore = self._stand_ins(conversation, beside)
             if protect:
                 conversation = [_protect_message(message, protect) for message in conversation]
-                plain_tools = _replace_all(plain_tools, protect)
-            text = self._run(conversation, thinking, add_generation_prompt, plain_tools)
+                beside = _replace_all(beside, protect)
+            text = self._run(conversation, thinking, add_generation_prompt, *beside)
             if shown:
                 self._check_placeholders(text, shown)
         except RecursionError as error:
@@ -298,16 +304,18 @@ class Chat:
         messages: Sequence[Message],
         thinking: bool,
         add_generation_prompt: bool,
-        tools: list[Any] | None,
+        tools: list[Any] | None = None,
+        documents: list[Any] | None = None,
     ) -> str:
         template = self._tool_template if tools else self._template
         pieces: list[str] = []
         size = 0
         try:
             for piece in template.generate(
+                self.tokenizer.named_tokens,
                 messages=messages,
                 tools=tools,
-                documents=None,
+                documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=thinking,
             ):
@@ -383,7 +391,7 @@ class Chat:
         return (before[len(prompt) :], after) if found and before.startswith(prompt) else None
 
     def _answered(self, content: str) -> str:
-        return self._run([*_PROBE, {"role": "assistant", "content": content}], False, False, None)
+        return self._run([*_PROBE, {"role": "assistant", "content": content}], False, False)
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -459,25 +467,36 @@ def _read_templates(folder: Path) -> tuple[str, str | None, Path]:
     """(template, template for conversations with tools if there is one of its own, the file they
     came from).
     """
-    file = folder / "chat_template.jinja"
+    named, file = _named_templates(folder)
+    if not named:
+        raise NoChatTemplateError(
+            f"{folder}: no chat template in chat_template.jinja, tokenizer_config.json or "
+            "chat_template.json; add the checkpoint's own, or use a task without chat"
+        )
+    if "default" not in named:
+        raise ConfigError(f"{file}: chat_template has no entry named default, only {sorted(named)}")
+    return named["default"], named.get("tool_use"), file
+
+
+def _named_templates(folder: Path) -> tuple[dict[str, str], Path]:
+    """The templates by name and where they lie. Files of their own go before those in JSON."""
+    file, more = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    files = {path.stem: path for path in sorted(more.glob("*.jinja"))}
     if file.is_file():
-        return file.read_text(encoding="utf-8"), None, file
+        files["default"] = file
+    if files:
+        found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return found, files.get("default", more)
     for name in ("tokenizer_config.json", "chat_template.json"):
         file = folder / name
-        found = read_json(file, optional=True).get("chat_template")
-        if isinstance(found, str):
-            return found, None, file
-        if isinstance(found, list):
-            named = {entry["name"]: entry["template"] for entry in found}
-            if "default" not in named:
-                raise ConfigError(
-                    f"{file}: chat_template has no entry named default, only {sorted(named)}"
-                )
-            return named["default"], named.get("tool_use"), file
-    raise NoChatTemplateError(
-        f"{folder}: no chat template in chat_template.jinja, tokenizer_config.json or chat_template.json; add the "
-        "checkpoint's own, or use a task without chat"
-    )
+        match read_json(file, optional=True).get("chat_template"):
+            case str(template):
+                return {"default": template}, file
+            case list(entries):
+                return {entry["name"]: entry["template"] for entry in entries}, file
+            case dict(named):
+                return named, file
+    return {}, folder
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -25,6 +25,7 @@ class Tokenizer:
     tokenizer_config.json), `control_tokens` are the strings that encode_control turns into one id
     each, the ids of the special ones among them, `special_ids`, are dropped from decoded text, and
     no id from `vocab_size` on stands for anything, although the model's embedding may be longer.
+    `named_tokens` are the strings that a chat template knows by name, such as bos_token.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Tokenizer:
         self.control_tokens: frozenset[str] = frozenset(token.content for _, token in added)
         self.eos_token_ids: tuple[int, ...] = tuple(eos_token_ids)
         self.pad_token_id: int | None = pad_token_id
+        self.named_tokens: dict[str, str] = {}
 
     @classmethod
     def from_dir(cls, path: str) -> Tokenizer:
@@ -78,6 +80,7 @@ class Tokenizer:
                 "decoder is ByteLevel, as every GLM checkpoint's is"
             )
         tokenizer = cls(library)
+        tokenizer.named_tokens = _named_tokens(Path(path))
         tokenizer.eos_token_ids = tuple(tokenizer._configured_ids(Path(path), "eos_token"))
         tokenizer.pad_token_id = next(
             iter(tokenizer._configured_ids(Path(path), "pad_token")), None
@@ -156,8 +159,7 @@ class Tokenizer:
             value = owner.get(f"{name}_id")
             if value is not None:
                 return list(value) if isinstance(value, list) else [value]
-        token = read_json(folder / "tokenizer_config.json", optional=True).get(name)
-        content = token.get("content") if isinstance(token, dict) else token
+        content = self.named_tokens.get(name)
         if content is None:
             return []
         id = self._full.token_to_id(content)
@@ -184,6 +186,26 @@ class IncrementalDetokenizer:
     def finish(self) -> str:
         """The rest: U+FFFD where the last character was never completed."""
         return self._decoder.decode(b"", final=True)
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens that have names, as transformers gives them to templates: bos_token and the
+    like, every other key that ends in _token, and those of extra_special_tokens.
+
+    special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder.
+    """
+    config = read_json(folder / "tokenizer_config.json", optional=True)
+    if "added_tokens_decoder" not in config:
+        config |= read_json(folder / "special_tokens_map.json", optional=True)
+    given = {name: value for name, value in config.items() if name.endswith("_token")}
+    for key in ("model_specific_special_tokens", "extra_special_tokens"):
+        if isinstance(config.get(key), dict):
+            given |= config[key]
+    contents = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
+    return {name: text for name, text in contents.items() if isinstance(text, str)}
 
 
 def _without_added_tokens(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -236,6 +236,16 @@ def test_files_that_mean_something_else_are_refused(tmp_path: Path, values: dict
         ImageProcessorConfig.from_dir(tmp_path)
 
 
+def test_a_video_processor_that_takes_every_frame_is_refused(tmp_path: Path) -> None:
+    """It once was sampled all the same, without a word."""
+    file = tmp_path / "video_preprocessor_config.json"
+    file.write_text('{"do_sample_frames": true}')
+    VideoProcessorConfig.from_dir(tmp_path)
+    file.write_text('{"do_sample_frames": false}')
+    with pytest.raises(ConfigError, match=r"video_preprocessor_config\.json: do_sample_frames"):
+        VideoProcessorConfig.from_dir(tmp_path)
+
+
 # ---- files that can be read ----
 
 
