@@ -1,4 +1,4 @@
 """The Ray Data graph: steps over units, the stages that run them, and which replica takes a unit.
 
-May import `tasks`, `output` and `cluster`. Read steps.py, stages.py, dispatch.py.
+May import `tasks`, `output` and `cluster`. Read steps.py, then stages.py.
 """

@@ -7,7 +7,7 @@ protocol's files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,17 +17,18 @@ from ray.data import ActorPoolStrategy, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from glm_batch.glm_actors import ray_private
 from glm_batch.glm_actors.faults.suspects import Ledger, Patience
 from glm_batch.glm_actors.faults.watchdog import HangLimits
 from glm_batch.glm_actors.units.model_actor import EngineSource, Journal, ModelActor
 from glm_batch.glm_actors.units.row_worker import RowWorker, Step
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.pipelines.cluster.shares import Workers
-from glm_batch.pipelines.graph.dispatch import ByAffinity
 from glm_batch.pipelines.graph.steps import committed_records
 from glm_batch.pipelines.metrics.exporter import RECOMPUTED, Exporter
 from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.planning.plan import Plan
+from glm_batch.pipelines.tasks.affinity import Affinity, prefix_key
 from glm_batch.pipelines.tasks.rows import UNIT
 
 UNITS_IN_ENGINE = 4  # so that the tail of one unit never idles the engine
@@ -53,6 +54,27 @@ class Parser(RowWorker):
 
 class Committer(RowWorker):
     what = "a committing worker"
+
+
+class ByAffinity(ray_private.ExecutionCallback):
+    """Gives units to replicas by affinity where Ray Data can be told to, else to the least busy one.
+
+    Ray Data makes one for each execution of a dataset whose context names the class.
+    """
+
+    def before_execution_starts(self, executor: Any) -> None:
+        # the class' name is part of the name of the operator that runs it
+        ray_private.choose_actors(executor, ModelActor.__name__, _affine)
+
+
+def _affine() -> ray_private.Choose:
+    affinity: Affinity[Any] = Affinity()
+
+    def choose(schema: Any, units: Mapping[Any, int], most: int) -> Any:
+        key = prefix_key(schema)
+        return NotImplemented if key is None else affinity.choose(key, units, most)
+
+    return choose
 
 
 class UnitDatasource(Datasource):

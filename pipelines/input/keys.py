@@ -21,13 +21,13 @@ HASHES_IN_MEMORY = 4_000_000  # 32 MB; beyond it they go to disk, 8 bytes each
 NUM_BUCKETS = 64
 MAX_DUPLICATES = 100_000
 
-Place = tuple[int, int]
+InputRow = tuple[int, int]
 """(index of the file, row in it)"""
 KeyReader = Callable[[], Iterable[tuple[int, int, list[str | None]]]]
 """Gives (file, first row, keys) for consecutive pieces of the input; it is called twice."""
 
 
-def find_duplicates(read_keys: KeyReader, key: str) -> dict[Place, Place]:
+def find_duplicates(read_keys: KeyReader, key: str) -> dict[InputRow, InputRow]:
     """Each row whose key an earlier row has, mapped to the first row with that key.
 
     Raises ConfigError beyond MAX_DUPLICATES of them: then the column is no key.
@@ -43,9 +43,9 @@ def find_duplicates(read_keys: KeyReader, key: str) -> dict[Place, Place]:
     return _compare(read_keys, repeated, key) if repeated else {}
 
 
-def _compare(read_keys: KeyReader, repeated: set[int], key: str) -> dict[Place, Place]:
-    first: dict[str, Place] = {}
-    duplicates: dict[Place, Place] = {}
+def _compare(read_keys: KeyReader, repeated: set[int], key: str) -> dict[InputRow, InputRow]:
+    first: dict[str, InputRow] = {}
+    duplicates: dict[InputRow, InputRow] = {}
     for file, start, keys in read_keys():
         for row, text in enumerate(keys, start):
             if text is None or hash(text) not in repeated:

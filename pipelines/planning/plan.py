@@ -23,7 +23,7 @@ from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.digest import model_digest
 from glm_batch.models.errors import ConfigError, RowError
-from glm_batch.pipelines.input.keys import Place, find_duplicates
+from glm_batch.pipelines.input.keys import InputRow, find_duplicates
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import RowRange, Source, Survey
 from glm_batch.pipelines.input.values import Row, decode_rows, parse_line, row_key, split_lines
@@ -99,7 +99,7 @@ class Plan:
     identity: Identity
     unit_rows: int
     files: tuple[PlannedFile, ...]
-    duplicates: Mapping[Place, Place]
+    duplicates: Mapping[InputRow, InputRow]
     schema: pa.Schema
     num_deleted: int = 0
 
@@ -472,7 +472,9 @@ def _request_bytes(job: Job, source: Source, file: InputFile) -> float:
     return media + (sum(map(len, lines)) + answers) / max(len(lines), 1)
 
 
-def _duplicates(source: Source, files: Sequence[InputFile], key: str | None) -> dict[Place, Place]:
+def _duplicates(
+    source: Source, files: Sequence[InputFile], key: str | None
+) -> dict[InputRow, InputRow]:
     if key is None:
         return {}
 

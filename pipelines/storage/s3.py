@@ -13,13 +13,20 @@ import asyncio
 import io
 import logging
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
+
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random_exponential,
+)
 
 from glm_batch.pipelines.job import StorageSection
 
@@ -76,7 +83,7 @@ class S3:
 
     def write(self, url: str, data: bytes) -> None:
         """Makes or replaces the object, whole or not at all."""
-        self._call("PUT", url, _put, Body=data)
+        self.call("PUT", url, "put_object", Body=data)
         self.check_size(url, len(data))
 
     def check_size(self, url: str, size: int) -> None:
@@ -107,14 +114,14 @@ class S3:
         `data` be unique.
         """
         try:
-            self._call("PUT", url, _put, Body=data, IfNoneMatch="*")
+            _patiently(f"PUT {url}", lambda: self._files.pipe_file(url, data, mode="create"))
         except FileExistsError:
             return self.read(url) == data
         return True
 
     def look(self, url: str) -> Object:
         """Raises FileNotFoundError."""
-        reply = self._call("HEAD", url, _look)
+        reply = self.call("HEAD", url, "head_object")
         return Object(url=url, size=int(reply["ContentLength"]), etag=str(reply["ETag"]).strip('"'))
 
     def copy(self, source: str, url: str) -> None:
@@ -123,7 +130,7 @@ class S3:
         self.call("COPY", url, "copy_object", CopySource={"Bucket": bucket, "Key": key})
 
     def delete(self, url: str) -> None:
-        self._call("DELETE", url, _delete)
+        self.call("DELETE", url, "delete_object")
 
     def pages(self, prefix: str, *, deep: bool) -> Iterator[tuple[list[Object], list[str]]]:
         """Objects whose name begins with `prefix`, by name, a page at a time, and the folders among
@@ -172,10 +179,14 @@ class S3:
         bucket, key = _split(url)
 
         def attempt() -> Any:
-            files = _files(self.storage, os.getpid())
+            files = self._files
             return sync(files.loop, call, files, Bucket=bucket, key=key, **options)
 
         return _patiently(f"{verb} {url}", attempt)
+
+    @property
+    def _files(self) -> Any:
+        return _files(self.storage, os.getpid())
 
 
 class Upload:
@@ -299,20 +310,8 @@ async def _read_body(files: Any, key: str, **options: Any) -> bytes:
     return data
 
 
-async def _put(files: Any, key: str, **options: Any) -> Any:
-    return await files._call_s3("put_object", Key=key, **options)
-
-
 async def _do(files: Any, key: str, method: str, **options: Any) -> Any:
     return await files._call_s3(method, Key=key, **options)
-
-
-async def _look(files: Any, key: str, **options: Any) -> Any:
-    return await files._call_s3("head_object", Key=key, **options)
-
-
-async def _delete(files: Any, key: str, **options: Any) -> Any:
-    return await files._call_s3("delete_object", Key=key, **options)
 
 
 async def _list(files: Any, key: str, **options: Any) -> Any:
@@ -321,26 +320,28 @@ async def _list(files: Any, key: str, **options: Any) -> Any:
 
 def _patiently(what: str, attempt: Callable[[], T]) -> T:
     """Calls until it goes well, TRIES times at most. Every error that gets out is an OSError."""
-    for number in range(1, TRIES + 1):
+
+    def try_once() -> T:
         try:
             return attempt()
         except Exception as raised:  # whatever the layers below may raise: told apart here
             error = _translated(what, raised)
-            if number == TRIES or not _may_pass(error):
-                raise error from error.__cause__
-            pause = min(FIRST_PAUSE_S * 2 ** (number - 1), LONGEST_PAUSE_S) * random.uniform(
-                0.5, 1.0
-            )
-            log.warning(
-                "%s: try %d of %d failed (%s); again in %.1f s",
-                what,
-                number,
-                TRIES,
-                _reason(error),
-                pause,
-            )
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+            raise error from error.__cause__
+
+    def tell(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        reason, number = _reason(state.outcome.exception()), state.attempt_number
+        told = f"{what}: try {number} of {TRIES} failed ({reason}); again in"
+        log.warning("%s %.1f s", told, state.upcoming_sleep)
+
+    half = {"multiplier": FIRST_PAUSE_S / 2, "max": LONGEST_PAUSE_S / 2}
+    return Retrying(
+        stop=stop_after_attempt(TRIES),
+        wait=wait_exponential(**half) + wait_random_exponential(**half),
+        retry=retry_if_exception(_may_pass),
+        before_sleep=tell,
+        reraise=True,
+    )(try_once)
 
 
 def _translated(what: str, error: Exception) -> OSError:
@@ -378,7 +379,7 @@ def _response(error: BaseException | None) -> Any:
     return {}
 
 
-def _reply(error: BaseException) -> tuple[str, int]:
+def _reply(error: BaseException | None) -> tuple[str, int]:
     """Error code and HTTP status of the store's answer; ("", 0) when there was none."""
     response = _response(error)
     if not isinstance(response, dict):
@@ -387,7 +388,7 @@ def _reply(error: BaseException) -> tuple[str, int]:
     return str(response.get("Error", {}).get("Code", "")), int(status)
 
 
-def _may_pass(error: OSError) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Whether another try may go better: the store said so, or no whole answer came."""
     code, status = _reply(error)
     if status:
@@ -414,9 +415,10 @@ def _is_of_transport(error: BaseException | None) -> bool:
     return False
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: BaseException | None) -> str:
     code, status = _reply(error)
-    return f"{status} {code}" if status else type(error.__cause__ or error).__name__
+    cause = error.__cause__ if error is not None and error.__cause__ is not None else error
+    return f"{status} {code}" if status else type(cause).__name__
 
 
 def _split(url: str) -> tuple[str, str]:

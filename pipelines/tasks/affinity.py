@@ -1,7 +1,7 @@
 """Affinity: units whose prompts begin alike go to a replica that has that beginning in its cache.
 
 Owns what a unit's beginning is, and the choice among replicas: a unit leaves the least busy one
-only for a replica that has at most AHEAD units more. Pure: pipelines.graph.dispatch brings it into
+only for a replica that has at most AHEAD units more. Pure: pipelines.graph.stages brings it into
 Ray Data.
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glm_batch.glm_actors.ray_private import ALONE
-from glm_batch.pipelines.cluster.enclosure import TOKEN_VARIABLES, enclosed
+from glm_batch.pipelines.cluster.cluster import TOKEN_VARIABLES, enclosed
 
 
 @pytest.fixture(autouse=True)

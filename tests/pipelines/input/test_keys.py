@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.input import keys
-from glm_batch.pipelines.input.keys import HashStore, Place, find_duplicates
+from glm_batch.pipelines.input.keys import HashStore, InputRow, find_duplicates
 
 Files = list[list[str | None]]
 
@@ -30,7 +30,7 @@ def reader(files: Files, piece: int) -> keys.KeyReader:
     piece=st.integers(1, 5),
 )
 def test_duplicates_are_those_of_a_dictionary(files: Files, piece: int) -> None:
-    first: dict[str, Place] = {}
+    first: dict[str, InputRow] = {}
     expected = {}
     for number, rows in enumerate(files):
         for row, key in enumerate(rows):

@@ -243,6 +243,25 @@ def test_a_missing_column_is_told_with_the_nearest_known_one(tmp_path: Path) -> 
             source.survey(source.list_files([str(path)]))
 
 
+def test_a_seek_opens_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a store each opening costs a request or two."""
+    file = write_parquet(tmp_path / "a.parquet", [str(n) for n in range(100)])
+    source = make_source("text")
+    (listed,) = source.list_files([str(file)])
+    opened: list[str] = []
+    open_file = Source.open
+
+    def counting(self: Source, file: Any) -> Any:
+        opened.append(file.name)
+        return open_file(self, file)
+
+    monkeypatch.setattr(Source, "open", counting)
+    for start in (40, 60, 20):  # the second range goes on where the first one ended
+        table = source.read(listed, RowRange(start=start, stop=start + 20))
+        assert table["text"].to_pylist() == [str(n) for n in range(start, start + 20)]
+    assert len(opened) == 2
+
+
 def test_extension_types_are_refused_before_arrow_revives_them(tmp_path: Path) -> None:
     """Ray registers types whose revival unpickles bytes of the file: the footer is searched, not
     parsed.

@@ -102,7 +102,7 @@ def test_old_documents_are_forgotten():
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_data_gives_each_unit_to_the_replica_that_was_chosen(monkeypatch: pytest.MonkeyPatch):
     """What reaches into Ray Data finds what it looks for in the version that is installed here."""
-    from glm_batch.pipelines.graph import dispatch
+    from glm_batch.pipelines.graph import stages
 
     asked: list[tuple[bytes, Any]] = []
 
@@ -120,10 +120,10 @@ def test_ray_data_gives_each_unit_to_the_replica_that_was_chosen(monkeypatch: py
             time.sleep(0.05)
             return pa.table({"replica": [os.getpid()]})
 
-    monkeypatch.setattr(dispatch, "Affinity", Stubborn)
+    monkeypatch.setattr(stages, "Affinity", Stubborn)
     units = [with_prefix_key(unit([document])) for document in DOCUMENTS * 8]
     dataset = ray.data.from_arrow(units)
-    dataset.context.custom_execution_callback_classes = [dispatch.ByAffinity]
+    dataset.context.custom_execution_callback_classes = [stages.ByAffinity]
     pool = ray.data.ActorPoolStrategy(size=2, max_tasks_in_flight_per_actor=6)
     done = dataset.map_batches(
         ModelActor, batch_size=None, batch_format="pyarrow", compute=pool, num_cpus=0.1
