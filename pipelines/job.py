@@ -1,8 +1,6 @@
-"""The job as data: one frozen dataclass for each section of a job file, with every default written
-once.
+"""The job as data: a frozen dataclass for each section of a job file, every default written once.
 
-Owns names, types and defaults of the public job contract. Parsing YAML and judging values against
-files is the business of jobs.files.job_file; running them, of pipelines.runs.pipeline.
+The names, types and defaults are the public job contract; jobs.files reads YAML into them.
 """
 
 from __future__ import annotations
@@ -176,9 +174,7 @@ class Job:
 
 
 def job_file(job: Job) -> bytes:
-    """The job as JSON, to be found beside its output: fit for another current directory, and
-    without secrets.
-    """
+    """The job as JSON, fit for another current directory and without secrets."""
     root = None if job.media.root is None else os.path.abspath(job.media.root)
     calibration = None if job.task.calibration is None else os.path.abspath(job.task.calibration)
     task, media = replace(job.task, calibration=calibration), replace(job.media, root=root)

@@ -178,13 +178,12 @@ class MediaPrompts:
 
     @classmethod
     def from_dir(cls, model_dir: str, tokenizer: Tokenizer) -> MediaPrompts:
-        """Raises ConfigError for a model that reads text alone, and where the checkpoint's files
-        contradict.
-        """
+        """Raises ConfigError for a model that reads text alone, or whose files contradict."""
         config = load_config(model_dir)
         if config.vision is None:
             raise ConfigError(
-                f"{model_dir}: {config.architecture} reads text alone; images and videos need a GLM-4.1V checkpoint"
+                f"{model_dir}: {config.architecture} reads text alone; images and videos need a "
+                "GLM-4.1V checkpoint"
             )
         tokens = tokenizer_media_tokens(tokenizer)
         _check_ids(model_dir, config, tokens)
@@ -225,9 +224,7 @@ class MediaPrompts:
         return expanded, Media(items=tuple(item.item for item in media), positions=positions)
 
     def num_tokens(self, media: Sequence[MediaPatches]) -> int:
-        """Tokens that stand for the media themselves, without the markers and timestamps around
-        them.
-        """
+        """Tokens that stand for the media themselves, without what is around them."""
         return sum(num_media_tokens(item.grid, self.image.merge_size) for item in media)
 
 
@@ -237,7 +234,8 @@ def _check_ids(model_dir: str, config: ModelConfig, tokens: MediaTokens) -> None
         wanted, found = getattr(config.media_tokens, field.name), getattr(tokens, field.name)
         if wanted != found:
             raise ConfigError(
-                f"{Path(model_dir) / 'config.json'}: {name} is {wanted}, in tokenizer.json that token is {found}; "
+                f"{Path(model_dir) / 'config.json'}: {name} is {wanted}, in tokenizer.json that "
+                f"token is {found}; "
                 "restore the file that does not belong to this checkpoint"
             )
 
@@ -250,6 +248,7 @@ def _check_patches(where: str, processor: ImageProcessorConfig, vision: VisionCo
     ):
         if own != models:
             raise ConfigError(
-                f"{where} has {name} {own}, config.json's vision_config {models}; they must be equal: restore the "
+                f"{where} has {name} {own}, config.json's vision_config {models}; they must be "
+                "equal: restore the "
                 "checkpoint's preprocessor_config.json"
             )

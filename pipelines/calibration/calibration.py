@@ -1,8 +1,6 @@
-"""A calibration as a file: what was fitted on gold answers, and for which model, question and
-labels it counts.
+"""A calibration as a file: what was fitted on gold answers, for which model, question and labels.
 
-`glm-batch calibrate` writes it, `task.calibration` names it. Owns the file's form and the refusal
-of one that was fitted for something else. Knows nothing of how it is fitted or applied.
+`glm-batch calibrate` writes it, `task.calibration` names it.
 """
 
 from __future__ import annotations
@@ -59,17 +57,17 @@ class Calibration:
         return _scaling(self.applied, labels)
 
     def check(self, task: TaskConfig, labels: Sequence[str], model: str) -> None:
-        """Raises ConfigError where it was fitted for another checkpoint, other labels or another
-        question.
-        """
+        """Raises ConfigError where it was fitted for another checkpoint, question or labels."""
         if model != self.model:
             raise ConfigError(
-                f"task.calibration: it was fitted for another checkpoint (digest {self.model}, not {model}); "
+                f"task.calibration: it was fitted for another checkpoint (digest {self.model}, not "
+                f"{model}); "
                 "run glm-batch calibrate on an output of this one"
             )
         if set(labels) != set(self.labels):
             raise ConfigError(
-                f"task.calibration: it was fitted for the labels {', '.join(self.labels)}, and the task has "
+                f"task.calibration: it was fitted for the labels {', '.join(self.labels)}, and the "
+                "task has "
                 f"{', '.join(labels)}; run glm-batch calibrate on an output with these"
             )
         asked = question_of(asdict(task))
@@ -79,7 +77,8 @@ class Calibration:
                     json.dumps(each[name], ensure_ascii=False) for each in (self.question, asked)
                 )
                 raise ConfigError(
-                    f"task.calibration: it was fitted with task.{name} {there}, and here it is {here}: what was fitted "
+                    f"task.calibration: it was fitted with task.{name} {there}, and here it is "
+                    f"{here}: what was fitted "
                     "on one question says nothing of another"
                 )
 
@@ -93,7 +92,8 @@ class Calibration:
         )
         shown = f", bias {biases}" if any(self.bias) else ""
         return (
-            f"temperature {self.temperature:.4g}{shown}; calibration error {self.ece_before:.4f}, held out "
+            f"temperature {self.temperature:.4g}{shown}; calibration error {self.ece_before:.4f}, "
+            "held out "
             f"{self.ece_after:.4f}; fitted on {self.rows:,} rows"
         )
 
@@ -105,9 +105,7 @@ def question_of(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_calibration(path: str) -> Calibration:
-    """Raises ConfigError, in words about task.calibration, for a file that is missing or none of
-    ours.
-    """
+    """Raises ConfigError, about task.calibration, for a file that is missing or none of ours."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -129,7 +127,8 @@ def read_calibration(path: str) -> Calibration:
             raise ValueError("each label has one bias")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"task.calibration: {path} is no calibration ({error}); fit one with glm-batch calibrate"
+            f"task.calibration: {path} is no calibration ({error}); fit one with glm-batch "
+            "calibrate"
         ) from error
     return found
 

@@ -1,10 +1,8 @@
-"""Fits what makes probabilities mean what they say: one temperature, and on demand a bias for each
-label.
+"""Fits what makes probabilities mean what they say: one temperature, and a bias for each label.
 
 The factor 1 / temperature and the biases minimise the gold labels' negative log-likelihood, which
 is convex in them, by Newton's method. A weak pull towards "no change" keeps a sample on which all
-answers are right from asking for certainty. Pure functions of arrays; knows nothing of tables or
-files.
+answers are right from asking for certainty.
 """
 
 from __future__ import annotations
@@ -33,7 +31,8 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """`before` and `after` are (expected calibration error, negative log-likelihood); see `fitted`."""
+    """`before` and `after` are (expected calibration error, negative log-likelihood); see "
+    "`fitted`."""
 
     scaling: Scaling
     before: tuple[float, float]
@@ -60,9 +59,7 @@ def fitted(logprobs: Floats, gold: Ints, labels: Sequence[str], *, with_bias: bo
 
 
 def quality(logits: Floats, gold: Ints) -> tuple[float, float]:
-    """(expected calibration error, mean negative log-likelihood in nats) of what the softmax of
-    [rows, labels] says.
-    """
+    """(calibration error, mean negative log-likelihood in nats) of the softmax of logits."""
     right = (logits.argmax(axis=1) == gold).astype(np.float64)
     highest = logits.max(axis=1)
     totals = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
@@ -93,7 +90,8 @@ def fit(logprobs: Floats, gold: Ints, *, with_bias: bool) -> Scaling:
         value, slope, curve = tried
     if point[0] < LEAST_FACTOR:
         raise ConfigError(
-            "the model's probabilities say nothing about which label is right on this sample, or the contrary: no "
+            "the model's probabilities say nothing about which label is right on this sample, or "
+            "the contrary: no "
             "temperature can mend that; look at the accuracy first"
         )
     bias = point[1:] - point[1:].mean()
@@ -103,9 +101,7 @@ def fit(logprobs: Floats, gold: Ints, *, with_bias: bool) -> Scaling:
 def _objective(
     point: Floats, neutral: Floats, logprobs: Floats, gold: Ints
 ) -> tuple[float, Floats, Floats]:
-    """(value, gradient, Hessian) of the mean negative log-likelihood and the pull, at (factor,
-    biases).
-    """
+    """(value, gradient, Hessian) of the negative log-likelihood and the pull at `point`."""
     num_rows, num_labels = logprobs.shape
     known = np.where(np.isfinite(logprobs), logprobs, 0.0)
     logits = np.where(np.isfinite(logprobs), point[0] * known + point[1:], -np.inf)
@@ -132,13 +128,15 @@ def _objective(
 def _check(gold: Ints, labels: Sequence[str], *, with_bias: bool) -> None:
     if len(gold) < MIN_ROWS:
         raise ConfigError(
-            f"{len(gold):,} rows have a gold label and probabilities; a fit needs at least {MIN_ROWS}"
+            f"{len(gold):,} rows have a gold label and probabilities; a fit needs at least "
+            f"{MIN_ROWS}"
         )
     if len(labels) < 2:
         raise ConfigError("there is one label: its probability is always 1")
     rows = np.bincount(gold, minlength=len(labels))
     if with_bias and rows.min() < NUM_FOLDS:
         raise ConfigError(
-            f"{labels[int(rows.argmin())]!r} is the gold answer of {int(rows.min())} rows, and a bias for each label "
+            f"{labels[int(rows.argmin())]!r} is the gold answer of {int(rows.min())} rows, and a "
+            "bias for each label "
             f"needs {NUM_FOLDS} of each: take more rows, or leave out --bias"
         )

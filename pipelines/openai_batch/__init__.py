@@ -1,6 +1,5 @@
-"""OpenAI batch files as input: lines to requests, completions to output.jsonl and errors.jsonl. Can
-be taken away.
+"""OpenAI batch files as input: lines to requests, completions to output.jsonl and errors.jsonl.
 
-May import `tasks`, `output` and `glm_actors.serving.openai`. Read requests.py, request_rows.py,
+Optional. May import `tasks`, `output` and `glm_actors.serving.openai`. Read requests.py, then
 answer_files.py.
 """

@@ -1,12 +1,11 @@
-"""The answers of an OpenAI batch file as OpenAI gives them: output.jsonl and errors.jsonl beside
-the parts.
+"""The answers of a batch file as OpenAI gives them: output.jsonl and errors.jsonl beside the parts.
 
     OUTPUT/output.jsonl   a line for each request that was answered, in the order of the input
     OUTPUT/errors.jsonl   a line for each one that was not
     OUTPUT/export.json    written last: of which parts these two were made, and how large they are
 
 Made from the committed parts, one in memory at a time, when a job is finished; made again when the
-parts are others. Knows nothing of requests.
+parts are others.
 """
 
 from __future__ import annotations
@@ -70,7 +69,8 @@ def _rows(output: Output, manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 
 def _number(manifest: Manifest, position: int) -> str:
-    """What tells a row from all others: it follows from the job and the row's place in the input."""
+    """What tells a row from all others: it follows from the job and the row's place in the "
+    "input."""
     return hashlib.sha256(f"{manifest.fingerprint}:{position}".encode()).hexdigest()[:32]
 
 
@@ -79,7 +79,8 @@ def _line(row: dict[str, Any], number: str) -> str:
     response, error = "null", "null"
     if row["response"] is not None:
         request = json.dumps(f"req_{number}")
-        response = f'{{"status_code":{row["status_code"]},"request_id":{request},"body":{row["response"]}}}'
+        body, status = row["response"], row["status_code"]
+        response = f'{{"status_code":{status},"request_id":{request},"body":{body}}}'
     else:
         told = {"code": row["error_code"], "message": row["error_message"], "line": row["line"]}
         error = json.dumps(told, separators=(",", ":"))

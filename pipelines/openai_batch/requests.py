@@ -146,8 +146,10 @@ class RequestRunner:
         }
 
     def _asked(self, read: ReadRow, note: Json) -> Asked:
-        """Fills in the note as far as it comes. A RowError is the line's: there is no request that
-        could have a response. An ApiError is the request's.
+        """Fills in the note as far as it comes.
+
+        A RowError is the line's: there is no request that could have a response. An ApiError is the
+        request's.
         """
         if failed := read.error or (read.row if isinstance(read.row, RowError) else None):
             raise failed
@@ -198,9 +200,7 @@ class RequestRunner:
         return _AnsweredPrompter(self._model_dir, self._limits)
 
     def _checked(self, row: Row, num_bytes: int) -> Body:
-        """The body of a request that this job can answer. Raises ApiError, in the order in which
-        the server would.
-        """
+        """The body of a request. Raises ApiError, in the order in which the server would."""
         method, url = row.get("method"), row.get("url")
         if method != "POST":
             raise bad("method", f"it is {_shown(method)}; a line asks with POST")
@@ -225,9 +225,7 @@ def fault(error: RowError) -> ApiError:
 
 
 def answer_bytes(row: Row, hidden_size: int) -> int:
-    """What the answer of a line may weigh: vectors of `hidden_size` numbers for texts to embed,
-    tokens for what is written. A guess for the size of units, from the line alone.
-    """
+    """A guess, from the line alone, at what its answer weighs, for the size of units."""
     body = row.get("body")
     if not isinstance(body, dict):
         return 0
@@ -267,9 +265,7 @@ def _failed(error: RowError) -> Columns:
 
 
 class _AnsweredPrompter(RequestPrompter):
-    """For requests that the engine has answered: their conversations, and so their media, are not
-    looked at again.
-    """
+    """For requests that are answered: their conversations and media are not looked at again."""
 
     def conversation(self, messages: Sequence[Any], **options: Any) -> Prompt:
         return Prompt(input_ids=())

@@ -1,8 +1,7 @@
 """Affinity: units whose prompts begin alike go to a replica that has that beginning in its cache.
 
-Owns what a unit's beginning is, and the choice among replicas: a unit leaves the least busy one
-only for a replica that has at most AHEAD units more. Pure: pipelines.graph.stages brings it into
-Ray Data.
+A unit leaves the least busy replica only for one that has at most AHEAD units more.
+pipelines.graph.stages brings it into Ray Data.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ Replica = TypeVar("Replica", bound=Hashable)
 
 
 def with_prefix_key(table: pa.Table) -> pa.Table:
-    """A table of requests, its schema marked with a digest of the tokens with which all its prompts
-    begin.
+    """A table of requests, marked with a digest of the tokens with which all its prompts begin.
 
     Some rows evenly spread stand for all. Whole GRAINs count, so that a word which two questions on
     a document happen to share changes nothing; without one, nothing is marked.
@@ -60,9 +58,7 @@ class Affinity(Generic[Replica]):
         self._hosted: Counter[Replica] = Counter()
 
     def choose(self, key: bytes, units: Mapping[Replica, int], most: int) -> Replica | None:
-        """The replica for a unit, given how many units each has and the most that one may have.
-        None: all are full.
-        """
+        """The replica for a unit, by how many units each has and may have; None: all are full."""
         least_busy = min(units, key=units.__getitem__, default=None)
         if least_busy is None or units[least_busy] >= most:
             return None

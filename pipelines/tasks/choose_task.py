@@ -63,9 +63,7 @@ class ChooseTask(Task):
         }
 
     def answer(self, completions: Sequence[Completion], note: Mapping[str, Any]) -> Columns:
-        """The formulas of the public contract: softmax over the labels' joint log-probabilities,
-        1 - their sum.
-        """
+        """Softmax over the labels' joint log-probabilities; off_set_mass is 1 - their sum."""
         logprobs = completions[0].choice_logprobs or ()
         found = label_scores(logprobs, self.scaling)
         columns: Columns = {

@@ -80,9 +80,7 @@ class ExtractTask(Task):
 
 
 class JsonValidator:
-    """Checks a text against a JSON schema, byte by byte, with the library that constrains the
-    decoding.
-    """
+    """Checks a text against a JSON schema with the library that constrains decoding."""
 
     def __init__(self, schema: dict[str, Any]) -> None:
         import llguidance
@@ -91,7 +89,8 @@ class JsonValidator:
         self._tokenizer = llguidance.LLTokenizer("byte")
 
     def check(self, text: str) -> None:
-        """Raises RowError("invalid_json") with the place where the text leaves JSON or the schema."""
+        """Raises RowError("invalid_json") with the place where the text leaves JSON or the "
+        "schema."""
         import llguidance
 
         try:
@@ -116,9 +115,7 @@ class JsonValidator:
 
 
 def check_schema(schema: dict[str, Any], timeout_s: float = SCHEMA_S) -> None:
-    """Raises ConfigError when the constrained decoder cannot follow this JSON schema, or compile it
-    in time.
-    """
+    """Raises ConfigError for a schema that decoding cannot follow, or not compile in time."""
     with closing(SchemaChecker(timeout_s)) as checker:
         problem = checker.problem(json.dumps(schema))
     if problem:

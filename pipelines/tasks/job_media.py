@@ -1,8 +1,4 @@
-"""Media of a job: where they may come from, their budgets, and how many bytes a row of them is.
-
-Owns how the `media:` and `preprocess:` sections become a loader. Knows nothing of prompts, decoding
-or Ray.
-"""
+"""Media of a job: where they may come from, their budgets, and how many bytes a row of them is."""
 
 from __future__ import annotations
 
@@ -32,9 +28,7 @@ ASSUMED_CLIP = 32, 480, 640
 
 
 def reads_media(job: Job, model_dir: str) -> bool:
-    """Whether rows may hold images or videos: by the job's columns, or in messages to a model that
-    takes them.
-    """
+    """Whether rows may hold media: in the job's columns, or in messages to a model for them."""
     in_messages = (job.asks_by_row or job.task.messages is not None) and load_config(
         model_dir
     ).vision is not None
@@ -59,9 +53,7 @@ def media_rules(job: Job) -> MediaRules:
 def media_budgets(
     preprocess: PreprocessSection, model_dir: str
 ) -> tuple[ImageProcessorConfig, VideoProcessorConfig]:
-    """The checkpoint's processors under the job's budgets. Raises ConfigError for one that no image
-    fits.
-    """
+    """The checkpoint's processors under the job's budgets. Raises ConfigError for useless ones."""
     image, video = (
         ImageProcessorConfig.from_dir(model_dir),
         VideoProcessorConfig.from_dir(model_dir),
@@ -74,8 +66,7 @@ def media_budgets(
 
 
 def media_row_bytes(job: Job, rows: Sequence[Row | RowError]) -> float:
-    """The mean bytes of media of these rows between two stages, from headers alone; 0 without
-    media.
+    """The mean bytes of media in a row between two stages, from headers alone.
 
     A row weighs what it holds when it is read or what becomes of it, whichever is more.
     """
@@ -97,7 +88,8 @@ def _with_budget(config: Config, preprocess: PreprocessSection, copies: int) -> 
     for key, value in (("min_pixels", least), ("max_pixels", most)):
         if value is not None and value < smallest:
             raise ConfigError(
-                f"preprocess.{key}: it is {value}, but one token shows {config.factor}x{config.factor} pixels: "
+                f"preprocess.{key}: it is {value}, but one token shows "
+                f"{config.factor}x{config.factor} pixels: "
                 f"give at least {smallest}"
             )
     if least is not None and most is not None and least > most:

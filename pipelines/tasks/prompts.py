@@ -1,7 +1,6 @@
 """Prompts: what a row says to the model, as a text or as a conversation with images and videos.
 
-Owns prompt templates, the reading of cells and messages, and which columns a job reads. Rows are
-plain dicts, media stay what the cell held. Knows nothing of tokens, models, or what is asked for.
+Rows are plain dicts; media stay what the cell held.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ class PromptTemplate:
 
     @classmethod
     def parse(cls, text: str) -> PromptTemplate:
-        """Raises ConfigError for stray braces and for fields that are more than a plain column
-        name.
-        """
+        """Raises ConfigError for stray braces and fields that are no plain column name."""
         try:
             parsed = list(string.Formatter().parse(text))
         except ValueError as error:
@@ -56,9 +53,7 @@ class PromptTemplate:
         return tuple(dict.fromkeys(column for _, column in self.parts if column is not None))
 
     def format(self, row: Row) -> str:
-        """The prompt of one row. Raises RowError for a value that cannot stand in a text, or if all
-        are blank.
-        """
+        """The prompt of one row. Raises RowError for values of no use, or if all are blank."""
         values = {column: cell_text(row, column) for column in self.columns}
         if values and not any(value.strip() for value in values.values()):
             raise RowError(
@@ -86,9 +81,7 @@ def conversation(task: TaskConfig, template: PromptTemplate | None, row: Row) ->
 
 
 def cell_text(row: Row, column: str) -> str:
-    """A cell as prompt text. Text, numbers, booleans, dates and UTF-8 bytes have one; anything else
-    is a RowError.
-    """
+    """A text, number, boolean, date or UTF-8 bytes as prompt text; RowError for anything else."""
     value = _cell(row, column)
     match value:
         case None:
@@ -117,11 +110,7 @@ def media_columns(task: TaskConfig) -> tuple[str, ...]:
 
 
 def input_columns(job: Job) -> tuple[str, ...]:
-    """Every input column that the job reads, each once: prompt or messages, media, key, carried
-    columns, gold.
-
-    Lines of an OpenAI batch file are read whole.
-    """
+    """Every input column that the job reads, each once; lines of batch files are read whole."""
     if job.asks_by_row:
         return ()
     named = (*task_columns(job.task), *_single(job.key), *job.carry)
@@ -184,7 +173,8 @@ def _valid_text(value: str, column: str) -> str:
     except UnicodeEncodeError as error:
         raise RowError(
             "not_utf8",
-            f"column {column!r} holds a lone surrogate at character {error.start}: it is no valid text",
+            f"column {column!r} holds a lone surrogate at character {error.start}: it is no valid "
+            "text",
         ) from error
     return value
 
@@ -221,7 +211,8 @@ def _with_system(system: str, messages: list[Message]) -> list[Message]:
     if messages and messages[0].get("role") == "system":
         raise RowError(
             "bad_messages",
-            "the messages begin with a system message and the job sets task.system: keep one of them",
+            "the messages begin with a system message and the job sets task.system: keep one of "
+            "them",
         )
     return [{"role": "system", "content": system}, *messages]
 

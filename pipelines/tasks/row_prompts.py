@@ -78,9 +78,7 @@ class RowPrompts:
         return conversation(self._config, self._template, row)
 
     def render(self, row: Row) -> str:
-        """What the model reads, as text for people; one placeholder stands for each image. Raises
-        RowError.
-        """
+        """What the model reads, for people; one placeholder an image. Raises RowError."""
         if not self._is_chat:
             return self.text(row)
         return self._prompter.render(self.messages(row), thinking=self._config.thinking)

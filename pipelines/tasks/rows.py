@@ -49,11 +49,10 @@ INPUT_LINE, INPUT_NUMBER = INPUT + LINE, INPUT + NUMBER
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSpec:
-    """A job's task as it travels to the workers; `run_id` names the run there. `schema` is the
-    output's.
+    """A job's task as it travels to the workers; `schema` is the output's.
 
-    Several jobs that run together have the same `run_id`, and names of their own. `scaling` is what
-    the job's calibration held when its plan was made: workers read no such file.
+    `run_id` names the run there; jobs that run together have the same, and names of their own.
+    `scaling` is what the job's calibration held when its plan was made: workers read no such file.
     """
 
     job: Job
@@ -183,10 +182,10 @@ def parse_unit(
     stop: int | None = None,
     lost: RowError | None = None,
 ) -> pa.Table:
-    """Completions of rows [start, stop) to the job's output columns and OWN_PARSED; RIGHT says
-    whether a row agrees with its gold answer.
+    """Completions of rows [start, stop) to output columns and OWN_PARSED.
 
-    With `lost` these rows get that error, whatever their completions say.
+    RIGHT says whether a row agrees with its gold answer. With `lost` these rows get that error,
+    whatever their completions say.
     """
     runner: Runner = runner_of(spec)
     table = rows_of(table, start, stop)
@@ -306,9 +305,7 @@ def _json_text(value: Any) -> str:
 def _carried(
     spec: TaskSpec, table: pa.Table, rows: Sequence[Row | RowError]
 ) -> tuple[dict[str, pa.Array], list[RowError | None]]:
-    """The carried columns in the output's types, and for each row what could not be carried (null
-    stands for it).
-    """
+    """The carried columns in the output's types, and which rows do not fit (null there)."""
     misfits: list[RowError | None] = [None] * table.num_rows
     columns: dict[str, pa.Array] = {}
     for name in spec.job.carry:
@@ -324,9 +321,7 @@ def _carried(
 def _typed(
     values: list[Any], dtype: pa.DataType, name: str, misfits: list[RowError | None]
 ) -> pa.Array:
-    """JSON values as an Arrow column. A column of text takes any value, as JSON text where it is
-    none.
-    """
+    """JSON values as an Arrow column; one of text takes any value, as JSON text."""
     if pa.types.is_string(dtype):
         values = [
             value if value is None or isinstance(value, str) else _json_text(value)

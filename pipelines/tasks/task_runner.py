@@ -152,7 +152,8 @@ class TaskRunner:
         return {"status": "ok", "error_code": None, "error_message": None, **columns, **counts}
 
     def error_columns(self, error: RowError) -> Columns:
-        """The record of a row that failed: the same columns as a good one, null but for the error."""
+        """The record of a row that failed: the same columns as a good one, null but for the "
+        "error."""
         told = {"status": "error", "error_code": error.code, "error_message": error.message}
         return told | self._nulls
 

@@ -1,4 +1,4 @@
-"""RequestPrompter: what a request says to the engine's prompts, within limits and from allowed hosts.
+"""RequestPrompter: what a request says to prompts for the engine, within limits and allowed hosts.
 
 Blocking; for worker threads.
 """
@@ -38,7 +38,8 @@ class RequestPrompter(Prompter):
     """A Prompter that loads media by itself, and refuses what is beyond `limits`."""
 
     def __init__(self, model_dir: str, limits: RequestLimits) -> None:
-        """Raises ConfigError for files that cannot be used; a checkpoint may have no chat template."""
+        """Raises ConfigError for files that cannot be used; a checkpoint may have no chat "
+        "template."""
         super().__init__(model_dir)
         self._limits = limits
         with suppress(RowError):
@@ -109,9 +110,7 @@ class RequestPrompter(Prompter):
         start_answer: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:
-        """Messages with their images and videos, and the functions that may be called. Raises
-        RowError and ApiError.
-        """
+        """Messages with media, and the functions to call. Raises RowError and ApiError."""
         if (tools or uses_tools(messages)) and not self.takes_tools:
             raise RowError(
                 "unsupported_work",
@@ -138,9 +137,7 @@ class RequestPrompter(Prompter):
         return [self._told(each) if isinstance(each, RowError) else each for each in loaded]
 
     def _fetched(self, parts: Sequence[MediaPart]) -> list[object]:
-        """The parts' sources, with the bodies at their URLs in place of these where any may be
-        fetched.
-        """
+        """The parts' sources; those at URLs that may be fetched as bodies."""
         sources = [part.source for part in parts]
         urls = [url for source in sources if (url := url_of(source))]
         if self._fetcher is None or not urls:
@@ -166,9 +163,7 @@ class RequestPrompter(Prompter):
         return RowError(error.code, self._forbidden) if error.code == "media_forbidden" else error
 
     def choices(self, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Each label's tokens as the model would write it. Raises ApiError for labels that cannot
-        be scored.
-        """
+        """Each label's tokens. Raises ApiError for labels that cannot be scored."""
         return self._choices(tuple(labels))
 
     def _tokenize_labels(self, labels: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

@@ -45,7 +45,10 @@ TASK = TaskConfig(
     kind="generate", prompt="Answer in a sentence: {text}", gold="answer", gold_logprobs=True
 )
 SAMPLING = SamplingParams(max_tokens=4)
-QUESTION = "Where is my parcel? It was sent to Berlin two weeks ago and nobody could tell me what has become of it."
+QUESTION = (
+    "Where is my parcel? It was sent to Berlin two weeks ago and nobody could tell me what has "
+    "become of it."
+)
 ANSWERS = ["We will look into it today.", "no", None, " \n", 42]
 
 
