@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.request_limits import RequestLimits
 
@@ -58,6 +59,12 @@ class EngineSection:
     replicas: int | tuple[int, int] = 1
     max_step_tokens: int | Auto = "auto"  # tokens of one forward pass
     max_model_len: int | Auto = "auto"  # prompt and answer together, in tokens
+
+    @property
+    def options(self) -> EngineOptions:
+        """What it says of each engine."""
+        names = (key.name for key in fields(self) if key.name != "replicas")
+        return EngineOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def replica_range(self) -> tuple[int, int]:

@@ -228,19 +228,11 @@ def _answer_files() -> Any:
 
 def engine_config(job: Job) -> EngineConfig:
     """The job's engine section as the engine takes it."""
-    engine = job.engine
-    # which takes any mixture of requests
-    kind = "torch" if job.asks_by_row and engine.kind == "auto" else engine.kind
-    return EngineConfig(
-        model=os.path.abspath(job.model),
-        kind=kind,
-        dtype=engine.dtype,
-        device=engine.device,
-        tensor_parallel_size=engine.tensor_parallel_size,
-        max_step_tokens=engine.max_step_tokens,
-        max_model_len=engine.max_model_len,
-        task=None if job.asks_by_row else TASKS[job.task.kind].engine_task,
-    )
+    options = job.engine.options
+    if job.asks_by_row and options.kind == "auto":
+        options = replace(options, kind="torch")  # which takes any mixture of requests
+    task = None if job.asks_by_row else TASKS[job.task.kind].engine_task
+    return options.of(os.path.abspath(job.model), task)
 
 
 def engine_of(job: Job, app: str | None) -> EngineConfig | EngineSource:
