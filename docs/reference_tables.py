@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from glm_batch.pipelines.tasks.schema import output_schema
 
 import glm_batch.jobs.__main__ as command_line
 from glm_batch.glm_actors.serving.http.http_app import build_app
@@ -37,6 +36,7 @@ from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import Job, TaskConfig
 from glm_batch.pipelines.metrics.exporter import METRICS, PREFIX
 from glm_batch.pipelines.report.page import ABOUT_CODES
+from glm_batch.pipelines.tasks.kinds import output_schema
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("models", "glm_actors", "pipelines", "jobs")
@@ -334,7 +334,8 @@ def _job(kind: str) -> Job:
         label_logprobs=kind == "choose",
         gold_logprobs=kind == "generate",
     )
-    return Job(model="", input=[], output="", task=task)
+    form = "openai_batch" if kind == "requests" else "rows"
+    return Job(model="", input=[], input_format=form, output="", task=task)  # type: ignore[arg-type]
 
 
 def _columns(fields: Iterable[Any]) -> str:

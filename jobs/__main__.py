@@ -241,6 +241,39 @@ def report(
         command.report(output, wanted, endpoint_url=endpoint_url)
 
 
+@app.command(hidden=not rooms.is_here("export"))
+def export(
+    output: OutputArgument,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FILE|DIR",
+            help="FILE.parquet, .arrow, .csv or .jsonl; or a new directory of such files.",
+            show_default=False,
+        ),
+    ],
+    with_input: Annotated[
+        bool, typer.Option("--with-input", help="Add all columns of the input.")
+    ] = False,
+    form: Annotated[
+        str, typer.Option("--format", help="In a directory: parquet, arrow, csv or jsonl.")
+    ] = "parquet",
+    file_rows: Annotated[
+        int, typer.Option("--file-rows", min=1, help="In a directory: rows of a file.")
+    ] = 1_000_000,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a finished output as table files, in the order of its input, each row once."""
+    with errors_for_people(debug):
+        command = rooms.load("jobs.export.export")
+        command.export(
+            output, to, with_input=with_input, form=form, file_rows=file_rows,
+            endpoint_url=endpoint_url,
+        )  # fmt: skip
+
+
 @app.command(hidden=not rooms.is_here("calibration"))
 def calibrate(
     output: OutputArgument,

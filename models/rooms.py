@@ -48,6 +48,9 @@ ROOMS = {
         ("pipelines/evaluation", "pipelines/sweep", "jobs/sweep"),
     ),
     "report": Room("reports", ("pipelines/report", "jobs/report"), needs=("evaluation",)),
+    "export": Room(
+        "outputs as table files", ("pipelines/export", "jobs/export"), needs=("report",)
+    ),
     "calibration": Room(
         "probabilities fitted to gold answers",
         ("pipelines/calibration", "jobs/calibration"),

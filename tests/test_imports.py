@@ -25,8 +25,9 @@ ORDER = """
     pipelines/storage pipelines/input pipelines/evaluation pipelines/calibration
     pipelines/metrics pipelines/tasks pipelines/planning pipelines/output pipelines/cluster
     pipelines/openai_batch pipelines/shared pipelines/graph pipelines/runs pipelines/cron
-    pipelines/sweep pipelines/report jobs/files jobs/checks jobs/display
-    jobs/plans jobs/openai_batch jobs/commands jobs/report jobs/calibration jobs/cron jobs/sweep jobs/serving
+    pipelines/sweep pipelines/report pipelines/export jobs/files jobs/checks jobs/display
+    jobs/plans jobs/openai_batch jobs/commands jobs/report jobs/export jobs/calibration jobs/cron
+    jobs/sweep jobs/serving
     jobs/demo jobs
 """.split()  # noqa: SIM905
 # Folders that hold rooms and no modules of their own.

@@ -227,14 +227,17 @@ class Source:
     def _look(self, file: InputFile) -> tuple[pa.Schema, int]:
         """A Parquet file's columns that are read, and how many rows it has."""
         footer = self._footer(file)
-        with _readable(file):
-            schema = footer.schema.to_arrow_schema()
+        schema = _arrow_schema(file, footer)
         for column in self.columns:
             if column not in schema.names:
                 raise ConfigError(_missing_column(column, file, schema.names))
             _refuse_exotic(schema.field(column).type, file, column)
         fields = [pa.field(column, schema.field(column).type) for column in self.columns]
         return pa.schema(fields), int(footer.num_rows)
+
+    def whole_schema(self, file: InputFile) -> pa.Schema:
+        """All columns of a Parquet file."""
+        return _arrow_schema(file, self._footer(file))
 
     def _sampled_schema(self, file: InputFile) -> pa.Schema:
         """Types from the first rows that are JSON objects, by what most of them hold: slips change
@@ -250,6 +253,11 @@ class Source:
         return pa.schema(
             [(column, _sampled_type([row.get(column) for row in rows])) for column in self.columns]
         )
+
+
+def _arrow_schema(file: InputFile, footer: pq.FileMetaData) -> pa.Schema:
+    with _readable(file):
+        return footer.schema.to_arrow_schema()
 
 
 class _ParquetCursor:

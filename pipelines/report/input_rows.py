@@ -42,7 +42,7 @@ class InputRows:
 
     def read(self, unit: Unit, columns: Sequence[str]) -> list[Row | RowError] | None:
         """A unit's rows with these columns; None where the file cannot be read any more."""
-        if not self._is_readable(unit.file):
+        if not self.is_readable(unit.file):
             return None
         source = Source(storage=self._job.storage, columns=tuple(columns))
         try:
@@ -67,7 +67,8 @@ class InputRows:
     def _units(self) -> list[Unit]:
         return list(self.plan.units())
 
-    def _is_readable(self, number: int) -> bool:
+    def is_readable(self, number: int) -> bool:
+        """Whether a file, by its number in the plan, is what the job read; else `problems` tells."""
         if number not in self._checked:
             self._checked.add(number)
             planned = self.plan.files[number].file

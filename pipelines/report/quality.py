@@ -16,7 +16,7 @@ from glm_batch.pipelines.report.committed_rows import (
     Values,
     in_matrix,
 )
-from glm_batch.pipelines.report.text import percent, shown
+from glm_batch.pipelines.report.text import percent, short, shown
 
 NO_ANSWER = "(no answer)"
 LABELS_SHOWN, VALUES_SHOWN = 20, 10
@@ -178,7 +178,7 @@ def classes_of(gold: Gold) -> dict[str, Any]:
     no_answer = [None] if any(given is None for _, given in gold.pairs) else []
     columns = [*kept, *no_answer]
     return {
-        "labels": [shown(NO_ANSWER if name is None else name, 40) for name in columns],
+        "labels": [short(NO_ANSWER if name is None else name, 40) for name in columns],
         "matrix": [_matrix_row(name, columns, gold) for name in kept],
         "per_label": [_label_row(name, gold.labels[name]) for name in kept],
         "left_out": gold.different - len(kept),
@@ -206,7 +206,7 @@ def _matrix_row(name: str, columns: Sequence[str | None], gold: Gold) -> dict[st
         side = "hit" if given == name else "miss"
         heat = f"{side}-{math.ceil(share * 5)}" if rows else "none"
         cells.append({"rows": rows, "share": share, "heat": heat})
-    return {"name": shown(name, 40), "cells": cells, "total": total}
+    return {"name": short(name, 40), "cells": cells, "total": total}
 
 
 def reliability_of(gold: Gold) -> dict[str, Any] | None:

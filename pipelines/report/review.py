@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from glm_batch.models.errors import ConfigError
+from glm_batch.pipelines.input.values import decode_rows
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.manifest import is_finished
@@ -146,7 +147,15 @@ def _question_table(
 
 def to_jsonl(table: pa.Table) -> bytes:
     """One object a line; bytes become data: URLs, which this program and labelling tools read."""
-    return b"".join(json.dumps(_plain(row)).encode() + b"\n" for row in table.to_pylist())
+    return b"".join(json_text(row).encode() + b"\n" for row in decode_rows(table))
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON; with data: URLs for bytes, and null for NaN and infinity."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return json.dumps(_plain(value))
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -191,7 +200,7 @@ def _typed(values: list[Any], dtype: pa.DataType) -> pa.Array:
         return pa.array(values, dtype)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError):
         return pa.array(
-            [None if value is None else json.dumps(_plain(value)) for value in values], pa.string()
+            [None if value is None else json_text(value) for value in values], pa.string()
         )
 
 

@@ -24,6 +24,10 @@ COMMANDS = {
     ),
     "status": (["output"], ["--debug", "--endpoint-url", "--verify"]),
     "report": (["output"], ["--debug", "--endpoint-url", "--pred-probs", "--review", "--to"]),
+    "export": (
+        ["output"],
+        ["--debug", "--endpoint-url", "--file-rows", "--format", "--to", "--with-input"],
+    ),
     "retry": (["output"], ["--app", "--code", "--debug", "--endpoint-url", "--set"]),
     "calibrate": (["output"], ["--bias", "--debug", "--endpoint-url", "--to"]),
     "gc": (["output"], ["--debug", "--endpoint-url"]),

@@ -70,7 +70,7 @@ def commit_rows(
     are committed.
     """
     pq.write_table(rows, job.input[0])
-    output = Output.at(job.output)
+    output = Output.at(job.output, job.storage)
     known = dict(identity or {"task": {"kind": job.task.kind}, "input": {}})
     plan = output.begin(make_plan(job, survey_input(job), known))
     output.store.write(JOB, job_file(job))

@@ -1,0 +1,4 @@
+"""`glm-batch export`. Optional.
+
+May import `report`. Read export.py.
+"""
