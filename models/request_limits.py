@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+CHAT_TOKENS = 4096  # that chat writes at most where neither a request nor `max_tokens` says it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
@@ -12,12 +14,14 @@ class RequestLimits:
     # of a request; all that its URLs lead to together has no more either
     max_body_bytes: int = 32 << 20
     max_prompt_chars: int = 1_000_000  # characters of a prompt
-    max_tokens: int = 4096  # what a request may write, and chat's default
+    # refuses hints that cannot change an answer, which are else taken and told
+    strict: bool = False
+    max_tokens: int | None = None  # what a request may write; by default up to the context
     max_n: int = 8  # outputs for one prompt
     max_stop: int = 16  # stop strings
     max_logprobs: int = 20  # alternatives at each token
     max_prompt_logprobs: int = 1_000_000  # of all prompt tokens and alternatives in an answer
-    max_inputs: int = 256  # prompts or texts in one request
+    max_inputs: int = 2048  # prompts or texts in one request
     max_labels: int = 256  # labels of /v1/score
     max_schema_bytes: int = 64 << 10  # of a JSON schema
     max_media: int = 16  # images and videos in one request

@@ -51,7 +51,7 @@ def check_requests(job: Job) -> Iterator[Problem]:
 def _check_limits(limits: RequestLimits) -> Iterator[Problem]:
     for field in fields(RequestLimits):
         value, key = getattr(limits, field.name), f"requests.limits.{field.name}"
-        if isinstance(value, int | float) and not 0 < value < float("inf"):
+        if isinstance(value, int | float) and value is not False and not 0 < value < float("inf"):
             yield Problem(key=key, message=f"it is {value}, but it must be above 0")
         if field.name in OF_SERVERS and value != getattr(RequestLimits(), field.name):
             yield Problem(key=key, message="it is a server's alone, so it has no effect; remove it")

@@ -64,7 +64,7 @@ def _key_problems(settings: ServeSettings) -> Iterator[Problem]:
         yield Problem(key="port", message=f"it is {settings.port}, but it must be 1 to 65535")
     for field in dataclasses.fields(RequestLimits):
         value = getattr(settings.limits, field.name)
-        if not isinstance(value, list) and not 0 < value < float("inf"):
+        if isinstance(value, int | float) and value is not False and not 0 < value < float("inf"):
             yield Problem(
                 key=f"limits.{field.name}", message=f"it is {value}, but it must be above 0"
             )

@@ -161,7 +161,7 @@ def _media(where: str, type_: str, fields: dict[str, Any]) -> MediaPart:
             type_: inner.get("url"),
         }
     detail = fields.pop("detail", "auto")
-    if detail != "auto":
+    if detail not in ("auto", "high"):
         raise _bad(
             where,
             f"detail {detail!r} cannot be asked for; leave it out, one pixel budget holds for all {kind}s",

@@ -34,6 +34,7 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     EmbeddingRequest,
     Sampled,
     ScoreRequest,
+    ignored,
     validated,
 )
 from glm_batch.models.engine.api.request import Completion
@@ -214,6 +215,7 @@ class RequestRunner:
                 raise bad("stream", "a line of a batch file gets its answer at once; leave it out")
             if body.stream_options is not None:
                 raise bad("stream_options", "it goes with stream: true")
+        ignored(body, self._limits)
         if body.model not in self.models:
             raise unknown_model(body.model, self.models)
         return body

@@ -23,6 +23,7 @@ from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.digest import model_digest
 from glm_batch.models.errors import ConfigError, RowError
+from glm_batch.models.request_limits import CHAT_TOKENS
 from glm_batch.pipelines.input.keys import InputRow, find_duplicates
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import RowRange, Source, Survey
@@ -409,7 +410,7 @@ def identify(job: Job, files: Sequence[InputFile], model_dir: str) -> Identity:
     if job.asks_by_row:
         content["requests"] = {
             "thinking": job.requests.thinking,
-            "max_tokens": job.requests.limits.max_tokens,
+            "max_tokens": job.requests.limits.max_tokens or CHAT_TOKENS,
         }
     normal: Identity = json.loads(json.dumps(content))  # as it will be read back: tuples are lists
     return normal

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -42,6 +42,7 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     Sampled,
     ScoreRequest,
     TokenizeRequest,
+    ignored,
 )
 from glm_batch.models.request_limits import RequestLimits
 
@@ -83,10 +84,8 @@ class Backend(Protocol):
     async def is_healthy(self) -> bool: ...
 
 
-class JsonResponse(Response):
+class JsonResponse(JSONResponse):
     """Plain ASCII: half a surrogate pair in an echoed value must not end in an error of its own."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
@@ -118,7 +117,7 @@ def build_app(backend: Backend, caps: RequestLimits, token_digest: bytes | None)
         redirect_slashes=False,
     )
     _add_errors(app)
-    _Routes(backend).add_to(app)
+    _Routes(backend, caps).add_to(app)
     document = app.openapi()  # which FastAPI makes once
     document["x-limits"] = asdict(caps)
     for operations in document["paths"].values():
@@ -143,8 +142,8 @@ def _told(*statuses: int, sse: bool = False) -> dict[str, Any]:
 class _Routes:
     """One method for each route."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, caps: RequestLimits) -> None:
+        self._backend, self._caps = backend, caps
         self._metrics = Metrics()
 
     def add_to(self, app: FastAPI) -> None:
@@ -221,22 +220,24 @@ class _Routes:
         return await self._stream(route, body, request)
 
     async def _answer(self, route: str, body: Body, request: Request) -> Response:
-        model = self._known(body.model)
+        model, headers = self._known(body.model), self._told(body)
         with self._counted(model, route):
             found = await _unless_gone(request, self._backend.answer(model, body))
             self._metrics.count_usage(model, found.get("usage", {}))
-        return JsonResponse(found)
+        return JsonResponse(found, headers=headers)
 
-    async def _stream(self, route: str, body: Sampled, request: Request) -> Response:
+    async def _stream(
+        self, route: str, body: ChatRequest | CompletionRequest, request: Request
+    ) -> Response:
         """Begins to answer once there is something to say: failures before have a status."""
-        model = self._known(body.model)
+        model, told = self._known(body.model), self._told(body)
         events = self._events(model, route, body)
         try:
             first = await _unless_gone(request, anext(events))
         except BaseException:
             await events.aclose()
             raise
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **told}
         return StreamingResponse(
             _rest(first, events), media_type="text/event-stream", headers=headers
         )
@@ -271,6 +272,13 @@ class _Routes:
                 raise
             yield _event(error.body())
         yield b"data: [DONE]\n\n"
+
+    def _told(self, body: Body) -> dict[str, str]:
+        """The header that names the hints which are not used; they are counted. Raises ApiError."""
+        names = ignored(body, self._caps)
+        for name in names:
+            self._metrics.ignored.labels(name).inc()
+        return {"x-ignored-fields": ", ".join(names)} if names else {}
 
     def _known(self, model: str) -> str:
         if model not in self._backend.models:

@@ -30,6 +30,9 @@ class Metrics:
         self.requests = Counter(
             "glm_requests", "Requests by outcome.", ["model", "route", "status"], registry=registry
         )
+        self.ignored = Counter(
+            "glm_ignored_fields", "Hints that were not used.", ["field"], registry=registry
+        )
         self.in_flight = Gauge(
             "glm_requests_in_flight", "Requests being answered.", model, registry=registry
         )

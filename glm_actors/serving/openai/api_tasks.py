@@ -80,7 +80,7 @@ def build_task(
         case ChatRequest():
             return ChatTask(body, prompter, schemas, caps, thinking=thinking)
         case CompletionRequest():
-            return CompletionTask(body, prompter, caps)
+            return CompletionTask(body, prompter, schemas, caps)
         case EmbeddingRequest():
             return EmbeddingTask(body, prompter, caps)
         case ScoreRequest():
@@ -97,9 +97,14 @@ class EmbeddingTask:
         self, body: EmbeddingRequest, prompter: RequestPrompter, caps: RequestLimits
     ) -> None:
         self._model, self._as_text = body.model, body.encoding_format == "base64"
+        size = prompter.config.hidden_size
+        if body.dimensions not in (None, size):
+            raise bad("dimensions", f"this model's vectors have {size}, and cannot be cut")
         prompts = raw_prompts(body.input, prompter, caps, "input")
         self.requests = requests_of(
-            new_id("embd"), prompts, Embed(pooling=body.pooling, normalize=body.normalize)
+            new_id("embd"),
+            prompts,
+            Embed(pooling=body.pooling or "last", normalize=body.normalize is not False),
         )
 
     def answer(self, completions: Sequence[Completion]) -> Json:
@@ -136,7 +141,7 @@ class ScoreTask:
             messages = [{"role": "system", "content": body.system}, *messages]
         choices = prompter.choices(body.labels)
         work = Choose(
-            choices=choices, count_end=prompter.chat.count_end(choices, body.end_of_label)
+            choices=choices, count_end=prompter.chat.count_end(choices, body.end_of_label or "auto")
         )
         self.requests = [request_of(new_id("score"), prompter.conversation(messages), work)]
 

@@ -16,9 +16,10 @@ from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
 from glm_batch.glm_actors.serving.openai.tools import CallStream, find_calls, tools_of
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
+    asked_format,
     chat_sampling,
     checked,
-    constraint_of,
+    checked_constraint,
     envelope,
     request_of,
     usage_of,
@@ -51,21 +52,22 @@ class ChatTask:
         self._tokenizer, self._chat = prompter.tokenizer, prompter.chat
         self._gives_ids, self._alternatives = bool(body.return_token_ids), body.top_logprobs or 0
         self._tools = tools_of(body)
-        formatted = constraint_of(body.response_format, caps, schemas)
-        constraint = formatted or self._tools.constraint(caps, schemas)
+        asked = asked_format(body)
+        param, constraint = self._tools.held_to(asked, prompter.chat) or asked or ("", None)
+        if constraint is not None:
+            constraint = checked_constraint(param, constraint, caps, schemas)
         self._thinking = _thinks(body, thinking, constrained=constraint is not None)
         prompt = prompter.conversation(
             body.messages,
             thinking=self._thinking,
             # which a call is not: it follows the prompt at once
-            start_answer=formatted is not None,
+            start_answer=asked is not None and constraint == asked[1],
             tools=self._tools.for_template(),
         )
         sampling = chat_sampling(body, caps)
         if self._tools.one_call and NEXT_CALL in self._tokenizer.control_tokens:
-            sampling = replace(
-                sampling, stop_token_ids=tuple(self._tokenizer.encode_control(NEXT_CALL))
-            )
+            ends = (*sampling.stop_token_ids, *self._tokenizer.encode_control(NEXT_CALL))
+            sampling = replace(sampling, stop_token_ids=ends)
         work = Generate(sampling=sampling, constraint=constraint)
         self.requests = [request_of(id, prompt, work, stream=bool(body.stream))]
         self._streams: dict[int, tuple[ReasoningStream, CallStream]] = {}
@@ -146,6 +148,8 @@ def _thinks(body: ChatRequest, default: bool, *, constrained: bool) -> bool:
         if asked not in (None, body.chat_template_kwargs.enable_thinking):
             raise bad("thinking", "it contradicts chat_template_kwargs.enable_thinking")
         asked = body.chat_template_kwargs.enable_thinking
+    if asked is None and body.reasoning_effort is not None:
+        return body.reasoning_effort != "none" and not constrained
     if asked and constrained:
         raise bad(
             "thinking",

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import bad, of_row
 from glm_batch.glm_actors.serving.openai.logprobs import completion_logprobs, prompt_logprobs
 from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import CompletionRequest
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
+    asked_format,
     checked,
+    checked_constraint,
     completion_sampling,
     envelope,
     raw_prompts,
@@ -42,7 +45,11 @@ class CompletionTask:
     """
 
     def __init__(
-        self, body: CompletionRequest, prompter: RequestPrompter, caps: RequestLimits
+        self,
+        body: CompletionRequest,
+        prompter: RequestPrompter,
+        schemas: SchemaChecker,
+        caps: RequestLimits,
     ) -> None:
         id = f"cmpl-{uuid.uuid4().hex}"
         self._envelope = envelope(id, "text_completion", body.model)
@@ -56,7 +63,9 @@ class CompletionTask:
         self._n = sampling.n
         if self._scores:
             self._check_size(caps)
-        work = Generate(sampling=sampling)
+        asked = asked_format(body)
+        constraint = checked_constraint(*asked, caps, schemas) if asked else None
+        work = Generate(sampling=sampling, constraint=constraint)
         self.requests = [
             request
             for number, prompt in enumerate(self._prompts)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from glm_batch.glm_actors.media.media_loader import MediaLoader, MediaRules
 from glm_batch.glm_actors.media.media_source import url_of
 from glm_batch.glm_actors.serving.openai.api_errors import bad
+from glm_batch.glm_actors.serving.openai.protocol import PART_HINTS
 from glm_batch.glm_actors.serving.openai.tools import check_calls
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.processing.chat import Chat, NoChatTemplateError
-from glm_batch.models.processing.messages import MediaPart, media_parts
+from glm_batch.models.processing.messages import MEDIA_PARTS, MediaPart, media_parts
 from glm_batch.models.processing.patches import MediaPatches
 from glm_batch.models.processing.prompt import Prompt, Prompter, of_part
 from glm_batch.models.processing.tool_messages import uses_tools
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 FETCHED_AHEAD = 4  # bodies that may wait in memory
 ONLY_INLINE = "images and videos are taken as data: URLs alone"
 ONLY_ALLOWED = "images and videos are taken as data: URLs, and from hosts that this server allows"
+# How PNG, JPEG, GIF, WebP and MP4 begin in base64: a path is never read, so this is none.
+BASE64_MEDIA = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "AAAA")
 LABEL_SETS = 64  # whose tokens are remembered
 
 
@@ -118,6 +121,7 @@ class RequestPrompter(Prompter):
             )
         self._check_chars(_num_json_chars(tools), "tools")
         check_calls(messages)
+        messages = [_without_hints(message) for message in messages]
         self._check_chars(sum(map(_num_chars, self.messages(messages))), "messages")
         most = self._limits.max_media
         if (shown := len(media_parts(self.messages(messages)))) > most:
@@ -176,6 +180,31 @@ class RequestPrompter(Prompter):
         most = self._limits.max_prompt_chars
         if num_chars > most:
             raise bad(param, f"{num_chars:,} characters; this server takes {most:,}")
+
+
+def _without_hints(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose parts have no hints, and an image of bare base64 as a data: URL."""
+    if not isinstance(message.get("content"), list):
+        return message
+    parts = [
+        {
+            name: _as_url(value) if name in MEDIA_PARTS else value
+            for name, value in part.items()
+            if name not in PART_HINTS
+        }
+        if isinstance(part, Mapping)
+        else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _as_url(value: Any) -> Any:
+    if isinstance(value, Mapping) and isinstance(value.get("url"), str):
+        return {**value, "url": _as_url(value["url"])}
+    if isinstance(value, str) and value.startswith(BASE64_MEDIA):
+        return f"data:;base64,{value}"
+    return value
 
 
 def _num_chars(message: Mapping[str, Any]) -> int:

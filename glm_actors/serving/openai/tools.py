@@ -13,15 +13,19 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from glm_batch.glm_actors.faults.schema_check import SchemaChecker
-from glm_batch.glm_actors.serving.openai.api_errors import ApiError, bad
-from glm_batch.glm_actors.serving.openai.protocol import ChatRequest, Function, ToolChoice
+from glm_batch.glm_actors.serving.openai.api_errors import bad
+from glm_batch.glm_actors.serving.openai.protocol import (
+    AllowedToolsChoice,
+    ChatRequest,
+    Function,
+    ToolChoice,
+)
 from glm_batch.models.engine.api.request import Constraint
 from glm_batch.models.engine.decoding.constraints import JSON_WHITESPACE
 from glm_batch.models.errors import RowError
-from glm_batch.models.request_limits import RequestLimits
+from glm_batch.models.processing.chat import Chat
 
 Json = dict[str, Any]
 Message = Mapping[str, Any]
@@ -45,6 +49,7 @@ class Tools:
     """A request's functions; one of those that `must` names has to be called."""
 
     functions: tuple[Function, ...] = ()
+    told: tuple[Function, ...] = ()  # to the model, which some choices let call only some of them
     must: tuple[str, ...] = ()
     one_call: bool = False
 
@@ -55,33 +60,25 @@ class Tools:
     def for_template(self) -> list[Json] | None:
         """As chat templates read them; None without any."""
         return [
-            {"type": "function", "function": _shown(function)} for function in self.functions
+            {"type": "function", "function": _shown(function)} for function in self.told
         ] or None
 
-    def constraint(self, caps: RequestLimits, schemas: SchemaChecker) -> Constraint | None:
-        """What holds the answer to a call that must be, or a strict function's arguments to their
-        schema.
-
-        Raises ApiError for schemas that decoding cannot follow.
+    def held_to(
+        self, format_: tuple[str, Constraint] | None, chat: Chat
+    ) -> tuple[str, Constraint] | None:
+        """The field that asks for it, and what holds the answer to a call that must be, to a call or
+        a format, or a strict function's arguments to their schema.
         """
         if self.must:
-            text = call_grammar(
-                [function for function in self.functions if function.name in self.must]
-            )
-        elif strict := [function for function in self.functions if function.strict]:
+            chosen = [function for function in self.functions if function.name in self.must]
+            text = call_grammar(chosen)
+        elif format_ is not None and self.functions:
+            text = call_grammar(self.functions, chat.separator, format_[1])
+        elif format_ is None and (strict := [each for each in self.functions if each.strict]):
             text = free_grammar(strict)
         else:
             return None
-        if len(text) > caps.max_schema_bytes:
-            raise bad(
-                "tools",
-                f"the functions' schemas have {len(text):,} bytes; this server takes "
-                f"{caps.max_schema_bytes:,}",
-            )
-        if problem := schemas.problem(text, "lark"):
-            message = f"tools: not schemas that decoding can follow: {problem[:300]}"
-            raise ApiError(400, message, "invalid_constraint", "tools")
-        return Constraint(kind="lark", text=text)
+        return "tools", Constraint(kind="lark", text=text)
 
 
 def _shown(function: Function) -> Json:
@@ -95,9 +92,7 @@ def _shown(function: Function) -> Json:
 
 def tools_of(body: ChatRequest) -> Tools:
     """The functions that may be called. Raises ApiError for contradictions."""
-    choice: Literal["none", "auto", "required"] | ToolChoice = body.tool_choice or (
-        "auto" if body.tools else "none"
-    )
+    choice = body.tool_choice or ("auto" if body.tools else "none")
     if body.tools is None:
         for param, given in (
             ("tool_choice", choice != "none"),
@@ -106,39 +101,56 @@ def tools_of(body: ChatRequest) -> Tools:
             if given:
                 raise bad(param, "it goes with tools")
         return Tools()
-    functions = tuple(tool.function for tool in body.tools)
-    names = [function.name for function in functions]
-    if len(set(names)) < len(names):
+    functions = {tool.function.name: tool.function for tool in body.tools}
+    if len(functions) < len(body.tools):
         raise bad("tools", "two of them have the same name")
-    if isinstance(choice, ToolChoice) and choice.function.name not in names:
-        raise bad(
-            "tool_choice", f"there is no tool {choice.function.name!r}; there is {', '.join(names)}"
-        )
     if choice == "none":
         return Tools()
-    if body.response_format is not None and body.response_format.type != "text":
-        raise bad(
-            "response_format",
-            "an answer in a format of its own calls no tools; leave one of them out",
-        )
-    must = (
-        (choice.function.name,)
-        if isinstance(choice, ToolChoice)
-        else names
-        if choice == "required"
-        else ()
+    chosen = list(functions)
+    if isinstance(choice, ToolChoice):
+        chosen = [choice.function.name]
+    elif isinstance(choice, AllowedToolsChoice):
+        chosen = [each.function.name for each in choice.allowed_tools.tools]
+    for name in chosen:
+        if name not in functions:
+            known = ", ".join(functions)
+            raise bad("tool_choice", f"there is no tool {name!r}; there is {known}")
+    is_free = choice == "auto" or (
+        isinstance(choice, AllowedToolsChoice) and choice.allowed_tools.mode == "auto"
     )
-    return Tools(functions=functions, must=tuple(must), one_call=body.parallel_tool_calls is False)
+    return Tools(
+        functions=tuple(functions[name] for name in chosen),
+        told=tuple(functions.values()),
+        must=() if is_free else tuple(chosen),
+        one_call=body.parallel_tool_calls is False,
+    )
 
 
-def call_grammar(functions: Sequence[Function]) -> str:
-    """One call of one of the functions, and nothing else, in llguidance's form of Lark."""
-    calls = " | ".join(f"call_{number}" for number in range(len(functions)))
-    rules = (
+def call_grammar(
+    functions: Sequence[Function], separator: str = "", format_: Constraint | None = None
+) -> str:
+    """One call of one of the functions, in llguidance's form of Lark; or else, after the separator
+    of an answer, what `format_` holds it to.
+    """
+    ways = [f"call_{number}" for number in range(len(functions))]
+    rules = [
         f"call_{number}: {_name(function)} {_arguments(function)}\n"
         for number, function in enumerate(functions)
-    )
-    return f"start: {calls}\n" + "".join(rules)
+    ]
+    if format_ is not None:
+        ways.append("answer")
+        before = f"{json.dumps(separator)} " if separator else ""
+        rules.append(_answer_rules(before, format_))
+    return f"start: {' | '.join(ways)}\n" + "".join(rules)
+
+
+def _answer_rules(before: str, format_: Constraint) -> str:
+    if format_.kind == "json_schema":
+        return f"answer: {before}{_json(json.loads(format_.text))}\n"
+    if format_.kind == "regex":
+        pattern = format_.text.replace("/", "\\/")
+        return f"answer: {before}FORMAT\nFORMAT: /{pattern}/\n"
+    raise bad("structured_outputs", "choices and grammars do not go with tools: leave one out")
 
 
 def free_grammar(functions: Sequence[Function]) -> str:
@@ -157,16 +169,16 @@ def _name(function: Function) -> str:
 
 
 def _arguments(function: Function) -> str:
-    """Decoding may write any blanks between JSON tokens, and none without bounds."""
-    schema = (
-        {"type": "object"}
-        | (function.parameters or {})
-        | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
-    )
     try:
-        return "%json " + json.dumps(schema)
+        return _json({"type": "object"} | (function.parameters or {}))
     except (RecursionError, ValueError) as error:
         raise bad("tools", f"the parameters of {function.name} are nested too deeply") from error
+
+
+def _json(schema: Json) -> str:
+    """Decoding may write any blanks between JSON tokens, and none without bounds."""
+    bounds = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+    return "%json " + json.dumps(schema | bounds)
 
 
 def check_calls(messages: Sequence[Message]) -> None:

@@ -8,7 +8,7 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from glm_batch.glm_actors.faults.schema_check import SchemaChecker
@@ -18,8 +18,8 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     ChatRequest,
     CompletionRequest,
     Prompts,
-    ResponseFormat,
     Sampled,
+    StructuredOutputs,
 )
 from glm_batch.models.engine.api.request import (
     Completion,
@@ -29,11 +29,12 @@ from glm_batch.models.engine.api.request import (
     Work,
 )
 from glm_batch.models.processing.prompt import Prompt
-from glm_batch.models.request_limits import RequestLimits
+from glm_batch.models.request_limits import CHAT_TOKENS, RequestLimits
 
 Json = dict[str, Any]
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 SEEDS = 1 << 63
+ANY_OBJECT = '{"type": "object"}'
 
 
 def envelope(id: str, object_: str, model: str) -> Json:
@@ -98,27 +99,20 @@ def request_of(id: str, prompt: Prompt, work: Work, *, stream: bool = False) -> 
 
 
 def sampling_of(
-    body: Sampled, caps: RequestLimits, *, max_tokens: int | None, logprobs: int | None
+    body: Sampled, caps: RequestLimits, *, max_tokens: int, logprobs: int | None
 ) -> SamplingParams:
     """OpenAI's defaults where the request says nothing: temperature 1, one output, a seed of its
-    own.
+    own. What exceeds the context is for the engine to cut.
 
     `logprobs` is the number of alternatives, None for no log-probabilities at all. Raises ApiError.
     """
-    stop = (
-        ()
-        if body.stop is None
-        else (body.stop,)
-        if isinstance(body.stop, str)
-        else tuple(body.stop)
-    )
-    wanted = caps.max_tokens if max_tokens is None else max_tokens
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     for param, asked, most in (
-        ("max_tokens", wanted, caps.max_tokens),
+        ("max_tokens", max_tokens, caps.max_tokens or max_tokens),
         ("n", body.n or 1, caps.max_n),
         ("stop", len(stop), caps.max_stop),
         ("top_logprobs", logprobs or 0, caps.max_logprobs),
-        ("min_tokens", body.min_tokens or 0, wanted),
+        ("min_tokens", body.min_tokens or 0, max_tokens),
     ):
         if asked > most:
             raise bad(param, f"{asked} is more than {most}, which is the most here")
@@ -126,19 +120,21 @@ def sampling_of(
         raise bad("stop", "each stop string has 1 to 256 characters")
     if any("\ud800" <= character <= "\udfff" for text in stop for character in text):
         raise bad("stop", "a stop string holds half of a surrogate pair: it is no valid text")
+    temperature = 1.0 if body.temperature is None else body.temperature
     return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
+        temperature=0.0 if body.do_sample is False else temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k or 0,
         min_p=body.min_p or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        max_tokens=wanted,
+        max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
         seed=secrets.randbits(63) if body.seed is None else body.seed % SEEDS,
         n=body.n or 1,
-        stop=stop,
+        stop=tuple(stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         logprobs=0 if logprobs is None else max(1, logprobs),
     )
@@ -148,7 +144,7 @@ def chat_sampling(body: ChatRequest, caps: RequestLimits) -> SamplingParams:
     """Raises ApiError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise bad("top_logprobs", "it goes with logprobs: true")
-    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    given = body.max_completion_tokens or body.max_tokens or caps.max_tokens or CHAT_TOKENS
     return sampling_of(
         body, caps, max_tokens=given, logprobs=(body.top_logprobs or 0) if body.logprobs else None
     )
@@ -156,33 +152,87 @@ def chat_sampling(body: ChatRequest, caps: RequestLimits) -> SamplingParams:
 
 def completion_sampling(body: CompletionRequest, caps: RequestLimits) -> SamplingParams:
     """Raises ApiError."""
-    given = min(COMPLETION_TOKENS, caps.max_tokens) if body.max_tokens is None else body.max_tokens
+    default = min(COMPLETION_TOKENS, caps.max_tokens or COMPLETION_TOKENS)
+    given = default if body.max_tokens is None else body.max_tokens
     if given == 0 and not body.echo:
         raise bad("max_tokens", "0 goes with echo: true")
     return sampling_of(body, caps, max_tokens=max(given, 1), logprobs=body.logprobs)
 
 
-def constraint_of(
-    format_: ResponseFormat | None, caps: RequestLimits, schemas: SchemaChecker
-) -> Constraint | None:
-    """The schema that the answer must match. Raises ApiError for one that cannot be followed."""
-    if format_ is None or format_.type == "text":
-        return None
-    if format_.type == "json_object":
-        return Constraint(kind="json_schema", text='{"type": "object"}')
-    if format_.json_schema is None:
-        raise bad("response_format", "type json_schema goes with a json_schema")
-    try:
-        text = json.dumps(format_.json_schema.schema_)
-    except (RecursionError, ValueError) as error:
-        raise bad("response_format", "the schema is nested too deeply") from error
+def asked_format(body: Sampled) -> tuple[str, Constraint] | None:
+    """The format that an answer must have, and the field that asks for it. Raises ApiError.
+
+    Whether decoding can follow it: `checked_constraint`.
+    """
+    found = [*_response_formats(body), *_structured_outputs(body)]
+    if len(found) > 1:
+        first, second = found[0][0], found[1][0]
+        raise bad(second, f"an answer has one format, and {first} asks for another: remove one")
+    return found[0] if found else None
+
+
+def checked_constraint(
+    param: str, constraint: Constraint, caps: RequestLimits, schemas: SchemaChecker
+) -> Constraint:
+    """Raises ApiError for one that is too large, or that decoding cannot follow."""
+    text = constraint.text
+    what = {"json_schema": "schema", "lark": "grammar"}.get(constraint.kind, constraint.kind)
     if len(text) > caps.max_schema_bytes:
-        raise bad(
-            "response_format",
-            f"the schema has {len(text):,} bytes; this server takes {caps.max_schema_bytes:,}",
-        )
-    problem = schemas.problem(text)
-    if problem:
-        message = f"response_format: not a JSON schema that decoding can follow: {problem[:300]}"
-        raise ApiError(400, message, "invalid_constraint", "response_format")
+        size = f"{len(text):,} bytes; this server takes {caps.max_schema_bytes:,}"
+        raise bad(param, f"the {what} has {size}")
+    if text != ANY_OBJECT and (problem := schemas.problem(text, constraint.kind)):
+        what = "JSON schema" if what == "schema" else what
+        message = f"{param}: not a {what} that decoding can follow: {problem[:300]}"
+        raise ApiError(400, message, "invalid_constraint", param)
+    return constraint
+
+
+def _response_formats(body: Sampled) -> Iterator[tuple[str, Constraint]]:
+    asked = body.response_format if isinstance(body, ChatRequest) else None
+    if asked is None or asked.type == "text":
+        return
+    if asked.type == "json_object":
+        yield "response_format", Constraint(kind="json_schema", text=ANY_OBJECT)
+    elif asked.json_schema is None:
+        raise bad("response_format", "type json_schema goes with a json_schema")
+    else:
+        yield "response_format", _of_schema("response_format", asked.json_schema.schema_)
+
+
+def _structured_outputs(body: Sampled) -> Iterator[tuple[str, Constraint]]:
+    """vLLM's fields, by their newer names and by those before."""
+    asked = body.structured_outputs or StructuredOutputs.model_validate({})
+    if asked.json_object:
+        yield "structured_outputs", Constraint(kind="json_schema", text=ANY_OBJECT)
+    for param, schema in (("structured_outputs", asked.json_), ("guided_json", body.guided_json)):
+        if schema is not None:
+            yield param, _of_schema(param, schema)
+    for param, regex in (("structured_outputs", asked.regex), ("guided_regex", body.guided_regex)):
+        if regex is not None:
+            yield param, Constraint(kind="regex", text=regex)
+    for param, ways in (
+        ("structured_outputs", asked.choice),
+        ("guided_choice", body.guided_choice),
+    ):
+        if ways is not None:
+            rule = " | ".join(json.dumps(way) for way in ways)
+            yield param, Constraint(kind="lark", text=f"start: {rule}")
+    for param, text in (
+        ("structured_outputs", asked.grammar),
+        ("guided_grammar", body.guided_grammar),
+    ):
+        if text is not None:
+            yield param, Constraint(kind="lark", text=text)
+
+
+def _of_schema(param: str, schema: Json | str) -> Constraint:
+    try:
+        found = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(found)
+    except RecursionError as error:
+        raise bad(param, "the schema is nested too deeply") from error
+    except ValueError as error:
+        raise bad(param, f"the schema is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise bad(param, "the schema must be an object")
     return Constraint(kind="json_schema", text=text)

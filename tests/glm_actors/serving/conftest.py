@@ -128,6 +128,8 @@ def replica() -> Iterator[Replica]:
         model,
         RequestLimits(
             max_queue=6,
+            max_tokens=4096,
+            max_inputs=256,
             max_media=2,
             max_pixels=1_000_000,
             max_prompt_chars=5000,

@@ -87,7 +87,7 @@ FIELDS: dict[str, Json] = {
     "n": {"values": [0, -5, 5, 1 << 40, False, "1"]},
     "temperature": {"values": [-0.1, 2.1, 1e308, True, "hot", []]},
     "top_p": {"values": [0, -1, 1.01, "1", True]},
-    "top_k": {"values": [-1, 1 << 40, 0.5, True]},
+    "top_k": {"values": [-2, 1 << 40, 0.5, True]},
     "min_p": {"values": [-0.5, 2]},
     "seed": {"values": [1 << 63, -(1 << 63) - 1, 0.1, True, "x"]},
     "presence_penalty": {"values": [-2.1, 1e9, "0"]},
@@ -115,6 +115,10 @@ FIELDS: dict[str, Json] = {
         ]
     },
     "user": {"values": [5, {"a": 1}]},
+    "structured_outputs": {
+        "values": [{"regex": "a", "choice": ["b"]}, {"regex": "("}, [], {"x": 1}]
+    },
+    "guided_json": {"values": ["{", "[]", 5, {"type": "strange"}]},
     "metadata": {"values": [{"a": 1}, "x"]},
     "chat_template_kwargs": {"values": [{"documents": []}, {"enable_thinking": "{{ 7*7 }}"}]},
     "__class__": {"values": ["x"]},

@@ -98,7 +98,8 @@ PATTERNS = [{"type": "string", "pattern": f".*{number}.*"} for number in range(2
 THINKING = {"thinking": {"type": "enabled"}}
 # (what is added to a good request, what the refusal must say)
 HOSTILE_CHATS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown field": ({"logit_bias": {}}, "logit_bias: unknown field"),
+    "unknown field": ({"no_such_field": {}}, "no_such_field: unknown field"),
+    "what is not done": ({"logit_bias": {"5": 1}}, "logit_bias: "),
     "no tools at all": ({"tools": []}, "tools"),
     "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "U+D800"),
     "surrogate in a key": ({"\udc00": 1}, "must be a JSON object"),

@@ -218,7 +218,10 @@ def test_calls_and_results_go_back_in(client: openai.OpenAI) -> None:
             "tools.0.function.name",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {"tools": TOOLS, "extra_body": {"structured_outputs": {"choice": ["a"]}}},
+            "structured_outputs",
+        ),
         (
             {
                 "tools": TOOLS,

@@ -35,6 +35,7 @@ def text(content: str) -> dict[str, str]:
             "https://a/b.png",
         ),
         ({"type": "image_url", "image_url": {"url": "a.png", "detail": None}}, "image", "a.png"),
+        ({"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}, "image", "a.png"),
         ({"type": "image_url", "image_url": "a.png"}, "image", "a.png"),
         ({"type": "video_url", "video_url": {"url": "a.mp4"}}, "video", "a.mp4"),
         ({"type": "video_url", "video_url": "a.mp4"}, "video", "a.mp4"),
@@ -141,8 +142,8 @@ def test_a_column_of_arrow_with_all_fields_reads_as_it_was_written() -> None:
             "an image with none of the fields",
         ),
         (
-            user({"type": "image_url", "image_url": {"url": "a", "detail": "high"}}),
-            "detail 'high' cannot be asked for",
+            user({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}),
+            "detail 'low' cannot be asked for",
         ),
         (
             user({"type": "image_url", "image_url": "a", "detail": "low"}),
