@@ -30,7 +30,7 @@ SHOWN_PROBLEMS = 20
 
 
 class Opened(Protocol):
-    """The output that a path means: see pipelines.cron.versions.Found."""
+    """The output that a path means: see pipelines.cron.versions.NamedOutput."""
 
     @property
     def path(self) -> str: ...

@@ -1,7 +1,7 @@
 """The Ray cluster a job runs on: an existing one, or a small quiet one on this machine.
 
 Owns every setting of Ray itself, and says what machines there are: pipelines.cluster.shares deals
-them out. Imports ray inside functions only. Knows nothing of rows.
+them out. Imports ray inside functions only.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ MIN_OBJECT_STORE_BYTES, MAX_OBJECT_STORE_BYTES = 200 << 20, 2 << 30
 
 @contextmanager
 def cluster(*, found: bool = False) -> Iterator[None]:
-    """Ray for the duration of a job. A cluster that this call started ends with it; another one is
-    left alone.
+    """Ray for the duration of a job. Only a cluster that this call started ends with it.
 
     With `found` none is started: raises ConfigError where none runs.
     """
@@ -59,9 +58,7 @@ def cluster(*, found: bool = False) -> Iterator[None]:
 
 
 def job_workers(job: Job, *, beside_app: bool = False) -> Workers:
-    """How many processes each stage gets on this cluster, and what each asks for. Raises
-    ConfigError.
-    """
+    """How many processes each stage gets, and what each asks for. Raises ConfigError."""
     if not beside_app:
         return share_out(job, cluster_nodes())
     import ray
@@ -71,9 +68,7 @@ def job_workers(job: Job, *, beside_app: bool = False) -> Workers:
 
 
 def cluster_nodes() -> tuple[Node, ...]:
-    """The machines of the running cluster. Ray may have been told of more CPUs than this one has
-    cores.
-    """
+    """The cluster's machines. Ray may have been told of more CPUs than this one has cores."""
     import ray
 
     here, cores = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
@@ -109,9 +104,7 @@ def enclosed() -> Iterator[dict[str, Any]]:
 
 
 def _have_token() -> None:
-    """A token where Ray looks for it, for this user's eyes alone: Ray would let everybody read what
-    it writes.
-    """
+    """A token where Ray looks for it, readable by this user alone."""
     if any(name in os.environ for name in TOKEN_VARIABLES):
         return
     try:
@@ -140,8 +133,7 @@ def _write_once(path: Path, text: str) -> None:
 
 
 def _start(address: str | None, enclosure: Mapping[str, Any]) -> None:
-    """Joins the cluster at `address`, or else starts one; another Ray on this machine is joined
-    when asked for alone.
+    """Joins the cluster at `address`, or else starts one of its own.
 
     Raises ConfigError where there is none to join.
     """
@@ -178,9 +170,7 @@ def _start(address: str | None, enclosure: Mapping[str, Any]) -> None:
 
 
 def _quiet() -> None:
-    """Ray Data tells a terminal of every step; the job's own display does. Its file in Ray's
-    session keeps it all.
-    """
+    """Keeps Ray Data's steps off the terminal; its file in Ray's session has them."""
     import ray.data
 
     assert ray.data is not None  # importing it is what sets its handlers up
@@ -191,8 +181,7 @@ def _quiet() -> None:
 
 @contextmanager
 def _without_lines(marker: bytes) -> Iterator[None]:
-    """Holds back what this process writes to file descriptor 2, and passes on all lines but those
-    with `marker`.
+    """Passes on what is written to file descriptor 2, but for lines with `marker`.
 
     Ray's core announces its log level there, out of reach of Python's logging.
     """

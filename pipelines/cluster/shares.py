@@ -2,7 +2,7 @@
 they come to lie.
 
 Pure arithmetic on a description of the cluster, so that a plan can be made for one that is not
-there. Knows nothing of Ray, of stages' insides or of rows.
+there.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def uses_gpus(job: Job, nodes: tuple[Node, ...]) -> bool:
 
 
 def placed(workers: Workers, nodes: tuple[Node, ...]) -> list[Load]:
-    """Where Ray's spreading puts replicas and preprocessing workers: each where there are fewest
-    and there is room.
-    """
+    """Where Ray puts replicas and preprocessing workers: where are fewest and there is room."""
     gpus = [node.gpus for node in nodes]
     replicas, preprocessors = [0] * len(nodes), [0] * len(nodes)
     for _ in range(workers.replicas):
@@ -119,9 +117,11 @@ def _replicas(job: Job, nodes: tuple[Node, ...], on_gpus: bool) -> tuple[int, in
     room = sum(node.gpus // ranks for node in nodes)
     if room < fewest:
         raise ConfigError(
-            f"engine.replicas: {_counted(fewest, 'replica')} of {_counted(ranks, 'GPU')} on one machine each are asked "
+            f"engine.replicas: {_counted(fewest, 'replica')} of {_counted(ranks, 'GPU')} on one "
+            "machine each are asked "
             f"for, but the cluster has room for {room} (GPUs of its machines: "
-            f"{', '.join(str(node.gpus) for node in nodes)}); lower engine.replicas or engine.tensor_parallel_size, or "
+            f"{', '.join(str(node.gpus) for node in nodes)}); lower engine.replicas or "
+            "engine.tensor_parallel_size, or "
             "set engine.device: cpu"
         )
     return fewest, min(most, room)

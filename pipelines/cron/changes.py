@@ -3,7 +3,7 @@ same rows.
 
 A file counts as the same while its name, size and stamp are. The rows of one that is not are
 compared unit by unit, by digests of what is read of them; they are made here, when a file is
-planned. Knows nothing of outputs or of Ray.
+planned.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ DIGEST_CHARS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """Names of input files by what became of them. `deleted` are all that are gone and not yet
-    dropped.
-    """
+    """Names of input files by what became of them; `deleted` are kept until they are dropped."""
 
     new: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
@@ -70,10 +68,9 @@ def is_current(plan: Plan, files: Sequence[InputFile]) -> bool:
 def next_plan(
     job: Job, survey: Survey, identity: Identity, known: Plan | None, kept: Sequence[PlannedFile]
 ) -> Plan:
-    """The plan of the present input, and after it of files that are gone from it and whose rows are
-    `kept`.
+    """The plan of the present input, with the `kept` files that are gone from it behind.
 
-    Only files that are not `known` as they are now are counted. Raises ConfigError as make_plan does.
+    Files that are `known` as they are now are not counted again. Raises ConfigError.
     """
     plan = make_plan(job, survey, identity, known, grows=True)
     source = job_source(job)
@@ -101,14 +98,14 @@ def check_carried(job: Job, plan: Plan, before: Plan) -> None:
         now, then = plan.schema.field(name).type, before.schema.field(name).type
         if now != then:
             raise ConfigError(
-                f"carry: the column {name!r} has type {now} in the present input, and the output holds {then}; convert "
+                f"carry: the column {name!r} has type {now} in the present input, and the output "
+                f"holds {then}; convert "
                 "the files that differ, or process every row again with --changed-job"
             )
 
 
 def claims(plan: Plan) -> Iterator[tuple[Unit, Hashable]]:
-    """Each unit, and what must be among the `offers` of another plan of the job that holds its
-    rows.
+    """Each unit, and what another plan must have among its `offers` to hold its rows.
 
     Rows of a file that is gone are taken as they are; others by place, content and duplicates.
     """

@@ -71,8 +71,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Night:
-    """What a run came to. `version` is the one in force at its end, `counts` are of the version
-    worked on.
+    """What a run came to. `version` is in force at its end, `counts` are of the one worked on.
 
     Units are the run's own: adopted from earlier versions, processed, and left for the next run.
     """
@@ -181,7 +180,8 @@ class _Run:
             differences(standing.identity | {"input": None}, identity | {"input": None})
         )
         raise ConfigError(
-            f"output: {self._versions.store.place} is another job's; undo the difference, name another output, or "
+            f"output: {self._versions.store.place} is another job's; undo the difference, name "
+            "another output, or "
             f"process every row again with --changed-job (there -> now):\n  {lines}"
         )
 
@@ -212,9 +212,7 @@ class _Run:
         before: Plan | None,
         unfinished: Plan | None,
     ) -> tuple[str, Plan]:
-        """A new version: the present input, and what is kept of the files that are gone since
-        `before`.
-        """
+        """A new version: the present input, and kept files that are gone since `before`."""
         survey = self._check(files).survey
         kept = () if self._choices.drop_deleted else gone(before, files)
         is_same = before is not None and same_job(before.identity, identity)
@@ -225,7 +223,8 @@ class _Run:
         if before is not None and kept and not (is_same and _same_types(self._job, plan, before)):
             raise ConfigError(
                 "input: rows of deleted files cannot be processed again for a changed job: "
-                f"{', '.join(each.file.name for each in kept[:5])}; add --drop-deleted, or restore the files"
+                f"{', '.join(each.file.name for each in kept[:5])}; add --drop-deleted, or restore "
+                "the files"
             )
         name = self._versions.new_name()
         output = self._versions.output(name)
@@ -240,9 +239,7 @@ class _Run:
         return self._checked
 
     def _work(self, name: str, plan: Plan, files: Sequence[InputFile]) -> int:
-        """Processes what is left of a version and puts it in force, unless that takes more than is
-        allowed: then, the units left.
-        """
+        """Finishes a version and puts it in force, or gives how many units had to be left."""
         output, job = self._versions.output(name), self._job
         tally = Tally(self._on_progress, job.max_error_rate if job.fail_fast else None)
         tally.tell("planning")
@@ -283,7 +280,8 @@ class _Run:
         if lost:
             raise ConfigError(
                 f"output: {self._versions.store.place} has lost rows of deleted input files "
-                f"({', '.join(sorted(lost)[:5])}); restore its parts or these files, or give them up with "
+                f"({', '.join(sorted(lost)[:5])}); restore its parts or these files, or give them "
+                "up with "
                 "--drop-deleted"
             )
         return before - len(wanted)

@@ -1,12 +1,11 @@
 """A cron output: dated versions, each an ordinary output, and the manifest of the one in force.
 
-    OUTPUT/versions/2026-11-20T02-00-00Z/   plan, parts, commits, manifest: see pipelines.output.commit
-    OUTPUT/manifest.json                    that version's manifest, its parts named from here; replaced as a whole
-    OUTPUT/lease/                           which driver owns all of it
+    versions/2026-11-20T02-00-00Z/   plan, parts, commits, manifest: see pipelines.output.commit
+    manifest.json                    the manifest in force, its parts named from here
+    lease/                           which driver owns all of it
 
 A version without a manifest is not finished; one without a plan is nothing yet, or about to go.
-Names only grow, also when the clock goes backwards. Knows nothing of what is in a plan, of input
-files or of Ray.
+Names only grow, also when the clock goes backwards.
 """
 
 from __future__ import annotations
@@ -52,17 +51,17 @@ class Versions:
         return cls(path, open_store(path, storage), storage)
 
     def prepare(self) -> None:
-        """Makes the place fit for the first version. Raises ConfigError for a place of other
-        things.
-        """
+        """Makes the place fit for versions. Raises ConfigError where other things lie."""
         entries = [entry.name for page in self.store.pages() for entry in page]
         if PLAN in entries:
             raise ConfigError(
-                f"output: {self.store.place} is the output of a label job; cron keeps dated versions: name a new place"
+                f"output: {self.store.place} is the output of a label job; cron keeps dated "
+                "versions: name a new place"
             )
         if strange := sorted(set(entries) - OWN_NAMES):
             raise ConfigError(
-                f"output: {self.store.place} holds something else ({', '.join(strange[:5])}); name an empty or new "
+                f"output: {self.store.place} holds something else ({', '.join(strange[:5])}); name "
+                "an empty or new "
                 "place"
             )
         if VERSIONS in entries:
@@ -75,8 +74,7 @@ class Versions:
 
     @contextmanager
     def owned(self) -> Iterator[leases.Lease]:
-        """The lease of all versions for the duration of the context; at its end, what dead owners
-        left is removed.
+        """The lease of all versions; at its end, what dead owners left is removed.
 
         Raises BusyError when a living driver has it.
         """
@@ -100,9 +98,7 @@ class Versions:
         )
 
     def new_name(self) -> str:
-        """The present second as UTC, or the second after the latest version where the clock is not
-        beyond it.
-        """
+        """The present second as UTC, but later than the latest version in any case."""
         now = datetime.fromtimestamp(int(time.time()), UTC)
         if names := self.names():
             latest = datetime.strptime(names[-1], NAME_FORMAT).replace(tzinfo=UTC)
@@ -117,7 +113,8 @@ class Versions:
             return None
         except (ValueError, KeyError) as error:
             raise ConfigError(
-                f"output: {self.store.place}/{MANIFEST} is none of a cron output ({error}); restore it, or name "
+                f"output: {self.store.place}/{MANIFEST} is none of a cron output ({error}); "
+                "restore it, or name "
                 "another place"
             ) from error
 
@@ -135,8 +132,7 @@ class Versions:
             reach("after_publish")
 
     def catch_up(self, name: str) -> bool:
-        """Puts the version in force once more if its manifest says something else now; whether it
-        did.
+        """Puts the version in force anew if the manifest says something else; whether it did.
 
         A retry makes both anew, and may die between them.
         """
@@ -149,9 +145,7 @@ class Versions:
         return not is_same
 
     def parts_in_force(self, name: str) -> set[str]:
-        """What readers of the version in force may open of this version, by its names there;
-        nothing of another one.
-        """
+        """The parts of this version that readers of the version in force may open."""
         content = (
             json.loads(self.store.read(MANIFEST)) if self.in_force() == name else {"parts": []}
         )
@@ -169,8 +163,7 @@ class Versions:
         return content
 
     def prune(self, keep: int) -> list[str]:
-        """Removes all but the latest `keep` finished versions, and what never became one. To be
-        called by the owner.
+        """Removes all but the latest `keep` versions, and unfinished ones; for the owner.
 
         What is in force stays. A version loses its plan first, so that one half removed is taken
         for nothing else.
@@ -212,7 +205,7 @@ def plans(versions: Versions, names: Sequence[str]) -> list[tuple[str, Plan]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class NamedOutput:
     """The output that a path means: an ordinary one, or the version `name` of a cron output."""
 
     path: str
@@ -222,8 +215,7 @@ class Found:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Keeps runs of cron from the version for the duration of the context; then puts it in
-        force anew if it is.
+        """Keeps cron from the version meanwhile; then puts it in force anew if it is.
 
         The output's own lease is still to be taken. Raises BusyError when a run of cron is at work.
         """
@@ -240,15 +232,14 @@ class Found:
         return self.versions.parts_in_force(self.name) if self.versions is not None else set()
 
 
-def find(path: str, storage: StorageSection) -> Found:
-    """The output at a path, or the version in force below it; before the first one is in force, the
-    latest begun.
+def find(path: str, storage: StorageSection) -> NamedOutput:
+    """The output at a path, or the version in force below it, or else the latest begun.
 
     Raises ConfigError for a cron output without any version.
     """
     above, name = _split(path)
     if above and NAME.fullmatch(name):
-        return Found(
+        return NamedOutput(
             path=path,
             output=Output.at(path, storage),
             versions=Versions.at(above, storage),
@@ -256,20 +247,18 @@ def find(path: str, storage: StorageSection) -> Found:
         )
     versions = Versions.at(path, storage)
     if not _keeps_versions(versions.store):
-        return Found(path=path, output=Output(versions.store))
+        return NamedOutput(path=path, output=Output(versions.store))
     name = versions.in_force() or max(versions.unfinished(), default="")
     if not name:
         raise ConfigError(
             f"{versions.store.place} holds no version yet: glm-batch cron makes the first one"
         )
     place = f"{versions.path}/{VERSIONS}/{name}"
-    return Found(path=place, output=versions.output(name), versions=versions, name=name)
+    return NamedOutput(path=place, output=versions.output(name), versions=versions, name=name)
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The cron output and the version that a path names; an empty output where it can be none's
-    version.
-    """
+    """The cron output and the version that a path names; empty where it names none."""
     whole = path if is_remote(path) else os.path.abspath(path)
     above, _, name = whole.rstrip("/").rpartition(f"/{VERSIONS}/")
     return above, name

@@ -1,8 +1,7 @@
 """The stages of the pipeline, each a function from Dataset to Dataset over whole units.
 
 Owns what Ray must be told so that units stay whole and processes do not starve each other. Imports
-ray: load it inside functions only. Knows nothing of prompts, engines' insides or the commit
-protocol's files.
+ray: load it inside functions only.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Committer(RowWorker):
 
 
 class ByAffinity(ray_private.ExecutionCallback):
-    """Gives units to replicas by affinity where Ray Data can be told to, else to the least busy one.
+    """Gives units to replicas by affinity, or to the least busy one as Ray Data has it.
 
     Ray Data makes one for each execution of a dataset whose context names the class.
     """
@@ -158,9 +157,7 @@ class CountingLedger(Ledger):
 
 
 def start_ledger(plan: Plan) -> Any:
-    """The actor to which workers tell what they are at: see glm_actors.faults.suspects. It ends
-    with its last handle.
-    """
+    """The actor that knows what workers are at, until its last handle is gone."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {
         "num_cpus": 0,

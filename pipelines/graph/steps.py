@@ -156,16 +156,14 @@ class Parse:
 
 
 def build_renderer(read: Step, spec: TaskSpec) -> list[Step]:
-    """The steps of a preprocessing worker; the tokenizer is loaded, the decoder started, while it
-    starts.
-    """
+    """A preprocessing worker's steps; tokenizer and decoder are loaded while it starts."""
     step = Render(spec)
     step.start()
     return [read, step]
 
 
 def build_parser(spec: TaskSpec, *commit: Step) -> list[Step]:
-    """The steps of a parsing worker, which may commit, too; the tokenizer is loaded while it starts."""
+    """A parsing worker's steps, which may commit, too; its tokenizer is loaded as it starts."""
     step = Parse(spec)
     step.start()
     return [step, *commit]
@@ -191,7 +189,8 @@ class Commit:
             raise EngineError(f"unit {units[0]} cannot be committed: {lost.message}")
         if len(units) != 1 or table.num_rows != self.unit_sizes[units[0]]:
             raise RuntimeError(
-                f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged units"
+                f"{table.num_rows} rows of the units {units[:3]} in a block: Ray split or merged "
+                "units"
             )
         rows = table.select(self.spec.schema.names)
         record = self.journal.output.commit(units[0], rows, count_rows(table), spent=spent(table))

@@ -60,15 +60,14 @@ def _compare(read_keys: KeyReader, repeated: set[int], key: str) -> dict[InputRo
 def _refuse_no_key(num_duplicates: int, key: str) -> None:
     if num_duplicates > MAX_DUPLICATES:
         raise ConfigError(
-            f"key: more than {MAX_DUPLICATES:,} rows repeat the {key!r} of another row; name a column with unique "
+            f"key: more than {MAX_DUPLICATES:,} rows repeat the {key!r} of another row; name a "
+            "column with unique "
             "values, or leave key out to number the rows"
         )
 
 
 class HashStore:
-    """Many 64-bit hashes, of which only the repeated ones are wanted. A context manager: it may own
-    files.
-    """
+    """Finds repeated 64-bit hashes. A context manager: it may own temporary files."""
 
     def __init__(self, in_memory: int = HASHES_IN_MEMORY) -> None:
         self._in_memory = in_memory

@@ -1,7 +1,7 @@
 """Which files an input names: on local disks and s3://, each with what tells that it has not
 changed since.
 
-Owns patterns, directories and names. Opens no file; knows nothing of what is in one.
+Owns patterns, directories and names. Opens no file.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ MAGIC = re.compile(r"[*?\[]")  # where a glob begins
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputFile:
-    """A file before it was opened. `name` is the path as the job spells it, `stamp` changes when
-    the content does.
-    """
+    """A file before it was opened. `name` is as the job spells it; `stamp` tells a change."""
 
     name: str
     path: str
@@ -40,9 +38,7 @@ class InputFile:
 
     @property
     def mark(self) -> tuple[str, int, str]:
-        """The same as long as the file is; the path may be another where a relative name is looked
-        up elsewhere.
-        """
+        """Equal while the file is the same, also where a relative name leads to another path."""
         return self.name, self.size, self.stamp
 
     @property
@@ -53,8 +49,7 @@ class InputFile:
 def list_files(
     patterns: Sequence[str], storage: StorageSection, *, may_be_gone: bool = False
 ) -> list[InputFile]:
-    """The files that `input` names, each once, directories and globs in name order. Raises
-    ConfigError.
+    """The files that `input` names, each once, in name order. Raises ConfigError.
 
     With `may_be_gone`, a pattern that matches nothing is a warning as long as another one matches
     something.
@@ -72,7 +67,8 @@ def list_files(
             found.setdefault(file.path, file)
     if not found and patterns:
         raise ConfigError(
-            f"input: no file is left of {', '.join(map(repr, patterns))}; check that what holds them can be reached"
+            f"input: no file is left of {', '.join(map(repr, patterns))}; check that what holds "
+            "them can be reached"
         )
     return list(found.values())
 
@@ -86,14 +82,15 @@ def _expand(pattern: str, storage: StorageSection) -> list[InputFile]:
     for file in files:
         if os.path.splitext(file.path)[1] not in SUFFIXES:
             raise ConfigError(
-                f"input: {file.name} is neither Parquet nor JSONL by its name ({', '.join(SUFFIXES)}); "
+                f"input: {file.name} is neither Parquet nor JSONL by its name "
+                f"({', '.join(SUFFIXES)}); "
                 "convert or unpack it, or narrow the pattern"
             )
     return files
 
 
 def _remote_files(pattern: str, store: S3) -> list[InputFile]:
-    """Objects that a glob, a folder or a name means. Listed in pages, which say sizes and tags too."""
+    """Objects that a glob, a folder or a name means; pages tell their sizes and tags."""
     try:
         if glob.has_magic(pattern):
             matches = re.compile(glob_translate(pattern)).fullmatch

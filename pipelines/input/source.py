@@ -2,7 +2,7 @@
 
 Owns Parquet and JSONL on local disks and s3://, and everything that can be wrong with a file as a
 whole. Which files there are says pipelines.input.listing; what a row's values are,
-pipelines.input.values. Knows nothing of tasks or Ray.
+pipelines.input.values.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What one look at the input files tells: the types of the columns that are read, and how many
-    rows each Parquet file has.
-    """
+    """The types of the columns that are read, and the rows of each Parquet file."""
 
     files: Sequence[InputFile]
     schema: pa.Schema
@@ -76,9 +74,7 @@ class Survey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """How to open files, and which columns to read from them: a description that travels to the
-    workers.
-    """
+    """How to open files, and which columns to read; a description that travels to workers."""
 
     storage: StorageSection
     columns: tuple[str, ...]
@@ -111,9 +107,7 @@ class Source:
         return Survey(files=files, schema=_unified(schemas, looked_at), num_rows=num_rows)
 
     def line_blocks(self, file: InputFile) -> Iterator[tuple[int, bytes]]:
-        """A JSONL file as (offset, bytes) pieces of whole lines, in order, SCAN_BYTES or one line
-        at a time.
-        """
+        """A JSONL file as (offset, bytes) of whole lines, SCAN_BYTES or one line at a time."""
         offset, pending = 0, list[bytes]()
         with self.open(file) as stream:
             while chunk := stream.read(SCAN_BYTES):
@@ -137,8 +131,7 @@ class Source:
             yield [line_key(line, key) for line in split_lines(block)]
 
     def read(self, file: InputFile, rows: RowRange) -> pa.Table:
-        """The unit's rows: the wanted columns of a Parquet file, or a JSONL file's raw lines as
-        LINE and NUMBER.
+        """The wanted columns of Parquet rows, or raw lines of JSONL as LINE and NUMBER.
 
         Raises ConfigError when the file is no longer what it was when the job was planned,
         DamagedError when Parquet cannot decode these rows, and StorageError when the store fails.
@@ -153,7 +146,8 @@ class Source:
             _cursor.cache_clear()  # it stands somewhere in the middle
             if not _is_damage(error):
                 raise StorageError(
-                    f"input: {file.name} cannot be read ({error}); mend that and run the same command again"
+                    f"input: {file.name} cannot be read ({error}); mend that and run the same "
+                    "command again"
                 ) from error
             raise DamagedError(
                 f"input: {file.name} is damaged at rows {rows.start} to {rows.stop - 1}: {error}"
@@ -189,9 +183,7 @@ class Source:
         )
 
     def _read_schema(self, footer: pq.FileMetaData) -> pa.Schema:
-        """What is read of a Parquet file; a prompt without columns still needs to know how many
-        rows there are.
-        """
+        """The schema of what is read; a column at least, which tells how many rows there are."""
         schema = footer.schema.to_arrow_schema()
         return pa.schema([schema.field(column) for column in self.columns or schema.names[:1]])
 
@@ -240,9 +232,7 @@ class Source:
         return _arrow_schema(file, self._footer(file))
 
     def _sampled_schema(self, file: InputFile) -> pa.Schema:
-        """Types from the first rows that are JSON objects, by what most of them hold: slips change
-        nothing.
-        """
+        """Types by what most of the first rows hold that are JSON objects."""
         lines = chain.from_iterable(split_lines(block) for _, block in self.line_blocks(file))
         sample = [row for _, row in zip(range(SAMPLE_ROWS), map(parse_line, lines), strict=False)]
         rows = [row for row in sample if not isinstance(row, RowError)]
@@ -331,14 +321,13 @@ def _readable(file: InputFile) -> Iterator[None]:
         raise ConfigError(_changed(file, str(error))) from error
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(
-            f"input: {file.name} cannot be read as Parquet; is it truncated? ({error}); replace or leave out the file"
+            f"input: {file.name} cannot be read as Parquet; is it truncated? ({error}); replace or "
+            "leave out the file"
         ) from error
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether Arrow could not make sense of what it read: then it raises a bare OSError, which
-    systems never do.
-    """
+    """Whether Arrow could not decode it: it raises a bare OSError then, as no system does."""
     return not isinstance(error, OSError) or (
         type(error) is OSError and error.errno is None and not error.__cause__
     )
@@ -346,7 +335,8 @@ def _is_damage(error: Exception) -> bool:
 
 def _changed(file: InputFile, how: str) -> str:
     return (
-        f"input: {file.name} has changed since the job was planned: {how}; restore it, or start over with another "
+        f"input: {file.name} has changed since the job was planned: {how}; restore it, or start "
+        "over with another "
         "output"
     )
 
@@ -372,7 +362,8 @@ def _refuse_extensions(file: InputFile, metadata: dict[bytes, bytes]) -> None:
         known = re.findall(rb"(?:ray|arrow|huggingface|pandas|geoarrow)[\w.]*\.[\w.]+", schema)
         kind = f" ({known[0].decode()})" if known else ""
         raise ConfigError(
-            f"input: {file.name} has a column of an Arrow extension type{kind}; only plain types are read: "
+            f"input: {file.name} has a column of an Arrow extension type{kind}; only plain types "
+            "are read: "
             "write the column as bytes, text, numbers, lists or structs"
         )
 
@@ -411,7 +402,8 @@ def _unified(schemas: Sequence[pa.Schema], files: Sequence[InputFile]) -> pa.Sch
             unified = pa.unify_schemas([unified, schema], promote_options="permissive")
         except pa.ArrowException as error:
             raise ConfigError(
-                f"input: the column types of {file.name} do not go with those of {files[0].name}: {error}; "
+                f"input: the column types of {file.name} do not go with those of {files[0].name}: "
+                f"{error}; "
                 "convert one of them"
             ) from error
     types = [pa.string() if pa.types.is_null(field.type) else field.type for field in unified]
@@ -419,9 +411,7 @@ def _unified(schemas: Sequence[pa.Schema], files: Sequence[InputFile]) -> pa.Sch
 
 
 def _sampled_type(values: list[Any]) -> pa.DataType:
-    """The type of the values of the kind that more than half of them have; text where there is no
-    such kind.
-    """
+    """The type that more than half of the values have; text where there is none."""
     kinds = Counter(_json_kind(value) for value in values if value is not None)
     if not kinds:
         return pa.null()

@@ -1,7 +1,6 @@
 """What was read, as Python rows: lines of JSONL and cells of Arrow columns, and the keys of rows.
 
-A row that is wrong by itself becomes a RowError here. Knows nothing of files' formats, stores or
-tasks.
+A row that is wrong by itself becomes a RowError here.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ LINE, NUMBER = "line", "line_number"
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a value that Python cannot hold: a date after the year 9999, a list with text that
-    is not UTF-8.
-    """
+    """Stands for what Python cannot hold: a year after 9999, lists of text that is not UTF-8."""
 
 
 def split_lines(data: bytes) -> list[bytes]:
@@ -89,9 +86,7 @@ def decode_rows(table: pa.Table) -> list[Row | RowError]:
 
 
 def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Python values; a text that is not UTF-8 comes as its bytes, and what Python cannot hold as
-    Unreadable.
-    """
+    """Python values: bytes for text that is not UTF-8, Unreadable for what Python cannot hold."""
     try:
         values: list[Any] = column.to_pylist()
         return values
@@ -105,9 +100,7 @@ def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def row_key(file: InputFile, row: int) -> str:
-    """The key of a row where the job names no key column, or the row has none: input file and row
-    number from 0.
-    """
+    """The key of a row that has no other: input file and row number from 0."""
     return f"{file.name}:{row}"
 
 

@@ -18,9 +18,11 @@ STAGES = (*BEFORE_ENGINE, ENGINE, *AFTER_ENGINE)
 BUSY_SHARE = 0.9  # of an engine that has all it needs
 REMEDIES = {
     READING: "move the input nearer (reading is waiting for files), or raise preprocess.workers",
-    MEDIA: "raise preprocess.workers, or let images and videos be smaller (preprocess.max_pixels, preprocess.fps)",
+    MEDIA: "raise preprocess.workers, or let images and videos be smaller "
+    "(preprocess.max_pixels, preprocess.fps)",
     PREPARING: "raise preprocess.workers: prompts are rendered and tokenized there",
-    ENGINE: "as it should be; more engine.replicas, shorter prompts or fewer output tokens make it faster",
+    ENGINE: "as it should be; more engine.replicas, shorter prompts or fewer output tokens make "
+    "it faster",
     PARSING: "let units be larger (commit.unit_rows), or give the cluster more CPUs",
     COMMITTING: "let units be larger (commit.unit_rows), or write to a nearer place",
 }

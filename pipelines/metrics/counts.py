@@ -1,7 +1,7 @@
 """Counts of finished work: of one unit, of a run in progress, of a whole job. Pure data and
 arithmetic.
 
-Knows output columns by name; knows nothing of Ray, files, or how the numbers are shown.
+Knows output columns by name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ Phase = Literal["planning", "starting", "running", "done"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What some committed rows add up to. `errors` counts rows by error code; tokens are sums over
-    all rows.
-    """
+    """Sums over committed rows: `errors` by error code, tokens of all rows."""
 
     rows: int = 0
     ok: int = 0
@@ -56,9 +54,7 @@ class Counts:
 
     @property
     def accuracy(self) -> float | None:
-        """The fraction of rows with a gold answer that are right; rows that failed are wrong. None
-        without gold.
-        """
+        """The fraction of rows with a gold answer that are right; None without gold."""
         return self.gold_correct / self.gold_rows if self.gold_rows else None
 
     def to_json(self) -> dict[str, Any]:
@@ -84,8 +80,7 @@ _INTEGERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A moment of a run: `counts` of everything committed so far, of which `resumed` was there when
-    it began.
+    """A moment of a run: `counts` of all that is committed, `resumed` of what was before.
 
     `spent` says what this run's units have taken of its workers' seconds: see
     pipelines.metrics.bottleneck. `elapsed_s` counts from the start of this run, `working_s` from
@@ -119,9 +114,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a finished run has to say. `notes` are sentences for people that belong under the
-    numbers.
-    """
+    """What a finished run came to. `notes` are sentences to stand below the numbers."""
 
     output: str
     counts: Counts

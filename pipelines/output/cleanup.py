@@ -3,7 +3,7 @@ retried, temporaries, the journal of units that are committed.
 
 A part may go when it can never be named any more: its unit has a record of its generation, or of a
 later one, that names another part. Parts of units that are not committed stay, as a worker may be
-about to commit them. Parts that the manifest names stay, too. Knows nothing of Ray.
+about to commit them. Parts that the manifest names stay, too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Collected:
 
 
 def collect(output: Output, kept: Collection[str] = ()) -> Collected:
-    """Removes all of that but the parts `kept`. Raises ConfigError when there is no output, or a
-    driver owns it.
-    """
+    """Removes that but for `kept`. Raises ConfigError without an output or while a driver works."""
     output.standing_plan()
     temporaries = list(_files(output, TEMPORARY))  # later ones may be the lease's own
     with own(output.store) as lease:

@@ -1,12 +1,12 @@
 """The protocol by which rows get into an output, so that a crash at any moment loses no row.
 
-    OUTPUT/plan.json, plan-2.json ...     created once each: input files, units, fingerprint; the highest counts
-    OUTPUT/parts/UNIT-gN-ATTEMPT.parquet  a unit's rows, under a name that no other attempt has
-    OUTPUT/commits/UNIT-gN.json           created once: which part counts for the unit; the highest N counts
-    OUTPUT/manifest.json                  written last; readers open this and never list a directory
-    OUTPUT/job.json                       the job as the last driver ran it, for `retry`
-    OUTPUT/lease/                         which driver owns the output: see pipelines.output.lease
-    OUTPUT/journal/                       answers of units that are still in work: see pipelines.output.journal
+    plan.json, plan-2.json ...     created once each: files, units, fingerprint; the highest counts
+    parts/UNIT-gN-ATTEMPT.parquet  a unit's rows, under a name that no other attempt has
+    commits/UNIT-gN.json           created once: which part counts for the unit, by the highest N
+    manifest.json                  written last; readers open this and never list a directory
+    job.json                       the job as the last driver ran it, for `retry`
+    lease/                         which driver owns the output: see lease.py
+    journal/                       answers of units that are still in work: see journal.py
 
 "Created once" means that the second writer is told so, which is all the protocol asks of a store. A
 record of generation N + 1 is made by a retry of generation N's failed rows. Parts that no record
@@ -50,9 +50,7 @@ class Output(Parts):
         return cls(open_store(path, storage or StorageSection()))
 
     def plan(self) -> Plan | None:
-        """The plan that counts here, None where no job has begun. Raises ConfigError for one that
-        cannot be read.
-        """
+        """The plan that counts, None before a job began. Raises ConfigError for a broken one."""
         try:
             number = max(self._plan_numbers(), default=0)
             return Plan.from_json(self.store.read(_plan_name(number))) if number else None
@@ -80,14 +78,14 @@ class Output(Parts):
                 else ""
             )
             raise ConfigError(
-                f"output: {self.place} was begun by another job; use another output, remove this one, or undo the "
+                f"output: {self.place} was begun by another job; use another output, remove this "
+                "one, or undo the "
                 f"difference{hint} (there -> now):\n  {lines}"
             )
         return plan
 
     def begin(self, plan: Plan) -> Plan:
-        """Creates the output with this plan and returns the plan that counts: another driver's if
-        it was first.
+        """Creates the output; returns the plan that counts, another driver's if it was first.
 
         Raises ConfigError when the place cannot be written, or cannot tell a second writer from the
         first.
@@ -107,9 +105,7 @@ class Output(Parts):
         return standing
 
     def take_over(self, plan: Plan, job: bytes) -> None:
-        """Says that this plan is what the output's owner works on: the one that stands, or one that
-        extends it.
-        """
+        """Makes this plan, the standing one or an extension of it, what the owner works on."""
         standing = self.standing_plan()
         if standing.fingerprint != plan.fingerprint:
             number = max(self._plan_numbers()) + 1
@@ -142,9 +138,7 @@ class Output(Parts):
         return read_manifest(self)
 
     def iter_tables(self) -> Iterator[pa.Table]:
-        """The committed tables in the order of the input, one part in memory at a time, checksums
-        compared.
-        """
+        """The committed tables in the order of the input, one in memory at a time, verified."""
         yield from map(self.read_part, self.manifest().parts)
 
     def _plan_numbers(self) -> Iterator[int]:
@@ -163,7 +157,8 @@ class Output(Parts):
         ]
         if strange or any(self.store.pages(PARTS)):
             raise ConfigError(
-                f"output: {self.place} holds something else ({', '.join(strange[:5]) or 'parts without a plan'}); "
+                f"output: {self.place} holds something else "
+                f"({', '.join(strange[:5]) or 'parts without a plan'}); "
                 "name an empty or new place"
             )
 

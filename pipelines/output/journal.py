@@ -32,9 +32,7 @@ NAME = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Journal:
-    """The journal of an output, as it travels to the workers. `generations`: which one each
-    committed unit has.
-    """
+    """An output's journal as it travels. `generations`: which one each committed unit has."""
 
     output: Output
     every_seconds: float
@@ -83,9 +81,7 @@ class Journal:
 
 
 def leftovers(output: Output) -> Iterator[Entry]:
-    """What is put aside of units that are committed, because who committed them died before it
-    removed this.
-    """
+    """What is put aside of committed units: who committed them died before it removed this."""
     generations = output.generations()
     entries = [entry for page in output.store.pages(JOURNAL) for entry in page]
     for entry in sorted(entries, key=lambda entry: entry.name):

@@ -1,13 +1,13 @@
 """Who owns an output: at most one driver works on it, and a dead one's place is taken over.
 
     OUTPUT/lease/epoch-N.json   created once by the driver that owns the output in its N-th epoch
-    OUTPUT/lease/beat-N.json    written anew every BEAT_S seconds by that driver, and once more when it is done
+    OUTPUT/lease/beat-N.json    written anew by it every BEAT_S seconds, and when it is done
 
 A driver counts as dead when its process is provably gone (the same boot and process namespace of
 the same machine), or when its beat has not changed for DEAD_AFTER_S on the clock of the one who
 looks: clocks are never compared. Whoever finds the next epoch taken has lost the output. Commit
 records stay safe without all this, as the first one wins; the lease keeps drivers from doing each
-other's work, and from replacing each other's manifests. Knows nothing of units.
+other's work, and from replacing each other's manifests.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class LeaseLostError(GlmBatchError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A driver that owns or owned an output. `boot`, `namespace` and `started` tell its process
-    from all others.
-    """
+    """A driver that owns or owned an output; `boot`, `namespace`, `started` tell its process."""
 
     epoch: int
     id: str
@@ -103,7 +101,8 @@ class Lease:
         """Raises LeaseLostError when this driver has found out that it owns the output no more."""
         if self._lost is not None:
             raise LeaseLostError(
-                f"{self._store.place} belongs to another driver now: {self._lost}; this one stops. What it committed "
+                f"{self._store.place} belongs to another driver now: {self._lost}; this one stops. "
+                "What it committed "
                 "stays"
             )
 
@@ -164,8 +163,7 @@ def own(store: Store) -> Iterator[Lease]:
 
 
 def take(store: Store) -> Holder:
-    """Makes this process the owner; waits up to DEAD_AFTER_S for signs of life of an owner that may
-    be dead.
+    """Makes this process the owner; waits DEAD_AFTER_S at most for signs of life of another.
 
     Raises BusyError when it is alive, or when a third one was quicker.
     """
@@ -222,7 +220,8 @@ def _await_death(store: Store, epoch: int) -> None:
         alive = True if _read(store, _beat_name(epoch)) != beat else None
     if alive:
         raise BusyError(
-            f"output: {store.place} is being written by another driver ({holder}); wait for it or stop it, then run "
+            f"output: {store.place} is being written by another driver ({holder}); wait for it or "
+            "stop it, then run "
             "the same command again"
         )
 
@@ -275,9 +274,7 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in clock ticks since boot; None when it is gone, or dead and not yet
-    buried.
-    """
+    """When a process began, in clock ticks since boot; None when it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -126,9 +126,7 @@ def manifest_content(output: Parts) -> dict[str, Any] | None:
 
 
 def _kept_of_deleted(plan: Plan, parts: Sequence[str]) -> dict[str, Any]:
-    """What the manifest says of files that are no longer part of the input: the last parts are
-    theirs.
-    """
+    """What the manifest says of files that left the input: the last parts are theirs."""
     entries, rest = [], list(parts)
     for planned in reversed(plan.deleted):
         first = len(rest) - -(-planned.num_rows // plan.unit_rows)

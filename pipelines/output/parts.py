@@ -1,6 +1,4 @@
-"""Parts and commit records: how a unit's rows get into an output, so that a crash at any moment loses
-none of them. The whole protocol stands in pipelines.output.commit.
-"""
+"""Parts and commit records: a unit's rows in an output. See commit.py for the whole protocol."""
 
 from __future__ import annotations
 
@@ -34,8 +32,7 @@ PART_NAME = re.compile(rf"{PARTS}/unit-(?P<unit>\d+)-g(?P<generation>\d+)-\w+\.p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """What counts for one unit: `part` is a path below the output, `checksum` the SHA-256 of its
-    bytes.
+    """A unit's part: `part` is its path below the output, `checksum` the SHA-256 of its bytes.
 
     For people only: `at` is when it was committed (UTC, as ISO 8601), `spent` where its seconds
     went until then.
@@ -78,7 +75,7 @@ class PartFile:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The committed units of an output. Only the description of its store travels to the workers."""
+    """The committed units of an output; travels to workers as the store's description."""
 
     store: Store
 
@@ -94,8 +91,7 @@ class Parts:
         generation: int = 1,
         spent: Mapping[str, float] | None = None,
     ) -> CommitRecord:
-        """Writes a unit's rows as a part and creates its commit record; returns the record that
-        counts.
+        """Writes a part and creates its commit record; returns the record that counts.
 
         `spent` are the unit's seconds so far. The record is an earlier attempt's when there is one,
         and then this attempt's part is removed again. Raises StorageError when the store fails.
@@ -200,7 +196,8 @@ class Parts:
             yield
         except OSError as error:
             raise StorageError(
-                f"{self.place} cannot be written ({error}); mend that (free space, access) and run the same command "
+                f"{self.place} cannot be written ({error}); mend that (free space, access) and run "
+                "the same command "
                 "again: what is committed stays"
             ) from error
 
@@ -217,7 +214,8 @@ def damage(place: str, part: PartFile) -> str:
         _record_name(int(match["unit"]), int(match["generation"])) if match else "its commit record"
     )
     return (
-        f"the committed part {place}/{part.name} is gone or is not what was written; restore it, or remove "
+        f"the committed part {place}/{part.name} is gone or is not what was written; restore it, "
+        "or remove "
         f"{record} there and run the job again"
     )
 

@@ -1,4 +1,4 @@
-"""How far an output is, and whether its parts are what was committed. Reads, and changes nothing."""
+"""How far an output is, and whether its parts are what was committed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ VERIFIERS = 4  # parts in memory at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """How far an output has come, by its plan and commit records. `spent` is what its LATEST units
-    have taken.
-    """
+    """How far an output has come. `spent` is what its LATEST units have taken."""
 
     num_rows: int
     num_units: int

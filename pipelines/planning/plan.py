@@ -2,7 +2,7 @@
 
 The plan decides everything that a rerun must find again, so it is written once and read back by
 every later run: unit ids, duplicate keys and carried types do not depend on what a rerun would
-compute. Knows nothing of Ray or tasks' inner workings.
+compute.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One unit: the rows [rows.start, rows.stop) of file number `file` of the plan, committed
-    together.
-    """
+    """The rows [rows.start, rows.stop) of file number `file`, which are committed together."""
 
     index: int
     file: int
@@ -71,8 +69,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFile:
-    """An input file after it was opened once. `offsets` (JSONL) are the byte at which each unit
-    starts, and the end.
+    """A counted input file. `offsets` (JSONL) are the byte where each unit starts, and the end.
 
     `lines` (JSONL) are the numbers of the lines with which the units start, where empty lines make
     them other than the rows' numbers. `longest_line` in bytes is known when the file has just been
@@ -90,8 +87,7 @@ class PlannedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What stands in plan.json. Units are a function of it, so a billion rows cost kilobytes, not
-    row lists.
+    """What stands in plan.json. Units follow from it, so it stays small for a billion rows.
 
     The last `num_deleted` files are no longer part of the input: what was committed of them is
     kept.
@@ -153,9 +149,7 @@ class Plan:
                 index += 1
 
     def duplicates_by_unit(self) -> dict[tuple[int, int], dict[int, str]]:
-        """(file, first row of the unit) -> row number in the unit -> the key of the row that came
-        first.
-        """
+        """(file, first row of a unit) -> row in the unit -> key of the row that came first."""
         found: dict[tuple[int, int], dict[int, str]] = {}
         for (file, row), (first_file, first_row) in self.duplicates.items():
             start = row - row % self.unit_rows
@@ -210,9 +204,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class UnitSizes:
-    """How many rows each unit has: a few bytes for each file, for those who check units by their
-    number.
-    """
+    """How many rows each unit has, in a few bytes for each file."""
 
     unit_rows: int
     file_rows: tuple[int, ...]
@@ -254,8 +246,7 @@ def survey_input(job: Job, files: Sequence[InputFile] | None = None) -> Survey:
 def make_plan(
     job: Job, survey: Survey, identity: Identity, known: Plan | None = None, *, grows: bool = False
 ) -> Plan:
-    """Cuts the input into units: newlines of JSONL are counted, and the key column is read if there
-    is one.
+    """Cuts the input into units; counts lines of JSONL and finds repeated keys.
 
     With a `known` plan, units are as large as there, and its files that are still the same are not
     counted again. With `grows`, units are as large as for many rows, whatever there is now. Raises
@@ -308,8 +299,7 @@ def shared_unit_rows(jobs: Sequence[Job], survey: Survey) -> int:
 
 
 def extended_plan(job: Job, plan: Plan, survey: Survey, identity: Identity) -> Plan:
-    """The plan with the files that were added to its input after the known ones, so that units keep
-    their numbers.
+    """The plan with the added files after the known ones, whose units keep their numbers.
 
     Raises ConfigError when the new files would change the types of the output.
     """
@@ -368,8 +358,7 @@ def choose_unit_rows(job: Job, num_rows: int, num_bytes: int = 0, row_bytes: flo
 
 
 def _fewer_rows(planned: Sequence[PlannedFile], unit_rows: int) -> int | None:
-    """Rows of a unit where the heaviest unit of lines is too heavy for `unit_rows`; None where it
-    is not.
+    """Rows of a unit where `unit_rows` make the heaviest one too heavy, else None.
 
     A line that is too heavy by itself is a unit at worst, with what stands around it.
     """
@@ -383,8 +372,7 @@ def _fewer_rows(planned: Sequence[PlannedFile], unit_rows: int) -> int | None:
 
 
 def identify(job: Job, files: Sequence[InputFile], model_dir: str) -> Identity:
-    """Everything that decides what the rows come out as: a rerun that differs in any of it is
-    another job.
+    """Everything that decides what the rows come out as: with a difference it is another job.
 
     Limits that can only turn a row into an error are not in it (`media`): what failed can be tried
     again with others.
@@ -442,9 +430,7 @@ def adds_files_only(planned: Identity, asked: Identity) -> bool:
 
 
 def _row_bytes(job: Job, source: Source, survey: Survey) -> float:
-    """Bytes of media in a row, by the first rows of the first file; 0 for text. Of a request, all
-    that it weighs.
-    """
+    """Bytes of media in a row by the first rows, 0 for text; of a request, all its bytes."""
     file = survey.files[0]
     if job.asks_by_row:
         return _request_bytes(job, source, file)

@@ -236,9 +236,7 @@ def engine_config(job: Job) -> EngineConfig:
 
 
 def engine_of(job: Job, app: str | None) -> EngineConfig | EngineSource:
-    """Where the job's model runs: on workers of its own, or in the live application `app`. Raises
-    ConfigError.
-    """
+    """What runs the job's model: its own workers, or the application `app`. Raises ConfigError."""
     if app is None:
         return engine_config(job)
     source: EngineSource = rooms.load("pipelines.shared.app").shared_model(
@@ -254,8 +252,7 @@ def run_graphs(
     exporter: Exporter,
     on_record: Callable[[CommitRecord], None],
 ) -> None:
-    """Runs graphs that end in commits over all units, and tells of each record; ends early when
-    `watch` says so.
+    """Runs graphs over all units and tells of each record; ends early as `watch` says.
 
     Not all units make one graph: Ray's driver keeps some 10 KB for each block that it has ever
     seen.

@@ -49,9 +49,7 @@ class Checked:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Of the output, by the present input. Raises ConfigError for a column carried under a name
-        that is taken.
-        """
+        """The output's, by the present input. Raises ConfigError where a carried name is taken."""
         return self._output_schema(self.survey.schema)
 
     def prepared(self, plan: Plan) -> Prepared:

@@ -42,8 +42,7 @@ def retry_failed(
     stop: Stop | None = None,
     app: str | None = None,
 ) -> Summary:
-    """Recomputes the failed rows of all committed units, or those with one of `codes`; sums up the
-    whole output.
+    """Processes rows that failed, with one of `codes` if any, again; sums up the whole output.
 
     A finished output gets its manifest anew at the end. With `app`, the replicas of this live
     application do the model's work. Raises ConfigError before anything starts, otherwise as
@@ -129,7 +128,8 @@ def merged(part: pa.Table, again: pa.Table, codes: Sequence[str]) -> pa.Table:
     positions = failed_positions(part, codes)
     if len(positions) != again.num_rows:
         raise RuntimeError(
-            f"{again.num_rows} rows came back for {len(positions)} failed ones: Ray split or merged units"
+            f"{again.num_rows} rows came back for {len(positions)} failed ones: Ray split or "
+            "merged units"
         )
     attempts = pc.add(again["attempts"], part["attempts"].take(positions))
     again = again.set_column(again.schema.get_field_index("attempts"), "attempts", attempts).select(
@@ -164,9 +164,7 @@ class ReadFailed:
 
 @dataclass(frozen=True, slots=True)
 class Recommit:
-    """Output columns of a unit's failed rows -> `committed_table`, once its next generation is
-    committed.
-    """
+    """A unit's recomputed rows -> `committed_table`, once its next generation is committed."""
 
     journal: Journal
     spec: TaskSpec

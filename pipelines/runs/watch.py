@@ -47,8 +47,7 @@ class TooManyErrorsError(GlmBatchError):
 
 
 class Stop:
-    """Whether someone asked the run to stop. The first signal asks, the second one ends the process
-    at once.
+    """Whether someone asked the run to stop. A second signal ends the process at once.
 
     With `seconds`, the time asks, too, once they are over.
     """
@@ -75,17 +74,13 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGINT and SIGTERM for the duration of the context; elsewhere than on the main
-        thread, nothing.
-        """
+        """Takes SIGINT and SIGTERM meanwhile; nothing on another than the main thread."""
         with _handling(self._handle):
             yield
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Makes SIGTERM what SIGINT is, a KeyboardInterrupt, wherever `listening` does not take it;
-        keeps `signum`.
-        """
+        """Makes SIGTERM a KeyboardInterrupt, too, where `listening` does not take it."""
 
         def interrupt(signum: int, frame: FrameType | None) -> None:
             self.ask(signum)
@@ -123,9 +118,7 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 @dataclass(slots=True, kw_only=True)
 class Watch:
-    """Reasons to end a run early: a lost lease, and a signal once what the engines were at is
-    committed.
-    """
+    """Ends a run: when the lease is lost, or on a signal once the engines' units are committed."""
 
     lease: Lease
     stop: Stop
@@ -151,8 +144,7 @@ class Watch:
 
 
 def watched(items: Iterable[T], is_over: Callable[[], bool]) -> Iterator[T]:
-    """Gives the items as they come, from a thread of their own; ends when they do, or as soon as
-    `is_over` says so.
+    """Gives the items as they come from a thread of their own, until `is_over` says so.
 
     `is_over` is asked at least every LOOK_S seconds and after every item. What it raises, and what
     the items raise, comes out here.

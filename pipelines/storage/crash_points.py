@@ -8,10 +8,10 @@ order of a run:
     before_plan  after_plan           plan.json
     before_lease after_lease          the record of who owns the output
     before_journal after_journal      some answers of a unit that stays long in the engine
-    before_part  before_rename  after_part    a unit's rows (rename: any file of a local output that replaces)
-    before_record  before_link  after_record  its commit record (link: any file of a local output that must be first)
+    before_part  before_rename  after_part    a unit's rows (rename: any local file that replaces)
+    before_record  before_link  after_record  its commit record (link: any that must be first)
     before_manifest  after_manifest
-    before_export    after_export     output.jsonl and errors.jsonl of a batch file (after: export.json is to come)
+    before_export    after_export     a batch file's answers (after: export.json is to come)
     before_delete                     each file that gc removes
 """
 

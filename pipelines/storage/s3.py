@@ -3,8 +3,8 @@ deletion.
 
 Owns the retries: a call that a store or a network failed is repeated with growing pauses, each with
 its reason in the log, and what came back is measured before it is believed. The connection is made
-in the process that uses it, so that a description travels to workers. Knows nothing of outputs or
-rows. Every failure that stays is an OSError.
+in the process that uses it, so that a description travels to workers. Every failure that stays is
+an OSError.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ READ_AHEAD_BYTES = 1 << 20
 PART_BYTES = 16 << 20  # of an object that is written piece by piece; a store takes 10,000 of them
 PAGE_KEYS = 1000
 PASSING = {
-    "SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody", "BadDigest",
-    "XAmzContentSHA256Mismatch", "RequestLimitExceeded", "Throttling",
+    "SlowDown", "RequestTimeout", "OperationAborted", "ConditionalRequestConflict",
+    "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "RequestLimitExceeded",
+    "Throttling",
 }  # fmt: skip
 """Error codes below status 500 after which another try may go better."""
 
@@ -69,9 +70,7 @@ class S3:
     def read(
         self, url: str, start: int | None = None, stop: int | None = None, etag: str | None = None
     ) -> bytes:
-        """The object, or its bytes [start, stop). Raises ChangedError when it is not the one with
-        `etag`.
-        """
+        """The object, or its bytes [start, stop). Raises ChangedError for another `etag`."""
         if start is not None and start == stop:
             return b""
         wanted = (
@@ -96,9 +95,7 @@ class S3:
 
     @contextmanager
     def replacing(self, url: str) -> Iterator[Upload]:
-        """As `write`, piece by piece: the object stands when the context ends, and not at all if by
-        error.
-        """
+        """As `write`, piece by piece; the object stands when the context ends without an error."""
         upload = Upload(self, url)
         try:
             yield upload
@@ -133,8 +130,7 @@ class S3:
         self.call("DELETE", url, "delete_object")
 
     def pages(self, prefix: str, *, deep: bool) -> Iterator[tuple[list[Object], list[str]]]:
-        """Objects whose name begins with `prefix`, by name, a page at a time, and the folders among
-        them.
+        """Pages of objects whose name begins with `prefix`, by name, and the folders among them.
 
         With `deep`, objects in folders are listed themselves.
         """
@@ -190,9 +186,7 @@ class S3:
 
 
 class Upload:
-    """An object that is written piece by piece: in one call if it is small, else in parts of
-    PART_BYTES.
-    """
+    """An object written piece by piece: in one call if small, else in PART_BYTES at a time."""
 
     def __init__(self, store: S3, url: str) -> None:
         self._store, self._url = store, url
@@ -281,9 +275,7 @@ class ObjectFile(io.RawIOBase):
 
 @lru_cache(maxsize=4)
 def _files(storage: StorageSection, process: int) -> Any:
-    """This process's connection. Retries of the layers below are off: theirs are silent and blind
-    to short reads.
-    """
+    """This process's connection, without retries of its own: they are blind to short reads."""
     from s3fs import S3FileSystem
 
     files = S3FileSystem(
@@ -405,8 +397,9 @@ def _is_of_transport(error: BaseException | None) -> bool:
     from urllib3.exceptions import IncompleteRead
 
     kinds = (
-        ConnectionError, TimeoutError, asyncio.TimeoutError, asyncio.IncompleteReadError, HTTPClientError,
-        BotoConnectionError, ClientError, ResponseParserError, FSTimeoutError, IncompleteRead,
+        ConnectionError, TimeoutError, asyncio.TimeoutError, asyncio.IncompleteReadError,
+        HTTPClientError, BotoConnectionError, ClientError, ResponseParserError, FSTimeoutError,
+        IncompleteRead,
     )  # fmt: skip
     while error is not None:
         if isinstance(error, kinds):

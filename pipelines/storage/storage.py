@@ -33,9 +33,7 @@ REMOVERS = 32  # requests in flight to a store with long round trips
 
 
 class StorageError(GlmBatchError):
-    """A store failed and went on failing: a full disk, lost access. What is committed stays; rerun
-    when it is well.
-    """
+    """A store went on failing: a full disk, lost access. What is committed stays; run it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +51,7 @@ class Writer(Protocol):
 
 
 class Store(Protocol):
-    """What the commit protocol asks of a place. All are safe to call from several threads and
-    processes.
-    """
+    """What the commit protocol asks of a place, from several threads and processes at once."""
 
     @property
     def place(self) -> str:
@@ -68,37 +64,25 @@ class Store(Protocol):
         """Raises FileNotFoundError."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Makes or replaces `name`, durable; readers see the old or the new content, never a
-        mixture.
-        """
+        """Makes or replaces `name`, durable; readers see the old content or the new one."""
 
     def replacing(self, name: str) -> AbstractContextManager[Writer]:
-        """As `write`, of what is too much for the memory. It counts when the context ends without
-        an error.
-        """
+        """As `write`, of what is too much for the memory; counts when the context ends well."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Makes `name`, durable, unless it exists: True for the one writer that made it. `data`
-        must be unique.
-        """
+        """Makes `name`, durable, unless it exists; whether it did. `data` must be unique."""
 
     def copy(self, source: str, name: str) -> None:
-        """Makes `name`, durable, of a file that never changes, without moving its bytes. Raises
-        FileNotFoundError.
-        """
+        """Makes `name` of another file without moving its bytes. Raises FileNotFoundError."""
 
     def pages(self, folder: str = "") -> Iterator[list[Entry]]:
-        """The files and folders right below `folder`, some at a time, in any order. Nothing if
-        there is none.
-        """
+        """The files and folders right below `folder`, in pages and any order; maybe none."""
 
     def delete(self, name: str) -> None:
         """Removes a file; one that is gone already is no error."""
 
     def remove(self, folder: str) -> None:
-        """Removes a folder with all that is in it, in any order; one that is gone already is no
-        error.
-        """
+        """Removes a folder and all in it, in any order; one that is gone is no error."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None when there is none."""
@@ -116,9 +100,7 @@ def open_store(path: str, storage: StorageSection) -> Store:
 
 
 def check_store(store: Store) -> None:
-    """Raises ConfigError unless the store tells a second writer from the first, which all promises
-    rest upon.
-    """
+    """Raises ConfigError unless the store tells a second writer from the first one."""
     name = f"{TEMPORARY}/probe-{uuid.uuid4().hex}"
     try:
         store.prepare([TEMPORARY])
@@ -134,16 +116,15 @@ def check_store(store: Store) -> None:
         ) from error
     if not told:
         raise ConfigError(
-            f"output: {store.place} lets a second writer replace a file that must be created once (a store without "
+            f"output: {store.place} lets a second writer replace a file that must be created once "
+            "(a store without "
             "conditional writes, If-None-Match); rows could be lost there: choose another place"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStore:
-    """A directory of a file system. Files appear under temporary names first, so that no reader
-    sees half of one.
-    """
+    """A directory. Files have temporary names first, so that no reader sees half of one."""
 
     root: Path
 
