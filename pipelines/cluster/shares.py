@@ -118,11 +118,9 @@ def _replicas(job: Job, nodes: tuple[Node, ...], on_gpus: bool) -> tuple[int, in
     if room < fewest:
         raise ConfigError(
             f"engine.replicas: {_counted(fewest, 'replica')} of {_counted(ranks, 'GPU')} on one "
-            "machine each are asked "
-            f"for, but the cluster has room for {room} (GPUs of its machines: "
-            f"{', '.join(str(node.gpus) for node in nodes)}); lower engine.replicas or "
-            "engine.tensor_parallel_size, or "
-            "set engine.device: cpu"
+            f"machine each are asked for, but the cluster has room for {room} (GPUs of its "
+            f"machines: {', '.join(str(node.gpus) for node in nodes)}); lower engine.replicas or "
+            "engine.tensor_parallel_size, or set engine.device: cpu"
         )
     return fewest, min(most, room)
 

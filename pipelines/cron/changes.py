@@ -99,8 +99,8 @@ def check_carried(job: Job, plan: Plan, before: Plan) -> None:
         if now != then:
             raise ConfigError(
                 f"carry: the column {name!r} has type {now} in the present input, and the output "
-                f"holds {then}; convert "
-                "the files that differ, or process every row again with --changed-job"
+                f"holds {then}; convert the files that differ, or process every row again with "
+                "--changed-job"
             )
 
 

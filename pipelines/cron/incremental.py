@@ -181,8 +181,8 @@ class _Run:
         )
         raise ConfigError(
             f"output: {self._versions.store.place} is another job's; undo the difference, name "
-            "another output, or "
-            f"process every row again with --changed-job (there -> now):\n  {lines}"
+            "another output, or process every row again with --changed-job (there -> now):\n  "
+            f"{lines}"
         )
 
     def _is_up_to_date(
@@ -281,8 +281,7 @@ class _Run:
             raise ConfigError(
                 f"output: {self._versions.store.place} has lost rows of deleted input files "
                 f"({', '.join(sorted(lost)[:5])}); restore its parts or these files, or give them "
-                "up with "
-                "--drop-deleted"
+                "up with --drop-deleted"
             )
         return before - len(wanted)
 

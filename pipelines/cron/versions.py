@@ -61,8 +61,7 @@ class Versions:
         if strange := sorted(set(entries) - OWN_NAMES):
             raise ConfigError(
                 f"output: {self.store.place} holds something else ({', '.join(strange[:5])}); name "
-                "an empty or new "
-                "place"
+                "an empty or new place"
             )
         if VERSIONS in entries:
             return
@@ -114,8 +113,7 @@ class Versions:
         except (ValueError, KeyError) as error:
             raise ConfigError(
                 f"output: {self.store.place}/{MANIFEST} is none of a cron output ({error}); "
-                "restore it, or name "
-                "another place"
+                "restore it, or name another place"
             ) from error
 
     def unfinished(self) -> list[str]:

@@ -61,8 +61,7 @@ def _refuse_no_key(num_duplicates: int, key: str) -> None:
     if num_duplicates > MAX_DUPLICATES:
         raise ConfigError(
             f"key: more than {MAX_DUPLICATES:,} rows repeat the {key!r} of another row; name a "
-            "column with unique "
-            "values, or leave key out to number the rows"
+            "column with unique values, or leave key out to number the rows"
         )
 
 

@@ -83,8 +83,7 @@ def _expand(pattern: str, storage: StorageSection) -> list[InputFile]:
         if os.path.splitext(file.path)[1] not in SUFFIXES:
             raise ConfigError(
                 f"input: {file.name} is neither Parquet nor JSONL by its name "
-                f"({', '.join(SUFFIXES)}); "
-                "convert or unpack it, or narrow the pattern"
+                f"({', '.join(SUFFIXES)}); convert or unpack it, or narrow the pattern"
             )
     return files
 

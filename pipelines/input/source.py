@@ -336,8 +336,7 @@ def _is_damage(error: Exception) -> bool:
 def _changed(file: InputFile, how: str) -> str:
     return (
         f"input: {file.name} has changed since the job was planned: {how}; restore it, or start "
-        "over with another "
-        "output"
+        "over with another output"
     )
 
 
@@ -363,8 +362,7 @@ def _refuse_extensions(file: InputFile, metadata: dict[bytes, bytes]) -> None:
         kind = f" ({known[0].decode()})" if known else ""
         raise ConfigError(
             f"input: {file.name} has a column of an Arrow extension type{kind}; only plain types "
-            "are read: "
-            "write the column as bytes, text, numbers, lists or structs"
+            "are read: write the column as bytes, text, numbers, lists or structs"
         )
 
 
@@ -403,8 +401,7 @@ def _unified(schemas: Sequence[pa.Schema], files: Sequence[InputFile]) -> pa.Sch
         except pa.ArrowException as error:
             raise ConfigError(
                 f"input: the column types of {file.name} do not go with those of {files[0].name}: "
-                f"{error}; "
-                "convert one of them"
+                f"{error}; convert one of them"
             ) from error
     types = [pa.string() if pa.types.is_null(field.type) else field.type for field in unified]
     return pa.schema(list(zip(unified.names, types, strict=True)))

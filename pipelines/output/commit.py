@@ -79,8 +79,7 @@ class Output(Parts):
             )
             raise ConfigError(
                 f"output: {self.place} was begun by another job; use another output, remove this "
-                "one, or undo the "
-                f"difference{hint} (there -> now):\n  {lines}"
+                f"one, or undo the difference{hint} (there -> now):\n  {lines}"
             )
         return plan
 
@@ -158,8 +157,7 @@ class Output(Parts):
         if strange or any(self.store.pages(PARTS)):
             raise ConfigError(
                 f"output: {self.place} holds something else "
-                f"({', '.join(strange[:5]) or 'parts without a plan'}); "
-                "name an empty or new place"
+                f"({', '.join(strange[:5]) or 'parts without a plan'}); name an empty or new place"
             )
 
 

@@ -5,8 +5,7 @@ whole units.
 
 A unit that stays in the engine for longer than `every_seconds` puts aside what it has finished
 since the last time; whoever takes it up again finds that here, and its commit removes it. A file
-that is not what its name says counts for nothing: its rows are computed again. Knows nothing of
-engines or of what stands in the tables.
+that is not what its name says counts for nothing: its rows are computed again.
 """
 
 from __future__ import annotations

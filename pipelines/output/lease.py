@@ -102,8 +102,7 @@ class Lease:
         if self._lost is not None:
             raise LeaseLostError(
                 f"{self._store.place} belongs to another driver now: {self._lost}; this one stops. "
-                "What it committed "
-                "stays"
+                "What it committed stays"
             )
 
     def confirm(self) -> None:
@@ -221,8 +220,7 @@ def _await_death(store: Store, epoch: int) -> None:
     if alive:
         raise BusyError(
             f"output: {store.place} is being written by another driver ({holder}); wait for it or "
-            "stop it, then run "
-            "the same command again"
+            "stop it, then run the same command again"
         )
 
 

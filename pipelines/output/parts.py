@@ -197,8 +197,7 @@ class Parts:
         except OSError as error:
             raise StorageError(
                 f"{self.place} cannot be written ({error}); mend that (free space, access) and run "
-                "the same command "
-                "again: what is committed stays"
+                "the same command again: what is committed stays"
             ) from error
 
 
@@ -215,8 +214,7 @@ def damage(place: str, part: PartFile) -> str:
     )
     return (
         f"the committed part {place}/{part.name} is gone or is not what was written; restore it, "
-        "or remove "
-        f"{record} there and run the job again"
+        f"or remove {record} there and run the job again"
     )
 
 

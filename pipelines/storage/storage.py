@@ -4,8 +4,7 @@ needs.
     read, write (whole and durable, replacing; at once or piece by piece), create (whole and
     durable, the first writer wins), copy, list, delete, size
 
-Names are relative to the store, with "/" between folders. Failures are OSErrors. Knows nothing of
-what is written.
+Names are relative to the store, with "/" between folders. Failures are OSErrors.
 """
 
 from __future__ import annotations
@@ -117,8 +116,8 @@ def check_store(store: Store) -> None:
     if not told:
         raise ConfigError(
             f"output: {store.place} lets a second writer replace a file that must be created once "
-            "(a store without "
-            "conditional writes, If-None-Match); rows could be lost there: choose another place"
+            "(a store without conditional writes, If-None-Match); rows could be lost there: "
+            "choose another place"
         )
 
 
