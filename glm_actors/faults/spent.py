@@ -58,7 +58,7 @@ def timed(what: str) -> Iterator[None]:
         yield
 
 
-def spent(table: pa.Table) -> dict[str, float]:
+def spent_on(table: pa.Table) -> dict[str, float]:
     """A unit's seconds so far; none where nothing was timed."""
     if SPENT not in table.column_names or not table.num_rows:
         return {}

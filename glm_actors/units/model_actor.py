@@ -20,7 +20,13 @@ import pyarrow as pa
 
 from glm_batch.glm_actors.engines.engine_loop import EngineLoop, Submission
 from glm_batch.glm_actors.engines.worker_group import WorkerGroup, needs_ranks
-from glm_batch.glm_actors.faults.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, spent, with_spent
+from glm_batch.glm_actors.faults.spent import (
+    ENGINE_BUSY,
+    ENGINE_IDLE,
+    IN_ENGINE,
+    spent_on,
+    with_spent,
+)
 from glm_batch.glm_actors.faults.startup import loading
 from glm_batch.glm_actors.faults.suspects import Answer, Guard, NoRestartError, RayBook
 from glm_batch.glm_actors.faults.watchdog import STDERR, HangLimits, Watchdog
@@ -110,7 +116,7 @@ class ModelActor:
             for answer in answers
             for done in _completions(answer, requests[first[answer.start] : first[answer.stop]])
         ]
-        seconds = spent(table) | {IN_ENGINE: time.monotonic() - begun} | self._usage()
+        seconds = spent_on(table) | {IN_ENGINE: time.monotonic() - begun} | self._usage()
         return with_spent(with_completions(table, completions), seconds)
 
     def _usage(self) -> dict[str, float]:

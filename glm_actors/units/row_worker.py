@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from glm_batch.glm_actors.faults.spent import Stopwatch, spent, with_spent
+from glm_batch.glm_actors.faults.spent import Stopwatch, spent_on, with_spent
 from glm_batch.glm_actors.faults.startup import loading
 from glm_batch.glm_actors.faults.suspects import Guard, RayBook, Run
 from glm_batch.models.errors import GlmBatchError, RowError
@@ -86,7 +86,7 @@ class RowWorker:
         return self._timed(table, over)
 
     def _timed(self, table: pa.Table, over: Callable[[Step, pa.Table], pa.Table]) -> pa.Table:
-        stopwatch = Stopwatch(spent(table))
+        stopwatch = Stopwatch(spent_on(table))
         for step in self._steps:
             with stopwatch.on(step.name):
                 table = over(step, table)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from glm_batch.glm_actors.faults.spent import spent
+from glm_batch.glm_actors.faults.spent import spent_on
 from glm_batch.glm_actors.units.arrow_structs import arrow_type, reader, to_arrow
 from glm_batch.glm_actors.units.row_worker import Step
 from glm_batch.models.errors import EngineError, RowError
@@ -193,7 +193,9 @@ class Commit:
                 "units"
             )
         rows = table.select(self.spec.schema.names)
-        record = self.journal.output.commit(units[0], rows, count_rows(table), spent=spent(table))
+        record = self.journal.output.commit(
+            units[0], rows, count_rows(table), spent=spent_on(table)
+        )
         self.journal.forget(units[0])
         return committed_table(record)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glm_batch.glm_actors.faults.spent import spent
+from glm_batch.glm_actors.faults.spent import spent_on
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.pipelines.graph.steps import Read, committed_table
 from glm_batch.pipelines.job import Job
@@ -188,6 +188,6 @@ class Recommit:
         failed = part.take(failed_positions(part, self.codes))
         old = count_rows(failed.append_column(RIGHT, pa.nulls(failed.num_rows, pa.bool_())))
         counts = before.counts - replace(old, gold_rows=new.gold_rows) + new
-        record = output.commit(unit, whole, counts, generation + 1, spent(table))
+        record = output.commit(unit, whole, counts, generation + 1, spent_on(table))
         self.journal.forget(unit)
         return committed_table(record)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glm_batch.glm_actors.faults.spent import IN_ENGINE, spent, with_spent
+from glm_batch.glm_actors.faults.spent import IN_ENGINE, spent_on, with_spent
 from glm_batch.glm_actors.units.batches import request_table
 from glm_batch.models.engine.api.request import Request
 from glm_batch.models.errors import EngineError, RowError
@@ -261,7 +261,7 @@ class CommitBundle:
         # A cell has its share of what went into the bundle; all of them were in the engine as long
         # as it was.
         share = {
-            what: s if what == IN_ENGINE else s / len(cells) for what, s in spent(table).items()
+            what: s if what == IN_ENGINE else s / len(cells) for what, s in spent_on(table).items()
         }
         for cell, _ in cells:
             pieces = table.filter(pc.equal(table[CELL], cell))[PARSED]

@@ -11,7 +11,7 @@ from glm_batch.glm_actors.faults.spent import (
     ENGINE_IDLE,
     MEDIA,
     Stopwatch,
-    spent,
+    spent_on,
     timed,
     with_spent,
 )
@@ -90,12 +90,12 @@ def test_seconds_travel_with_a_unit_through_its_steps():
     once = RowWorker(lambda: [Step(READING, 0.02), Step(PREPARING, 0.01)])(given)
     twice = RowWorker(lambda: [Step(READING, 0.02)])(once)
     assert twice["row"].to_pylist() == [1, 2, 3]
-    assert spent(once)["queue"] == spent(twice)["queue"] == 9.0
-    assert 0.02 <= spent(once)[READING] < spent(twice)[READING]
-    assert 0.04 <= spent(twice)[READING] <= 1.0
-    assert spent(twice)[PREPARING] == spent(once)[PREPARING] >= 0.01
-    assert spent(pa.table({"row": [1]})) == {}
-    assert spent(given.slice(0, 0)) == {}
+    assert spent_on(once)["queue"] == spent_on(twice)["queue"] == 9.0
+    assert 0.02 <= spent_on(once)[READING] < spent_on(twice)[READING]
+    assert 0.04 <= spent_on(twice)[READING] <= 1.0
+    assert spent_on(twice)[PREPARING] == spent_on(once)[PREPARING] >= 0.01
+    assert spent_on(pa.table({"row": [1]})) == {}
+    assert spent_on(given.slice(0, 0)) == {}
 
 
 def test_an_engine_says_how_long_it_worked_and_waited():
