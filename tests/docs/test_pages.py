@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from glm_batch.jobs.__main__ import app
 from tests.docs.pages import PAGES, ROOT, prose
 
 MOST_LINES = 180
@@ -32,6 +34,11 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"[\w/-]+\.md", yaml.safe_dump(yaml.safe_load(text)["nav"])))
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in PAGES[1:]}
     assert listed == pages
+
+
+def test_the_readme_tells_of_every_command() -> None:
+    named = set(re.findall(r"glm-batch (\w+)", (ROOT / "README.md").read_text()))
+    assert named >= set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_the_readme_is_short() -> None:
