@@ -57,7 +57,7 @@ class ForkMaker(Protocol):
         ...
 
     def score(self, suffix: tuple[int, ...], key: int, ids: SequenceOf[int]) -> list[Any]:
-        """The log-probabilities of ids after prompt and suffix, for the answer's `add_scores`."""
+        """The log-probabilities of ids after prompt and suffix, for `add_scores(key, ...)`."""
         ...
 
     def pool(self, task: str, num_tokens: int | None = None) -> Any:

@@ -80,9 +80,9 @@ class ReadoutBuilder:
         """The final hidden states: rows of StepOutput.hidden."""
         return _extend(self._hidden, rows)
 
-    def pairs(self, row: int, tokens: SequenceOf[int]) -> slice:
-        """The log-probabilities of some tokens after a row: entries of StepOutput.pair_logprobs."""
-        self._pair_rows += [row] * len(tokens)
+    def pairs(self, rows: list[int], tokens: SequenceOf[int]) -> slice:
+        """The log-probability of each token after its row: entries of StepOutput.pair_logprobs."""
+        self._pair_rows += rows
         return _extend(self._pair_tokens, tokens)
 
     def rank(self, rows: range, tokens: list[int], top: int) -> slice:
