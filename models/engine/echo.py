@@ -39,9 +39,7 @@ class EchoEngine:
         num_labels: int = ECHO_WIDTH,
         merge_size: int | None = None,
     ) -> None:
-        """`merge_size` is that of the checkpoint's vision tower; without one, prompts with media
-        are refused.
-        """
+        """Without the `merge_size` of a vision tower, prompts with media are refused."""
         self._max_model_len = max_model_len
         self.tokenizer = tokenizer
         self._hidden_size = hidden_size

@@ -49,9 +49,7 @@ Messages = str | list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The label picked, its probability among the labels, all of those, and what the model would
-    rather have said.
-    """
+    """A label, its probability, all probabilities, and that of saying something else."""
 
     label: str
     probability: float
@@ -91,9 +89,7 @@ class LLM:
         self._ids = itertools.count()
 
     def chat(self, messages: Messages, *, thinking: bool = False, **options: Any) -> str:
-        """The assistant's answer, without its reasoning when `thinking`; `options` are those of
-        `generate`.
-        """
+        """The assistant's answer, without its reasoning; `options` are those of `generate`."""
         start_answer = "schema" in options or "regex" in options
         work = _generation(**options, n=1)
         request = self._conversation(messages, work, thinking=thinking, start_answer=start_answer)
@@ -110,9 +106,7 @@ class LLM:
         sampling: SamplingParams | None = None,
         **params: Any,
     ) -> tuple[Output, ...]:
-        """Continues raw text or token ids; `params` are fields of SamplingParams. Returns `n`
-        outputs.
-        """
+        """Continues raw text or token ids, `n` times; `params` are fields of SamplingParams."""
         work = _generation(schema=schema, regex=regex, sampling=sampling, **params)
         return self.run([self._request(prompt, work)])[0].outputs
 
@@ -134,9 +128,7 @@ class LLM:
         )
 
     def classify(self, text: TextOrIds) -> dict[str, float]:
-        """Class probabilities (or the raw value for regression) of raw text by a
-        sequence-classification head.
-        """
+        """Class probabilities (or the regression value) of raw text by a classification head."""
         logits = self._array(text, Classify()).astype(np.float64)
         names = self.config.id2label
         scores, _ = class_scores(logits, names, self.config.inferred_problem_type)

@@ -46,9 +46,7 @@ class _Pending:
 
 
 class TorchEngine:
-    """The engine of this project. `from_checkpoint` builds one; every request ends in exactly one
-    Completion.
-    """
+    """This project's engine, built by `from_checkpoint`; each request ends in one Completion."""
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer, limits: Limits) -> None:
         self.config: ModelConfig = runner.config
@@ -81,8 +79,9 @@ class TorchEngine:
         """
         if config.tensor_parallel_size != (group.size if group else 1):
             raise ConfigError(
-                f"engine.tensor_parallel_size={config.tensor_parallel_size}: a single process is one rank; set it to 1 "
-                "here, or run a job: glm-batch starts the other ranks"
+                f"engine.tensor_parallel_size={config.tensor_parallel_size}: a single "
+                "process is one rank; set it to 1 here, or run a job: glm-batch starts the other "
+                "ranks"
             )
         tokenizer = Tokenizer.from_dir(config.model)
         runner: Runner
@@ -91,7 +90,7 @@ class TorchEngine:
         return cls(runner, tokenizer, limits)
 
     def submit(self, requests: list[Request]) -> None:
-        """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
+        """Queues requests; ValueError, and none queued, for an id that is in flight already."""
         refuse_known_ids(
             requests, chain(self._pending, (completion.id for completion in self._ready))
         )
@@ -131,9 +130,7 @@ class TorchEngine:
         return done
 
     def _compute(self, chunks: list[Chunk]) -> tuple[list[Wanted], StepOutput] | None:
-        """A step's numbers; nothing but memory has changed by then. None where that ran out: all is
-        as before.
-        """
+        """Numbers; only memory has changed by then. None where that ran out: all is as before."""
         try:
             step = self._pack(chunks)
             output = self._runner.run(step.batch)
@@ -214,8 +211,9 @@ class TorchEngine:
         if not self._step_size.failed(sum(chunk.end - chunk.start for chunk in chunks), reason):
             sequence = chunks[0].sequence
             message = (
-                f"the row does not fit into the device's memory, not even alone and token by token (its prompt has "
-                f"{sequence.num_prompt} tokens): {reason}; shorten it or its media, or lower engine.kv_cache_tokens"
+                f"the row does not fit into the device's memory, not even alone and token by "
+                f"token (its prompt has {sequence.num_prompt} tokens): {reason}; shorten it or its "
+                "media, or lower engine.kv_cache_tokens"
             )
             self._fail(self._pending[sequence.request.id], RowError("out_of_memory", message))
 
@@ -234,9 +232,7 @@ class TorchEngine:
         return bool(self._pending or self._ready)
 
     def close(self) -> None:
-        """Ends everything in flight without completions and lets the model's memory go; once more
-        does nothing.
-        """
+        """Ends everything in flight without completions and frees memory; twice is once."""
         for pending in self._pending.values():
             self._drop(pending)
         self._pending.clear()

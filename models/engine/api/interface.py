@@ -28,15 +28,11 @@ class Engine(Protocol):
     """
 
     def submit(self, requests: list[Request]) -> None:
-        """Queues requests. A request that can never run ends in an error Completion of the next
-        step.
-        """
+        """Queues requests. What can never run ends in an error Completion of the next step."""
         ...
 
     def step(self) -> list[Completion]:
-        """Does one bounded piece of work and returns whatever finished. Raises EngineError when it
-        cannot go on.
-        """
+        """Does a bounded piece of work; returns what finished. EngineError when it cannot go on."""
         ...
 
     def deltas(self) -> list[Delta]:
@@ -49,9 +45,7 @@ class Engine(Protocol):
         ...
 
     def abort(self, ids: list[str]) -> None:
-        """Ends requests early; each still gets its Completion (finish_reason "abort"). Unknown ids
-        are ignored.
-        """
+        """Ends requests early (finish_reason "abort"); unknown ids are ignored."""
         ...
 
     def has_work(self) -> bool:

@@ -1,8 +1,4 @@
-"""The engine's vocabulary: what is asked (Request) and what comes back (Completion).
-
-Owns plain frozen data and its validation. Knows nothing of files, rows, tokenizers or tensors'
-devices.
-"""
+"""The engine's vocabulary: what is asked (Request) and what comes back (Completion)."""
 
 from __future__ import annotations
 
@@ -76,8 +72,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
-    """What the output must match: a JSON schema (as JSON text), a regular expression or a grammar
-    (Lark's form, as llguidance reads it)."""
+    """What the output must match: a JSON schema as text, a regular expression, a Lark grammar."""
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
@@ -127,18 +122,14 @@ class Embed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspect:
-    """Everything at every prompt position, for tests and inspection: vocabulary logits or hidden
-    states.
-    """
+    """Vocabulary logits or hidden states at every prompt position, for tests and inspection."""
 
     what: Literal["logits", "hidden_states"] = "logits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """The log-probability of each prompt token after those before it, and of the `top` likeliest in
-    its place.
-    """
+    """The log-probability of each prompt token but the first, and of the `top` likeliest."""
 
     top: int = 0
 
@@ -177,9 +168,7 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One generated continuation. `text` ends before the stop string or EOS; `token_ids` hold every
-    sampled id.
-    """
+    """`text` ends before the stop string or EOS; `token_ids` hold every sampled id."""
 
     token_ids: tuple[int, ...]
     text: str

@@ -33,9 +33,7 @@ def attend_paged(
 
 
 def num_splits(num_programs: int) -> int:
-    """How many programs share a tile's keys: a power of two that fills the GPU, the same for any
-    context length.
-    """
+    """How many programs share a tile's keys: a power of two that fills the GPU."""
     wanted = min(PROGRAMS // max(num_programs, 1), MAX_SPLITS)
     return 1 << (max(wanted, 1).bit_length() - 1)
 
@@ -140,9 +138,7 @@ def _attend(
     HAS_TREE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile, one kv head, one part of its keys. `scale` holds log2(e): exponents are powers of
-    two.
-    """
+    """One tile, one kv head, one part of its keys. `scale` holds log2(e): exponents are of two."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -239,9 +235,7 @@ def _merge(
     QUERIES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One query and head: the parts weighted by the share of the softmax's sum that each of them
-    had.
-    """
+    """One query and head: the parts weighted by their share of the softmax's sum."""
     tile = tl.program_id(0) // QUERIES
     query = tl.program_id(0) % QUERIES
     head = tl.program_id(1)

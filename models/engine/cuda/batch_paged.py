@@ -119,9 +119,7 @@ def _layout(
     block_size: int,
     tile_queries: int,
 ) -> PagedLayout:
-    """indices: the queries' places in their sequences, those of sequence i being `counts[i]`
-    neighbours.
-    """
+    """indices: the queries' places in their sequences, `counts[i]` neighbours of sequence i."""
     row_ends = (indices + 1).astype(np.int32)
     tree_starts, tree_rows, tree_bits = _trees(chunks, indices, counts, row_ends)
     single_tiles, tiles = _tiles(indices, counts, tile_queries)
@@ -140,9 +138,7 @@ def _layout(
 
 
 def _tiles(indices: Ints, counts: Ints, tile_queries: int) -> tuple[Int32s, Int32s]:
-    """(tiles of sequences with one query, tiles of the others), each with its longest context
-    first.
-    """
+    """(tiles of sequences with one query, tiles of the others), the longest context first."""
     per_sequence = -(-counts // tile_queries)
     sequence = np.repeat(np.arange(len(counts)), per_sequence)
     before = np.cumsum(per_sequence) - per_sequence

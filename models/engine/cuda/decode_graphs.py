@@ -96,9 +96,7 @@ class DecodeGraphs:
         return len(batch.input_ids) <= self._sizes[-1] and len(layout.tables) <= self._max_entries
 
     def run(self, batch: Batch, prepare: Prepare, compute: Compute) -> torch.Tensor:
-        """Logits [tokens, vocab_size] of a batch that `is_decode` and `fits`; good until the next
-        call.
-        """
+        """Logits [tokens, vocab_size] of a batch that `is_decode` and `fits`; good for one call."""
         count = len(batch.input_ids)
         size = next(size for size in self._sizes if size >= count)
         inputs = self._fill(batch, size)
@@ -120,9 +118,7 @@ class DecodeGraphs:
         self._logits = self._pool = None
 
     def _recorded(self, inputs: DecodeInputs, size: int, compute: Compute) -> torch.cuda.CUDAGraph:
-        """Runs the step once, so that every kernel is compiled, then records it. Both write what
-        the replay writes.
-        """
+        """Runs the step once to compile its kernels, then records it; a replay writes the same."""
         assert self._turns is not None
         turns = self._turns[:size]
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -190,9 +186,7 @@ class DecodeGraphs:
 
 
 class _Places:
-    """Where the arrays of a step of `size` rows begin, in int32s; 16-byte boundaries, as the
-    kernels like them.
-    """
+    """Where the arrays of a step of `size` rows begin, in int32s, at 16-byte boundaries."""
 
     def __init__(self, size: int) -> None:
         self.stride = -(-size // 4) * 4

@@ -21,9 +21,7 @@ def add_norm(
     weight: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, y [rows, H] -> (x + y, norm(x + y) * weight); y is normed with `y_weight` first where
-    there is one.
-    """
+    """x, y [rows, H] -> (x + y, norm(x + y) * weight); y is normed first where it has a weight."""
     normed = torch.empty_like(x)
     added = x if y is None else torch.empty_like(x)
     if x.shape[0]:
@@ -95,9 +93,7 @@ def gate(gate_up: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _norm(wide, weight, eps, SIZE: tl.constexpr):
-    """wide float32 [BLOCK], 0 beyond SIZE -> normalised, rounded to the weight's dtype, times the
-    weight.
-    """
+    """wide float32 [BLOCK], 0 beyond SIZE -> normalised in the weight's dtype, weighted."""
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
     rounded = (wide * scale).to(weight.dtype).to(tl.float32)
     return (rounded * weight.to(tl.float32)).to(weight.dtype)
@@ -151,9 +147,7 @@ def _rotate_and_store(
     PAIRS: tl.constexpr,
     PAIRS_BLOCK: tl.constexpr,
 ):
-    """One token. A pair's two numbers are read and written by the same thread: nobody reads what
-    another has turned.
-    """
+    """One token. The same thread reads and writes a pair: nobody reads what another has turned."""
     token = tl.program_id(0).to(tl.int64)
     here = qkv + token * qkv_stride
     slot = tl.load(slots + token)

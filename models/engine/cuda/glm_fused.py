@@ -1,9 +1,7 @@
-"""The forward pass of a GLM backbone on NVIDIA GPUs: the same modules and weights, with fused
-kernels between products.
+"""A GLM backbone's forward pass on NVIDIA GPUs, with fused kernels between the products.
 
 A residual addition, the norm before it (GLM-4) and the norm after it are one kernel, so the loop
-carries what the next sublayer reads beside the residual stream. Same meaning as Backbone.forward;
-knows nothing of engines or requests.
+carries what the next sublayer reads beside the residual stream. Same meaning as Backbone.forward.
 """
 
 from __future__ import annotations
@@ -27,9 +25,7 @@ def fused_forward(
     attn: AttentionBatch,
     media: MediaRows | None = None,
 ) -> torch.Tensor:
-    """input_ids [T] int64, turns as RopeTable.lookup gives them -> hidden states of the wanted rows
-    [W, H].
-    """
+    """input_ids [T] int64, turns as of RopeTable.lookup -> hidden states of wanted rows [W, H]."""
     x = backbone.embed_tokens(input_ids)
     if media is not None:
         x.index_copy_(0, media.rows, media.features)

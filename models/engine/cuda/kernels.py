@@ -17,9 +17,7 @@ from glm_batch.models.network.registry import Model
 
 
 def resolve_tile_queries(config: EngineConfig, model: ModelConfig, device: torch.device) -> int:
-    """Queries of a tile of the fused attention; 0 where it is not asked for. Raises ConfigError
-    where it cannot run.
-    """
+    """Queries of a tile of the fused attention; 0 without it. ConfigError if it cannot run."""
     if not config.cuda_kernels:
         return 0
     if device.type != "cuda":
@@ -32,7 +30,8 @@ def resolve_tile_queries(config: EngineConfig, model: ModelConfig, device: torch
         )
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "engine.cuda_kernels: triton is not installed; install torch's CUDA build, which brings it"
+            "engine.cuda_kernels: triton is not installed; install torch's CUDA build, which "
+            "brings it"
         )
     return max(1, TILE_ROWS // (model.num_attention_heads // model.num_key_value_heads))
 

@@ -1,8 +1,4 @@
-"""Which tokens may come next so that an output matches a JSON schema or a regular expression.
-
-Owns the compiled grammars (llguidance) and one matcher per sequence. Knows nothing of logits,
-devices or scheduling.
-"""
+"""Which tokens may come next so that an output matches its constraint, by llguidance."""
 
 from __future__ import annotations
 
@@ -30,18 +26,14 @@ _NAMES = {
 
 
 class Constraints:
-    """Compiles constraints for one tokenizer, each text once, and starts matchers. Build one per
-    engine.
-    """
+    """Compiles constraints for one tokenizer, each text once. Build one per engine."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = ll_tokenizer(tokenizer, tokenizer.vocab_size)
         self._compiled = functools.lru_cache(maxsize=MAX_COMPILED)(self._compile)
 
     def start(self, constraint: Constraint) -> Matcher:
-        """A matcher at the beginning of an output. Raises ConfigError with the reason for an
-        unusable constraint.
-        """
+        """A matcher at the beginning of an output. ConfigError for an unusable constraint."""
         return self._compiled(constraint).copy()
 
     def _compile(self, constraint: Constraint) -> Matcher:
@@ -129,13 +121,11 @@ class Matcher:
 
 
 def ll_tokenizer(tokenizer: Tokenizer, num_ids: int) -> LLTokenizer:
-    """The tokenizer as llguidance sees it, with masks of `num_ids` ids. Raises ConfigError without
-    an end id.
-    """
+    """The tokenizer as llguidance sees it, with masks of `num_ids`. ConfigError without end ids."""
     if not tokenizer.eos_token_ids:
         raise ConfigError(
-            "constrained output needs to know how the model ends its answer: name eos_token_id in the checkpoint's "
-            "generation_config.json"
+            "constrained output needs to know how the model ends its answer: name "
+            "eos_token_id in the checkpoint's generation_config.json"
         )
     return LLTokenizer(
         TokenizerWrapper(_Vocabulary(tokenizer, num_ids)),

@@ -56,9 +56,7 @@ class Decoding:
     def add(
         self, token_id: int, logprob: float | None, top_logprobs: tuple[TopLogprob, ...] | None
     ) -> list[int]:
-        """Takes a sampled token; returns the tokens that the constraint forces right after it,
-        already added.
-        """
+        """Takes a sampled token; returns those that the constraint forces after it."""
         if logprob is not None:
             self._logprobs.append(logprob)
             self._top_logprobs.append(top_logprobs or ())
@@ -114,7 +112,7 @@ class Decoding:
         return 0
 
     def _forced(self) -> list[int]:
-        """Jump-forward: tokens without an alternative need no sampling, only their keys and values."""
+        """Tokens without an alternative need no sampling, only their keys and values."""
         assert self.matcher is not None
         added = []
         for token_id in self.matcher.forced_tokens():

@@ -36,7 +36,7 @@ class Part:
     rows: Ints
     keep: Ints | None
     own_slots: Ints
-    hidden: NDArray[np.bool_]
+    masked: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +71,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A batch, whose numbers are for whom (a Wanted for each chunk), and the decodings that want a
-    token, in the order of the rows to sample from.
-    """
+    """A batch, the Wanted of each chunk, and the decodings in the order of the rows to sample."""
 
     batch: Batch
     wanted: list[Wanted]
@@ -82,9 +80,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Queries of one sequence: `rows` where they stand, `indices` which tokens of the sequence they
-    are.
-    """
+    """Queries of one sequence: `rows` of the batch, which are the sequence's tokens `indices`."""
 
     sequence: Sequence
     rows: Ints
@@ -93,9 +89,7 @@ class Segment:
 
 
 def build_step(chunks: list[Chunk], scheduler: Scheduler, *, num_heads: int, num_ids: int) -> Step:
-    """Packs the chunks of one step. `num_heads` bounds the size of an attention part; `num_ids` is
-    the number of ids that stand for something.
-    """
+    """`num_heads` bounds the size of a part; `num_ids`: ids that stand for something."""
     block_size = scheduler.blocks.block_size
     segments = list(_segments(chunks, block_size))
     readout = ReadoutBuilder()
@@ -191,9 +185,7 @@ def _wanted_segments(segments: list[Segment], wanted: list[Wanted]) -> tuple[lis
 def _groups(
     segments: list[Segment], shared: list[int], block_size: int, num_heads: int
 ) -> tuple[Group, ...]:
-    """Sequences that share their last shared block share everything before it: they become one
-    group.
-    """
+    """Sequences with the same last shared block share all before it: they become one group."""
     members: dict[int | None, list[tuple[Segment, int]]] = defaultdict(list)
     for segment, num_shared in zip(segments, shared, strict=True):
         if len(segment.rows):
@@ -216,9 +208,7 @@ def _groups(
 
 
 def _parts(segments: list[Segment], prefix_len: int, num_heads: int) -> Iterator[Part]:
-    """Long segments become parts of their own, short ones stand side by side with others of similar
-    length.
-    """
+    """Long segments become parts of their own, short ones stand beside others of similar length."""
     short = []
     for segment in segments:
         if len(segment.rows) <= SHORT_QUERIES:
@@ -242,16 +232,14 @@ def _parts(segments: list[Segment], prefix_len: int, num_heads: int) -> Iterator
 def _fits(
     bunch: list[Segment], num_queries: int, num_keys: int, prefix_len: int, num_heads: int
 ) -> bool:
-    """Whether one more may join: padding may cost a quarter (or 64 keys), and the scores must stay
-    small.
-    """
+    """Whether one more may join: padding costs at most a quarter or 64 keys, scores stay small."""
     first, now = len(bunch[0].slots) - prefix_len, num_keys - prefix_len
     scores = (len(bunch) + 1) * num_queries * num_heads * num_keys
     return now <= max(first * 5 // 4, first + 64) and scores <= MAX_SCORES
 
 
 def _pieces(segment: Segment, prefix_len: int, num_heads: int) -> Iterator[Segment]:
-    """Cuts many queries over a long context, each piece with the context that its last query sees."""
+    """Cuts many queries over a long context, each piece with what its last query sees."""
     count = max(MIN_QUERIES, MAX_SCORES // (num_heads * len(segment.slots)))
     for start in range(0, len(segment.rows), count):
         indices = segment.indices[start : start + count]
@@ -268,7 +256,7 @@ def _single(segment: Segment, prefix_len: int) -> Part:
         rows=segment.rows[None],
         keep=None,
         own_slots=segment.slots[None, prefix_len:],
-        hidden=~_visible(segment, prefix_len)[None],
+        masked=~_visible(segment, prefix_len)[None],
     )
 
 
@@ -287,13 +275,11 @@ def _padded(segments: list[Segment], prefix_len: int) -> Part:
     counts = np.array([len(segment.rows) for segment in segments])
     real = np.arange(num_queries) < counts[:, None]
     keep = None if real.all() else np.flatnonzero(real)
-    return Part(rows=rows, keep=keep, own_slots=own_slots, hidden=~visible)
+    return Part(rows=rows, keep=keep, own_slots=own_slots, masked=~visible)
 
 
 def _visible(segment: Segment, prefix_len: int) -> NDArray[np.bool_]:
-    """[queries, own keys]: a token sees itself and what is before it; a tree's node only its own
-    ancestors there.
-    """
+    """[queries, own keys]: a token sees what is before it; a tree's node only its own ancestors."""
     sequence = segment.sequence
     keys = np.arange(prefix_len, len(segment.slots), dtype=np.int64)
     visible: NDArray[np.bool_] = keys <= segment.indices[:, None]

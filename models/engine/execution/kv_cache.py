@@ -1,6 +1,4 @@
-"""The KV cache's tensors: how large they are made and what one token costs. Knows nothing of who
-holds which block.
-"""
+"""The KV cache's tensors: how large they are made and what one token costs."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ def default_kv_tokens(
     max_useful: int,
     group: ParallelGroup = SINGLE,
 ) -> int:
-    """As many tokens as the device's free memory allows, at most `max_useful`. Ranks on CPUs share
-    one memory.
-    """
+    """What free memory allows, at most `max_useful` tokens. Ranks on CPUs share one memory."""
     if device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
     else:

@@ -1,8 +1,4 @@
-"""MediaEncoder: images and videos to features, each once. Owns the features remembered on the
-model's device.
-
-Knows nothing of prompts and steps; whoever asks names the items that it needs now.
-"""
+"""MediaEncoder: images and videos to features, remembered on the model's device."""
 
 from __future__ import annotations
 
@@ -50,9 +46,7 @@ class MediaEncoder:
         self._features: ByteCache[torch.Tensor] = ByteCache(max_bytes)
 
     def features(self, items: Iterable[MediaItem]) -> dict[Key, torch.Tensor]:
-        """Each item's features [t * h * w / merge^2, hidden_size]; what is asked for last is
-        forgotten last.
-        """
+        """Each item's features [t * h * w / merge^2, hidden_size]."""
         wanted = {item.key: item for item in items}
         missing = self.missing(wanted.values())
         found = {key: self._features.get(key) for key in wanted}
@@ -93,9 +87,7 @@ class MediaEncoder:
         return {key: torch.cat(frames) for key, frames in pieces.items()}
 
     def _forward(self, patches: list[torch.Tensor], bunch: Sequence[_Frame]) -> torch.Tensor:
-        """One forward pass of the tower. Where it does not fit into memory, later ones take half as
-        much at a time.
-        """
+        """One pass of the tower; where memory runs out, later ones take half as much at a time."""
         try:
             return self._tower.forward_uint8(patches, [frame.grid for frame in bunch])
         except (RuntimeError, MemoryError) as error:

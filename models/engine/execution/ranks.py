@@ -1,9 +1,7 @@
-"""One model on several ranks: rank 0 leads, the others follow, and every step is the same
-TorchRunner's on each.
+"""One model on several ranks: rank 0 leads, and every step is the same TorchRunner's on each.
 
-Owns what a step's Batch becomes between processes and who encodes which image. Only rank 0
-schedules and samples, so followers need a step's arrays and nothing else. Knows nothing of how
-ranks are started or noticed to be dead.
+Only rank 0 schedules and samples, so followers need a step's arrays and nothing else; each encodes
+its share of the images.
 """
 
 from __future__ import annotations
@@ -100,9 +98,7 @@ def _follow(step: _SentStep, runner: TorchRunner, group: TorchGroup) -> None:
 
 
 class LeadingRunner:
-    """Rank 0: every step goes to all ranks. It can be tried again in parts where all ranks have
-    failed alike.
-    """
+    """Rank 0: every step goes to all ranks; where all failed alike it can be tried in parts."""
 
     def __init__(self, runner: TorchRunner, group: TorchGroup) -> None:
         self.config, self.encoder = runner.config, runner.encoder
@@ -117,8 +113,9 @@ class LeadingRunner:
             if is_out_of_memory(error) and self._group.in_step():
                 raise
             raise EngineError(
-                f"a step on {self._group.size} ranks failed on rank 0: {error or type(error).__name__}; if it is "
-                "memory again and again, lower engine.max_step_tokens"
+                f"a step on {self._group.size} ranks failed on rank 0: "
+                f"{error or type(error).__name__}; if it is memory again and "
+                "again, lower engine.max_step_tokens"
             ) from error
 
     def free_memory(self) -> None:
@@ -194,9 +191,7 @@ Command = _SentStep | Literal["free_memory", "close"]
 
 
 def send(batch: Batch, encoder: MediaEncoder | None, group: TorchGroup) -> None:
-    """Rank 0's side: the step to all ranks, the patches of what is not encoded yet to the rank that
-    encodes it.
-    """
+    """Rank 0's side: the step to all ranks, patches to the rank that is to encode them."""
     items = {span.item.key: span.item for span in batch.media}
     missing = encoder.missing(items.values()) if encoder else []
     owners = dict(zip((item.key for item in missing), owners_of(missing, group.size), strict=True))
@@ -217,9 +212,7 @@ def send(batch: Batch, encoder: MediaEncoder | None, group: TorchGroup) -> None:
 
 
 def received(step: _SentStep, group: TorchGroup) -> Batch:
-    """Another rank's side: the batch, with patches where this rank needs them and zeros of no size
-    elsewhere.
-    """
+    """Another rank's side: the batch, with patches where this rank encodes them."""
     items = [_item(sent, group) for sent in step.items]
     return replace(step.batch, media=tuple(_spans(step, items)))
 

@@ -122,7 +122,7 @@ class TorchRunner:
         return self._model.head(hidden[self._tensor(rows)])  # type: ignore[no-any-return]
 
     def _pair_logprobs(self, hidden: torch.Tensor, readout: Readout) -> list[float]:
-        """log P(token) of each pair: the whole vocabulary counts, a few numbers leave the device."""
+        """log P(token) of each pair; a few numbers leave the device, not the logits."""
         found = np.empty(len(readout.pair_rows), dtype=np.float32)
         scored, number = np.unique(readout.pair_rows, return_inverse=True)
         for start in range(0, len(scored), LOGIT_ROWS):
@@ -142,9 +142,7 @@ class TorchRunner:
         return found.tolist()
 
     def _scores(self, hidden: torch.Tensor, ranking: Ranking) -> PromptScores:
-        """Of whole prompts, slice by slice. Where ranks share a vocabulary, rank 0 alone has
-        something to give.
-        """
+        """Of whole prompts, slice by slice; of ranks that share a vocabulary, rank 0 has them."""
         slices = [
             self._scored(hidden, ranking, slice(start, start + LOGIT_ROWS))
             for start in range(0, len(ranking.rows), LOGIT_ROWS)
@@ -201,20 +199,18 @@ class TorchRunner:
                 rows=self._tensor(part.rows),
                 keep=None if part.keep is None else self._tensor(part.keep),
                 own_slots=self._tensor(part.own_slots),
-                bias=self._bias(part.hidden),
+                bias=self._bias(part.masked),
                 span=_span(part.rows),
             )
             for part in group.parts
         )
         return AttentionGroup(prefix_slots=self._tensor(group.prefix_slots), parts=parts)
 
-    def _bias(self, hidden: NDArray[np.bool_]) -> torch.Tensor:
-        """hidden [R, n, L] -> [R, n * G, B]: only the last columns, from the first that somebody
-        must not see.
-        """
-        columns = np.flatnonzero(hidden.any(axis=(0, 1)))
-        first = int(columns[0]) if len(columns) else hidden.shape[2]
-        tail = self._tensor(hidden[:, :, first:])
+    def _bias(self, masked: NDArray[np.bool_]) -> torch.Tensor:
+        """masked [R, n, L] -> [R, n * G, B]: the last columns, from the first that is masked on."""
+        columns = np.flatnonzero(masked.any(axis=(0, 1)))
+        first = int(columns[0]) if len(columns) else masked.shape[2]
+        tail = self._tensor(masked[:, :, first:])
         bias = torch.zeros(tail.shape, device=tail.device).masked_fill_(tail, float("-inf"))
         return bias.repeat_interleave(self._model.num_heads // self._model.num_kv_heads, dim=1)
 

@@ -1,11 +1,7 @@
-"""Chooses the next token of every row of a step: penalties, masks, filters, seeded randomness,
-log-probabilities.
+"""Chooses the next token of every row: penalties, masks, filters, seeded draws, log-probabilities.
 
-Owns the order of these operations and the random numbers, which depend on nothing but a request's
-seed, the index of the sample and the position in it. Knows nothing of scheduling, caches, text or
-how a bitmask came about.
-
-Shapes: R rows, V ids of the tokenizer (the logits may be wider: the embedding is padded), W
+The random numbers depend on nothing but a request's seed, the index of the sample and the position
+in it. Shapes: R rows, V ids of the tokenizer (the logits may be wider: the embedding is padded), W
 candidates of a row.
 """
 
@@ -60,9 +56,7 @@ class SampleRow:
 
     @property
     def forbidden_ids(self) -> tuple[int, ...]:
-        """The end ids while the output is too short, unless the constraint allows nothing else:
-        then it decides.
-        """
+        """The end ids while the output is too short, unless the constraint allows nothing else."""
         if len(self.output_ids) >= self.params.min_tokens or not self.end_ids:
             return ()
         if self.bitmask is not None and not _without(self.bitmask, self.end_ids).any():
@@ -146,9 +140,7 @@ def exponential_noise(keys: Tensor, ids: Tensor) -> Tensor:
 
 
 def _choose(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
-    """(token ids [R], their changed logits [R]) for logits [R, V], which are a copy that may be
-    changed.
-    """
+    """(token ids [R], their changed logits [R]) for logits [R, V], which it may change."""
     _apply_penalties(logits, rows)
     _forbid(logits, rows)
     _apply_bitmasks(logits, rows)
@@ -177,9 +169,7 @@ def _choose(logits: Tensor, rows: list[SampleRow]) -> tuple[Tensor, Tensor]:
 
 
 def _apply_penalties(logits: Tensor, rows: list[SampleRow]) -> None:
-    """Repetition (Keskar et al. 2019) over prompt and output, presence and frequency over the
-    output, in place.
-    """
+    """Repetition (Keskar et al. 2019) over prompt and output, the others over the output."""
     row_of, id_of, divide, subtract = [], [], [], []
     for index, row in enumerate(rows):
         if row.has_penalties:
@@ -288,17 +278,13 @@ def _keep_top(
 
 
 def _log_sum_exp(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
-    """log sum exp(logits / temperature) over all V ids, float64 [R, 1]; sums in float32, relative
-    to the largest.
-    """
+    """log sum exp(logits / temperature) over all V ids, float64 [R, 1], summed in float32."""
     sums = ((logits - largest) / temperature.float()).exp().sum(-1, keepdim=True)
     return largest.double() / temperature + sums.double().log()
 
 
 def _gumbel_argmax(scaled: Tensor, ids: Tensor, rows: list[SampleRow]) -> Tensor:
-    """Indices [R] into scaled [R, W], drawn from its softmax: argmax(score - log(exponential))
-    (Gumbel-max).
-    """
+    """Indices [R] into scaled [R, W], drawn from its softmax (Gumbel-max)."""
     keys = [noise_key(row.params.seed, row.sample_index, len(row.output_ids)) for row in rows]
     noise = exponential_noise(torch.tensor(keys, dtype=torch.int64, device=scaled.device), ids)
     return (scaled - noise.log()).argmax(-1)

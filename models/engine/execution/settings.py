@@ -48,14 +48,12 @@ class Limits:
 
 
 def resolve_end_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
-    """As the checkpoint's files say, else the family's own. Raises ConfigError for ids that the
-    model cannot write.
-    """
+    """The checkpoint's, else the family's. ConfigError for ids that the model cannot write."""
     ids = tokenizer.eos_token_ids or tuple(i for i in config.eos_token_ids if i < config.vocab_size)
     if any(not 0 <= i < config.vocab_size for i in ids):
         raise ConfigError(
-            f"generation_config.json: eos_token_id {list(ids)} exceeds vocab_size {config.vocab_size} of config.json; "
-            "correct it"
+            f"generation_config.json: eos_token_id {list(ids)} exceeds vocab_size "
+            f"{config.vocab_size} of config.json; correct it"
         )
     return ids
 
@@ -72,8 +70,8 @@ def resolve_device(device: str, group: ParallelGroup = SINGLE) -> torch.device:
         raise ConfigError(f"engine.device={device!r}: {group.size} ranks have a GPU each; use cuda")
     if group.rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"engine.tensor_parallel_size={group.size}: this process sees {torch.cuda.device_count()} GPUs; use at "
-            "most as many ranks"
+            f"engine.tensor_parallel_size={group.size}: this process sees "
+            f"{torch.cuda.device_count()} GPUs; use at most as many ranks"
         )
     return torch.device("cuda", group.rank)
 
@@ -117,9 +115,7 @@ def resolve_limits(
     device: torch.device,
     group: ParallelGroup = SINGLE,
 ) -> Limits:
-    """Numbers for every "auto". Raises ConfigError when max_model_len exceeds what the checkpoint
-    was made for.
-    """
+    """Numbers for every "auto". ConfigError for more than the checkpoint was made for."""
     longest = model.longest_context
     max_model_len = longest if config.max_model_len == "auto" else config.max_model_len
     if max_model_len > longest:

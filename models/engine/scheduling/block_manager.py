@@ -61,7 +61,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def find_prefix(self, tokens: Sequence[Hashable], limit: int) -> list[int]:
-        """The longest chain of remembered blocks that starts `tokens`, at most `limit` tokens long."""
+        """The longest chain of remembered blocks that starts `tokens`, up to `limit` tokens."""
         found: list[int] = []
         contents = ROOT
         for start in range(0, limit - self.block_size + 1, self.block_size):
@@ -86,7 +86,7 @@ class BlockManager:
             self._ref_counts[block_id] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` free blocks, forgetting what they held. The caller has checked `num_free`."""
+        """Takes `count` free blocks, forgetting what they held; see `num_free`."""
         if count > self.num_free:
             raise ValueError(f"{count} blocks asked for, {self.num_free} free")
         block_ids = [self._next_pool().popitem(last=False)[0] for _ in range(count)]
@@ -96,9 +96,7 @@ class BlockManager:
         return block_ids
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Gives one reference to each block back. Later blocks are freed first: a prefix outlives
-        its continuations.
-        """
+        """Gives back one reference to each, of the last first: a prefix lives longest."""
         for block_id in reversed(block_ids):
             self._ref_counts[block_id] -= 1
             if self._ref_counts[block_id] == 0:
@@ -125,9 +123,7 @@ class BlockManager:
         return self._contents[block_id]
 
     def unregister(self, block_ids: Sequence[int]) -> None:
-        """Forgets what held blocks were registered for: they were not written. Those of others'
-        contents stay.
-        """
+        """Forgets what held blocks were registered for and do not hold."""
         for block_id in block_ids:
             if block_id in self._contents:
                 self._forget(block_id)

@@ -1,8 +1,7 @@
 """ChoiceTree: label continuations as a tree of tokens, so that what labels share is computed once.
 
 Node i is a token that follows its parent (-1: the prompt itself). A label's probability is a
-product of edges, and each edge is one (position, token) pair to be scored. Knows nothing of tensors
-or caches.
+product of edges, and each edge is one (position, token) pair to be scored.
 """
 
 from __future__ import annotations
@@ -66,9 +65,7 @@ class ChoiceTree:
 
     @cached_property
     def edges_at(self) -> dict[int, tuple[int, ...]]:
-        """The edges (their indices) that leave each node; nodes where only an end is scored have
-        none.
-        """
+        """The indices of the edges that leave each node; none where an end alone is scored."""
         found: dict[int, list[int]] = {end: [] for end in self.ends}
         for index, (node, _) in enumerate(self.edges):
             found.setdefault(node, []).append(index)
@@ -86,7 +83,7 @@ class ChoiceTree:
     def label_logprobs(
         self, edge_logprobs: dict[int, float], end_logprobs: dict[int, float]
     ) -> tuple[float, ...]:
-        """Joint log-probability of each label from those of the edges and of ending after a node."""
+        """Joint log-probability of each label from those of its edges and its end."""
         return tuple(
             sum(edge_logprobs[edge] for edge in path) + (0.0 if end is None else end_logprobs[end])
             for path, end in zip(self.paths, self.label_ends, strict=True)

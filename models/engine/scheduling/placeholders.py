@@ -57,9 +57,7 @@ class PlacedMedia:
 def place(
     media: Media | None, prompt: Sequence[int], tokens: MediaTokens, vision: VisionConfig
 ) -> PlacedMedia | None:
-    """Matches images with placeholders outside videos and frames with those inside; RowError where
-    they differ.
-    """
+    """Matches images with placeholders outside videos, frames with those inside; else RowError."""
     items = media.items if media else ()
     for item in items:
         _check_item(item, vision)
@@ -72,7 +70,8 @@ def place(
         if expected != len(where[kind]):
             raise RowError(
                 "media_mismatch",
-                f"the prompt has {len(where[kind])} {name} tokens, its {len(mine)} {kind}s give {expected} features",
+                f"the prompt has {len(where[kind])} {name} tokens, its "
+                f"{len(mine)} {kind}s give {expected} features",
             )
         spans += _spans(mine, where[kind], merged)
     if media is None:
@@ -103,9 +102,7 @@ def _placeholders(prompt: Sequence[int], tokens: MediaTokens) -> dict[str, list[
 
 
 def _spans(items: list[MediaItem], where: list[int], merged: int) -> Iterator[Span]:
-    """One span for each frame. Its tokens must be neighbours, or the media stand in another order
-    than the prompt.
-    """
+    """One span a frame, of neighbouring tokens: else the media stand in another order."""
     indices = iter(where)
     for item in items:
         frames = item.grid_thw[0]
@@ -115,8 +112,9 @@ def _spans(items: list[MediaItem], where: list[int], merged: int) -> Iterator[Sp
             if mine[-1] - mine[0] != count - 1:
                 raise RowError(
                     "media_mismatch",
-                    f"a frame of {count} features (grid {item.grid_thw}) meets placeholder tokens that are apart, at "
-                    f"{mine[0]} to {mine[-1]}; media must stand in the order of their placeholders",
+                    f"a frame of {count} features (grid {item.grid_thw}) meets placeholder tokens "
+                    f"that are apart, at {mine[0]} to {mine[-1]}; media must stand in the order of "
+                    "their placeholders",
                 )
             yield Span(item, mine[0], mine[-1] + 1, frame * count)
 
@@ -129,14 +127,14 @@ def _check_item(item: MediaItem, vision: VisionConfig) -> None:
     if min(t, h, w) < 1 or h % merge or w % merge or (item.kind == "image" and t != 1):
         raise RowError(
             "invalid_media",
-            f"the {item.kind}'s grid is {item.grid_thw}; it must be (frames, rows, columns), 1 frame for an image, "
-            f"rows and columns multiples of {merge}",
+            f"the {item.kind}'s grid is {item.grid_thw}; it must be (frames, rows, "
+            f"columns), 1 frame for an image, rows and columns multiples of {merge}",
         )
     if item.patches.dtype != np.uint8 or item.patches.shape != shape:
         raise RowError(
             "invalid_media",
-            f"the {item.kind}'s patches are {item.patches.dtype} {list(item.patches.shape)}; its grid {item.grid_thw} "
-            f"and the checkpoint ask for uint8 {list(shape)}",
+            f"the {item.kind}'s patches are {item.patches.dtype} {list(item.patches.shape)}; its "
+            f"grid {item.grid_thw} and the checkpoint ask for uint8 {list(shape)}",
         )
 
 
@@ -145,7 +143,8 @@ def _check_positions(media: Media, num_tokens: int) -> None:
     if positions.shape != (3, num_tokens) or positions.dtype != np.int64:
         raise RowError(
             "invalid_media",
-            f"the positions are {positions.dtype} {list(positions.shape)}; they must be int64 [3, {num_tokens}]",
+            f"the positions are {positions.dtype} {list(positions.shape)}; they must be "
+            f"int64 [3, {num_tokens}]",
         )
     if positions.min() < 0 or positions.max() >= num_tokens:
         raise RowError("invalid_media", f"the positions reach outside 0 to {num_tokens - 1}")

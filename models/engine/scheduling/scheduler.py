@@ -167,9 +167,7 @@ class Scheduler:
         return low
 
     def _make_room(self, sequence: Sequence, num_tokens: int, scheduled: set[Sequence]) -> bool:
-        """Gives the sequence blocks for `num_tokens`, sending the youngest unscheduled ones back if
-        need be.
-        """
+        """Gives blocks for `num_tokens`, sending back the youngest unscheduled sequences."""
         if sequence not in self.running:  # sent back for an older one in this very step
             return False
         missing = self.blocks.num_blocks_for(num_tokens) - len(sequence.block_table)
@@ -196,9 +194,7 @@ class Scheduler:
         sequence.contents = ROOT
 
     def _admit_first(self, budget: int) -> int:
-        """Admits the sequence that waits first, sending back the youngest batch ones if it is
-        online: see `_admit`.
-        """
+        """Admits the sequence that waits first, an online one in the place of batch ones."""
         sequence = self.waiting[0]
         while True:
             count = self._admit(sequence, budget) if len(self.running) < self.max_num_seqs else 0
@@ -207,9 +203,7 @@ class Scheduler:
             self._send_back(self.running[-1])
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Reserves blocks for all tokens of a waiting sequence; the number to compute now, 0 if
-        there is no room.
-        """
+        """Reserves blocks for a whole sequence; the tokens to compute now, 0 without room."""
         blocks = self.blocks
         hits = (
             blocks.find_prefix(sequence.prompt_keys, sequence.answer.num_skippable)

@@ -73,7 +73,7 @@ class Sequence:
 
     @property
     def num_shareable(self) -> int:
-        """Leading tokens that another sequence may reuse: the tree's nodes are no continuous text."""
+        """Leading tokens that others may reuse: the tree's nodes are no continuous text."""
         return self.num_prompt if self.tree else len(self.tokens)
 
     @property
@@ -82,17 +82,13 @@ class Sequence:
         return self.media.keys if self.media else self.tokens
 
     def keys(self, start: int, end: int) -> SequenceOf[Hashable]:
-        """What identifies tokens [start, end) to the prefix index: their ids, or their features if
-        they have some.
-        """
+        """What identifies tokens [start, end) to the prefix index: their ids, or their features."""
         if self.media is None or start >= self.num_prompt:
             return self.tokens[start:end]
         return [*self.media.keys[start:end], *self.tokens[self.num_prompt : end]]
 
     def positions(self, start: int, end: int) -> NDArray[np.int64]:
-        """Rotary positions of tokens [start, end), [tokens], or [3, tokens] where a prompt with
-        media is among them.
-        """
+        """Rotary positions of tokens [start, end): [tokens], or [3, tokens] of media."""
         if self.media is None:
             return self._text_positions(start, end)
         following = self._text_positions(max(start, self.num_prompt), end) + self.media.rope_delta

@@ -1,8 +1,4 @@
-"""How many tokens a step may have: fewer after one that did not fit into memory, more again while
-steps succeed.
-
-Owns that number and what counts as memory having run out. Knows nothing of sequences; no torch.
-"""
+"""How many tokens a step may have: fewer after memory ran out, then more again."""
 
 from __future__ import annotations
 
@@ -42,9 +38,7 @@ class StepSize:
         self._patience = STEPS_TO_RECOVER
 
     def succeeded(self) -> None:
-        """A step was computed. After enough of them the limit doubles; a doubled one that fails
-        makes that rarer.
-        """
+        """After enough steps the limit doubles; a doubled one that fails makes that rarer."""
         self._fitted = self.tokens
         if self.tokens == self._most:
             return
@@ -54,9 +48,7 @@ class StepSize:
             self.tokens = min(2 * self.tokens, self._most)
 
     def failed(self, num_tokens: int, reason: str) -> bool:
-        """A step of so many tokens did not fit. True when a smaller one can be tried, False when
-        there is none.
-        """
+        """A step of so many tokens did not fit; False when there is no smaller one to try."""
         self.num_failures += 1
         self._successes = 0
         if num_tokens <= 1:

@@ -1,4 +1,4 @@
-"""One running vLLM engine in this process, made from an EngineConfig: arguments, building, closing."""
+"""One running vLLM engine in this process: its arguments, building and closing."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ CPU_BLOCK_MULTIPLE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmSettings:
-    """The resolved "auto"s of an EngineConfig. `max_model_len` bounds a request's prompt and output
-    together.
-    """
+    """The resolved "auto"s of an EngineConfig. `max_model_len` bounds prompt and output."""
 
     model: ModelConfig
     device: torch.device
@@ -42,7 +40,7 @@ class VllmSettings:
 def resolve_settings(
     config: EngineConfig, model: ModelConfig, extra: Mapping[str, Any]
 ) -> VllmSettings:
-    """vLLM's arguments for a config; those in `extra` win. Raises ConfigError for what cannot run."""
+    """vLLM's arguments for a config, `extra` ones first. ConfigError for what cannot run."""
     config = resolve_auto(replace(config, kind="vllm"), model)
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     cache = _cache_arguments(config, model, dtype, device)
@@ -128,13 +126,14 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, cache: Mapping[str,
         return longest if blocks is None else min(longest, (blocks - 1) * cache["block_size"])
     if config.max_model_len > longest:
         raise ConfigError(
-            f"engine.max_model_len={config.max_model_len}: the checkpoint takes at most {longest} tokens"
+            f"engine.max_model_len={config.max_model_len}: the checkpoint takes at most "
+            f"{longest} tokens"
         )
     return config.max_model_len
 
 
 def _device_normalizes(model_dir: str) -> bool:
-    """Whether vLLM's own normalisation, which it reads for images alone, is right for videos too."""
+    """Whether vLLM's normalisation, which it reads for images, is right for videos too."""
     image, video = (
         ImageProcessorConfig.from_dir(model_dir),
         VideoProcessorConfig.from_dir(model_dir),
@@ -219,9 +218,7 @@ class VllmCore:
             _closed.pop().engine_core.shutdown()
 
     def _share_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Constraints see the tokens as TorchEngine does: every end id, and no control token inside
-        a text.
-        """
+        """Constraints see the tokens as TorchEngine does: see OwnGuidance."""
         from glm_batch.models.engine.vllm.vllm_overrides import OwnGuidance
 
         manager = self._llm.engine_core.engine_core.structured_output_manager

@@ -44,7 +44,7 @@ MEDIA_BYTES = 1 << 30
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Pending:
-    """A request in flight and its forks: those to begin, all by their ids in vLLM, the open ones."""
+    """A request in flight; its forks by their ids in vLLM, of which `open` are not done."""
 
     answer: Answer[Any]
     media: PlacedMedia | None
@@ -101,8 +101,7 @@ class VllmEngine:
     def from_checkpoint(
         cls, config: EngineConfig, vllm_args: Mapping[str, Any] | None = None
     ) -> VllmEngine:
-        """Loads the checkpoint. `vllm_args` go to vLLM's EngineArgs as they are. Raises ConfigError
-        for what cannot run."""
+        """`vllm_args` go to vLLM's EngineArgs as they are. ConfigError for what cannot run."""
         model = load_config(config.model)
         problem = checkpoint_problem(model, config.task)
         if problem:
@@ -115,7 +114,7 @@ class VllmEngine:
         return engine
 
     def submit(self, requests: list[Request]) -> None:
-        """Queues requests; raises ValueError, and queues none, for an id that is in flight already."""
+        """Queues requests; ValueError, and none queued, for an id that is in flight already."""
         refuse_known_ids(
             requests, itertools.chain(self._pending, (completion.id for completion in self._ready))
         )
@@ -151,9 +150,7 @@ class VllmEngine:
         return bool(self._pending or self._ready)
 
     def close(self) -> None:
-        """Ends everything in flight without completions and lets the model's memory go; once more
-        does nothing.
-        """
+        """Ends everything in flight without completions and frees memory; twice is once."""
         self._pending.clear()
         self._owners.clear()
         self._held.clear()

@@ -36,9 +36,7 @@ Asks = Literal["given", "likeliest"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Which ids there are: the model scores `num_ids`, of which those from `num_tokens` on stand
-    for nothing.
-    """
+    """The model scores `num_ids` ids, of which those from `num_tokens` on stand for nothing."""
 
     num_ids: int
     num_tokens: int
@@ -71,9 +69,7 @@ class Fork(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleFork(Fork):
-    """One sample, for the decoding number `index` of a GenerateAnswer. Alternatives are ids below
-    `num_ids`.
-    """
+    """One sample, for a GenerateAnswer's decodings[index]; alternatives are ids below `num_ids`."""
 
     index: int
     num_ids: int
@@ -206,9 +202,7 @@ class RequestForks:
 
 @lru_cache(maxsize=1024)
 def _scoring(ids: tuple[int, ...]) -> VllmSampling:
-    """The log-probabilities of some ids at the next position; the token that is drawn there is of
-    no interest.
-    """
+    """Log-probabilities of some ids at the next position; the token drawn there is dropped."""
     return VllmSampling(
         temperature=0.0,
         max_tokens=1,
@@ -220,9 +214,7 @@ def _scoring(ids: tuple[int, ...]) -> VllmSampling:
 
 
 def _structure(constraint: Constraint) -> StructuredOutputsParams:
-    """The constraint, with blanks between JSON tokens as models.engine.decoding.constraints allows
-    them.
-    """
+    """The constraint, with blanks between JSON tokens as TorchEngine allows them."""
     if constraint.kind == "regex":
         return StructuredOutputsParams(regex=constraint.text)
     schema = json.loads(constraint.text)

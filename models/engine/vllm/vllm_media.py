@@ -1,8 +1,7 @@
-"""Prompts and their media in vLLM's own engine form, so that neither its processor nor its renderer
-ever runs.
+"""Prompts and their media in vLLM's engine form: neither its processor nor its renderer ever runs.
 
 Patches stay bytes where vLLM normalises them on the device, else they are normalised here; vLLM
-computes positions and features. Knows nothing of requests.
+computes positions and features.
 """
 
 from __future__ import annotations
@@ -32,9 +31,7 @@ from glm_batch.models.processing.patches import MediaItem, pixel_values
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRenderer:
-    """`configs` are the checkpoint's. With a `dtype`, pixels are handed over normalised; without
-    one, as bytes.
-    """
+    """With a `dtype`, pixels are handed over normalised; without one, as bytes."""
 
     configs: dict[MediaKind, ImageProcessorConfig]
     dtype: torch.dtype | None

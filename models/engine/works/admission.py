@@ -11,7 +11,7 @@ from glm_batch.models.errors import RowError
 
 
 def check(answer: Answer[Any], capacity: int | None = None) -> None:
-    """Raises RowError. `capacity`: the tokens that the KV cache holds, where that may be too few."""
+    """Raises RowError. `capacity`: the tokens that the KV cache holds, if that may be too few."""
     prompt, config = answer.prompt, answer.context.config
     if answer.head not in (None, config.head):
         raise RowError(

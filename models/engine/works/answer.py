@@ -61,8 +61,7 @@ class ForkMaker(Protocol):
         ...
 
     def pool(self, task: str, num_tokens: int | None = None) -> Any:
-        """What one of vLLM's pooling tasks gives of the prompt, or of its first `num_tokens`, for
-        the answer's `add_rows`."""
+        """A pooling task's rows for the prompt, or its first `num_tokens`: for `add_rows`."""
         ...
 
 
@@ -85,9 +84,7 @@ class Answer(ABC, Generic[W]):
         self.work: W = request.work  # type: ignore[assignment]
 
     def check(self) -> None:
-        """Raises RowError for work that no engine could do; what all kinds have in common is
-        judged in `works.admission`.
-        """
+        """Raises RowError for work that no engine could do; see also works.admission."""
 
     def sequences(self, media: PlacedMedia | None) -> list[Sequence]:
         """What TorchEngine computes. Raises RowError for what cannot be begun."""
@@ -111,9 +108,7 @@ class Answer(ABC, Generic[W]):
     def read(
         self, sequence: Sequence, indices: SequenceOf[int], rows: range, readout: ReadoutBuilder
     ) -> Any:
-        """Asks for what shall be read off the wanted rows `rows` of the tokens `indices`, and
-        returns where it will be: Wanted.where.
-        """
+        """Asks for what is read off the rows of the tokens `indices`; returns Wanted.where."""
 
     @abstractmethod
     def take(self, want: Wanted, output: StepOutput) -> bool:
