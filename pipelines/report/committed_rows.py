@@ -165,10 +165,12 @@ class CommittedRows:
         for name, schema in (("facts", FACTS), ("counted", COUNTED), ("numbers", NUMBERS),
                              ("parts", PARTS_READ)):  # fmt: skip
             db.from_arrow(schema.empty_table()).create(name)
+        db.begin()  # one transaction: no part waits for the disk
         for unit, record, part in committed_parts(output, self.plan):
             self.schema = self.schema or part.schema
             self.totals.add(record)
             self._add(record, part, self.input_rows.golds(unit, part))
+        db.commit()
 
     def _add(self, record: CommitRecord, part: pa.Table, golds: list[Any] | None) -> None:
         self._append("facts", row_facts(self.question, record.unit, part, golds))
