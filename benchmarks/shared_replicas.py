@@ -33,6 +33,7 @@ from benchmarks.make_mid_model import make_mid_model
 from benchmarks.serve_load import MAX_MODEL_LEN, MODEL, Answer, Connection, Load, summary
 from benchmarks.workload import OUTPUT_TOKENS, TextKind, build_rows
 from glm_batch.models.engine import SamplingParams
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.pipelines.job import CommitSection, EngineSection, Job, TaskConfig
 from glm_batch.pipelines.metrics.counts import Progress
 from glm_batch.pipelines.runs.pipeline import run
@@ -147,11 +148,7 @@ def measure(
     import ray
     from ray import serve as ray_serve
 
-    from glm_batch.glm_actors.serving.openai.serve_settings import (
-        ServedModel,
-        ServeEngine,
-        ServeSettings,
-    )
+    from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
     from glm_batch.glm_actors.serving.replicas.deployment import APP_NAME
     from glm_batch.jobs.serving.serve import start
     from glm_batch.pipelines.cluster.cluster import cluster
@@ -160,7 +157,7 @@ def measure(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    chosen = ServeEngine(dtype="bfloat16", max_model_len=MAX_MODEL_LEN, **engine)
+    chosen = EngineOptions(dtype="bfloat16", max_model_len=MAX_MODEL_LEN, **engine)
     served = ServedModel(model=job.model, engine=chosen)
     with cluster(), multiprocessing.get_context("spawn").Pool(1) as clients:
         assert ray.is_initialized()

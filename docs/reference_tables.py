@@ -275,8 +275,11 @@ HOME_KEYS = {RequestLimits: "limits", SamplingParams: "sampling"} | {
 
 
 def field_texts(owner: type) -> dict[str, str]:
-    """The comments of a dataclass's fields: behind a field, and right above it."""
-    return _comments(owner, ast.AnnAssign)
+    """The comments of a dataclass's fields, inherited ones too: behind a field, and above it."""
+    texts: dict[str, str] = {}
+    for each in reversed(owner.__mro__):
+        texts |= _comments(each, ast.AnnAssign) if dataclasses.is_dataclass(each) else {}
+    return texts
 
 
 def _comments(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from glm_batch.models.engine.api.interface import EngineOptions
@@ -48,23 +48,11 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSection:
-    """The `engine:` section; all but `replicas` goes to EngineConfig."""
+class EngineSection(EngineOptions):
+    """The `engine:` section: how the model is run, and on how many engines."""
 
-    kind: Literal["auto", "torch", "vllm", "echo"] = "auto"  # echo is a dry run without a model
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float16: glm alone
-    device: str = "auto"  # auto, cpu or cuda
-    tensor_parallel_size: int = 1  # ranks that hold one model together, each on a GPU of its own
     # engines that share the rows; [fewest, most] grows while rows wait
     replicas: int | tuple[int, int] = 1
-    max_step_tokens: int | Auto = "auto"  # tokens of one forward pass
-    max_model_len: int | Auto = "auto"  # prompt and answer together, in tokens
-
-    @property
-    def options(self) -> EngineOptions:
-        """What it says of each engine."""
-        names = (key.name for key in fields(self) if key.name != "replicas")
-        return EngineOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def replica_range(self) -> tuple[int, int]:

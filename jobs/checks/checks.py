@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from glm_batch.jobs.checks.engine_checks import checkpoint_problems, engine_problems
 from glm_batch.jobs.files.job_file import job_keys
 from glm_batch.jobs.files.sections import Place, Problem
 from glm_batch.models import rooms
@@ -23,7 +24,6 @@ from glm_batch.models.checkpoint.headers import check_weights
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.errors import ConfigError
-from glm_batch.models.network.layers.parallel import check_parts
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import Survey
 from glm_batch.pipelines.job import Job, MediaSection, RequestsSection, TaskConfig
@@ -203,57 +203,20 @@ def _check_sampling(job: Job) -> Iterator[Problem]:
 
 
 def _check_engine(job: Job) -> Iterator[Problem]:
-    engine = job.engine
-    if engine.kind == "vllm" and not job.asks_by_row:
-        yield from _check_vllm(job)
-    if engine.tensor_parallel_size > 1 and re.fullmatch(r"cuda:\d+", engine.device):
-        yield Problem(
-            key="engine.device",
-            message=f"{engine.tensor_parallel_size} ranks have a GPU each; use cuda",
-        )
+    engine, constrained = job.engine, job.task.kind == "extract"
+    yield from engine_problems(engine, "engine", plans_gpus=job.cluster.gpus not in ("auto", 0))
     if engine.replica_range[0] > engine.replica_range[1]:
         yield Problem(key="engine.replicas", message="the fewest come first: write [fewest, most]")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", engine.device):
-        yield Problem(
-            key="engine.device",
-            message=f'it is "{engine.device}", but it must be auto, cpu or cuda',
-        )
-    elif engine.device.startswith("cuda") and not (
-        num_gpus() > 0 or job.cluster.gpus not in ("auto", 0) or "RAY_ADDRESS" in os.environ
-    ):
-        yield Problem(
-            key="engine.device", message="this machine has no NVIDIA device; use auto or cpu"
-        )
-
-
-def _check_vllm(job: Job) -> Iterator[Problem]:
-    """What vLLM cannot do with the job's keys alone; a cluster's workers may have it though this
-    machine does not.
-    """
-    try:
+    if engine.kind == "vllm" and rooms.is_here("vllm"):
         limits = rooms.load("models.engine.vllm.vllm_limits")
-    except ConfigError as error:
-        yield _problem_from(error, "engine.kind")
-        return
-    if "RAY_ADDRESS" not in os.environ:
-        try:
-            limits.check_installed()
-        except ConfigError as error:
-            yield _problem_from(error, "engine.kind")
-    constrained = job.task.kind == "extract"
-    for name, message in limits.sampling_problems(job.sampling, constrained=constrained):
-        yield Problem(key=f"sampling.{name}", message=f"{message}; or use engine.kind torch")
-
-
-def num_gpus() -> int:
-    """The device files that NVIDIA's driver made, which costs no import of torch to see."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+        for name, message in limits.sampling_problems(job.sampling, constrained=constrained):
+            yield Problem(key=f"sampling.{name}", message=f"{message}; or use engine.kind torch")
 
 
 def _check_ranges(job: Job) -> Iterator[Problem]:
     at_least_one = (
-        "engine.replicas", "engine.tensor_parallel_size", "engine.max_step_tokens", "engine.max_model_len",
-        "cluster.nodes", "cluster.cpus", "preprocess.workers", "commit.unit_rows", "cron.keep",
+        "engine.replicas", "cluster.nodes", "cluster.cpus", "preprocess.workers", "commit.unit_rows",
+        "cron.keep",
     )  # fmt: skip
     for key in at_least_one:
         value = value_of(job, key)
@@ -339,11 +302,8 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
     except ConfigError as error:
         return None, [_of_model(str(error))]
     problems = [_of_model(text) for text in _head_problems(job, config)]
-    problems += _limit_problems(job, config)
-    if job.engine.kind == "vllm" and job.task.kind != "requests":
-        limits = rooms.load("models.engine.vllm.vllm_limits")
-        if refusal := limits.checkpoint_problem(config, TASKS[job.task.kind].engine_task):
-            problems.append(Problem(key="engine.kind", message=refusal))
+    task = None if job.asks_by_row else TASKS[job.task.kind].engine_task
+    problems += checkpoint_problems(job.engine, config, task, "engine")
     if not (path / "tokenizer.json").is_file():
         problems.append(
             _of_model(f"{path / 'tokenizer.json'} is missing; the checkpoint needs it to read text")
@@ -407,21 +367,6 @@ def _holds_media(dtype: pa.DataType) -> bool:
         return bool({"bytes", "path"} & {field.name for field in dtype})
     text = types.is_string(dtype) or types.is_large_string(dtype)
     return bool(text or types.is_binary(dtype) or types.is_large_binary(dtype))
-
-
-def _limit_problems(job: Job, config: ModelConfig) -> Iterator[Problem]:
-    """Engine settings that this checkpoint does not take."""
-    limit, longest = job.engine.max_model_len, config.longest_context
-    if limit != "auto" and limit > longest:
-        message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
-        yield Problem(key="engine.max_model_len", message=message)
-    try:
-        check_parts(config, job.engine.tensor_parallel_size)
-    except ConfigError as error:
-        yield Problem(key="engine.tensor_parallel_size", message=str(error).partition(": ")[2])
-    if job.engine.dtype == "float16" and config.family != "glm":
-        message = "GLM-4 outgrows the numbers that float16 can hold; use bfloat16 or float32"
-        yield Problem(key="engine.dtype", message=message)
 
 
 def _head_problems(job: Job, config: ModelConfig) -> Iterator[str]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from itertools import groupby
 
-from glm_batch.jobs.checks.checks import num_gpus
+from glm_batch.jobs.checks.engine_checks import num_gpus
 from glm_batch.pipelines.cluster.shares import Load, Node, Workers, placed, share_out
 from glm_batch.pipelines.job import Job
 

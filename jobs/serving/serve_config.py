@@ -17,12 +17,11 @@ from glm_batch.glm_actors.media.media_source import endpoints
 from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import deployment_name
+from glm_batch.jobs.checks.engine_checks import checkpoint_problems, engine_problems
 from glm_batch.jobs.files.sections import Place, Problem, load_sections
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.headers import check_weights
-from glm_batch.models.engine.vllm.vllm_limits import check_installed, checkpoint_problem
 from glm_batch.models.errors import ConfigError
-from glm_batch.models.network.layers.parallel import check_parts
 from glm_batch.models.request_limits import RequestLimits
 
 WHAT = "a serve configuration is a mapping of keys (models, host, port, token_env, limits ...)"
@@ -92,16 +91,7 @@ def _served_problems(key: str, name: str, model: ServedModel) -> Iterator[Proble
     if len(counts) not in (1, 2) or not 1 <= least <= most:
         message = f"it is {model.replicas}; give a number from 1 on, or [least, most]"
         yield Problem(key=f"{key}.replicas", message=message)
-    # a cluster's workers may have what we have not
-    if model.engine.kind == "vllm" and "RAY_ADDRESS" not in os.environ:
-        try:
-            check_installed()
-        except ConfigError as error:
-            yield Problem(key=f"{key}.engine.kind", message=str(error).partition(": ")[2])
-    try:
-        _ = model.engine_config
-    except ValueError as error:
-        yield Problem(key=f"{key}.engine", message=str(error))
+    yield from engine_problems(model.engine, f"{key}.engine")
 
 
 def _token(settings: ServeSettings, *, insecure: bool) -> tuple[str | None, list[Problem]]:
@@ -152,18 +142,7 @@ def _model_problems(name: str, model: ServedModel, caps: RequestLimits) -> Itera
     except ConfigError as error:
         yield Problem(key=key, message=str(error))
         return
-    try:
-        check_parts(config, model.engine.tensor_parallel_size)
-    except ConfigError as error:
-        yield Problem(
-            key=f"models.{name}.engine.tensor_parallel_size", message=str(error).partition(": ")[2]
-        )
-    if model.engine.kind == "vllm" and (refusal := checkpoint_problem(config, None)):
-        yield Problem(key=f"models.{name}.engine.kind", message=refusal)
-    limit, longest = model.engine.max_model_len, config.longest_context
-    if limit != "auto" and limit > longest:
-        message = f"it is {limit}, but the checkpoint takes at most {longest} tokens; lower it or leave it out"
-        yield Problem(key=f"models.{name}.engine.max_model_len", message=message)
+    yield from checkpoint_problems(model.engine, config, None, f"models.{name}.engine")
     if model.engine.kind != "echo":
         try:
             check_weights(path, quantised=model.engine.kind == "vllm")

@@ -228,11 +228,8 @@ def _answer_files() -> Any:
 
 def engine_config(job: Job) -> EngineConfig:
     """The job's engine section as the engine takes it."""
-    options = job.engine.options
-    if job.asks_by_row and options.kind == "auto":
-        options = replace(options, kind="torch")  # which takes any mixture of requests
     task = None if job.asks_by_row else TASKS[job.task.kind].engine_task
-    return options.of(os.path.abspath(job.model), task)
+    return job.engine.of(os.path.abspath(job.model), task)
 
 
 def engine_of(job: Job, app: str | None) -> EngineConfig | EngineSource:

@@ -327,7 +327,7 @@ def test_cuda_is_refused_where_there_is_no_such_device(
     work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("glm_batch.jobs.checks.checks.num_gpus", lambda: 0)
+    monkeypatch.setattr("glm_batch.jobs.checks.engine_checks.num_gpus", lambda: 0)
     message = refusal(work, top(engine={"device": "cuda"}))
     assert "engine.device: this machine has no NVIDIA device; use auto or cpu" in message
 

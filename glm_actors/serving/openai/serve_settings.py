@@ -7,29 +7,10 @@ jobs.serving.serve_config.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field
 
-from glm_batch.models.engine.api.interface import EngineConfig
+from glm_batch.models.engine.api.interface import EngineConfig, EngineOptions, Task
 from glm_batch.models.request_limits import RequestLimits
-
-Auto = Literal["auto"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeEngine:
-    """The `engine:` section of a model; all of it goes to EngineConfig."""
-
-    # auto: torch, which answers every kind of request
-    kind: Literal["auto", "torch", "vllm", "echo"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float16: glm alone
-    device: str = "auto"  # auto, cpu or cuda
-    tensor_parallel_size: int = 1  # ranks that hold one model together, each on a GPU of its own
-    max_step_tokens: int | Auto = "auto"  # tokens of one forward pass
-    batch_step_tokens: int | Auto = "auto"  # of one with rows of a batch job in it
-    max_num_seqs: int | Auto = "auto"  # sequences in flight
-    max_model_len: int | Auto = "auto"  # prompt and answer together, in tokens
-    kv_cache_tokens: int | Auto = "auto"  # tokens that the cache of keys and values holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +18,15 @@ class ServedModel:
     """One model by name."""
 
     model: str  # a checkpoint directory
-    engine: ServeEngine = field(default_factory=ServeEngine)
+    engine: EngineOptions = field(default_factory=EngineOptions)
     replicas: int | list[int] = 1  # or [least, most] to follow the queue's length
     thinking: bool = False  # unless a request says otherwise
 
     @property
     def engine_config(self) -> EngineConfig:
-        chosen = asdict(self.engine)
-        if self.engine.kind == "auto":
-            chosen["kind"] = "torch"  # the one that answers every kind of request
         # A request for a vector must not make vLLM load the model once more.
-        return EngineConfig(
-            model=self.model, task="generate" if self.engine.kind == "vllm" else None, **chosen
-        )
+        task: Task | None = "generate" if self.engine.kind == "vllm" else None
+        return self.engine.of(self.model, task)
 
     @property
     def wants_gpu(self) -> bool:

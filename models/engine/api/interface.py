@@ -61,29 +61,28 @@ class Engine(Protocol):
 class EngineOptions:
     """How to run a model: what a job's or server's `engine:` section and `load` in Python take.
 
-    "auto" is resolved by the engine from the device and the checkpoint. `max_step_tokens` bounds
-    the tokens of one forward pass, `batch_step_tokens` those of one with BATCH requests in it: an
-    ONLINE request that comes waits for no more than that. `max_num_seqs` bounds the sequences in
-    flight, `kv_cache_tokens` the size of the paged KV cache in tokens, `block_size` the tokens of
-    one block of it. `max_model_len` bounds prompt plus output; "auto" takes the checkpoint's
-    max_position_embeddings. `media_cache_bytes` bounds the features of images and videos that are
-    remembered. `cuda_kernels`, on an NVIDIA GPU: fused kernels and recorded decode steps instead of
-    plain torch. Raises ValueError for what is none of these.
+    models.engine.execution.settings resolves "auto" from the device and the checkpoint. Raises
+    ValueError for what is none of these.
     """
 
+    # auto: torch, but vllm on a GPU where it is installed and all requests ask for one thing that
+    # it can do; echo is a dry run without a model
     kind: Kind = "auto"
-    dtype: Dtype = "auto"
-    device: str = "auto"
-    tensor_parallel_size: int = 1
+    dtype: Dtype = "auto"  # float16: glm alone
+    device: str = "auto"  # auto, cpu or cuda
+    tensor_parallel_size: int = 1  # ranks that hold one model together, each on a GPU of its own
+    # on an NVIDIA GPU: fused kernels and recorded decode steps instead of plain torch
     cuda_kernels: bool = False
-    max_step_tokens: int | Auto = "auto"
+    max_step_tokens: int | Auto = "auto"  # tokens of one forward pass
+    # of one with rows of a batch job in it: an online request waits for no more than that
     batch_step_tokens: int | Auto = "auto"
-    max_num_seqs: int | Auto = "auto"
+    max_num_seqs: int | Auto = "auto"  # sequences in flight
+    # prompt and answer together, in tokens; auto: what the checkpoint was made for
     max_model_len: int | Auto = "auto"
-    kv_cache_tokens: int | Auto = "auto"
-    block_size: int | Auto = "auto"
-    media_cache_bytes: int | Auto = "auto"
-    prefix_caching: bool = True
+    kv_cache_tokens: int | Auto = "auto"  # tokens that the paged cache of keys and values holds
+    block_size: int | Auto = "auto"  # tokens of one block of it
+    media_cache_bytes: int | Auto = "auto"  # features of images and videos that are remembered
+    prefix_caching: bool = True  # compute what prompts have in common once
 
     def __post_init__(self) -> None:
         for name, known in (("kind", get_args(Kind)), ("dtype", get_args(Dtype))):

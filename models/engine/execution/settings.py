@@ -154,8 +154,9 @@ def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     """The rule behind "auto": engine, device, dtype, sequences in flight, step size and block size,
     by device, model and task.
 
-    On a CPU the engine is torch, which is the faster one there, and on several ranks too; on one
-    GPU vllm where it is installed and can do the task, else torch. Raises ConfigError for a device
+    On a CPU the engine is torch, which is the faster one there, and on several ranks too, and where
+    requests of any kind may come, all of which it alone answers; on one GPU vllm where it is
+    installed and can do the task, else torch. Raises ConfigError for a device
     that this machine has not.
     """
     if config.kind == "echo":
@@ -180,7 +181,8 @@ def resolve_auto(config: EngineConfig, model: ModelConfig) -> EngineConfig:
 
 
 def _vllm_is_better(config: EngineConfig, model: ModelConfig, device: torch.device) -> bool:
-    if device.type != "cuda" or config.tensor_parallel_size > 1 or not rooms.is_here("vllm"):
+    is_torch_alone = config.task is None or config.tensor_parallel_size > 1
+    if device.type != "cuda" or is_torch_alone or not rooms.is_here("vllm"):
         return False
     limits = rooms.load("models.engine.vllm.vllm_limits")
     return limits.is_installed() and not limits.checkpoint_problem(model, config.task)

@@ -21,8 +21,9 @@ import pytest
 import yaml
 
 from glm_batch.glm_actors.serving.openai.protocol import Body
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Piece, Replica
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.request_limits import RequestLimits
 
 ROOT = Path(__file__).parents[3]
@@ -123,7 +124,7 @@ def started(folder: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def replica() -> Iterator[Replica]:
     """The shipped model in this process, without Ray and HTTP."""
-    model = ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14))
+    model = ServedModel(model=TINY, engine=EngineOptions(dtype="float32", kv_cache_tokens=1 << 14))
     built = Replica(
         model,
         RequestLimits(

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from glm_batch.glm_actors.serving.http.http_app import build_app
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import EngineSection, RequestsSection
 from tests.glm_actors.serving.conftest import ROOT, TINY, LocalBackend
@@ -168,7 +169,7 @@ def bad_requests() -> list[Asked]:
 
 @pytest.fixture(scope="module", params=["echo", "torch"])
 def served(request: pytest.FixtureRequest) -> Iterator[Replica]:
-    engine = ServeEngine(kind=request.param, dtype="float32", kv_cache_tokens=1 << 14)
+    engine = EngineOptions(kind=request.param, dtype="float32", kv_cache_tokens=1 << 14)
     built = Replica(ServedModel(model=TINY, engine=engine), LIMITS)
     yield built
     built.close()

@@ -13,8 +13,9 @@ import pytest
 
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError
 from glm_batch.glm_actors.serving.openai.protocol import CompletionRequest
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.processing.tokenizer import Tokenizer
 from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import MODEL, TINY
@@ -227,7 +228,7 @@ def test_no_stop_strings_are_none(replica: Replica) -> None:
 
 
 def test_an_echo_of_the_echo_engine() -> None:
-    echo = Replica(ServedModel(model=TINY, engine=ServeEngine(kind="echo")), RequestLimits())
+    echo = Replica(ServedModel(model=TINY, engine=EngineOptions(kind="echo")), RequestLimits())
     found = ask(echo, prompt="Where", max_tokens=1, echo=True, logprobs=1)["choices"][0]["logprobs"]
     echo.close()
     assert found["token_logprobs"][0] is None

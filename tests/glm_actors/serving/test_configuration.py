@@ -13,13 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from glm_batch.glm_actors.serving.openai.serve_settings import (
-    ServedModel,
-    ServeEngine,
-    ServeSettings,
-)
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import build_application
 from glm_batch.jobs.serving.serve_config import check_settings, load_settings
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.errors import ConfigError
 from tests.glm_actors.serving.conftest import ROOT, TINY, TOKEN
 
@@ -76,6 +73,12 @@ BAD: list[tuple[str, Change, list[str]]] = [
         "bad dtype",
         model(engine={"dtype": "int8"}),
         ["models.tiny.engine.dtype", '"int8"', '"bfloat16"'],
+    ),
+    ("device", model(engine={"device": "gpu"}), ["models.tiny.engine.device", "auto, cpu or cuda"]),
+    (
+        "no tokens",
+        model(engine={"kv_cache_tokens": 0}),
+        ["models.tiny.engine.kv_cache_tokens: it is 0, but it must be a positive integer"],
     ),
     ("no replicas", model(replicas=0), ["models.tiny.replicas", "from 1 on"]),
     ("turned range", model(replicas=[3, 1]), ["models.tiny.replicas", "[least, most]"]),
@@ -189,7 +192,7 @@ def test_the_command_exits_with_2_and_loads_neither_ray_nor_torch(tmp_path: Path
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own
 def test_the_application_says_what_ray_must_know() -> None:
     """Replicas, queue lengths and shares, without a cluster."""
-    engine = ServeEngine(kind="echo")
+    engine = EngineOptions(kind="echo")
     first, second = (
         ServedModel(model=TINY, engine=engine, replicas=[1, 3]),
         ServedModel(model=TINY, replicas=2),

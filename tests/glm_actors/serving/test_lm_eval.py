@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.models.engine import EngineConfig
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.request_limits import RequestLimits
 from glm_batch.pipelines.job import Job
@@ -42,7 +43,7 @@ class Evaluated:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     replica = Replica(
-        ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14)),
+        ServedModel(model=TINY, engine=EngineOptions(dtype="float32", kv_cache_tokens=1 << 14)),
         RequestLimits(),
     )
     with serving({MODEL: replica}, RequestLimits()) as found:

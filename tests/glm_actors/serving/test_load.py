@@ -16,13 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from glm_batch.glm_actors.serving.openai.serve_settings import (
-    ServedModel,
-    ServeEngine,
-    ServeSettings,
-)
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import APP_NAME, deployment_name
 from glm_batch.jobs.serving.serve import start
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import TINY
 from tests.ray_processes import ray_processes
@@ -114,7 +111,7 @@ def port(ray_cluster: None) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         number = probe.getsockname()[1]
-    engine = ServeEngine(dtype="float32", kv_cache_tokens=1 << 14)
+    engine = EngineOptions(dtype="float32", kv_cache_tokens=1 << 14)
     models = {
         PAIR: ServedModel(model=TINY, engine=engine, replicas=2),
         GROWING: ServedModel(model=TINY, engine=engine, replicas=[1, 2]),

@@ -19,8 +19,9 @@ from glm_batch.glm_actors.serving.http.border import Border, digest_of
 from glm_batch.glm_actors.serving.http.http_app import build_app
 from glm_batch.glm_actors.serving.openai.api_errors import ApiError
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest, CompletionRequest
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import MODEL, TINY, TOKEN, LocalBackend
 
@@ -394,7 +395,7 @@ def test_a_cancelled_answer_frees_its_blocks(replica: Replica) -> None:
 
 
 def test_a_request_that_takes_too_long_is_ended() -> None:
-    model = ServedModel(model=TINY, engine=ServeEngine(dtype="float32", kv_cache_tokens=1 << 14))
+    model = ServedModel(model=TINY, engine=EngineOptions(dtype="float32", kv_cache_tokens=1 << 14))
     replica = Replica(model, RequestLimits(request_s=0.2))
 
     async def streamed() -> None:
@@ -414,7 +415,7 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
 
 
 def test_a_dead_engine_is_told_and_noticed() -> None:
-    model = ServedModel(model=TINY, engine=ServeEngine(kind="echo"))
+    model = ServedModel(model=TINY, engine=EngineOptions(kind="echo"))
     replica = Replica(model, RequestLimits())
 
     def break_down(engine: Any) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from glm_batch.glm_actors.serving.openai.chat_task import ReasoningStream
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.processing.chat import Chat
 from glm_batch.models.processing.tokenizer import Tokenizer
 from glm_batch.models.request_limits import RequestLimits
@@ -73,7 +74,7 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "chat_template.jinja").write_text(TEMPLATES["open"])
     replica = Replica(
-        ServedModel(model=str(folder), engine=ServeEngine(kind="echo"), thinking=True),
+        ServedModel(model=str(folder), engine=EngineOptions(kind="echo"), thinking=True),
         RequestLimits(),
     )
     yield replica

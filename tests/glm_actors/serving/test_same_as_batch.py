@@ -21,10 +21,11 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     EmbeddingRequest,
     ScoreRequest,
 )
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.jobs.files.job_file import load_job
 from glm_batch.models.engine import Completion, EngineConfig
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.processing.prompt import Prompt
 from glm_batch.models.request_limits import RequestLimits
@@ -209,7 +210,7 @@ def test_classes(make_checkpoint: MakeCheckpoint) -> None:
     job = replace(_with_task(job_of("reply"), {"kind": "classify", "prompt": "{text}"}), model=path)
     engine = TorchEngine.from_checkpoint(EngineConfig(model=path, kv_cache_tokens=1024))
     expected = batch(job, [{"text": text} for text in texts], engine)
-    small = ServeEngine(kv_cache_tokens=1024)
+    small = EngineOptions(kv_cache_tokens=1024)
     replica = Replica(ServedModel(model=path, engine=small), RequestLimits())
     (answer,) = ask(replica, [ClassifyRequest(model="c", input=texts)])
     replica.close()

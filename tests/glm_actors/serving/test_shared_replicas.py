@@ -25,11 +25,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from glm_batch.glm_actors.serving.openai.serve_settings import (
-    ServedModel,
-    ServeEngine,
-    ServeSettings,
-)
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeSettings
 from glm_batch.glm_actors.serving.replicas.deployment import (
     APP_NAME,
     ModelDeployment,
@@ -40,6 +36,7 @@ from glm_batch.glm_actors.shared.shared_model import BatchWork
 from glm_batch.jobs.__main__ import EXIT_BAD_CONFIG, app
 from glm_batch.jobs.files.job_file import load_job
 from glm_batch.jobs.serving.serve import start
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.engine.api.request import BATCH, Generate, Request, SamplingParams
 from glm_batch.models.errors import ConfigError, EngineError
 from glm_batch.models.request_limits import RequestLimits
@@ -97,7 +94,7 @@ def deploy(port: int = 8000, limits: RequestLimits = CAPS, **engine: Any) -> Non
     """Starts the application, or replaces its model's replicas if the engine's settings are others
     than before.
     """
-    chosen = ServeEngine(**({"dtype": "float32"} | engine))
+    chosen = EngineOptions(**({"dtype": "float32"} | engine))
     start(
         ServeSettings(
             models={SHARED: ServedModel(model=TINY, engine=chosen)}, port=port, limits=limits

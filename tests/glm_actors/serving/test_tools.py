@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import Function
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.openai.tools import CallStream, Tools, find_calls, free_grammar
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.engine.api.request import Constraint
 from glm_batch.models.engine.decoding.constraints import Constraints
 from glm_batch.models.errors import RowError
@@ -50,10 +51,10 @@ CALL = 'get_weather\n{"city": "graz"}'
 def client() -> Iterator[openai.OpenAI]:
     """The shipped model, and an engine that answers with the end of its prompt."""
     caps = RequestLimits(schema_s=20.0)
-    small = ServeEngine(dtype="float32", kv_cache_tokens=1 << 14)
+    small = EngineOptions(dtype="float32", kv_cache_tokens=1 << 14)
     replicas = {
         MODEL: Replica(ServedModel(model=TINY, engine=small), caps),
-        ECHO: Replica(ServedModel(model=TINY, engine=ServeEngine(kind="echo")), caps),
+        ECHO: Replica(ServedModel(model=TINY, engine=EngineOptions(kind="echo")), caps),
     }
     with serving(replicas, caps) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=60.0)

@@ -106,6 +106,7 @@ def test_checkpoints_that_vllm_cannot_run(
         ("cuda", "0.32.0", "choose", "vllm", (512, 8192, 16)),
         ("cuda", "0.28.0", "choose", "torch", (512, 8192, 16)),
         ("cuda", None, "generate", "torch", (512, 8192, 16)),
+        ("cuda", "0.32.0", None, "torch", (512, 8192, 16)),  # requests of any kind may come
         ("cuda", "0.32.0", "embed", "torch", (512, 8192, 16)),  # of a classification checkpoint
     ],
 )

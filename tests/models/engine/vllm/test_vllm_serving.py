@@ -19,10 +19,11 @@ from glm_batch.glm_actors.serving.openai.protocol import (
     EmbeddingRequest,
     ScoreRequest,
 )
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.glm_actors.shared.shared_model import BatchWork
 from glm_batch.models.engine import EngineConfig, Generate, Request, SamplingParams, build_engine
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.engine.api.request import BATCH, ONLINE
 from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import MODEL, TINY
@@ -51,7 +52,7 @@ def torch_replica() -> Iterator[Replica]:
 
 
 def served(kind: Any) -> Replica:
-    engine = ServeEngine(kind=kind, dtype="float32", max_model_len=512, kv_cache_tokens=1 << 13)
+    engine = EngineOptions(kind=kind, dtype="float32", max_model_len=512, kv_cache_tokens=1 << 13)
     return Replica(ServedModel(model=TINY, engine=engine), RequestLimits())
 
 
