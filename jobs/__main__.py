@@ -26,7 +26,8 @@ SHOWN_LINES = 6
 
 app = typer.Typer(
     help="Run GLM models over large tables: one committed record for every input row.",
-    epilog="Exit codes: 0 all rows ok, 1 the job failed, 2 bad configuration, 3 more row errors than max_error_rate, "
+    epilog="Exit codes: 0 all rows ok, 1 the job failed, 2 bad configuration, 3 more row errors "
+    "than max_error_rate, "
     "130 and 143 stopped by Ctrl-C and SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
@@ -65,7 +66,10 @@ AppOption = Annotated[
     typer.Option(
         "--app",
         metavar="NAME",
-        help="Let the replicas of this live application do the model's work: online requests go first.",
+        help=(
+            "Let the replicas of this live application do the model's work: online requests go "
+            "first."
+        ),
         show_default=False,
     ),
 ]
@@ -370,7 +374,7 @@ def demo(
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Label the tickets, pictures and clips that ship with glm-batch; lays them out in ./examples."""
+    """Label the tickets, pictures and clips that ship with glm-batch, laid out in ./examples."""
     with errors_for_people(debug):
         code = rooms.load("jobs.demo.demo").demo(jobs or [])
     raise typer.Exit(code)

@@ -181,7 +181,10 @@ def _check_media(job: Job) -> Iterator[Problem]:
     for key in ("media.hosts", "media.private_hosts"):
         for host in value_of(job, key):
             if not re.fullmatch(r"[^\s/:@]+(:\d+)?|\[[0-9a-fA-F:]+\](:\d+)?", host):
-                message = f"{host!r} is no host name; write it like images.example.com, without https:// and path"
+                message = (
+                    f"{host!r} is no host name; write it like images.example.com, without "
+                    f"https:// and path"
+                )
                 yield Problem(key=key, message=message)
 
 
@@ -215,8 +218,8 @@ def _check_engine(job: Job) -> Iterator[Problem]:
 
 def _check_ranges(job: Job) -> Iterator[Problem]:
     at_least_one = (
-        "engine.replicas", "cluster.nodes", "cluster.cpus", "preprocess.workers", "commit.unit_rows",
-        "cron.keep",
+        "engine.replicas", "cluster.nodes", "cluster.cpus", "preprocess.workers",
+        "commit.unit_rows", "cron.keep",
     )  # fmt: skip
     for key in at_least_one:
         value = value_of(job, key)
@@ -294,7 +297,8 @@ def check_checkpoint(job: Job) -> tuple[ModelConfig | None, list[Problem]]:
     if not path.is_dir():
         return None, [
             _of_model(
-                f"{path}: no such directory; name a checkpoint in the Hugging Face layout on this disk"
+                f"{path}: no such directory; name a checkpoint in the Hugging Face layout on "
+                f"this disk"
             )
         ]
     try:
@@ -352,7 +356,8 @@ def _media_type_problems(job: Job, schema: pa.Schema) -> Iterator[Problem]:
         if key in ("task.image", "task.video") and not _holds_media(schema.field(column).type):
             yield Problem(
                 key=key,
-                message=f"column {column!r} has type {schema.field(column).type}; media are bytes, text (a path or "
+                message=f"column {column!r} has type {schema.field(column).type}; media are bytes, "
+                f"text (a path or "
                 "URL), a struct of bytes and path, or a list of these",
             )
 

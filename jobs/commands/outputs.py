@@ -55,7 +55,7 @@ class Single:
 
 
 def opened(path: str, endpoint_url: str | None = None) -> Opened:
-    """The output, after a line on stderr where it is a version below the path. Raises ConfigError."""
+    """The output, after a line on stderr where it is a version below `path`. Raises ConfigError."""
     storage = StorageSection(endpoint_url=endpoint_url)
     if not rooms.is_here("cron"):
         return Single(path, Output.at(path, storage))
@@ -150,5 +150,6 @@ def gc(path: str, *, endpoint_url: str | None = None) -> None:
     console.print(f"removed {len(collected.removed):,} files, {collected.num_bytes:,} bytes")
     if collected.waiting:
         console.print(
-            f"left {collected.waiting:,} parts of units that are not committed yet: finish the job first"
+            f"left {collected.waiting:,} parts of units that are not committed yet: finish "
+            f"the job first"
         )

@@ -121,7 +121,8 @@ def _sum(night: Night, job: Job) -> dict[str, Any]:
     too_many = night.state != "bounded" and night.counts.error_rate > job.max_error_rate
     if night.changes.deleted and night.deleted_rows:
         print(
-            f"glm-batch: {len(night.changes.deleted)} input files are gone; their {night.deleted_rows:,} rows are kept "
+            f"glm-batch: {len(night.changes.deleted)} input files are gone; their "
+            f"{night.deleted_rows:,} rows are kept "
             "(--drop-deleted gives them up)",
             file=sys.stderr,
         )

@@ -181,7 +181,10 @@ def count_lines(counts: Counts) -> Iterator[tuple[str, str]]:
     if counts.accuracy is not None:
         yield (
             "accuracy",
-            f"{counts.accuracy:.3f} ({counts.gold_correct:,} of {counts.gold_rows:,} rows with gold)",
+            (
+                f"{counts.accuracy:.3f} ({counts.gold_correct:,} of {counts.gold_rows:,} rows "
+                f"with gold)"
+            ),
         )
     yield "tokens", _tokens(counts)
 
@@ -190,8 +193,10 @@ def next_step(counts: Counts, output: str, max_error_rate: float) -> str:
     """One sentence: where to read on, or what to do about failed rows."""
     if counts.error_rate > max_error_rate:
         return (
-            f"{counts.error_rate:.2%} of the rows failed, max_error_rate allows {max_error_rate:.2%}: look at "
-            f"error_message where status is error; `glm-batch retry {output}` processes these rows again"
+            f"{counts.error_rate:.2%} of the rows failed, max_error_rate allows "
+            f"{max_error_rate:.2%}: look at "
+            f"error_message where status is error; `glm-batch retry {output}` processes "
+            f"these rows again"
         )
     return f"read the parts that {output}/manifest.json lists"
 
@@ -250,4 +255,7 @@ def _resumed_note(progress: Progress) -> str:
 
 def _tokens(counts: Counts) -> str:
     media = f", media {counts.media_tokens:,}" if counts.media_tokens else ""
-    return f"prompt {counts.prompt_tokens:,} ({counts.cached_share:.0%} cached), output {counts.output_tokens:,}{media}"
+    return (
+        f"prompt {counts.prompt_tokens:,} ({counts.cached_share:.0%} cached), output "
+        f"{counts.output_tokens:,}{media}"
+    )

@@ -147,7 +147,7 @@ def read_yaml(path: str, what: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _key_lines(node: yaml.Node | None, prefix: str, path: str) -> Iterator[tuple[str, int]]:
-    """The line of each key. YAML would let the last of two equal keys win: here they are refused."""
+    """The line of each key. Of two equal keys YAML would take the last: here they are refused."""
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, int] = {}

@@ -43,7 +43,10 @@ def check_requests(job: Job) -> Iterator[Problem]:
     yield from _useless(job.media, MediaSection(), "media", inside)
     yield from _useless(job.preprocess, PreprocessSection(), "preprocess", inside, ("workers",))
     if job.engine.kind == "vllm":
-        message = "the requests of a file may ask for different things, which torch alone can; use torch or auto"
+        message = (
+            "the requests of a file may ask for different things, which torch alone can; use "
+            "torch or auto"
+        )
         yield Problem(key="engine.kind", message=message)
     yield from _check_limits(job.requests.limits)
 

@@ -1,4 +1,4 @@
-"""`glm-batch plan` of an OpenAI batch file: a sample of its lines, what they ask for, the estimate."""
+"""`glm-batch plan` of an OpenAI batch file: what a sample of its lines asks for, and the estimate."""
 
 from __future__ import annotations
 

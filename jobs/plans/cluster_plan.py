@@ -34,7 +34,10 @@ def cluster_lines(job: Job) -> Iterator[tuple[str, str]]:
     where = "this machine: " if section.nodes == section.cpus == section.gpus == "auto" else ""
     yield (
         "cluster",
-        f"{where}{_count(len(nodes), 'node')} of {_count(node.cores, 'core')} and {_count(node.gpus, 'GPU')}",
+        (
+            f"{where}{_count(len(nodes), 'node')} of {_count(node.cores, 'core')} and "
+            f"{_count(node.gpus, 'GPU')}"
+        ),
     )
     yield "replicas", _replica_text(job, workers, nodes)
     # Nodes with the same load stand together.
@@ -58,7 +61,10 @@ def _replica_text(job: Job, workers: Workers, nodes: tuple[Node, ...]) -> str:
     device = f"{_count(ranks, 'GPU')} on one node" if workers.gpus_per_replica else "no GPU"
     idle = sum(node.gpus for node in nodes) - most * workers.gpus_per_replica
     rest = f"; {_count(idle, 'GPU')} left over" if idle and workers.gpus_per_replica else ""
-    threads = f"{each}{device}, {_count(workers.threads_per_rank, 'thread')}{' a rank' if ranks > 1 else ''}"
+    threads = (
+        f"{each}{device}, "
+        f"{_count(workers.threads_per_rank, 'thread')}{' a rank' if ranks > 1 else ''}"
+    )
     return f"{count} of {threads}{rest}; {_processes(workers)}"
 
 

@@ -175,7 +175,7 @@ def _sampled(
 
 
 def files_table(plan: Plan) -> Table:
-    """The input files with their rows and sizes; all of them are counted where not all are shown."""
+    """The input files with their rows and sizes; those that are not shown are counted."""
     table = Table("input", "rows", "MB", box=None, padding=(0, 2, 0, 0), header_style="dim")
     for planned in plan.files[:SHOWN_FILES]:
         table.add_row(
@@ -246,7 +246,8 @@ def estimate_line(estimate: Estimate, works: Sequence[Work], what: str) -> tuple
     at_most = "at most " if any(isinstance(work, Generate) for work in works) else ""
     return (
         "estimate",
-        f"{short(estimate.prompt_tokens)} prompt tokens, of which {short(estimate.computed_prompt_tokens)} to compute; "
+        f"{short(estimate.prompt_tokens)} prompt tokens, of which "
+        f"{short(estimate.computed_prompt_tokens)} to compute; "
         f"{at_most}{short(estimate.output_tokens)} {what} tokens",
     )
 
@@ -326,18 +327,27 @@ def _num_outputs(work: Work) -> int:
 
 
 def time_text(job: Job, estimate: Estimate, num_rows: int, row_seconds: float = 0.0) -> str:
-    """A rough time with its basis; none where the job would run on hardware that was not measured."""
+    """A rough time with its basis; none where the hardware was not measured."""
     if job.engine.kind == "echo":
-        return f"about {clock_time(START_S + num_rows * ROW_OVERHEAD_S)}: the echo engine computes nothing"
+        return (
+            f"about {clock_time(START_S + num_rows * ROW_OVERHEAD_S)}: the echo engine computes "
+            f"nothing"
+        )
     if uses_gpus(job, described_nodes(job)):
-        return f"not estimated: {short(estimate.flops / 1e12)} TFLOP on a GPU, whose rate was not measured"
+        return (
+            f"not estimated: {short(estimate.flops / 1e12)} TFLOP on a GPU, whose rate was not "
+            f"measured"
+        )
     rate = measure_gemm()
     each = ROW_OVERHEAD_S + row_seconds / (os.cpu_count() or 1)
     seconds = START_S + estimate.flops / (GEMM_SHARE * rate) + num_rows * each
     return (
-        f"very roughly {clock_time(seconds)}: {short(estimate.flops / 1e9)} GFLOP at {GEMM_SHARE:.0%} of "
-        f"{rate / 1e9:,.0f} GFLOP/s (float32 matrix product, measured just now on {os.cpu_count()} cores), "
-        f"{each * 1e3:.1f} ms for each row, {START_S:.0f} s to start; be ready for three times as much"
+        f"very roughly {clock_time(seconds)}: {short(estimate.flops / 1e9)} GFLOP at "
+        f"{GEMM_SHARE:.0%} of "
+        f"{rate / 1e9:,.0f} GFLOP/s (float32 matrix product, measured just now on "
+        f"{os.cpu_count()} cores), "
+        f"{each * 1e3:.1f} ms for each row, {START_S:.0f} s to start; be ready for three "
+        f"times as much"
     )
 
 

@@ -36,7 +36,7 @@ class MediaSize:
 def media_lines(
     job: Job, media: Sequence[MediaSize], prompt_tokens: int
 ) -> Iterator[tuple[str, str]]:
-    """Name and text of the plan's lines about media. `prompt_tokens` are those of the whole sample."""
+    """Name and text of the lines about media. `prompt_tokens` are those of the whole sample."""
     if not media:
         return
     tokens = media_tokens(job, job.preprocess, media)
@@ -52,7 +52,10 @@ def media_lines(
         if fewer:
             yield (
                 f"  preprocess.max_pixels={max_pixels}",
-                f"would save {fewer / prompt_tokens:.0%} of the prompt tokens; see on rows with gold what it costs",
+                (
+                    f"would save {fewer / prompt_tokens:.0%} of the prompt tokens; see on rows "
+                    f"with gold what it costs"
+                ),
             )
 
 

@@ -66,7 +66,10 @@ def serve(path: str, *, insecure: bool = False) -> None:
         )
         asked.wait()
         print(
-            f"glm-batch: finishing what is being answered, for {settings.limits.drain_s:g} s at most",
+            (
+                f"glm-batch: finishing what is being answered, for {settings.limits.drain_s:g} s "
+                f"at most"
+            ),
             file=sys.stderr,
         )
         stop(ingress, settings.limits.drain_s)

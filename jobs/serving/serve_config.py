@@ -100,7 +100,10 @@ def _token(settings: ServeSettings, *, insecure: bool) -> tuple[str | None, list
         contradiction = "with --insecure nobody is asked for it; leave one of them out"
         return None, [Problem(key=key, message=contradiction) for key in given]
     if len(given) != 1:
-        message = "name the environment variable with the clients' token, or a file in token_file (or use --insecure)"
+        message = (
+            "name the environment variable with the clients' token, or a file in token_file (or "
+            "use --insecure)"
+        )
         return None, [Problem(key="token_env", message=message)]
     if settings.token_env is not None:
         token, where = (

@@ -63,7 +63,10 @@ def sweep_summary(sweep: Sweep, ran: Ran, results: Results) -> Table:
     )
     table.add_row(
         "time",
-        f"{summary.elapsed_s:,.1f} s, of which the engines had rows for {summary.working_s:,.1f} s{rate}",
+        (
+            f"{summary.elapsed_s:,.1f} s, of which the engines had rows for "
+            f"{summary.working_s:,.1f} s{rate}"
+        ),
     )
     unscored = sum(each.score.without_gold for each in results.cells)
     table.add_row(
