@@ -169,7 +169,8 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         for name in ("first_commit_s", "exit_s")
     )
     console.print(
-        f"restart with {restarts['missing_units']} units missing of {restarts['rows']:,} rows: the first new commit "
+        f"restart with {restarts['missing_units']} units missing of {restarts['rows']:,} "
+        f"rows: the first new commit "
         f"after {first} s, the end after {whole} s"
     )
 

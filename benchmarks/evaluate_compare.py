@@ -82,10 +82,12 @@ def main(
         for name in ("accuracy", "accuracy_norm")
     )
     print(
-        f"largest difference of a log-likelihood: {furthest:.2e} (of {len(ours.logprobs) * len(LABELS)})"
+        f"largest difference of a log-likelihood: {furthest:.2e} (of "
+        f"{len(ours.logprobs) * len(LABELS)})"
     )
     print(
-        f"accuracies {'equal' if equal else 'DIFFER'}; {theirs.wall_s / ours.wall_s:.1f} x as fast (wanted: {TARGET:g})"
+        f"accuracies {'equal' if equal else 'DIFFER'}; {theirs.wall_s / ours.wall_s:.1f} x "
+        f"as fast (wanted: {TARGET:g})"
     )
     raise typer.Exit(0 if equal and furthest < 1e-4 else 1)
 

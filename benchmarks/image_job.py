@@ -163,8 +163,10 @@ def _show(console: Console, report: dict[str, Any]) -> None:
     console.print(
         f"{report['rows']} JPEGs of {report['photo']} ({sizes['encoded'] / 1e3:.0f} kB each) in "
         f"{report['end_to_end_s']:.1f} s: {report['images_per_s']:.1f} images/s end to end, "
-        f"{report['steady_images_per_s'] or 0:.1f} from the first commit (after {report['first_commit_s']:.1f} s) on, "
-        f"{report['steady_cores_busy'] or 0:.2f} cores busy; {sizes['prompt_tokens']:.0f} prompt tokens and "
+        f"{report['steady_images_per_s'] or 0:.1f} from the first commit (after "
+        f"{report['first_commit_s']:.1f} s) on, "
+        f"{report['steady_cores_busy'] or 0:.2f} cores busy; {sizes['prompt_tokens']:.0f} "
+        f"prompt tokens and "
         f"{sizes['between_stages'] / 1e3:.0f} kB an image between stages"
     )
     table = Table(title="CPU seconds by kind of process")

@@ -103,8 +103,10 @@ def _memory(sample: Sample) -> dict[str, float]:
 def _show(console: Console, report: dict[str, Any]) -> None:
     steady = report["steady_rows_per_s"]
     console.print(
-        f"{report['rows']} rows in {report['units']} units: {report['end_to_end_s']:.1f} s from process start to exit, "
-        f"{report['rows_per_s']:.0f} rows/s; first unit committed after {report['first_commit_s']:.1f} s, "
+        f"{report['rows']} rows in {report['units']} units: {report['end_to_end_s']:.1f} s "
+        f"from process start to exit, "
+        f"{report['rows_per_s']:.0f} rows/s; first unit committed after "
+        f"{report['first_commit_s']:.1f} s, "
         f"from then on {'-' if steady is None else f'{steady:.0f}'} rows/s"
     )
     table = Table(title="memory of its own (MiB)")

@@ -37,23 +37,37 @@ class Split:
 # Cue phrases of each label, for the short training tickets below. EVAL uses the same words in other
 # sentences.
 _CUES = {
-    "billing": "an invoice|a bill|a refund|the payment|a wrong charge|my credit card|a fee|the VAT|a receipt|a voucher"
-    "|the price|a debit|my bank|the amount|a bank transfer|a payment reminder|money that you charged|what I paid"
+    "billing": "an invoice|a bill|a refund|the payment|a wrong charge|my credit card|a fee|the "
+    "VAT|a receipt|a voucher"
+    "|the price|a debit|my bank|the amount|a bank transfer|a payment reminder|money that you "
+    "charged|what I paid"
     "|a discount|a card payment|being billed twice",
-    "shipping": "a parcel|the delivery|the courier|the tracking|a package|the carrier|the tracking number|a shipment"
-    "|customs|the driver|the depot|express delivery|the delivery address|the postman|a damaged box|shipping"
-    "|what was delivered|a neighbour who took the parcel|the shipping date|a lost package|a late delivery",
-    "account": "my password|my login|my account|my profile|my user name|the email address of my account|signing in"
-    "|a locked account|the two-factor code|my registration|closing my account|deleting my account|the reset mail"
-    "|my personal data|two profiles|the verification mail|logging in|a stranger in my account|a new email address"
+    "shipping": "a parcel|the delivery|the courier|the tracking|a package|the carrier|the tracking "
+    "number|a shipment"
+    "|customs|the driver|the depot|express delivery|the delivery address|the postman|a "
+    "damaged box|shipping"
+    "|what was delivered|a neighbour who took the parcel|the shipping date|a lost package|a "
+    "late delivery",
+    "account": "my password|my login|my account|my profile|my user name|the email address of my "
+    "account|signing in"
+    "|a locked account|the two-factor code|my registration|closing my account|deleting my "
+    "account|the reset mail"
+    "|my personal data|two profiles|the verification mail|logging in|a stranger in my "
+    "account|a new email address"
     "|a new password|my user profile|a mail to reset the password",
-    "technical": "the app|a crash|an error message|the firmware|Bluetooth|the battery|the screen|the display|the motor"
-    "|the wifi|the website|my browser|installing the software|a loud noise|a red light|an update|the power button"
-    "|the {item}, which does not work|the {item}, which stopped working|the {item}, which overheats|a cable"
+    "technical": "the app|a crash|an error message|the firmware|Bluetooth|the battery|the "
+    "screen|the display|the motor"
+    "|the wifi|the website|my browser|installing the software|a loud noise|a red light|an "
+    "update|the power button"
+    "|the {item}, which does not work|the {item}, which stopped working|the {item}, which "
+    "overheats|a cable"
     "|a {device} that does not connect",
-    "other": "your opening hours|your shop in {city}|a job|your catalogue|an interview|a magazine|sponsoring"
-    "|a conference|a gift|your founder|a school visit|the next sale|recycled material|a suggestion|a new colour"
-    "|your company|friendly advice|your wonderful service|where it is made|a present|a recommendation|a compliment"
+    "other": "your opening hours|your shop in {city}|a job|your catalogue|an interview|a "
+    "magazine|sponsoring"
+    "|a conference|a gift|your founder|a school visit|the next sale|recycled material|a "
+    "suggestion|a new colour"
+    "|your company|friendly advice|your wonderful service|where it is made|a present|a "
+    "recommendation|a compliment"
     "|a lovely card|a student job|an open shop|five stars",
 }
 _CUE_FRAMES = (
@@ -105,7 +119,10 @@ TRAIN = Split(
             "When will I get my money back for {ref}?",
             "The discount (code|voucher) was not (applied|deducted) when I paid.",
             "Why did you (take|debit|withdraw) {amount} from my bank account in {month}?",
-            "My payment by (card|bank transfer|PayPal) was declined although there is money on the card.",
+            (
+                "My payment by (card|bank transfer|PayPal) was declined although there is money "
+                "on the card."
+            ),
             "There is a fee of {amount} on my bill that I do not understand.",
             "I paid {amount} but the receipt says {amount}.",
             "You promised a refund in {month}, and nothing has been paid (out|back) yet.",

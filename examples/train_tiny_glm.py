@@ -128,7 +128,10 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         if step % 100 == 0 or step == num_steps - 1:
-            losses = f"text {text_loss.item():.4f}  media {media_loss.item():.4f}  hints {hinted.item():.4f}"
+            losses = (
+                f"text {text_loss.item():.4f}  media {media_loss.item():.4f}  hints "
+                f"{hinted.item():.4f}"
+            )
             print(f"step {step:5d}  {losses}  {time.perf_counter() - start:6.0f} s", flush=True)
 
 

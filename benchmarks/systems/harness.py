@@ -144,7 +144,8 @@ def _check(rows: RowSet, answers: list[Answer]) -> None:
 
     if sorted(answer.id for answer in answers) != sorted(row.id for row in rows.rows):
         raise RuntimeError(
-            f"{len(rows.rows)} rows were asked, the {len(answers)} answers are not one for each of them"
+            f"{len(rows.rows)} rows were asked, the {len(answers)} answers are not one for "
+            f"each of them"
         )
     for answer in answers:
         complete = (

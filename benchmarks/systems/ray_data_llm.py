@@ -73,7 +73,8 @@ class RayDataLlmSystem:
         for row in self._processor(table).iter_rows():
             if wanted and row["num_input_tokens"] != wanted:
                 raise RuntimeError(
-                    f"{row['id']}: Ray's stages made {row['num_input_tokens']} prompt tokens, not {wanted}"
+                    f"{row['id']}: Ray's stages made {row['num_input_tokens']} prompt "
+                    f"tokens, not {wanted}"
                 )
             if rows.work == "generate":
                 yield Answer(

@@ -1,4 +1,4 @@
-"""`glm-batch plan` of an OpenAI batch file: what a sample of its lines asks for, and the estimate."""
+"""`glm-batch plan` of an OpenAI batch file: what a sample of its lines asks for, and estimates."""
 
 from __future__ import annotations
 
