@@ -23,6 +23,8 @@ from glm_batch.pipelines.job import TaskConfig
 from glm_batch.pipelines.report.answers import matrix
 from glm_batch.pipelines.report.page import _asset
 from glm_batch.pipelines.report.quality import wilson
+from glm_batch.pipelines.tasks.embed_task import EmbedTask
+from glm_batch.pipelines.tasks.kinds import TASKS
 from tests.pipelines.report.world import (
     LABELS,
     TOKENS,
@@ -347,7 +349,10 @@ def test_metrics_count_every_label_however_many_there_are(tmp_path: Path) -> Non
     assert "280 rarer labels are not shown" in page.text
 
 
-def test_a_kind_that_the_report_does_not_know_has_its_numbers(tmp_path: Path) -> None:
+def test_a_kind_that_the_report_does_not_know_has_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "weigh", EmbedTask)  # type: ignore[arg-type]
     job = a_job(tmp_path, TaskConfig(kind="weigh", prompt="{text}"), carry=["year"])  # type: ignore[arg-type]
     weights = np.random.default_rng(0).normal(size=40)
     columns = {"id": list(range(40)), "text": ["t"] * 40, "year": [2000] * 40}
