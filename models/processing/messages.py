@@ -31,11 +31,12 @@ class MediaPart:
     """An image or video that a user's message shows.
 
     `source` is what the message says of it, not looked into: bytes, a path or URL, an object with
-    bytes and path, or MediaPatches.
+    bytes and path, or MediaPatches. `is_small`: few pixels of it do (`detail: low`).
     """
 
     kind: MediaKind
     source: object
+    is_small: bool = False
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -161,11 +162,8 @@ def _media(where: str, type_: str, fields: dict[str, Any]) -> MediaPart:
             type_: inner.get("url"),
         }
     detail = fields.pop("detail", "auto")
-    if detail not in ("auto", "high"):
-        raise _bad(
-            where,
-            f"detail {detail!r} cannot be asked for; leave it out, one pixel budget holds for all {kind}s",
-        )
+    if detail not in (("auto", "high", "low") if kind == "image" else ("auto",)):
+        raise _bad(where, f"detail {detail!r} cannot be asked for; leave it out")
     sources = [source for name in names if (source := fields.pop(name, None)) is not None]
     if len(sources) != 1:
         found = f"{len(sources)} of the fields" if sources else "none of the fields"
@@ -180,7 +178,7 @@ def _media(where: str, type_: str, fields: dict[str, Any]) -> MediaPart:
             where,
             f"its {type_} is {type(sources[0]).__name__}; it must be a string or an object with url",
         )
-    return MediaPart(kind=kind, source=sources[0])
+    return MediaPart(kind=kind, source=sources[0], is_small=detail == "low")
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:

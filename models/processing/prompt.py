@@ -54,6 +54,8 @@ class Draft:
 class Prompter:
     """One checkpoint's way from what is said to what the engine takes. Threads may share it."""
 
+    makes_small = False  # whether images of `detail: low` have a budget of their own
+
     def __init__(self, model_dir: str, tokenizer: Tokenizer | None = None) -> None:
         self.model_dir = model_dir
         self.config = load_config(model_dir)
@@ -107,6 +109,9 @@ class Prompter:
             raise RowError(
                 "unsupported_media", f"{architecture} reads text only: leave out its media"
             )
+        if any(part.is_small for part in parts) and not self.makes_small:
+            problem = "detail 'low' cannot be asked for; one pixel budget holds for all images"
+            raise RowError("bad_messages", problem)
         ids = self.chat.prompt_ids(
             messages, thinking=thinking, start_answer=start_answer, tools=tools
         )

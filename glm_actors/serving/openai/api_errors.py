@@ -65,8 +65,10 @@ class ApiError(Exception):
 
 def of_row(error: RowError) -> ApiError:
     """What a client hears of a row's error."""
-    status = STATUS_OF_CODE.get(error.code, 400)
-    return ApiError(status, error.message, CODES.get(error.code, error.code))
+    status, message = STATUS_OF_CODE.get(error.code, 400), error.message
+    if error.code == "prompt_too_long":  # clients look for these words
+        message = f"This model's maximum context length is exceeded: {message}"
+    return ApiError(status, message, CODES.get(error.code, error.code))
 
 
 def bad(param: str, message: str) -> ApiError:

@@ -109,7 +109,7 @@ class EmbeddingTask:
 
     def answer(self, completions: Sequence[Completion]) -> Json:
         data = []
-        for index, completion in enumerate(checked(completions)):
+        for index, completion in enumerate(checked(completions, "input")):
             vector = _finite(completion)
             shown: Any = (
                 base64.b64encode(vector.astype("<f4").tobytes()).decode()
@@ -178,7 +178,7 @@ class ClassifyTask:
     def answer(self, completions: Sequence[Completion]) -> Json:
         data = [
             {"index": i} | self._scores(_finite(each))
-            for i, each in enumerate(checked(completions))
+            for i, each in enumerate(checked(completions, "input"))
         ]
         labels = list(self._config.id2label)
         return {

@@ -13,7 +13,7 @@ from glm_batch.glm_actors.serving.openai.api_errors import bad
 from glm_batch.glm_actors.serving.openai.logprobs import chat_logprobs
 from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
-from glm_batch.glm_actors.serving.openai.tools import CallStream, find_calls, tools_of
+from glm_batch.glm_actors.serving.openai.tools import CallStream, tools_of
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
     asked_format,
@@ -96,7 +96,7 @@ class ChatTask:
             message["tool_calls"] = [
                 {"index": number} | call.shown() for number, call in enumerate(calls)
             ]
-        reason = "tool_calls" if calls else delta.finish_reason
+        reason = self._tools.finish_reason(calls, delta.finish_reason)
         choice: Json = {
             "index": delta.index,
             "delta": message,
@@ -118,11 +118,15 @@ class ChatTask:
 
     def _choice(self, index: int, output: Output) -> Json:
         reasoning, content = self._chat.split_reasoning(output.text, thinking=self._thinking)
-        content, calls = find_calls(content, self._tools.names, one_call=self._tools.one_call)
-        message: Json = {"role": "assistant", "content": None if calls and not content else content}
+        content, calls = self._tools.read(content)
+        is_call = bool(calls or self._tools.must)
+        message: Json = {
+            "role": "assistant",
+            "content": None if is_call and not content else content,
+        }
         message |= {"reasoning_content": reasoning} if reasoning else {}
         message |= {"tool_calls": [call.shown() for call in calls]} if calls else {}
-        reason = "tool_calls" if calls else output.finish_reason
+        reason = self._tools.finish_reason(calls, output.finish_reason)
         choice: Json = {
             "index": index,
             "message": message,

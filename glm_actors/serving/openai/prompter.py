@@ -34,11 +34,14 @@ ONLY_INLINE = "images and videos are taken as data: URLs alone"
 ONLY_ALLOWED = "images and videos are taken as data: URLs, and from hosts that this server allows"
 # How PNG, JPEG, GIF, WebP and MP4 begin in base64: a path is never read, so this is none.
 BASE64_MEDIA = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "AAAA")
+SMALL_PIXELS = 512 * 512  # of an image whose detail is low
 LABEL_SETS = 64  # whose tokens are remembered
 
 
 class RequestPrompter(Prompter):
     """A Prompter that loads media by itself, and refuses what is beyond `limits`."""
+
+    makes_small = True
 
     def __init__(self, model_dir: str, limits: RequestLimits) -> None:
         """Raises ConfigError for files that cannot be used; a checkpoint may have no chat "
@@ -47,14 +50,20 @@ class RequestPrompter(Prompter):
         self._limits = limits
         with suppress(RowError):
             _ = self.chat
-        self._loader: MediaLoader | None = None
+        self._loaders: dict[bool, MediaLoader] = {}  # by whether an image is_small
         self._fetcher: Fetcher | None = None
         self._forbidden = ONLY_INLINE
         self._one_at_a_time = threading.Lock()
         if self.config.vision is not None:
             rules = MediaRules(max_bytes=limits.max_media_bytes, decode_timeout_s=limits.decode_s)
             image = replace(self.media.image, max_source_pixels=limits.max_pixels)
-            self._loader = MediaLoader(rules, image, self.media.video)
+            pixels = SMALL_PIXELS * image.temporal_patch_size  # as many frames an image counts for
+            pixels = max(image.min_pixels, min(image.max_pixels, pixels))
+            small = replace(image, max_pixels=pixels)
+            self._loaders = {
+                False: MediaLoader(rules, image, self.media.video),
+                True: MediaLoader(rules, small, self.media.video),
+            }
             self._allow(limits)
         self._choices = lru_cache(LABEL_SETS)(self._tokenize_labels)
 
@@ -73,12 +82,12 @@ class RequestPrompter(Prompter):
 
     def start(self) -> None:
         """Begins to start the process that decodes images, where the model takes any."""
-        if self._loader:
-            self._loader.start()
+        if self._loaders:
+            self._loaders[False].start()
 
     def close(self) -> None:
-        if self._loader:
-            self._loader.close()
+        for loader in self._loaders.values():
+            loader.close()
         if self._fetcher:
             self._fetcher.close()
 
@@ -132,13 +141,19 @@ class RequestPrompter(Prompter):
     def _loaded(self, parts: Sequence[MediaPart]) -> list[MediaPatches | RowError]:
         if not parts:
             return []
-        assert self._loader is not None, "a model that reads text alone takes no draft with media"
+        assert self._loaders, "a model that reads text alone takes no draft with media"
         # first: a slow host holds up nobody else's decoding
         sources = self._fetched(parts)
-        pairs = [(part.kind, source) for part, source in zip(parts, sources, strict=True)]
+        loaded: dict[int, MediaPatches | RowError] = {}
         with self._one_at_a_time:
-            loaded = self._loader.load(pairs)
-        return [self._told(each) if isinstance(each, RowError) else each for each in loaded]
+            for is_small, loader in self._loaders.items():
+                own = [number for number, part in enumerate(parts) if part.is_small == is_small]
+                found = loader.load([(parts[number].kind, sources[number]) for number in own])
+                loaded |= zip(own, found, strict=True)
+        return [
+            self._told(each) if isinstance(each, RowError) else each
+            for each in (loaded[number] for number in range(len(parts)))
+        ]
 
     def _fetched(self, parts: Sequence[MediaPart]) -> list[object]:
         """The parts' sources; those at URLs that may be fetched as bodies."""

@@ -33,10 +33,13 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call as the model has written it; `arguments` are the JSON text of an object."""
+    """One call as the model has written it; `arguments` are the JSON text of an object, or the
+    beginning of one.
+    """
 
     name: str
     arguments: str
+    is_whole: bool = True
 
     def shown(self) -> Json:
         """As OpenAI's answers have it."""
@@ -52,6 +55,7 @@ class Tools:
     told: tuple[Function, ...] = ()  # to the model, which some choices let call only some of them
     must: tuple[str, ...] = ()
     one_call: bool = False
+    is_named: bool = False  # whether the request names the one function to call
 
     @property
     def names(self) -> frozenset[str]:
@@ -62,6 +66,22 @@ class Tools:
         return [
             {"type": "function", "function": _shown(function)} for function in self.told
         ] or None
+
+    def read(self, text: str) -> tuple[str, list[Call]]:
+        """(content, calls) of an output. What has to be a call is one also where it was cut."""
+        content, calls = find_calls(text, self.names, one_call=self.one_call)
+        if calls or not self.must:
+            return content, calls
+        name, _, arguments = text.partition("\n")
+        if name.strip() not in self.names:
+            return "", []
+        return "", [Call(name=name.strip(), arguments=arguments.lstrip(), is_whole=False)]
+
+    def finish_reason(self, calls: Sequence[Call], reason: str | None) -> str | None:
+        """OpenAI's, of an output with these calls in it."""
+        if not calls or not calls[-1].is_whole:
+            return reason
+        return "stop" if self.is_named else "tool_calls"
 
     def held_to(
         self, format_: tuple[str, Constraint] | None, chat: Chat
@@ -123,6 +143,7 @@ def tools_of(body: ChatRequest) -> Tools:
         told=tuple(functions.values()),
         must=() if is_free else tuple(chosen),
         one_call=body.parallel_tool_calls is False,
+        is_named=isinstance(choice, ToolChoice),
     )
 
 
@@ -253,9 +274,7 @@ class CallStream:
         self._text += piece
         calls: list[Call] = []
         if last:
-            certain, calls = find_calls(
-                self._text, self._tools.names, one_call=self._tools.one_call
-            )
+            certain, calls = self._tools.read(self._text)
         else:
             certain = self._text[: self._num_certain()]
             certain = "" if certain.isspace() else certain

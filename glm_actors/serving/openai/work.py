@@ -56,11 +56,14 @@ def usage_of(completions: Sequence[Completion]) -> Json:
     }
 
 
-def checked(completions: Sequence[Completion]) -> Sequence[Completion]:
-    """Raises ApiError for the first that did not come to its end."""
-    for completion in completions:
+def checked(completions: Sequence[Completion], param: str = "") -> Sequence[Completion]:
+    """Raises ApiError for the first that did not come to its end; with `param` it is that of one of
+    several inputs.
+    """
+    for index, completion in enumerate(completions):
         if completion.error is not None:
-            raise of_row(completion.error)
+            error = of_row(completion.error)
+            raise _of_input(error, param, index) if param and len(completions) > 1 else error
         if completion.finish_reason == "abort":
             raise internal()
     return completions
@@ -76,10 +79,18 @@ def raw_prompts(
         return [Prompt(input_ids=prompts)]
     if len(prompts) > caps.max_inputs:
         raise bad(param, f"{len(prompts)} of them; this server takes {caps.max_inputs} at a time")
-    return [
-        prompter.raw(each, param) if isinstance(each, str) else Prompt(input_ids=each)
-        for each in prompts
-    ]
+    found: list[Prompt] = []
+    for each in prompts:
+        if isinstance(each, str):
+            found.append(prompter.raw(each, f"{param}.{len(found)}"))
+        else:
+            found.append(Prompt(input_ids=each))
+    return found
+
+
+def _of_input(error: ApiError, param: str, index: int) -> ApiError:
+    place = f"{param}.{index}"
+    return ApiError(error.status, f"{place}: {error.message}", error.code, place)
 
 
 def new_id(kind: str) -> str:

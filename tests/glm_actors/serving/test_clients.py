@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -10,11 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from glm_batch.glm_actors.serving.http.border import Border
 from glm_batch.glm_actors.serving.http.http_app import build_app
+from glm_batch.glm_actors.serving.openai import prompter
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.errors import RowError
+from glm_batch.models.processing.prompt import Prompter
 from glm_batch.models.request_limits import RequestLimits
 from tests.glm_actors.serving.conftest import MODEL, TINY, LocalBackend
 from tests.glm_actors.serving.test_tools import TOOLS
@@ -215,3 +221,84 @@ def test_fields_that_are_done_change_the_answer_as_they_should(app: Border) -> N
     size = len(post(app, EMBEDDINGS, {"model": MODEL, "input": "x"}).json()["data"][0]["embedding"])
     whole = {"model": MODEL, "input": ["x"] * 600, "dimensions": size, "encoding_format": None}
     assert len(post(app, EMBEDDINGS, whole).json()["data"]) == 600
+
+
+def picture(side: int) -> str:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((side, side)).convert("RGB").save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def shown(url: str, **fields: str) -> list[dict[str, Any]]:
+    part = {"type": "image_url", "image_url": {"url": url, **fields}, "uuid": "u"}
+    return [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]
+
+
+def test_an_image_may_be_bare_base64_and_have_hints(app: Border) -> None:
+    data = picture(112)
+    for url in (data, "data:image/png;base64," + data):
+        answer = post(app, CHATS, CHAT | {"messages": shown(url, detail="high")})
+        assert answer.headers["x-ignored-fields"] == "messages.content.uuid"
+        assert (
+            answer.json()["choices"]
+            == post(app, CHATS, CHAT | {"messages": shown(data)}).json()["choices"]
+        )
+
+
+def test_an_image_of_low_detail_has_a_smaller_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompter, "SMALL_PIXELS", 56 * 56)
+    made = prompter.RequestPrompter(TINY, RequestLimits())
+
+    def num_tokens(*messages: dict[str, Any]) -> int:
+        return len(made.conversation(messages).input_ids)
+
+    large = "data:image/png;base64," + picture(840)
+    low, high, auto = (shown(large, **each) for each in ({"detail": "low"}, {"detail": "high"}, {}))
+    assert num_tokens(*low) < num_tokens(*high) == num_tokens(*auto)
+    assert num_tokens(*auto, *low) == num_tokens(*low, *auto)
+    assert num_tokens(*auto, *low) < num_tokens(*auto, *auto)
+    made.close()
+    del low[0]["content"][0]["uuid"]
+    with pytest.raises(RowError, match="detail 'low' cannot be asked for"):
+        Prompter(TINY).draft(low)  # a job has one budget for all its images
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", range(1, 9, 2))
+def test_a_forced_call_that_is_cut_is_a_call_and_no_content(
+    app: Border, max_tokens: int, stream: bool
+) -> None:
+    fields = {"tools": TOOLS[:1], "tool_choice": "required", "max_tokens": max_tokens}
+    answer = post(app, CHATS, CHAT | fields | {"stream": stream})
+    if stream:
+        events = [json.loads(x[6:]) for x in answer.text.splitlines() if x.startswith("data: {")]
+        deltas = [event["choices"][0]["delta"] for event in events]
+        content = "".join(delta.get("content") or "" for delta in deltas)
+        calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        reason = events[-1]["choices"][0]["finish_reason"]
+    else:
+        choice = answer.json()["choices"][0]
+        content, reason = choice["message"]["content"] or "", choice["finish_reason"]
+        calls = choice["message"].get("tool_calls", [])
+    assert content == ""
+    assert reason == "length"
+    name = TOOLS[0]["function"]["name"]
+    assert all(call["function"]["name"] == name for call in calls)
+    assert calls or max_tokens < 7
+
+
+def test_a_call_by_name_ends_with_stop(app: Border) -> None:
+    choice = {"type": "function", "function": {"name": TOOLS[0]["function"]["name"]}}
+    fields = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 400}
+    found = post(app, CHATS, CHAT | fields).json()["choices"][0]
+    assert found["finish_reason"] == "stop"
+    assert found["message"]["content"] is None
+    assert len(found["message"]["tool_calls"]) == 1
+
+
+def test_a_prompt_that_is_too_long_is_refused_in_words_that_clients_know(app: Border) -> None:
+    long = [1] * 200_000
+    body = {"model": MODEL, "input": [[1, 2], long]}
+    error = post(app, EMBEDDINGS, body).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input.1")
+    assert "This model's maximum context length is" in error["message"]

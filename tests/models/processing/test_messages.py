@@ -142,11 +142,11 @@ def test_a_column_of_arrow_with_all_fields_reads_as_it_was_written() -> None:
             "an image with none of the fields",
         ),
         (
-            user({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}),
-            "detail 'low' cannot be asked for",
+            user({"type": "image_url", "image_url": {"url": "a", "detail": "tiny"}}),
+            "detail 'tiny' cannot be asked for",
         ),
         (
-            user({"type": "image_url", "image_url": "a", "detail": "low"}),
+            user({"type": "video_url", "video_url": "a", "detail": "low"}),
             "detail 'low' cannot be asked for",
         ),
         (user({"type": "image_url", "image_url": 5}), "its image_url is int"),
