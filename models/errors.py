@@ -14,9 +14,7 @@ class GlmBatchError(Exception):
 
 
 class ConfigError(GlmBatchError):
-    """A configuration that can be refused before anything starts; the text names the place and the
-    remedy.
-    """
+    """A configuration refused before anything starts; the text names the place and the remedy."""
 
 
 class RowError(GlmBatchError):

@@ -1,5 +1,3 @@
-"""The version of this code, as pyproject.toml has it: code that was shipped to a worker knows no
-installed package.
-"""
+"""The version of this code, as pyproject.toml has it: shipped code knows no installed package."""
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from glm_batch.glm_actors.faults.suspects import NoRestartError
-from glm_batch.models.checkpoint.digest import model_digest
+from glm_batch.models.checkpoint.directory import model_digest
 from glm_batch.models.engine.api.interface import Engine, EngineConfig
 from glm_batch.models.engine.api.request import Completion, Request
 from glm_batch.models.version import __version__

@@ -1,8 +1,7 @@
 """From a checkpoint's files to a ModelConfig, resolved once, with the source of every value.
 
 Reads config.json (and generation_config.json for the end ids) in all the shapes in which GLM
-checkpoints occur: GLM-4.1V's text keys stand at the root or in a `text_config`. Knows nothing of
-torch, weights or tokenizers.
+checkpoints occur: GLM-4.1V's text keys stand at the root or in a `text_config`.
 """
 
 from __future__ import annotations
@@ -145,9 +144,7 @@ def resolve(model_dir: str | Path) -> list[Resolved]:
 
 
 class _Resolver:
-    """Looks keys up in the order that the checkpoint formats give them and notes where each was
-    found.
-    """
+    """Looks keys up where the formats keep them, and notes where each was found."""
 
     def __init__(self, model_dir: Path) -> None:
         refuse_others(model_dir)
@@ -167,11 +164,13 @@ class _Resolver:
         kv_heads, head_dim = self._int("num_key_value_heads"), self._head_dim(family, hidden, heads)
         if heads % kv_heads:
             raise ConfigError(
-                f"{self.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+                f"{self.path}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+                f"{kv_heads}"
             )
         if (act := self._get("hidden_act")) != "silu":
             raise ConfigError(
-                f"{self.path}: {self._key('hidden_act')} {act!r} is not supported; GLM models use 'silu'"
+                f"{self.path}: {self._key('hidden_act')} {act!r} is not supported; GLM models use "
+                "'silu'"
             )
         max_positions = self._int("max_position_embeddings")
         vocab_size = self._int("vocab_size")
@@ -230,9 +229,7 @@ class _Resolver:
         return section or {}
 
     def _get(self, name: str) -> Any:
-        """A text model's key from `text_config` where there is one; what belongs to the whole model
-        from the root.
-        """
+        """A text model's key from `text_config`, if there is one; ROOT's from the root."""
         places = (
             [("", self.raw)]
             if self.text is self.raw or name in ROOT
@@ -263,9 +260,7 @@ class _Resolver:
         return hidden // heads  # whatever a head_dim says
 
     def _tied(self) -> bool:
-        """True where it is stated: old saves say so in text_config while the root holds its
-        default.
-        """
+        """True where it is stated: old saves do so in text_config, beside the root's default."""
         name = "tie_word_embeddings"
         self.sources[name] = "class default"
         tied = False
@@ -284,7 +279,8 @@ class _Resolver:
         }
         if (act := values.pop("hidden_act")) != "silu":
             raise ConfigError(
-                f"{self.path}: vision_config.hidden_act {act!r} is not supported; GLM models use 'silu'"
+                f"{self.path}: vision_config.hidden_act {act!r} is not supported; GLM models use "
+                "'silu'"
             )
         rope = section.get("rope_parameters")
         theta = rope.get("rope_theta") if isinstance(rope, dict) else None
@@ -317,13 +313,13 @@ class _Resolver:
         problem = ""
         if vision.hidden_size % (4 * vision.num_heads):
             problem = (
-                f"hidden_size {vision.hidden_size} is no multiple of 4 * num_heads ({4 * vision.num_heads}); a head "
-                "turns in pairs along two axes"
+                f"hidden_size {vision.hidden_size} is no multiple of 4 * num_heads "
+                f"({4 * vision.num_heads}); a head turns in pairs along two axes"
             )
         elif vision.out_hidden_size != hidden:
             problem = (
-                f"out_hidden_size is {vision.out_hidden_size}, hidden_size {hidden}; they must be equal, for features "
-                "take the place of embeddings"
+                f"out_hidden_size is {vision.out_hidden_size}, hidden_size {hidden}; they must be "
+                "equal, for features take the place of embeddings"
             )
         elif not vision.grid_size:
             problem = f"image_size {vision.image_size} is less than a patch ({vision.patch_size})"
@@ -337,7 +333,8 @@ class _Resolver:
             ids[field.name] = value = self._get(name)
             if not _is_int(value) or not 0 <= value < vocab_size:
                 raise ConfigError(
-                    f"{self.path}: {name} is {value!r}; it must be a token id below vocab_size ({vocab_size})"
+                    f"{self.path}: {name} is {value!r}; it must be a token id below vocab_size "
+                    f"({vocab_size})"
                 )
         return MediaTokens(**ids)
 
@@ -426,9 +423,7 @@ class _Resolver:
         return value  # type: ignore[no-any-return]
 
     def _rope(self, family: Family, head_dim: int, max_positions: int) -> RopeConfig:
-        """The v4 flat, v5 nested and mixed forms; keys inside a rope dictionary win over top-level
-        keys.
-        """
+        """v4 flat, v5 nested and mixed forms; keys in a rope dictionary go first."""
         rope_type = self._rope_get("rope_type", "default")
         if rope_type not in ("default", "linear", "yarn"):
             where = self._rope_where("rope_type")
@@ -483,8 +478,9 @@ class _Resolver:
             )
         if sum(sections) != rotary_dim // 2:
             raise ConfigError(
-                f"{self.path}: {where} {sections} adds up to {sum(sections)} pairs, but {rotary_dim // 2} turn; check "
-                "it and partial_rotary_factor, which means 1 in this model where it is missing"
+                f"{self.path}: {where} {sections} adds up to {sum(sections)} pairs, but "
+                f"{rotary_dim // 2} turn; check it and partial_rotary_factor, which means 1 in "
+                "this model where it is missing"
             )
         return tuple(sections)
 
@@ -501,8 +497,8 @@ class _Resolver:
         rotary_dim = int(head_dim * share)
         if not rotary_dim or rotary_dim % 2:
             raise ConfigError(
-                f"{self.path}: {where} {share} of head_dim {head_dim} is {rotary_dim}; it must be an even number of "
-                "dimensions, for they turn in pairs"
+                f"{self.path}: {where} {share} of head_dim {head_dim} is {rotary_dim}; it must be "
+                "an even number of dimensions, for they turn in pairs"
             )
         self.sources["rope.rotary_dim"] = self.sources["rope.partial_rotary_factor"] + " x head_dim"
         return rotary_dim
@@ -512,9 +508,7 @@ class _Resolver:
         return self._positive(self._rope_where(name), value)
 
     def _rope_get(self, name: str, default: Any, *, default_source: str = "class default") -> Any:
-        """Advice to scale a model is to add a rope_scaling, so that it wins over a rope_parameters
-        beside it.
-        """
+        """rope_scaling goes before rope_parameters: advice to scale a model is to add it."""
         for section in ("rope_scaling", "rope_parameters", ""):
             keys = self.text.get(section) or {} if section else self.text
             if not isinstance(keys, dict):
@@ -538,7 +532,8 @@ class _Resolver:
         found = self.sources[f"rope.{name}"].removeprefix(f"{self.path.name}: ")
         if found.endswith(("." + name, ".type")) or found == name:
             return found
-        return f"{self._prefix}{'rope_scaling' if self.text.get('rope_scaling') else 'rope_parameters'}.{name}"
+        section = "rope_scaling" if self.text.get("rope_scaling") else "rope_parameters"
+        return f"{self._prefix}{section}.{name}"
 
 
 def _is_int(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint's directory: its JSON files, and what else than a whole model it may be.
+"""A checkpoint's directory: its JSON files, its digest, and what else than a model it may be.
 
 Users name what they have: an adapter, a trainer's output, a file of llama.cpp. Each is told by what
 lies there, and refused with what to do.
@@ -6,14 +6,19 @@ lies there, and refused with what to do.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from glm_batch.models.errors import ConfigError
 
 ADAPTER_NAME = "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
+WHOLE_HASH_BYTES = 64 << 20
+SAMPLES_PER_FILE = 64
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -36,9 +41,7 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
 
 
 def refuse_others(model_dir: Path) -> None:
-    """Raises ConfigError for what is no model of the Hugging Face layout, and for a PEFT adapter,
-    also beside a whole model: it would be ignored.
-    """
+    """Raises ConfigError for what is no whole model, and for a PEFT adapter also beside one."""
     file, config = model_dir / ADAPTER_NAME, model_dir / "config.json"
     if not file.is_file():
         if not config.is_file() and (what := instead_of_weights(model_dir)):
@@ -47,8 +50,8 @@ def refuse_others(model_dir: Path) -> None:
     adapter = read_json(file)
     kind, base = adapter.get("peft_type", "PEFT"), adapter.get("base_model_name_or_path")
     raise ConfigError(
-        f"{file}: an adapter ({kind} over {base}), which this version does not apply; merge it into "
-        "its base (peft: merge_and_unload, then save_pretrained) and name the merged model"
+        f"{file}: an adapter ({kind} over {base}), which this version does not apply; merge it "
+        "into its base (peft: merge_and_unload, then save_pretrained) and name the merged model"
         + (
             f", or move {ADAPTER_NAME} away to use the model beside it as it is"
             if config.is_file()
@@ -65,8 +68,8 @@ def instead_of_weights(model_dir: Path) -> str:
 
     if names := found("model*-of-*.safetensors"):
         return (
-            f"{len(names)} shards ({names[0]} ...) without model.safetensors.index.json, which says "
-            "what they hold; copy it there"
+            f"{len(names)} shards ({names[0]} ...) without model.safetensors.index.json, which "
+            "says what they hold; copy it there"
         )
     if names := found("*.gguf"):
         return f"GGUF ({names[0]}), the format of llama.cpp; use the checkpoint in safetensors"
@@ -86,9 +89,7 @@ def instead_of_weights(model_dir: Path) -> str:
 
 
 def quantisation(config: dict[str, Any], tensor_names: list[str]) -> str:
-    """The form in which weights are quantised, as config.json or else the tensors' names say; ""
-    where they are not.
-    """
+    """How the weights are quantised, by config.json or else the tensors' names; "" where not."""
     of_text = config.get("text_config")
     places = (config, of_text if isinstance(of_text, dict) else {})
     form: Any = next((p["quantization_config"] for p in places if p.get("quantization_config")), {})
@@ -118,3 +119,26 @@ def quantisation(config: dict[str, Any], tensor_names: list[str]) -> str:
         if any(name.endswith(ending) for name in tensor_names):
             return kind
     return ""
+
+
+def model_digest(model_dir: str) -> str:
+    """A digest over all files: whole if they are small, else names, sizes and samples of each.
+
+    Training changes weights everywhere, so samples tell two checkpoints apart without reading
+    gigabytes.
+    """
+    digest = hashlib.sha256()
+    files = sorted(
+        path
+        for path in Path(model_dir).rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    )
+    whole = sum(path.stat().st_size for path in files) <= WHOLE_HASH_BYTES
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(model_dir)}:{size}\n".encode())
+        with path.open("rb") as stream:
+            for start in [0] if whole else np.linspace(0, size, SAMPLES_PER_FILE, dtype=int):
+                stream.seek(start)
+                digest.update(stream.read(size if whole else 1 << 14))
+    return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""What a checkpoint stores, from the headers of its safetensors, and whether its network takes that.
+"""What a checkpoint stores, from the headers of its safetensors, and whether that fits.
 
 No tensor is read: a thousand shards take about a second.
 """
@@ -41,8 +41,9 @@ class StoredTensor:
 
 
 def check_weights(model_dir: str | Path, *, quantised: bool = False) -> None:
-    """Raises ConfigError where the weight files do not fit config.json, and says of what kind they
-    are. With `quantised` the tensors of a quantised checkpoint are not compared: vLLM reads some.
+    """Raises ConfigError where the weights do not fit config.json, and says what they are instead.
+
+    With `quantised` the tensors of a quantised checkpoint are not compared: vLLM reads some.
     """
     config, path = load_config(model_dir), Path(model_dir)
     if quantised and quantisation(read_json(path / "config.json"), []):
@@ -122,9 +123,7 @@ def _problem(
 
 
 def read_headers(model_dir: Path) -> list[StoredTensor]:
-    """Every tensor of the checkpoint, shard by shard. Raises ConfigError for files that are absent,
-    broken, or not those that the index names.
-    """
+    """Every tensor of the checkpoint. Raises ConfigError for files that are absent or broken."""
     if (index := model_dir / INDEX_NAME).exists():
         return _indexed(index)
     if (single := model_dir / SINGLE_NAME).exists():
@@ -181,9 +180,7 @@ def _stored(shard: Path, name: str, tensor: Any) -> StoredTensor:
 
 
 def _canonical(name: str, known: Mapping[str, Shape]) -> str:
-    """A base model saved alone lacks the `model.` prefix; old saves of GLM-4.1V lack `model.` or
-    `language_model.`.
-    """
+    """Old saves and base models saved alone lack `model.`, or `language_model.`, or both."""
     for candidate in (name, f"model.{name}", f"model.language_model.{name.removeprefix('model.')}"):
         if candidate in known:
             return candidate

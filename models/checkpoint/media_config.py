@@ -66,13 +66,14 @@ class ImageProcessorConfig:
                 raise ConfigError(f"{name}: {value!r}; it must be a whole number from 1")
         if self.min_pixels > self.max_pixels:
             raise ConfigError(
-                f"min_pixels: {self.min_pixels:,} is above max_pixels, {self.max_pixels:,}; lower it"
+                f"min_pixels: {self.min_pixels:,} is above max_pixels, {self.max_pixels:,}; lower "
+                "it"
             )
         for name in ("image_mean", "image_std"):
             value = getattr(self, name)
             if len(value) != NUM_CHANNELS or not all(_is_number(part) for part in value):
                 raise ConfigError(
-                    f"{name}: {value!r}; it must be three numbers, one for each of red, green and blue"
+                    f"{name}: {value!r}; it must be three numbers, for red, green and blue"
                 )
         if (
             not _is_number(self.rescale_factor)
@@ -83,7 +84,7 @@ class ImageProcessorConfig:
 
     @property
     def factor(self) -> int:
-        """Both sides of a resized frame are multiples of it: the pixels along one side of a token."""
+        """The pixels along one side of a token; sides of resized frames are multiples of it."""
         return self.patch_size * self.merge_size
 
     @property
@@ -100,9 +101,7 @@ class ImageProcessorConfig:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
-        """Reads a checkpoint directory; missing keys and files mean the class defaults. Raises
-        ConfigError.
-        """
+        """Reads a checkpoint; what is missing are the class defaults. Raises ConfigError."""
         return cls._from_files(Path(path), "image_processor", ["preprocessor_config.json"])
 
     @classmethod
@@ -142,8 +141,7 @@ class VideoProcessorConfig(ImageProcessorConfig):
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
-        """Reads a checkpoint directory; missing keys and files mean the class defaults. Raises
-        ConfigError.
+        """Reads a checkpoint; what is missing are the class defaults. Raises ConfigError.
 
         As in the published classes, preprocessor_config.json stands in for a missing video file.
         """
@@ -157,9 +155,7 @@ class VideoProcessorConfig(ImageProcessorConfig):
 
 
 def _read_first(folder: Path, nested: str, names: list[str]) -> tuple[dict[str, Any], Path]:
-    """The first description found, and its file: the new common file's entry goes before the files
-    of its own.
-    """
+    """The first description found, and its file; that of the common file goes first."""
     common = folder / "processor_config.json"
     entry = read_json(common, optional=True).get(nested)
     if isinstance(entry, dict):
@@ -171,13 +167,12 @@ def _read_first(folder: Path, nested: str, names: list[str]) -> tuple[dict[str, 
 
 
 def _common_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields that images and videos share. Raises ConfigError for settings that mean other
-    arithmetic.
-    """
+    """The fields that both share. Raises ConfigError for settings that mean other arithmetic."""
     for key in ("image_processor_type", "video_processor_type"):
         if not str(values.get(key) or SUPPORTED_PROCESSORS).startswith(SUPPORTED_PROCESSORS):
             raise ConfigError(
-                f"{key}: {values[key]!r} is not supported; this version reads {SUPPORTED_PROCESSORS}*"
+                f"{key}: {values[key]!r} is not supported; this version reads "
+                f"{SUPPORTED_PROCESSORS}*"
             )
     for key, wanted in (
         ("do_resize", True),

@@ -124,8 +124,7 @@ class MediaTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One model with its head. `num_labels`, `id2label`, `problem_type` matter to classification
-    heads only.
+    """One model with its head; the fields about labels matter to classification heads only.
 
     `vision` and `media_tokens` are None where the model reads nothing but text.
     """
@@ -157,9 +156,7 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """The most tokens, prompt and answer together, that it was made for, or was stretched to by
-        its rope.
-        """
+        """The most tokens, with the answer's, that it was made for or stretched to by its rope."""
         return max(
             self.max_position_embeddings,
             int(self.rope.original_max_position_embeddings * self.rope.factor),

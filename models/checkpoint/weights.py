@@ -17,8 +17,7 @@ from glm_batch.models.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A target that takes pieces of a stored tensor of this shape: where each lies there, and the
-    view that it fills.
+    """A target that takes pieces of a stored tensor: where each lies, and the view it fills.
 
     No more of the file is read than these.
     """

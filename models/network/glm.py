@@ -1,9 +1,8 @@
-"""GLM (glm-4-9b-chat-hf): attention -> MLP -> decoder layer -> backbone, over packed tokens and a
-paged KV cache.
+"""GLM (glm-4-9b-chat-hf) over packed tokens and a paged KV cache.
 
 Legend: T packed tokens, W wanted rows, H hidden_size, K kv heads, G query heads per kv head, D
 head_dim. In a parallel group K and G count this rank's heads; what passes from layer to layer is
-complete on every rank. Knows nothing of engines, requests or heads.
+complete on every rank.
 """
 
 from __future__ import annotations
@@ -16,8 +15,13 @@ from torch import nn
 
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.checkpoint.weights import Targets
-from glm_batch.models.network.layers.attention import Attend, AttentionBatch, AttentionGroup, store
-from glm_batch.models.network.layers.attention_grouped import attend_grouped
+from glm_batch.models.network.layers.attention import (
+    Attend,
+    AttentionBatch,
+    AttentionGroup,
+    attend_grouped,
+    store,
+)
 from glm_batch.models.network.layers.embedding import Embedding, embedding
 from glm_batch.models.network.layers.linear import GatedLinear, QKVLinear, RowLinear
 from glm_batch.models.network.layers.norm import RMSNorm
@@ -29,7 +33,7 @@ Pages = tuple[torch.Tensor, torch.Tensor]  # one layer's keys and values, each [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRows:
-    """Rows of a step that are not text: rows [M] int64 and the features [M, H] that stand for them."""
+    """Rows of a step that are not text: rows [M] int64 and the features [M, H] for them."""
 
     rows: torch.Tensor
     features: torch.Tensor
@@ -37,14 +41,12 @@ class MediaRows:
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.features):
             raise ValueError(
-                f"{len(self.rows)} placeholder tokens, but {len(self.features)} features to put there"
+                f"{len(self.rows)} placeholder tokens, but {len(self.features)} features for them"
             )
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with partial rotary embedding. The output projection never has a
-    bias.
-    """
+    """Grouped-query attention with partial rotary embedding; the output never has a bias."""
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(up * silu(gate)); rows 0..I-1 of the fused gate_up weight are the gate, the rest is up."""
+    """down(up * silu(gate)); rows 0..I-1 of the fused gate_up weight are the gate."""
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, group: ParallelGroup
@@ -137,9 +139,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Subclasses may norm what a sublayer
-    gives back.
-    """
+    """Pre-norm: x += attention(norm(x)); x += mlp(norm(x)). Subclasses may norm more."""
 
     norm_names: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     input_layernorm: RMSNorm
@@ -173,9 +173,7 @@ class DecoderLayer(nn.Module):
         *,
         wanted_only: bool,
     ) -> torch.Tensor:
-        """x [T, H] -> [T, H], or [W, H] with `wanted_only`: the last layer owes no output to
-        anybody else.
-        """
+        """x [T, H] -> [T, H], or with `wanted_only` [W, H]: all that the last layer owes."""
         attention = self.self_attn.forward_wanted if wanted_only else self.self_attn.forward
         attended = attention(self.input_layernorm(x), turns, pages, attn)
         if wanted_only:
@@ -229,8 +227,7 @@ class Backbone(nn.Module):
         attn: AttentionBatch,
         media: MediaRows | None = None,
     ) -> torch.Tensor:
-        """input_ids, positions [T] int64 -> hidden states after the final norm of the wanted rows
-        [W, H].
+        """input_ids, positions [T] int64 -> the wanted rows' hidden states after the norm [W, H].
 
         positions may be [3, T] where the rotary embedding has three axes. The rows of `media` take
         its features for their embeddings.

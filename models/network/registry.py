@@ -1,6 +1,4 @@
-"""From a checkpoint directory to a loaded network: one table of families, one function that builds
-and fills.
-"""
+"""From a checkpoint directory to a loaded network: the table of families, and build_model."""
 
 from __future__ import annotations
 
@@ -17,10 +15,8 @@ from glm_batch.models.errors import ConfigError
 from glm_batch.models.network.glm import Backbone
 from glm_batch.models.network.glm4 import Glm4Backbone, Glm4vBackbone
 from glm_batch.models.network.heads import CausalLMHead, ClassificationHead, ShardedLMHead
-from glm_batch.models.network.layers.attention import Attend
-from glm_batch.models.network.layers.attention_grouped import attend_grouped
-from glm_batch.models.network.layers.linear import pack_linears
-from glm_batch.models.network.layers.linear_packed import can_pack
+from glm_batch.models.network.layers.attention import Attend, attend_grouped
+from glm_batch.models.network.layers.linear import can_pack, pack_linears
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup, check_parts
 from glm_batch.models.network.vision import VisionTower
 
@@ -56,15 +52,14 @@ def build_model(
     attend: Attend = attend_grouped,
     group: ParallelGroup = SINGLE,
 ) -> Model:
-    """Loads a checkpoint, or a rank's part of it. Raises ConfigError for what cannot be loaded or
-    is unsafe.
-    """
+    """Loads a checkpoint, or a rank's part. Raises ConfigError for what cannot or must not be."""
     config = load_config(model_dir)
     check_parts(config, group.size)
     if config.family != "glm" and dtype == torch.float16:
         raise ConfigError(
-            f"{model_dir}: {config.family} in float16 is refused: its residual stream outgrows float16's largest "
-            "number (65504), and the norms after each sublayer turn that into NaN; use bfloat16 or float32"
+            f"{model_dir}: {config.family} in float16 is refused: its residual stream outgrows "
+            "float16's largest number (65504), and the norms after each sublayer turn that into "
+            "NaN; use bfloat16 or float32"
         )
     backbone = BACKBONES[config.family](
         config, dtype=dtype, device=device, attend=attend, group=group

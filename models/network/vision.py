@@ -1,10 +1,9 @@
-"""The vision tower of GLM-4.1V: patch embedding -> blocks -> downsample -> merger, packed over all
-media of a step.
+"""The vision tower of GLM-4.1V, packed over all media of a step.
 
 Legend: N patches, F frames (an image is one, a video has one for each temporal group), D
 hidden_size, C channels, T temporal_patch_size, p patch_size, m spatial_merge_size. Patches stand in
 storage order: frame by frame, within a frame merge block by merge block (m x m patches each, row by
-row). Knows nothing of prompts, files or digests.
+row).
 """
 
 from __future__ import annotations
@@ -64,9 +63,7 @@ Turns = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each float32 [N, 1, 1,
 
 
 class PatchEmbed(nn.Module):
-    """A patch of T frames to a vector: the checkpoint's convolution, whose stride is its size, as a
-    matrix product.
-    """
+    """A patch of T frames to a vector: the checkpoint's convolution as a matrix product."""
 
     def __init__(self, config: VisionConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -88,16 +85,12 @@ class PatchEmbed(nn.Module):
         return self.proj(pixel_values.to(self.dtype))  # type: ignore[no-any-return]
 
     def forward_uint8(self, patches: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, C * p * p] (a frame that stands for all T) or [N, C * T * p * p] -> [N, D],
-        once folded.
-        """
+        """uint8 [N, C * p * p] (a frame for all T) or [N, C * T * p * p] -> [N, D], once folded."""
         weight, bias = self.folded[patches.shape[1]]
         return F.linear(patches.to(torch.float32).sub_(MIDDLE), weight, bias).to(self.dtype)
 
     def fold(self, image: Normalization, video: Normalization) -> None:
-        """Once loaded: makes the weights that take uint8. They stay in float32, for they cost next
-        to nothing.
-        """
+        """Once loaded: makes the weights that take uint8, in float32, for they cost nothing."""
         weight, bias = self.proj.weight.view(self.shape), self.proj.bias
         assert bias is not None
         video_weight, video_bias = fold_normalization(weight, bias, video)
@@ -120,8 +113,7 @@ class PatchEmbed(nn.Module):
 def fold_normalization(
     weight: torch.Tensor, bias: torch.Tensor, normalization: Normalization
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [D, C, T, p * p], bias [D] for normalised pixels -> float64 ones for pixels minus
-    MIDDLE.
+    """weight [D, C, T, p * p], bias [D] for normalised pixels -> float64 for pixels minus MIDDLE.
 
     (x * r - mean) / std = (x - MIDDLE) * r / std + (MIDDLE * r - mean) / std, and the second part
     goes to the bias.
@@ -168,9 +160,7 @@ class VisionAttention(nn.Module):
 
 
 def rotate_halves(x: torch.Tensor, turns: Turns) -> torch.Tensor:
-    """x [N, 2, heads, head_dim]: dimension j turns with j + head_dim / 2, in float32; unlike the
-    text model's pairs.
-    """
+    """x [N, 2, heads, head_dim]: dimension j turns with j + head_dim / 2, in float32."""
     cos, sin = turns
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -235,9 +225,7 @@ class Merger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches of any number of images and videos -> one feature for each merge block, in the same
-    order.
-    """
+    """Patches of any media -> one feature for each merge block, in the same order."""
 
     prefix = "model.visual"  # of the checkpoint's names
 
@@ -262,23 +250,17 @@ class VisionTower(nn.Module):
         self._tables: ByteCache[GridTables] = ByteCache(TABLE_BYTES)
 
     def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Normalised pixel_values [N, C * T * p * p] of media with these grids -> features [N /
-        m^2, out_hidden].
-        """
+        """Normalised pixel_values [N, C * T * p * p] of these grids -> [N / m^2, out_hidden]."""
         return self.encode(self.patch_embed(pixel_values), grids)
 
     def forward_uint8(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> torch.Tensor:
-        """The same from uint8 patches, one tensor after the other; see PatchEmbed.forward_uint8 for
-        their widths.
-        """
+        """The same from uint8 patches; see PatchEmbed.forward_uint8 for their widths."""
         return self.encode(
             torch.cat([self.patch_embed.forward_uint8(tensor) for tensor in patches]), grids
         )
 
     def encode(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embedded patches [N, D] -> features [N / m^2, out_hidden]. Raises ValueError for grids of
-        another size.
-        """
+        """Embedded patches [N, D] -> [N / m^2, out_hidden]. Raises ValueError for other grids."""
         runs = frame_runs(grids)
         if len(x) != (runs[-1].rows.stop if runs else 0):
             raise ValueError(f"{len(x)} patches do not fill the grids {list(grids)}")
@@ -336,9 +318,7 @@ class VisionTower(nn.Module):
 
 
 def frame_runs(grids: Iterable[Grid]) -> list[FrameRun]:
-    """Neighbouring frames of one size, of whatever media, together: each run is one batched
-    attention.
-    """
+    """Neighbouring frames of one size, of whatever media, as runs: each is one attention."""
     runs: list[FrameRun] = []
     start = 0
     for (h, w), group in groupby(grids, key=lambda grid: grid[1:]):
@@ -349,9 +329,7 @@ def frame_runs(grids: Iterable[Grid]) -> list[FrameRun]:
 
 
 def interpolate(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """table float32 [size, size, D] -> [h, w, D] at the patches' centres: bicubic, borders
-    repeated.
-    """
+    """table float32 [size, size, D] -> [h, w, D] at the patches' centres, bicubic."""
     planes = table.permute(2, 0, 1)[None]
     return F.interpolate(planes, size=(h, w), mode="bicubic", align_corners=False)[0].permute(
         1, 2, 0
@@ -359,9 +337,7 @@ def interpolate(table: torch.Tensor, h: int, w: int) -> torch.Tensor:
 
 
 def axial_angles(h: int, w: int, head_dim: int, theta: float) -> torch.Tensor:
-    """float32 [h, w, head_dim / 2]: the row times each frequency, then the column times the same
-    frequencies.
-    """
+    """float32 [h, w, head_dim / 2]: the row, then the column, times the same frequencies."""
     half = head_dim // 2
     frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
     rows = torch.arange(h, dtype=torch.float32)[:, None, None] * frequencies

@@ -1,8 +1,6 @@
-"""What an image or a video costs: its size after resizing, the frames taken of it, its patches and
-tokens.
+"""What an image or a video costs: its size after resizing, its frames, patches and tokens.
 
-Arithmetic on sizes alone, equal to the published GLM-4.1V processors'. Knows nothing of pixels,
-decoders or torch.
+Arithmetic on sizes, equal to the published GLM-4.1V processors'.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ MAX_ASPECT_RATIO = 200
 def smart_resize(
     num_frames: int, height: int, width: int, config: ImageProcessorConfig
 ) -> tuple[int, int]:
-    """(height, width) in pixels, multiples of `config.factor`, of `num_frames` frames of that size
-    within the budget.
+    """(height, width) in pixels of frames of that size once they are within the budget.
 
     The sides keep their ratio as far as the multiples allow. Ties round to even, as Python does.
     Raises RowError when one side is more than 200 times the other.
@@ -58,18 +55,14 @@ def image_grid(height: int, width: int, config: ImageProcessorConfig) -> Grid:
 
 
 def video_grid(num_frames: int, height: int, width: int, config: VideoProcessorConfig) -> Grid:
-    """The patches of `num_frames` sampled frames of that size; the last frame is repeated to fill a
-    group.
-    """
+    """The patches of so many sampled frames; the last one is repeated to fill a group."""
     groups = math.ceil(num_frames / config.temporal_patch_size)
     num_frames = max(num_frames, config.temporal_patch_size)
     return _grid(groups, *smart_resize(num_frames, height, width, config), config)
 
 
 def num_media_tokens(grid: Grid, merge_size: int) -> int:
-    """Tokens that the patches of a grid become in a prompt, without those of the markers around
-    them.
-    """
+    """Tokens that a grid becomes in a prompt, without those of the markers around them."""
     return math.prod(grid) // merge_size**2
 
 

@@ -81,8 +81,7 @@ class Chat:
 
     @classmethod
     def from_dir(cls, path: str, tokenizer: Tokenizer | None = None) -> Chat:
-        """Reads the template from chat_template.jinja (and additional_chat_templates), else
-        tokenizer_config.json, else chat_template.json.
+        """Reads chat_template.jinja, else tokenizer_config.json, else chat_template.json.
 
         Raises ConfigError when there is none or it is no valid template.
         """
@@ -108,8 +107,7 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt as text for people: control tokens of the template and of the content look the
-        same in it.
+        """The prompt for people: control tokens of template and content look the same in it.
 
         With thinking=False the generation prompt closes the thinking block where the checkpoint has
         one. Raises RowError for messages or a result that cannot be used.
@@ -126,8 +124,7 @@ class Chat:
         documents: Sequence[Mapping[str, Any]] | None = None,
         start_answer: bool = False,
     ) -> list[int]:
-        """The prompt's token ids, ready to generate from; control-token strings in content arrive
-        as plain text.
+        """The prompt's token ids; control-token strings in content arrive as plain text.
 
         `start_answer` puts `separator` at the end: for a constrained answer, whose grammar would
         forbid the model to write it itself. It goes with thinking=False.
@@ -138,24 +135,22 @@ class Chat:
     def label_continuations(
         self, labels: Sequence[str], *, thinking: bool = False
     ) -> list[tuple[int, ...]]:
-        """Token ids of each label as the model would write it after the prompt, the template's
-        separator included.
+        """Token ids of each label as the model would write it, the separator included.
 
         Raises ConfigError for labels that are empty, the same or not separable from the prompt, and
         for thinking=True where the checkpoint would reason first.
         """
         if thinking and self.thinking_form != "none":
             raise ConfigError(
-                "task.thinking: labels are scored right after the prompt, where this checkpoint would begin to reason; "
-                "set thinking: false, or kind: generate"
+                "task.thinking: labels are scored right after the prompt, where this checkpoint "
+                "would begin to reason; set thinking: false, or kind: generate"
             )
         continuations = [self._continuation(label, *self._probe) for label in labels]
         _refuse_duplicates(labels, continuations)
         return continuations
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """Token ids of one answer after a prompt with thinking=False, tokenized as
-        `label_continuations` does.
+        """Token ids of one answer after a prompt with thinking=False, as those of a label.
 
         Raises RowError for one that is empty or not separable from the prompt.
         """
@@ -166,9 +161,7 @@ class Chat:
 
     @staticmethod
     def count_end(label_continuations: Sequence[tuple[int, ...]], end_of_label: str) -> bool:
-        """Whether a label's probability includes that of the model ending there (`auto`: when one
-        is a prefix).
-        """
+        """Whether a label's probability includes its end (`auto`: when one is a prefix)."""
         if end_of_label != "auto":
             return end_of_label == "always"
         return any(
@@ -177,8 +170,7 @@ class Chat:
         )
 
     def split_reasoning(self, text: str, *, thinking: bool) -> tuple[str | None, str]:
-        """(reasoning, answer) of a generated text; reasoning is None where the prompt left no room
-        for any.
+        """(reasoning, answer) of a text; reasoning is None where there was room for none.
 
         An unclosed thinking block is all reasoning and no answer.
         """
@@ -216,9 +208,7 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] | None,
         documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[str, dict[str, str]]:
-        """The rendered text with stand-ins in its content, and the table that puts the originals
-        back.
-        """
+        """The rendered text with stand-ins, and the table that puts the originals back."""
         try:
             conversation = check_messages(messages)
             shown = self._shown(conversation)
@@ -252,15 +242,13 @@ class Chat:
             if PLACEHOLDERS[kind] not in self.tokenizer.control_tokens:
                 raise RowError(
                     "unsupported_media",
-                    f"the messages show {', '.join(shown)}, but this checkpoint reads text: its tokenizer has no "
-                    f"{PLACEHOLDERS[kind]}",
+                    f"the messages show {', '.join(shown)}, but this checkpoint reads text: its "
+                    f"tokenizer has no {PLACEHOLDERS[kind]}",
                 )
         return shown
 
     def _check_placeholders(self, text: str, shown: list[str]) -> None:
-        """Each image and video must stand in the prompt once and in order: a template may not know
-        of them.
-        """
+        """Each image and video must stand in the prompt once and in order."""
         kinds = {placeholder: kind for kind, placeholder in PLACEHOLDERS.items()}
         controls = (
             piece.strip() for piece, id in self.tokenizer.split_control(text) if id is not None
@@ -269,7 +257,8 @@ class Chat:
         if found != shown:
             raise RowError(
                 "template_error",
-                f"the messages show {', '.join(shown)}, the chat template writes {', '.join(found) or 'nothing of it'}",
+                f"the messages show {', '.join(shown)}, the chat template writes "
+                f"{', '.join(found) or 'nothing of it'}",
             )
 
     def _stand_ins(self, *values: Any) -> tuple[dict[str, str], dict[str, str]]:
@@ -360,15 +349,13 @@ class Chat:
             raise ConfigError(f"task.labels: {label!r}: {error.message}") from error
         if ids[: len(prompt_ids)] != prompt_ids:
             raise ConfigError(
-                f"task.labels: {label!r} merges with the end of the prompt {prompt[-20:]!r} into other tokens, so that "
-                "it cannot be scored after it; begin it with another character"
+                f"task.labels: {label!r} merges with the end of the prompt {prompt[-20:]!r} into "
+                "other tokens, so that it cannot be scored after it; begin it otherwise"
             )
         return tuple(ids[len(prompt_ids) :])
 
     def _label_text(self, label: str, prompt: str) -> str:
-        """What the history puts between the prompt and the end of an assistant's turn that says
-        `label`.
-        """
+        """What an assistant's turn that says `label` has between prompt and end."""
         if not label.strip():
             raise ConfigError(f"task.labels: {label!r} is empty; give it some text")
         if self.thinking_form in ("open", "tags"):
@@ -377,15 +364,14 @@ class Chat:
         around = self._around_answer(prompt)
         if around is None or not turn.startswith(prompt):
             raise ConfigError(
-                f"task.labels: this checkpoint's template writes an assistant's turn as {turn!r}, which does not "
-                f"continue its generation prompt {prompt!r}; labels cannot be scored with it, use kind: generate"
+                f"task.labels: this checkpoint's template writes an assistant's turn as {turn!r}, "
+                f"which does not continue its generation prompt {prompt!r}; labels cannot be "
+                "scored with it, use kind: generate"
             )
         return turn[len(prompt) : len(turn) - len(around[1])]
 
     def _around_answer(self, prompt: str) -> tuple[str, str] | None:
-        """What the template writes before and after an assistant's content, if its turn continues
-        the prompt.
-        """
+        """What stands around an assistant's content, if its turn continues the prompt."""
         marker = chr(_STAND_INS[-1])
         before, found, after = self._answered(marker).partition(marker)
         return (before[len(prompt) :], after) if found and before.startswith(prompt) else None
@@ -395,9 +381,7 @@ class Chat:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}`, with which templates mark the assistant's text for training; here its
-    body alone counts.
-    """
+    """`{% generation %}`, which marks the assistant's text for training: its body is shown."""
 
     tags = {"generation"}  # noqa: RUF012  the base class declares it so
 
@@ -407,9 +391,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja without attributes that reach the interpreter, without mutation, and without `"x" *
-    10**9`.
-    """
+    """Jinja that reaches no interpreter, changes nothing, and makes no `"x" * 10**9`."""
 
     intercepted_binops = frozenset(["*", "**"])
 
@@ -422,9 +404,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _size_of_binop(operator: str, left: Any, right: Any) -> int:
-    """An upper bound of the characters or bits in `left * right` or `left ** right`; 0 where it
-    cannot grow.
-    """
+    """At most so many characters or bits result; 0 where nothing can grow."""
     if operator == "**":
         return (
             left.bit_length() * abs(right)
@@ -464,9 +444,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _read_templates(folder: Path) -> tuple[str, str | None, Path]:
-    """(template, template for conversations with tools if there is one of its own, the file they
-    came from).
-    """
+    """(template, that for conversations with tools or None, the file they came from)."""
     named, file = _named_templates(folder)
     if not named:
         raise NoChatTemplateError(
@@ -526,9 +504,7 @@ def _replace_all(value: Any, table: Mapping[str, str]) -> Any:
 
 
 def _protect_message(message: dict[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
-    """Stand-ins everywhere but in the role and in the tags that part an assistant's reasoning from
-    its answer.
-    """
+    """Stand-ins everywhere but in the role and in an assistant's reasoning tags."""
     protected = {
         key: value if key == "role" else _replace_all(value, table)
         for key, value in message.items()
@@ -551,15 +527,14 @@ def _refuse_duplicates(labels: Sequence[str], continuations: list[tuple[int, ...
     for label, continuation in zip(labels, continuations, strict=True):
         if continuation in first:
             raise ConfigError(
-                f"task.labels: {first[continuation]!r} and {label!r} are the same tokens to the model; remove one"
+                f"task.labels: {first[continuation]!r} and {label!r} are the same tokens to the "
+                "model; remove one"
             )
         first[continuation] = label
 
 
 def _split_tags(text: str) -> tuple[str | None, str]:
-    """`<think>..</think><answer>..</answer>`; both blocks may be open-ended, and text without tags
-    is the answer.
-    """
+    """Both blocks may be open-ended, and text without tags is the answer."""
     head, answer_tag, tail = text.partition("<answer>")
     before, think_tag, rest = head.rpartition("<think>") if "<think>" in head else ("", "", head)
     reasoning, closed, after = rest.partition("</think>")

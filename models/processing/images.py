@@ -1,8 +1,4 @@
-"""Image bytes to patches: decoded by Pillow, upright, in RGB.
-
-Owns which formats are read and how large a source may be. Knows nothing of where bytes come from,
-rows, or models.
-"""
+"""Image bytes to patches: decoded by Pillow, upright, in RGB."""
 
 from __future__ import annotations
 
@@ -29,8 +25,8 @@ from glm_batch.models.processing.patches import (
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What Pillow's readers raise on damaged files, beside the OSError that they mean to.
 DECODE_FAILURES = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
-    struct.error, zlib.error,
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
+    AttributeError, struct.error, zlib.error,
 )  # fmt: skip
 
 WEBP_HEADER_BYTES = 30
@@ -54,8 +50,7 @@ class ImageProcessor:
         self.config = config
 
     def from_bytes(self, data: Encoded, *, digest: str | None = None) -> MediaPatches:
-        """The patches of an encoded image. Raises RowError for bytes that are no readable image, or
-        too large.
+        """The patches of an encoded image. Raises RowError for what is unreadable or too large.
 
         `digest` is that of encoded_digest, for callers who know it already.
         """
@@ -75,8 +70,7 @@ class ImageProcessor:
 
 
 def decode_image(data: Encoded, *, max_source_pixels: int) -> Frame:
-    """uint8 [height, width, 3] in RGB, upright as its EXIF says; of an animation, the first
-    picture.
+    """uint8 [height, width, 3] in RGB, upright as its EXIF says; an animation's first picture.
 
     Transparency is dropped, the colours under it stay; 16 bits per value become the upper 8. Raises
     RowError.
@@ -109,9 +103,7 @@ def check_frame(frame: Frame, code: str) -> None:
 
 @contextmanager
 def _open(data: Encoded, max_source_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read and checked and its pixels not yet decoded; failures inside
-    become RowErrors.
-    """
+    """The image, its header checked, its pixels not yet decoded; failures become RowErrors."""
     file, size = as_file(data)
     if not size:
         raise RowError("bad_image", "the image has zero bytes")
@@ -141,9 +133,7 @@ def _check_pixels(width: int, height: int, limit: int) -> None:
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int]:
-    """(width, height) of a WEBP file, for which Pillow sets up its canvas while it opens; (0, 0) of
-    other files.
-    """
+    """(width, height) of a WEBP, whose canvas Pillow sets up as it opens; (0, 0) of others."""
     if len(data) < WEBP_HEADER_BYTES or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return 0, 0
     if data[12:16] == b"VP8X":  # extended: 24 bits each, less one

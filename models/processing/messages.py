@@ -1,9 +1,4 @@
-"""Conversations as people and files spell them: roles, and contents of text or of parts, images and
-videos among them.
-
-Owns which messages are well formed and what their media parts point at. Knows nothing of templates,
-tokens or pixels, and opens nothing.
-"""
+"""Conversations as people and files spell them: roles, text, images and videos."""
 
 from __future__ import annotations
 
@@ -40,8 +35,7 @@ class MediaPart:
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as plain JSON values for a template: absent fields dropped, a content's text
-    parts joined.
+    """The messages as plain JSON: absent fields dropped, a content's text parts joined.
 
     A user's content with media stays a list of {"type": "text", "text": ...}, {"type": "image"},
     {"type": "video"}. Raises RowError bad_messages, which names message and part.
@@ -58,9 +52,7 @@ def media_parts(messages: Sequence[Message]) -> list[MediaPart]:
 
 
 def plain_value(where: str, value: Any) -> Any:
-    """A copy made of JSON's own types, so that a template meets nothing else. Raises RowError for
-    other types.
-    """
+    """A copy of JSON's own types, for templates. Raises RowError for other types."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, list | tuple):
@@ -124,7 +116,8 @@ def _piece(where: str, part: Any) -> str | MediaPart:
     if not isinstance(part, Mapping):
         raise _bad(
             where,
-            f'it is {type(part).__name__}; a content part is an object, such as {{"type": "text", "text": ...}}',
+            f"it is {type(part).__name__}; a content part is an object, such as "
+            '{"type": "text", "text": ...}',
         )
     fields = _given(part)
     type_ = fields.pop("type", "text")
@@ -149,9 +142,7 @@ def _text(where: str, fields: dict[str, Any]) -> str:
 
 
 def _media(where: str, type_: str, fields: dict[str, Any]) -> MediaPart:
-    """A part that shows something. What it asks for beside that is refused: nothing would come of
-    it.
-    """
+    """A part that shows something; what it asks for beside that is refused, not ignored."""
     kind, names = MEDIA_PARTS[type_]
     address = fields.get(type_)
     if type_.endswith("_url") and isinstance(address, Mapping):
@@ -176,7 +167,8 @@ def _media(where: str, type_: str, fields: dict[str, Any]) -> MediaPart:
     if type_.endswith("_url") and not isinstance(sources[0], str):
         raise _bad(
             where,
-            f"its {type_} is {type(sources[0]).__name__}; it must be a string or an object with url",
+            f"its {type_} is {type(sources[0]).__name__}; it must be a string or an object with "
+            "url",
         )
     return MediaPart(kind=kind, source=sources[0], is_small=detail == "low")
 

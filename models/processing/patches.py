@@ -1,9 +1,6 @@
-"""RGB frames to the patches that travel to the model: resized, cut, one byte per value, each frame
-once.
+"""RGB frames to the patches that travel to the model: resized, cut, one byte a value.
 
-Owns the resampling arithmetic, the order of the patches and their normalisation. Knows nothing of
-files and formats. Torch and Pillow are imported where they are used: only the processes that handle
-media need it.
+Torch and Pillow are imported where they are used: only processes that handle media need them.
 """
 
 from __future__ import annotations
@@ -57,8 +54,7 @@ class MediaItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Media:
-    """What a prompt shows. The images stand in the order of their placeholders, and so do the
-    videos.
+    """What a prompt shows: images, and videos, in the order of their placeholders.
 
     `positions` int64 [3, tokens] are the prompt's rotary positions along time, height and width.
     """
@@ -102,8 +98,7 @@ class MediaPatches:
 
 
 class PatchWriter:
-    """Resizes frames and cuts them into place, one at a time: no more than one source frame is
-    held.
+    """Resizes frames and cuts them into place, one at a time.
 
     `source` is (frames, height, width) before resizing, `grid` what becomes of it.
     """
@@ -137,9 +132,7 @@ class PatchWriter:
     def finish(
         self, *, digest: str | None = None, timestamps: tuple[float, ...] = ()
     ) -> MediaPatches:
-        """The patches of all frames written; without a digest of what they were decoded from, by
-        one over them.
-        """
+        """The patches of all frames written, named by `digest` or else by one over them."""
         groups, height, width = self._grid
         patches = self._patches.reshape(groups * height * width, -1)
         return MediaPatches(
@@ -190,9 +183,7 @@ def as_file(data: Encoded) -> tuple[BinaryIO, int]:
 
 
 def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Frame:
-    """The frame at another size, by the bicubic filter with antialiasing; itself when it has that
-    size.
-    """
+    """The frame at another size, bicubic with antialiasing; itself when it has that size."""
     # torch takes no other memory; may copy
     frame = np.require(frame, requirements=["C_CONTIGUOUS", "WRITEABLE"])
     if frame.shape[:2] == (height, width):
@@ -212,8 +203,7 @@ def resize(frame: Frame, height: int, width: int, resampling: Resampling) -> Fra
 
 
 def pixel_values(patches: torch.Tensor, config: ImageProcessorConfig) -> torch.Tensor:
-    """uint8 patches, as in MediaPatches, to the published processor's float32 [patches, 3 * frames
-    * patch * patch].
+    """uint8 patches to the published processor's float32 [patches, 3 * frames * patch * patch].
 
     Normalised by mean and standard deviation, in one step on values from 0 to 255; an image's frame
     is repeated temporal_patch_size times.

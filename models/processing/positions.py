@@ -21,7 +21,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2  # the values of mm_token_type_ids
 
 
 def tokenizer_media_tokens(tokenizer: Tokenizer) -> MediaTokens:
-    """The ids as the tokenizer has them. Raises ConfigError when it lacks one: it reads text alone."""
+    """The ids as the tokenizer has them. Raises ConfigError when it lacks one."""
     strings = {
         "image": "<|image|>",
         "video": "<|video|>",
@@ -42,9 +42,7 @@ def tokenizer_media_tokens(tokenizer: Tokenizer) -> MediaTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSpan:
-    """A video in a prompt: its grid, and the seconds at which its groups of frames begin, one for
-    each.
-    """
+    """A video in a prompt: its grid, and the second at which each group of frames begins."""
 
     grid: Grid
     timestamps: Sequence[float]
@@ -59,8 +57,7 @@ def expand_placeholders(
     videos: Sequence[VideoSpan],
     encode: Callable[[str], list[int]],
 ) -> list[int]:
-    """The prompt with every placeholder replaced, from left to right, by as many image tokens as
-    its media has.
+    """The prompt with as many image tokens for each placeholder as its media has.
 
     A group of a video's frames becomes the image markers, its tokens, and the whole seconds of its
     timestamp as text, which `encode` turns into ids. Raises RowError when there are not as many
@@ -89,9 +86,7 @@ def expand_placeholders(
 
 
 def media_token_types(ids: Sequence[int], tokens: MediaTokens) -> npt.NDArray[np.int64]:
-    """mm_token_type_ids [tokens] of an expanded prompt: image tokens within video markers are
-    VIDEO, others IMAGE.
-    """
+    """mm_token_type_ids [tokens] of an expanded prompt: VIDEO within video markers, else IMAGE."""
     array = np.asarray(ids, np.int64)
     in_video = np.cumsum(array == tokens.video_start) > np.cumsum(array == tokens.video_end)
     types: npt.NDArray[np.int64] = np.where(
@@ -107,8 +102,7 @@ def rope_positions(
     images: Sequence[Grid],
     videos: Sequence[Grid],
 ) -> tuple[npt.NDArray[np.int64], int]:
-    """(positions [3, tokens] along time, height and width, rope_delta) of one prompt without
-    padding.
+    """(positions [3, tokens] along time, height and width, rope_delta) of one prompt.
 
     Text counts on all three axes together; an image or a group of frames stands still in time,
     counts its rows and columns, and moves the text after it on by the longer side. A token

@@ -203,8 +203,7 @@ class MediaPrompts:
     def place(
         self, ids: Sequence[int], media: Sequence[MediaPatches]
     ) -> tuple[list[int], Media | None]:
-        """The prompt with a token for each feature, and its media with rotary positions int64 [3,
-        tokens].
+        """The prompt with a token for each feature, and its media with their positions.
 
         `ids` hold one placeholder for each of `media`, which stand in the prompt's order. Without
         any, no Media. Raises RowError media_mismatch when there are not as many placeholders of a

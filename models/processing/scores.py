@@ -1,8 +1,4 @@
-"""From a model's numbers to what people read: probabilities of labels and scores of classes.
-
-One place for these formulas, whoever answers: a job's rows, a request, or Python. Knows nothing of
-engines or columns.
-"""
+"""From a model's numbers to what people read: probabilities of labels and scores of classes."""
 
 from __future__ import annotations
 
@@ -21,9 +17,7 @@ MULTI_LABEL_THRESHOLD = 0.5  # a class is given when its score is above
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelScores:
-    """`best` is the number of the likeliest label, `off_set_mass` what the model gives to none of
-    them.
-    """
+    """`best` is the likeliest label's number, `off_set_mass` what goes to none of them."""
 
     best: int
     probabilities: list[float]
@@ -85,8 +79,7 @@ def class_scores(
     problem_type: str,
     scaling: Scaling | None = None,
 ) -> tuple[list[float], Any]:
-    """(scores, label) of a classification head's logits [num_labels], as the checkpoint's
-    problem_type has them.
+    """(scores, label) of a head's logits [num_labels], as the problem_type has them.
 
     The label is a number (regression), a name, or a list of names (several labels at once).
     `scaling` is for one label of several alone.

@@ -1,8 +1,6 @@
 """Text to token ids and back, for the byte-level BPE tokenizers of the GLM checkpoints.
 
-Owns tokenizer.json and the special ids; keeps the template's control tokens apart from the same
-characters in content, which are ordinary text. Knows nothing of messages, templates, models or
-engines.
+The template's control tokens are kept apart from the same characters in content, which are text.
 """
 
 from __future__ import annotations
@@ -60,9 +58,7 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str) -> Tokenizer:
-        """Reads a checkpoint directory. Raises ConfigError when the tokenizer is absent, broken or
-        not byte-level.
-        """
+        """Reads a checkpoint. Raises ConfigError for an absent, broken or other tokenizer."""
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(
@@ -76,8 +72,8 @@ class Tokenizer:
             ) from error
         if not isinstance(library.decoder, tokenizers.decoders.ByteLevel):
             raise ConfigError(
-                f"{file}: decoder {type(library.decoder).__name__}; this version reads byte-level BPE, whose "
-                "decoder is ByteLevel, as every GLM checkpoint's is"
+                f"{file}: decoder {type(library.decoder).__name__}; this version reads byte-level "
+                "BPE, whose decoder is ByteLevel, as every GLM checkpoint's is"
             )
         tokenizer = cls(library)
         tokenizer.named_tokens = _named_tokens(Path(path))
@@ -88,26 +84,19 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: "<|user|>" in it becomes ordinary bytes. Raises RowError for text that
-        is not Unicode.
-        """
+        """Ids of plain text, as "<|user|>" in it is. Raises RowError for what is not Unicode."""
         return self._encode(self._plain, text).ids
 
     def encode_control(self, text: str) -> list[int]:
-        """Ids of a template's own text: control-token strings become their ids, and nothing is
-        added.
-        """
+        """Ids of a template's own text: control-token strings become their ids."""
         return self._encode(self._full, text).ids
 
     def encode_raw(self, text: str) -> list[int]:
-        """Ids of plain text between the special tokens that the checkpoint's post-processor puts
-        around a text.
-        """
+        """Ids of plain text between the special tokens of the checkpoint's post-processor."""
         return self._encode(self._plain, text, add_special_tokens=True).ids
 
     def encode_raw_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As encode_raw, with the half-open character span of each token; (0, 0) for the added
-        specials.
+        """As encode_raw, with each token's half-open span; (0, 0) for the added specials.
 
         The tokens of a character that was split into several have the same span.
         """
@@ -115,9 +104,7 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def split_control(self, text: str) -> list[tuple[str, int | None]]:
-        """Cuts text at its control-token strings: (text, None) for what is between them, (string,
-        id) for each.
-        """
+        """(text, None) between the control-token strings of a text, (string, id) for each."""
         pieces: list[tuple[str, int | None]] = []
         start = 0
         for match in self._control_pattern.finditer(text):
@@ -136,7 +123,7 @@ class Tokenizer:
         return text
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token stands for; b"" for specials and for ids that stand for nothing."""
+        """The bytes that a token stands for; b"" for specials and ids without any."""
         return b"" if id in self.special_ids else self._bytes.get(id, b"")
 
     def _encode(
@@ -149,9 +136,7 @@ class Tokenizer:
             raise
 
     def _configured_ids(self, folder: Path, name: str) -> list[int]:
-        """Ids of "eos_token" or "pad_token" from the first of the checkpoint's files that names
-        one.
-        """
+        """Ids of "eos_token" or "pad_token", from the first file that names one."""
         config = read_json(folder / "config.json", optional=True)
         nested = config.get("text_config")
         generation = read_json(folder / "generation_config.json", optional=True)
@@ -165,7 +150,8 @@ class Tokenizer:
         id = self._full.token_to_id(content)
         if id is None:
             raise ConfigError(
-                f"{folder / 'tokenizer_config.json'}: {name} {content!r} is no token of tokenizer.json; correct it"
+                f"{folder / 'tokenizer_config.json'}: {name} {content!r} is no token of "
+                "tokenizer.json; correct it"
             )
         return [id]
 
@@ -178,9 +164,7 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        """The text that became certain with this token; the bytes of an unfinished character are
-        kept back.
-        """
+        """The text that became certain with this token; half a character is kept back."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
@@ -189,9 +173,9 @@ class IncrementalDetokenizer:
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens that have names, as transformers gives them to templates: bos_token and the
-    like, every other key that ends in _token, and those of extra_special_tokens.
+    """The special tokens by name, as transformers gives them to templates.
 
+    They are bos_token and all that end in _token, and those of an object extra_special_tokens.
     special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder.
     """
     config = read_json(folder / "tokenizer_config.json", optional=True)
@@ -209,7 +193,7 @@ def _named_tokens(folder: Path) -> dict[str, str]:
 
 
 def _without_added_tokens(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer over the same vocabulary, to which "<|user|>" is nothing but characters."""
+    """The same tokenizer, to which "<|user|>" is nothing but characters."""
     plain = tokenizers.Tokenizer(library.model)  # shares the model: no second copy of it
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         if getattr(library, part) is not None:
@@ -222,8 +206,8 @@ def _refuse_broken_text(text: str) -> None:
         if "\ud800" <= character <= "\udfff":
             raise RowError(
                 "invalid_text",
-                f"character {position} is U+{ord(character):04X}, half of a surrogate pair: the text is not valid "
-                "Unicode; repair it at its source",
+                f"character {position} is U+{ord(character):04X}, half of a surrogate pair: the "
+                "text is not valid Unicode; repair it at its source",
             )
 
 
@@ -244,9 +228,7 @@ def _token_pattern(token: tokenizers.AddedToken) -> str:
 
 
 def _bytes_of_tokens(vocab: dict[str, int]) -> dict[int, bytes]:
-    """What each token stands for: its characters' bytes in the byte-level alphabet, or its UTF-8 if
-    one has none.
-    """
+    """What each token stands for: bytes of the byte-level alphabet, else its UTF-8."""
     byte_of = _byte_alphabet()
     table: dict[int, bytes] = {}
     for text, id in vocab.items():

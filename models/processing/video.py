@@ -1,9 +1,6 @@
-"""Video bytes to patches: decoded by PyAV one frame after the other, of which only the sampled ones
-are kept.
+"""Video bytes to patches: decoded by PyAV, frame by frame; only sampled ones are kept.
 
-Owns which containers are read and how frames are found in them. Knows nothing of where bytes come
-from, rows, or models. A clip is read twice: first its packets, to count the frames, then the frames
-that are wanted.
+A clip is read twice: first its packets, to count the frames, then the frames that are wanted.
 """
 
 from __future__ import annotations
@@ -51,8 +48,7 @@ Run = tuple[int, int]  # packets [first, last], in the order in which they are s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoInfo:
-    """A clip as its packets tell it; its duration is num_frames / fps, whatever the container
-    claims.
+    """A clip as its packets tell it; it lasts num_frames / fps, whatever is claimed.
 
     `shown` [frames, 2] holds each frame's timestamp and packet, in the order of showing, and
     `keyframes` the same of the packets at which decoding can begin, in the order of storing. Both
@@ -72,8 +68,7 @@ class VideoProcessor:
         self.config = config
 
     def from_bytes(self, data: Encoded, *, digest: str | None = None) -> MediaPatches:
-        """The patches of an encoded clip, upright. Raises RowError for bytes that are no readable
-        video.
+        """The patches of an encoded clip, upright. Raises RowError for what is unreadable.
 
         Of a file, no more is read into memory than a few packets. `digest` is that of
         encoded_digest, for callers who know it already.
@@ -94,8 +89,7 @@ class VideoProcessor:
     def from_frames(
         self, frames: Sequence[Frame], fps: float, *, duration_s: float | None = None
     ) -> MediaPatches:
-        """The patches of a clip given as arrays, uint8 [height, width, 3] in RGB, sampled as any
-        clip. Raises RowError.
+        """The patches of a clip of uint8 [height, width, 3], sampled as any. Raises RowError.
 
         Without `duration_s` the length is estimated as the published processor does.
         """
@@ -111,7 +105,7 @@ class VideoProcessor:
         return patches
 
     def _decode(self, data: Encoded, info: VideoInfo, digest: str) -> MediaPatches | None:
-        """The sampled frames' patches, or None when some of them did not come out of the decoder."""
+        """The sampled frames' patches, or None when the decoder did not give some of them."""
         indices = sample_frames(
             info.num_frames, info.fps, self.config, duration_s=info.num_frames / info.fps
         )
@@ -144,7 +138,7 @@ class VideoProcessor:
 
 
 def scan_video(data: Encoded, *, max_source_pixels: int) -> VideoInfo:
-    """Counts the frames without decoding any. Raises RowError for bytes that are no readable video."""
+    """Counts the frames without decoding any. Raises RowError for what is unreadable."""
     times, flags = array("q"), bytearray()
     _, size = as_file(data)
     with _open(data, max_source_pixels) as (container, stream):
@@ -158,9 +152,7 @@ def scan_video(data: Encoded, *, max_source_pixels: int) -> VideoInfo:
 
 
 def _cut_off(container: InputContainer, stream: VideoStream, size: int) -> bool:
-    """Whether an MP4 or MOV file lacks the end of what its index lists; other containers have no
-    such index.
-    """
+    """Whether an MP4 or MOV file lacks the end of what its index lists."""
     return "mp4" in container.format.name and any(
         entry.pos + entry.size > size for entry in stream.index_entries
     )
@@ -198,8 +190,7 @@ def count_frames(data: Encoded, info: VideoInfo, *, max_source_pixels: int) -> V
 def decode_frames(
     data: Encoded, info: VideoInfo, wanted: Sequence[int], *, max_source_pixels: int
 ) -> Iterator[tuple[int, Frame]]:
-    """(number, frame) of the frames `wanted`, given in ascending order; those that cannot be found
-    are left out.
+    """(number, frame) of the frames `wanted`, in ascending order, that can be found.
 
     Frames are uint8 [height, width, 3] in RGB, turned as the container says. Raises RowError for
     damaged data.
@@ -224,8 +215,7 @@ def decode_frames(
 
 
 def _runs(info: VideoInfo, wanted: Sequence[int]) -> list[Run] | None:
-    """The packets that the frames `wanted` depend on: for each, from the last keyframe shown no
-    later to its own.
+    """The packets that `wanted` depend on, from a keyframe shown no later to its own.
 
     None when that is not known for all of them: then every packet must be decoded and every frame
     counted.
@@ -248,9 +238,7 @@ def _runs(info: VideoInfo, wanted: Sequence[int]) -> list[Run] | None:
 
 @contextmanager
 def _open(data: Encoded, max_source_pixels: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first real video stream; failures inside become RowErrors, but for a
-    lack of memory.
-    """
+    """The container and its first real video stream; failures inside become RowErrors."""
     file, size = as_file(data)
     if not size:
         raise RowError("bad_video", "the video has zero bytes")
@@ -279,8 +267,8 @@ def _video_stream(container: InputContainer, max_source_pixels: int) -> VideoStr
     if context.width * context.height > max_source_pixels:
         raise RowError(
             "media_too_large",
-            f"the header says {context.width}x{context.height} pixels a frame, more than {max_source_pixels:,}; shrink "
-            "the clip",
+            f"the header says {context.width}x{context.height} pixels a frame, more than "
+            f"{max_source_pixels:,}; shrink the clip",
         )
     context.thread_count = 1  # the caller spreads clips over cores
     # the frames may be larger than the header says
@@ -317,7 +305,5 @@ def _decoded(
 
 
 def _upright(frame: VideoFrame, rotation: int) -> Frame:
-    """`rotation` is in degrees counter-clockwise; other angles than quarter turns do not occur in
-    practice.
-    """
+    """`rotation` is in degrees counter-clockwise; only quarter turns occur in practice."""
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(), round(rotation / 90)))

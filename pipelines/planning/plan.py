@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
-from glm_batch.models.checkpoint.digest import model_digest
+from glm_batch.models.checkpoint.directory import model_digest
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.request_limits import CHAT_TOKENS
 from glm_batch.pipelines.input.keys import InputRow, find_duplicates

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from glm_batch.models import rooms
-from glm_batch.models.checkpoint.digest import model_digest
+from glm_batch.models.checkpoint.directory import model_digest
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.interface import Task as EngineTask
 from glm_batch.models.engine.api.request import Completion, Generate, Request, Work

@@ -1,7 +1,5 @@
-"""What the networks are built of. Each layer knows which checkpoint tensors, and which part of
-them, it holds.
+"""Layers, each of which knows which part of which checkpoint tensors it holds.
 
 May import `models.checkpoint`. Read parallel.py (the ranks that hold one model together),
-linear.py, attention.py (the plain reference) and attention_grouped.py (the same as batched
-products), rope.py.
+linear.py, attention.py (the plain reference, and the same as batched products), rope.py.
 """

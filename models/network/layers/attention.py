@@ -1,5 +1,4 @@
-"""Attention over the paged KV cache: what a step attends to (AttentionBatch), and the plain
-reference computation.
+"""Attention over the paged KV cache: what a step attends to, the plain reference, the fast form.
 
 K kv heads, G query heads per kv head, D head_dim. Query head i belongs to kv head i // G. Which
 tokens see which is given; nothing here knows of sequences, blocks or scheduling.
@@ -36,9 +35,7 @@ class AttentionPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionGroup:
-    """Sequences that begin with the same cached prefix: prefix_slots [P] are seen by every query of
-    every part.
-    """
+    """Sequences with the same cached prefix: every query of every part sees prefix_slots [P]."""
 
     prefix_slots: torch.Tensor
     parts: tuple[AttentionPart, ...]
@@ -62,6 +59,7 @@ class AttentionBatch:
 # Who sees what, in the form that the attend function takes: groups, or
 # models.engine.cuda.paged.PagedQueries.
 Visible = Any
+KeysValues = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Visible], torch.Tensor]
 
 
@@ -76,9 +74,7 @@ def attend_reference(
     v_cache: torch.Tensor,
     groups: tuple[AttentionGroup, ...],
 ) -> torch.Tensor:
-    """q [rows, K * G, D], caches [K, num_slots, D] -> [rows, K * G, D]: one query sequence after
-    the other.
-    """
+    """q [rows, K * G, D], caches [K, num_slots, D] -> [rows, K * G, D], sequence by sequence."""
     out = torch.empty_like(q)
     for group in groups:
         for part in group.parts:
@@ -112,3 +108,138 @@ def _attend_sequence(
     else:
         real = part.keep[part.keep // len(rows) == r] % len(rows)
         out[rows[real]] = result[real]
+
+
+def attend_grouped(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    groups: tuple[AttentionGroup, ...],
+) -> torch.Tensor:
+    """The same on any device as batched matrix products, with the same arguments.
+
+    The G query heads of a kv head are query rows of one product, a shared prefix is read once for
+    all sequences of a group, and one float32 softmax covers prefix and own scores. Scores leave the
+    product in the cache's dtype, as in the eager form of the reference.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    kv_heads = k_cache.shape[0]
+    q = q.view(num_rows, kv_heads, num_heads // kv_heads, head_dim).transpose(0, 1).contiguous()
+    out = torch.empty_like(q)  # [K, rows, G, D]
+    for group in groups:
+        prefix = (
+            _keys_values(k_cache, v_cache, group.prefix_slots) if len(group.prefix_slots) else None
+        )
+        for part in group.parts:
+            own = _keys_values(k_cache, v_cache, part.own_slots.flatten())
+            if len(part.rows) == 1:
+                _attend_one(q, out, prefix, own, part)
+            elif prefix:
+                _attend_many(q, out, prefix, own, part)
+            else:
+                _attend_apart(q, out, own, part)
+    return out.transpose(0, 1).reshape(num_rows, num_heads, head_dim)
+
+
+def _attend_one(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    prefix: KeysValues | None,
+    own: KeysValues,
+    part: AttentionPart,
+) -> None:
+    """A single sequence, with few keys beside its queries' scores: prefix and own are joined."""
+    kv_heads, head_dim = q.shape[0], q.shape[-1]
+    k, v = (torch.cat(both, dim=1) for both in zip(prefix, own, strict=True)) if prefix else own
+    mine = _pick(q, part.rows[0]) if part.span is None else q[:, part.span]  # [K, n, G, D]
+    scores = _scores(mine.reshape(kv_heads, -1, head_dim), k).float()
+    scores[..., scores.shape[-1] - part.bias.shape[-1] :] += part.bias
+    result = torch.bmm(torch.softmax(scores, dim=-1).to(q.dtype), v).view(mine.shape)
+    if part.span is None:
+        out.index_copy_(1, part.rows[0], result)
+    else:
+        out[:, part.span] = result
+
+
+def _attend_many(
+    q: torch.Tensor, out: torch.Tensor, prefix: KeysValues, own: KeysValues, part: AttentionPart
+) -> None:
+    """Few queries of many sequences: one product with the prefix, one each with the rest."""
+    kv_heads, _, group_size, head_dim = q.shape
+    num_sequences, own_len = part.own_slots.shape
+    prefix_len = prefix[0].shape[1]
+    rows = part.rows.flatten()
+    prefix_q = _pick(q, rows).view(kv_heads, -1, head_dim)
+    own_q = prefix_q.view(kv_heads * num_sequences, -1, head_dim)
+    own_k, own_v = (tensor.view(kv_heads * num_sequences, own_len, head_dim) for tensor in own)
+
+    shape = (kv_heads, num_sequences, own_q.shape[1])
+    scores = q.new_empty((*shape, prefix_len + own_len), dtype=torch.float32)
+    scores[..., :prefix_len] = _scores(prefix_q, prefix[0]).view(*shape, prefix_len)
+    scores[..., prefix_len:] = _scores(own_q, own_k).view(*shape, own_len)
+    scores[..., scores.shape[-1] - part.bias.shape[-1] :] += part.bias
+    probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
+    result = torch.bmm(probabilities[..., prefix_len:].reshape(*own_q.shape[:2], own_len), own_v)
+    by_prefix = probabilities[..., :prefix_len].reshape(*prefix_q.shape[:2], prefix_len)
+    result = torch.baddbmm(result.view(prefix_q.shape), by_prefix, prefix[1]).view(
+        kv_heads, -1, group_size, head_dim
+    )
+    _put(out, part, result)
+
+
+def _attend_apart(q: torch.Tensor, out: torch.Tensor, own: KeysValues, part: AttentionPart) -> None:
+    """Few queries of each of many sequences that share nothing: one product for each."""
+    kv_heads, _, group_size, head_dim = q.shape
+    num_sequences, own_len = part.own_slots.shape
+    own_q = _pick(q, part.rows.flatten()).view(kv_heads * num_sequences, -1, head_dim)
+    own_k, own_v = (tensor.view(kv_heads * num_sequences, own_len, head_dim) for tensor in own)
+    scores = _scores(own_q, own_k).float()
+    scores.view(kv_heads, num_sequences, -1, own_len)[..., own_len - part.bias.shape[-1] :] += (
+        part.bias
+    )
+    result = torch.bmm(torch.softmax(scores, dim=-1).to(q.dtype), own_v)
+    _put(out, part, result.view(kv_heads, -1, group_size, head_dim))
+
+
+def _put(out: torch.Tensor, part: AttentionPart, result: torch.Tensor) -> None:
+    """result [K, R * n, G, D]: its real queries go to their rows of out [K, rows, G, D]."""
+    rows = part.rows.flatten()
+    if part.keep is not None:
+        rows, result = rows[part.keep], _pick(result, part.keep)
+    out.index_copy_(1, rows, result)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q [B, rows, D], k [B, keys, D] -> q k^T / sqrt(D) [B, rows, keys]."""
+    unused = q.new_empty(()).expand(q.shape[0], q.shape[1], k.shape[1])
+    return torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+
+
+def _keys_values(k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor) -> KeysValues:
+    """Caches [K, num_slots, D], slots [M] -> each [K, M, D]."""
+    flat = _fold(slots, *k_cache.shape[:2])
+    return _pick_folded(k_cache, flat), _pick_folded(v_cache, flat)
+
+
+def _pick(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """tensor [K, N, ...], contiguous, index [M] -> [K, M, ...], contiguous."""
+    return _pick_folded(tensor, _fold(index, *tensor.shape[:2]))
+
+
+def _fold(index: torch.Tensor, heads: int, count: int) -> torch.Tensor:
+    """index [M] -> [heads * M]: the same places in each of `heads` rows of `count`.
+
+    On the CPU index_select copies whole rows fast only along dimension 0, so the heads are folded
+    into it.
+    """
+    return torch.cat([index + head * count for head in range(heads)])
+
+
+def _pick_folded(tensor: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """tensor [K, N, ...], flat [K * M] as from _fold -> [K, M, ...]."""
+    heads, count = tensor.shape[:2]
+    return (
+        tensor.view(heads * count, *tensor.shape[2:])
+        .index_select(0, flat)
+        .view(heads, -1, *tensor.shape[2:])
+    )

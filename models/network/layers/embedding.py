@@ -32,7 +32,7 @@ class Embedding(nn.Module):
 
 
 class ShardedEmbedding(Embedding):
-    """Each rank has some rows of the table, all equally many: what is missing at the end is zeros."""
+    """Each rank has equally many rows of the table: those missing at the end are zeros."""
 
     def __init__(
         self,

@@ -1,7 +1,10 @@
 """Linear layers, each of which knows which checkpoint tensors fill which part of its weight.
 
 In a parallel group a layer has its rank's rows (columns, heads) of the stored weight; sizes are
-given as stored.
+given as stored. On CPUs weights can be packed: in oneDNN's own layout, with the gate's activation
+inside the products. Measured with bfloat16 on 2 cores (Zen 5) against F.linear: 1.05 to 1.25 times
+as fast at 256 rows and more, 1.2 to 1.6 times at 16 and 64, because the weight need not be
+rearranged in every call. Same values; the gated product rounds less often.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from glm_batch.models.checkpoint.weights import Cut, Target, Targets
-from glm_batch.models.network.layers import linear_packed
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup, Part
 
 
@@ -40,8 +42,8 @@ class Linear(nn.Module):
         self.packed: torch.Tensor | None = None
 
     def pack(self) -> None:
-        """Once loaded: exchanges the weight for its packed form. Nothing can be loaded afterwards."""
-        self.packed = linear_packed.pack(self.weight)
+        """Once loaded: exchanges the weight for its packed form; nothing can be loaded then."""
+        self.packed = _pack(self.weight)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def targets(self, name: str) -> Targets:
@@ -54,14 +56,12 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, in_features] -> [rows, out_features]."""
         if self.packed is not None:
-            return linear_packed.linear(x, self.packed, self.bias)
+            return _packed_linear(x, self.packed, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
 class RowLinear(Linear):
-    """A linear layer whose input is dealt to the ranks: each has columns of the weight, and the
-    products are added.
-    """
+    """A linear layer whose input is dealt to the ranks, which add up their products."""
 
     def __init__(
         self,
@@ -79,15 +79,12 @@ class RowLinear(Linear):
         return {f"{name}.weight": cut(self.weight, self.part, dim=1)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: this rank's columns of it, [rows, its share of in_features] -> [rows, out_features],
-        complete.
-        """
+        """x: this rank's columns [rows, its share of in_features] -> [rows, out_features]."""
         return self.group.all_reduce(super().forward(x))
 
 
 class QKVLinear(Linear):
-    """The query, key and value projections as one product: rows are [all q heads | all k heads |
-    all v heads].
+    """Queries, keys and values as one product: rows are [all q heads | k heads | v heads].
 
     A rank has the rows of its own heads; where there are more ranks than kv heads, several have the
     same one.
@@ -124,18 +121,14 @@ class QKVLinear(Linear):
         return found
 
     def forward_qk_v(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [tokens, in_features] -> q and k side by side [tokens, q + kv size], v [tokens, kv
-        size].
-        """
+        """x: [tokens, in_features] -> q and k side by side, and v: [tokens, their sizes]."""
         q_size, k_size, v_size = self.sizes
         qk, v = torch.split(self(x), [q_size + k_size, v_size], dim=-1)
         return qk, v
 
 
 class GatedLinear(Linear):
-    """silu(x G^T) * (x U^T) from one weight: its first half is the gate G, the second is U. A rank
-    has rows of both.
-    """
+    """silu(x G^T) * (x U^T), G and U being the halves of one weight. A rank has rows of both."""
 
     def __init__(
         self,
@@ -164,13 +157,13 @@ class GatedLinear(Linear):
 
     def pack(self) -> None:
         gate, up = self.weight.chunk(2)
-        self.packed, self.packed_up = linear_packed.pack(gate), linear_packed.pack(up)
+        self.packed, self.packed_up = _pack(gate), _pack(up)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, in_features] -> [rows, out_features]."""
         if self.packed is not None and self.packed_up is not None:
-            return linear_packed.gated(x, self.packed, self.packed_up)
+            return _packed_gated(x, self.packed, self.packed_up)
         gate, up = F.linear(x, self.weight).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
@@ -189,3 +182,37 @@ def pack_linears(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, Linear):
             layer.pack()
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """True where packing pays: low precision on a CPU whose oneDNN has products of it."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    """weight [out_features, in_features] -> an opaque copy in oneDNN's own layout."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return packed
+
+
+def _packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [rows, in_features] -> [rows, out_features]."""
+    if not x.shape[0]:
+        return x.new_empty(0, packed.shape[0])
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+def _packed_gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(x gate^T) * (x up^T), both packed; x [rows, in_features] -> [rows, out_features]."""
+    if not x.shape[0]:
+        return x.new_empty(0, gate.shape[0])
+    activated = torch.ops.mkldnn._linear_pointwise(x, gate, None, "swish", [], "")
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, activated, up, None, "mul")
+    return y

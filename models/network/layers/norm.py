@@ -1,6 +1,4 @@
-"""RMSNorm in the reference's order: normalise in float32, round to the input's dtype, then multiply
-by the weight.
-"""
+"""RMSNorm as the reference rounds: in float32, to the input's dtype, then times the weight."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""ParallelGroup: the ranks that hold one model together, what part of it each has, and how they
-exchange tensors.
+"""ParallelGroup: the ranks that hold a model together, the part of each, and their exchanges.
 
-Owns the arithmetic of parts and the collectives (torch.distributed: NCCL between GPUs, gloo between
-CPUs). A group is an object that is handed down, never a global. Knows nothing of layers, of steps,
-or of how ranks come to be processes.
+They go over torch.distributed: NCCL between GPUs, gloo between CPUs. A group is handed down, never
+a global.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ class Part:
     total: int
 
     def times(self, count: int) -> Part:
-        """The same part where each element stands for `count`, as a head does for its dimensions."""
+        """The same part where each element stands for `count`, as heads do for dimensions."""
         return Part(self.start * count, self.size * count, self.total * count)
 
 
@@ -54,15 +52,13 @@ class ParallelGroup:
         return Part(self.rank * (total // self.size), total // self.size, total)
 
     def kv_part(self, num_heads: int) -> Part:
-        """This rank's kv heads: a share, or one that it has in common with others where there are
-        more ranks.
-        """
+        """This rank's kv heads: a share, or one in common where there are more ranks."""
         if self.size <= num_heads:
             return self.part(num_heads)
         return Part(self.rank * num_heads // self.size, 1, num_heads)
 
     def padded_part(self, total: int) -> Part:
-        """This rank's part of what need not divide: all but the last ranks have ceil(total / size)."""
+        """This rank's part of what need not divide: ceil(total / size), the last ones less."""
         each = -(-total // self.size)
         start = min(self.rank * each, total)
         return Part(start, min(each, total - start), total)
@@ -119,7 +115,7 @@ class TorchGroup(ParallelGroup):
         return x
 
     def broadcast_object(self, value: object = None) -> Any:
-        """Rank 0's value, which it gives and the others do not. Pickled: the ranks are one program."""
+        """Rank 0's value, which the others do not give. Pickled: the ranks are one program."""
         import torch
 
         if self.rank == 0:
@@ -144,9 +140,7 @@ class TorchGroup(ParallelGroup):
         return pickle.loads(data)
 
     def send(self, x: torch.Tensor, target: int) -> None:
-        """Gives x, contiguous and on the CPU, to a rank that calls `receive` for one of the same
-        size.
-        """
+        """Gives x, contiguous and on the CPU, to a rank that calls `receive` for that size."""
         self._control.send([x], target, 0).wait()
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
@@ -155,8 +149,7 @@ class TorchGroup(ParallelGroup):
         return x
 
     def in_step(self) -> bool:
-        """After a failure: whether every rank has failed before the same exchange, so that all may
-        go on together.
+        """After a failure: whether all ranks failed before the same exchange, and may go on.
 
         Else some wait, or on a GPU will, for what the others never send.
         """
@@ -181,9 +174,7 @@ class TorchGroup(ParallelGroup):
 
 
 class Rendezvous:
-    """Where the ranks of one group on one machine meet: opened by rank 0, on a port that the system
-    chooses.
-    """
+    """Where the ranks of a group meet on one machine: a port that the system chooses."""
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         listening = socket.create_server((host, 0))
@@ -243,9 +234,9 @@ def check_parts(config: ModelConfig, size: int) -> None:
         return
     possible = [str(n) for n in range(1, config.num_attention_heads + 1) if _divides(config, n)]
     raise ConfigError(
-        f"engine.tensor_parallel_size={size}: the checkpoint's {config.num_attention_heads} attention heads, "
-        f"{config.num_key_value_heads} kv heads and intermediate size of {config.intermediate_size} cannot be dealt to "
-        f"{size} ranks; use {', '.join(possible)}"
+        f"engine.tensor_parallel_size={size}: the checkpoint's {config.num_attention_heads} "
+        f"attention heads, {config.num_key_value_heads} kv heads and intermediate size of "
+        f"{config.intermediate_size} cannot be dealt to {size} ranks; use {', '.join(possible)}"
     )
 
 
@@ -256,9 +247,7 @@ def _divides(config: ModelConfig, size: int) -> bool:
 
 
 def dealt(weights: Sequence[int], size: int) -> list[int]:
-    """For each piece of work the rank that does it, so that none has much more than the others:
-    largest first.
-    """
+    """The rank for each piece of work, largest first, so that none has much more than others."""
     loads = [0] * size
     owners = [0] * len(weights)
     for index in sorted(range(len(weights)), key=lambda i: -weights[i]):

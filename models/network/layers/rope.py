@@ -59,9 +59,7 @@ def _attention_factor(rope: RopeConfig) -> float:
 
 
 def axis_of_pair(mrope_section: tuple[int, ...]) -> list[int]:
-    """Which position axis (0 time, 1 height, 2 width) each pair follows: section i belongs to axis
-    i % 3.
-    """
+    """The position axis (0 time, 1 height, 2 width) of each pair: i % 3 for section i."""
     return [i % 3 for i, count in enumerate(mrope_section) for _ in range(count)]
 
 
@@ -77,9 +75,9 @@ class RopeTable:
         self._pairs = torch.arange(rope.rotary_dim // 2, device=device)
 
     def lookup(self, positions: torch.Tensor, max_position: int) -> torch.Tensor:
-        """positions: [tokens] or [3, tokens] int64, none above `max_position` -> complex64 [tokens,
-        1, rotary_dim / 2].
+        """positions int64 [tokens] or [3, tokens] -> complex64 [tokens, 1, rotary_dim / 2].
 
+        None is above `max_position`.
         Frequencies do not start anew with each section: three equal axes are the same as one.
         """
         if max_position >= self._turns.shape[0]:
@@ -93,8 +91,7 @@ class RopeTable:
 
 
 def rotate_(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turns the leading dimensions of every head of x [tokens, heads, head_dim] in place, computing
-    in float32.
+    """Turns the leading dimensions of each head of x [tokens, heads, D] in place, in float32.
 
     turns: complex64 [tokens, 1, rotary_dim / 2]. A neighbouring pair is one complex number: (a +
     ib)(cos + i sin).

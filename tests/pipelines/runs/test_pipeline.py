@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glm_batch.glm_actors.faults.suspects import Patience
-from glm_batch.models.checkpoint.digest import model_digest
+from glm_batch.models.checkpoint.directory import model_digest
 from glm_batch.models.errors import ConfigError, EngineError
 from glm_batch.pipelines import build_dataset, run
 from glm_batch.pipelines.job import CommitSection, EngineSection, Job, TaskConfig

@@ -26,8 +26,12 @@ from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
 from glm_batch.models.engine.scheduling.sequence import Sequence
 from glm_batch.models.engine.works.all_answers import answer_to
 from glm_batch.models.engine.works.answer import Context
-from glm_batch.models.network.layers.attention import AttentionGroup, attend_reference, store
-from glm_batch.models.network.layers.attention_grouped import attend_grouped
+from glm_batch.models.network.layers.attention import (
+    AttentionGroup,
+    attend_grouped,
+    attend_reference,
+    store,
+)
 
 SEEDS = range(24)
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
