@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise, repeat
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ from glm_batch.jobs.plans.cluster_plan import cluster_lines, described_nodes
 from glm_batch.jobs.plans.media_plan import MediaSize, media_lines, media_note, media_tokens
 from glm_batch.models import rooms
 from glm_batch.models.checkpoint.model_config import ModelConfig
-from glm_batch.models.engine.api.request import Choose, Generate, Work
+from glm_batch.models.engine.api.request import Choose, Generate, Score, Work
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.cluster.shares import uses_gpus
@@ -148,7 +148,7 @@ def take_sample(checked: Checked, plan: Plan) -> Sample:
                 media += map(MediaSize.of, prompt.patches)
                 unprinted.update(runner.prompts.unprinted(row))
                 good.append((where + "".join(map(media_note, prompt.patches)), row))
-    prompts = [(where, runner.prompts.render(row)) for where, row in evenly(good)]
+    prompts = [(where, runner.preview(row)) for where, row in evenly(good)]
     return Sample(
         ids=ids,
         prompts=prompts,
@@ -171,7 +171,13 @@ def _sampled(
     prompts = iter(runner.prompts([row for row in rows if not isinstance(row, RowError)]))
     for number, row in enumerate(rows, unit.rows.start):
         where = f"{file.name}, row {number}"
-        yield (where, {}, row) if isinstance(row, RowError) else (where, row, next(prompts))
+        if isinstance(row, RowError):
+            yield where, {}, row
+            continue
+        prompt = next(prompts)
+        asked = runner.asked(where, row, prompt)
+        ids = () if asked.error else asked.requests[0].input_ids
+        yield where, row, asked.error or replace(prompt, input_ids=ids)
 
 
 def files_table(plan: Plan) -> Table:
@@ -290,8 +296,8 @@ def estimate_job(
 
     A token costs 2 operations for each weight of the layers, plus attention over half of its
     prompt; the vocabulary projection is paid at the positions that are read: one for a prompt with
-    an answer, one for each output token. `media_tokens` of a row cost the vision tower's weights
-    for each of their patches.
+    an answer, one for each output token, and all of a prompt whose tokens are scored. `media_tokens`
+    of a row cost the vision tower's weights for each of their patches.
     """
     mean = statistics.fmean(lengths)
     outputs = statistics.fmean(map(_num_outputs, works))
@@ -305,7 +311,10 @@ def estimate_job(
     tower = config.vision.num_parameters if config.vision else 0
     patches = media_tokens * (config.vision.spatial_merge_size**2 if config.vision else 0)
     per_token = 2 * (config.num_parameters - tables - tower) + attention
-    read = outputs + statistics.fmean(isinstance(work, Generate | Choose) for work in works)
+    scored = [
+        mean if isinstance(work, Score) else isinstance(work, Generate | Choose) for work in works
+    ]
+    read = outputs + statistics.fmean(scored)
     flops = (computed + outputs) * per_token + 2 * vocabulary * read + 2 * tower * patches
     return Estimate(
         prompt_tokens=mean * num_rows,

@@ -99,6 +99,10 @@ class Task:
     def _facts(self) -> dict[str, Any]:
         return {}
 
+    def preview(self, row: Row, prompt: str) -> str:
+        """What the model reads of a row, for people; `prompt` is the rendered prompt."""
+        return prompt
+
     def requests(self, key: str, row: Row, prompt: Prompt) -> list[Request]:
         """What the engine is asked about a row; the first request's id is its key.
 

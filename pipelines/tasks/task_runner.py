@@ -114,6 +114,10 @@ class TaskRunner:
     def close(self) -> None:
         self.prompts.close()
 
+    def preview(self, row: Row) -> str:
+        """What the model reads of a row, for people. Raises RowError."""
+        return self.task.preview(row, self.prompts.render(row))
+
     def ask(self, rows: Sequence[ReadRow], prompts: Prompts | None = None) -> list[Asked]:
         keyed = [self._keyed(row) for row in rows]
         good = [row for _, row in keyed if not isinstance(row, RowError)]

@@ -121,9 +121,7 @@ def torch_engine(make_checkpoint: MakeCheckpoint) -> TorchEngine:
 
 def able(engine: Engine, name: str) -> str:
     """The name of the work, or of another one where an engine has to refuse it."""
-    return (
-        "hidden" if name in ("logits", "score") and type(engine).__name__ == "VllmEngine" else name
-    )
+    return "hidden" if name == "logits" and type(engine).__name__ == "VllmEngine" else name
 
 
 def drain(engine: Engine) -> dict[str, Completion]:

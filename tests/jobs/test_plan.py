@@ -23,7 +23,7 @@ from glm_batch.jobs.plans.job_plan import (
     take_sample,
 )
 from glm_batch.models.checkpoint.config_reader import load_config
-from glm_batch.models.engine.api.request import Choose, Embed, Generate, SamplingParams
+from glm_batch.models.engine.api.request import Choose, Embed, Generate, SamplingParams, Score
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.planning.plan import make_plan
 from glm_batch.pipelines.tasks.task_runner import TaskRunner
@@ -61,6 +61,8 @@ def test_the_estimate_counts_weights_attention_and_projection(work: Any) -> None
     assert half.flops == pytest.approx(17 * per_token + 2 * 320 * 8 * 13)
     tree = estimate_job(config, [Choose(choices=((1, 2), (1, 3), (4,)))], [10], 0.0, 1)
     assert tree.output_tokens == 4  # 1, 2, 3, 4: the shared beginning once
+    scored = estimate_job(config, [Score()], [10, 10], 0.0, 100)  # reads all positions
+    assert scored.flops == pytest.approx(100 * 10 * (per_token + 2 * 320 * 8))
 
 
 def test_the_sample_holds_good_rows_and_typed_errors(work: Any) -> None:

@@ -129,13 +129,16 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """The log-probability of each prompt token but the first, and of the `top` likeliest."""
+    """The log-probability of each prompt token from `start` on, and of the `top` likeliest."""
 
     top: int = 0
+    start: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.top <= MAX_TOP:
             raise ValueError(f"Score.top={self.top}: it must be in [0, {MAX_TOP}]")
+        if self.start < 1:
+            raise ValueError(f"Score.start={self.start}: nothing stands before the first token")
 
 
 Work = Generate | Choose | Classify | Tag | Embed | Inspect | Score
@@ -198,11 +201,9 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PromptScores:
-    """What Score gives: a row for each prompt token but the first, natural logarithms, likeliest
-    first.
+    """What Score gives: a row for each token that it scores, natural logarithms, likeliest first.
 
-    logprobs: float32 [tokens - 1]; top_ids: int64 [tokens - 1, top]; top_logprobs: float32 [tokens
-    - 1, top].
+    logprobs: float32 [tokens]; top_ids: int64 [tokens, top]; top_logprobs: float32 [tokens, top].
     """
 
     logprobs: NDArray[np.float32]

@@ -1,8 +1,8 @@
 """A fork: one prompt that vLLM runs for a request, and how its output is read.
 
-There are three ways to ask vLLM, which the kinds of work in models.engine.works choose from: draw a
-sample, score ids at one position, pool rows of numbers. Text and ends come from Decoding, so that
-they mean the same with every engine.
+There are four ways to ask vLLM, which the kinds of work in models.engine.works choose from: draw a
+sample, score ids at one position, score the prompt itself, pool rows of numbers. Text and ends come
+from Decoding, so that they mean the same with every engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm import PoolingParams
 from vllm import SamplingParams as VllmSampling
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from glm_batch.models.engine.api.request import Constraint, Generate, TopLogprob
+from glm_batch.models.engine.api.request import Constraint, Generate, PromptScores, TopLogprob
 from glm_batch.models.engine.decoding.constraints import JSON_WHITESPACE
 from glm_batch.models.engine.execution.sampler import noise_key
 from glm_batch.models.engine.vllm.vllm_core import Runner
@@ -121,6 +121,40 @@ class ScoreFork(Fork):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFork(Fork):
+    """The log-probabilities of the prompt's own tokens from `start` on, and of the likeliest `top`.
+
+    Alternatives are ids below `num_ids`.
+    """
+
+    start: int
+    top: int
+    num_ids: int
+
+    def read(self, output: Any, answer: Any) -> bool:
+        found = output.prompt_logprobs
+        if not found:
+            raise RowError("generation_failed", "vLLM scored nothing")
+        pairs = list(zip(output.prompt_token_ids, found, strict=True))[self.start :]
+        likeliest = [
+            sorted((-float(e.logprob), id) for id, e in entries.items() if id < self.num_ids)
+            for _, entries in pairs
+        ]
+        best = np.array([each[: self.top] for each in likeliest], np.float64)
+        best = best.reshape(len(pairs), self.top, 2)
+        answer.add_piece(
+            PromptScores(
+                logprobs=np.array(
+                    [float(entries[id].logprob) for id, entries in pairs], np.float32
+                ),
+                top_ids=best[..., 1].astype(np.int64),
+                top_logprobs=(-best[..., 0]).astype(np.float32),
+            )
+        )
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolFork(Fork):
     """A row of numbers for the prompt, or one for each of its tokens."""
 
@@ -193,6 +227,21 @@ class RequestForks:
             ScoreFork(params=_scoring(some), suffix=suffix, asks="given", key=key, ids=some)
             for some in pieces
         ]
+
+    def prompt(self, start: int, top: int) -> Fork:
+        """Raises RowError where vLLM has no room for the token that it draws after it."""
+        check_length(self.num_prompt, 0, self.max_scored)
+        vocabulary = self.vocabulary
+        unused = vocabulary.num_ids - vocabulary.num_tokens
+        params = VllmSampling(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=min(top + unused, vocabulary.num_ids) if top else 0,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return PromptFork(params=params, start=start, top=top, num_ids=vocabulary.num_tokens)
 
     def pool(self, task: str, num_tokens: int | None = None) -> Fork:
         """vLLM's activation functions are left out."""

@@ -60,6 +60,10 @@ class ForkMaker(Protocol):
         """The log-probabilities of ids after prompt and suffix, for `add_scores(key, ...)`."""
         ...
 
+    def prompt(self, start: int, top: int) -> Any:
+        """What is known of the prompt's own tokens from `start` on, for the answer's `add_piece`."""
+        ...
+
     def pool(self, task: str, num_tokens: int | None = None) -> Any:
         """A pooling task's rows for the prompt, or its first `num_tokens`: for `add_rows`."""
         ...

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import numpy as np
 
 from glm_batch.models.engine.api.request import PromptScores, Request, Score
 from glm_batch.models.engine.scheduling.sequence import Sequence
-from glm_batch.models.engine.works.answer import Answer, Context, EchoPrompt, Fields
+from glm_batch.models.engine.works.answer import Answer, Context, EchoPrompt, Fields, ForkMaker
 from glm_batch.models.engine.works.readout import ReadoutBuilder, StepOutput, Wanted
 
 
@@ -17,10 +18,12 @@ class ScoreAnswer(Answer[Score]):
 
     def __init__(self, request: Request, prompt: list[int], context: Context) -> None:
         super().__init__(request, prompt, context)
+        self.num_skippable = max(min(self.work.start, len(prompt)) - 1, 0)
         self._pieces: list[PromptScores] = []
 
     def wanted(self, sequence: Sequence, start: int, end: int) -> SequenceOf[int]:
-        return range(start, min(end, len(self.prompt) - 1))  # nothing comes after the last
+        first = max(start, self.work.start - 1)
+        return range(first, min(end, len(self.prompt) - 1))  # nothing comes after the last
 
     def read(
         self, sequence: Sequence, indices: SequenceOf[int], rows: range, readout: ReadoutBuilder
@@ -30,11 +33,11 @@ class ScoreAnswer(Answer[Score]):
 
     def take(self, want: Wanted, output: StepOutput) -> bool:
         if want.indices:
-            if want.indices[0] == 0:
+            if want.indices[0] == self.work.start - 1:
                 self._pieces.clear()
             found, where, top = output.scores, want.where, self.work.top
             assert found is not None
-            self._pieces.append(
+            self.add_piece(
                 PromptScores(
                     logprobs=found.logprobs[where],
                     top_ids=found.top_ids[where, :top],
@@ -42,6 +45,12 @@ class ScoreAnswer(Answer[Score]):
                 )
             )
         return not want.sequence.num_owed
+
+    def forks(self, maker: ForkMaker) -> list[Any]:
+        return [maker.prompt(self.work.start, self.work.top)]
+
+    def add_piece(self, piece: PromptScores) -> None:
+        self._pieces.append(piece)
 
     def fields(self, *, aborted: bool) -> Fields:
         if aborted:
@@ -51,11 +60,12 @@ class ScoreAnswer(Answer[Score]):
     @staticmethod
     def echo(work: Score, prompt: EchoPrompt) -> Fields:
         """Every prompt token is the likeliest."""
-        logprobs = np.full(len(prompt.ids) - 1, -1.0 - prompt.shift % 97 / 97, np.float32)
+        scored = prompt.ids[work.start :]
+        logprobs = np.full(len(scored), -1.0 - prompt.shift % 97 / 97, np.float32)
         ranks = np.arange(work.top)
         scores = PromptScores(
             logprobs=logprobs,
-            top_ids=np.array(prompt.ids[1:], np.int64)[:, None] + ranks,
+            top_ids=np.array(scored, np.int64)[:, None] + ranks,
             top_logprobs=logprobs[:, None] - ranks.astype(np.float32),
         )
         return {"scores": scores}

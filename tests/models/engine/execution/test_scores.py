@@ -154,3 +154,20 @@ def test_another_head_has_none(make_checkpoint: MakeCheckpoint) -> None:
     error = run(build(path), [score("r", [1, 2, 3])])["r"].error
     assert error is not None
     assert error.code == "unsupported_work"
+
+
+def test_part_of_a_prompt_is_scored_as_in_the_whole_and_what_stands_before_is_cached(
+    path: Path,
+) -> None:
+    ids = random_ids(5, 50)
+    engine = build(path, max_step_tokens=16, block_size=4)
+    whole = scores_of(run(engine, [score("whole", ids)])["whole"])
+    for start in (1, 2, 17, 49, 50):
+        part = Request(id="part", input_ids=ids, work=Score(start=start, top=TOP))
+        done = run(engine, [part])["part"]
+        assert start - 4 <= done.cached_tokens + 1 <= start
+        found = scores_of(done)
+        np.testing.assert_allclose(found.logprobs, whole.logprobs[start - 1 :], atol=ATOL)
+        assert found.top_ids.tolist() == whole.top_ids[start - 1 :].tolist()
+    with pytest.raises(ValueError, match="nothing stands before the first token"):
+        Score(start=0)

@@ -22,6 +22,7 @@ from glm_batch.models.engine import (
     Inspect,
     Request,
     SamplingParams,
+    Score,
     Tag,
     Work,
     build_engine,
@@ -64,6 +65,9 @@ WORKS: dict[str, Work] = {
     "one token": Choose(choices=((5,), (7,), (9,))),
     "tree": Choose(choices=((5,), (5, 6), (7, 8, 9), (7, 8, 10)), count_end=True),
     "many": Choose(choices=tuple((i,) for i in range(200))),
+    "score": Score(top=3),
+    "score alone": Score(),
+    "score part": Score(top=1, start=30),
     "embed": Embed(),
     "mean": Embed(pooling="mean", normalize=True),
     "hidden": Inspect(what="hidden_states"),
@@ -146,6 +150,13 @@ def assert_equal(asked: Request, expected: Completion, got: Completion) -> None:
     np.testing.assert_allclose(
         got.choice_logprobs or (), expected.choice_logprobs or (), atol=LABEL_TOLERANCE
     )
+    if expected.scores is not None:
+        assert got.scores is not None
+        np.testing.assert_array_equal(got.scores.top_ids, expected.scores.top_ids)
+        for name in ("logprobs", "top_logprobs"):
+            one, other = getattr(expected.scores, name), getattr(got.scores, name)
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            np.testing.assert_allclose(other, one, atol=LABEL_TOLERANCE)
     if expected.array is not None:
         assert got.array is not None
         assert (got.array.shape, got.array.dtype) == (expected.array.shape, np.float32)

@@ -125,13 +125,21 @@ def test_who_leaves_makes_room(replica: Replica) -> None:
 
 
 def test_what_vllm_cannot_do_is_refused_and_loads_no_second_model(replica: Replica) -> None:
-    echo = {"model": MODEL, "prompt": "x", "echo": True, "logprobs": 1, "max_tokens": 0}
-    for body in (EmbeddingRequest(model=MODEL, input="x"), CompletionRequest.model_validate(echo)):
-        with pytest.raises(ApiError) as caught:
-            asyncio.run(replica.answer(body))
-        assert (caught.value.status, caught.value.code) == (400, "unsupported_work")
-        assert "engine.kind torch" in caught.value.message
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(replica.answer(EmbeddingRequest(model=MODEL, input="x")))
+    assert (caught.value.status, caught.value.code) == (400, "unsupported_work")
+    assert "engine.kind torch" in caught.value.message
     assert asyncio.run(replica.answer(chat()))["choices"]
+
+
+def test_a_prompt_is_echoed_with_its_log_probabilities(replica: Replica) -> None:
+    echo = {"model": MODEL, "prompt": "a b c", "echo": True, "logprobs": 1, "max_tokens": 0}
+    body = CompletionRequest.model_validate(echo)
+    (choice,) = asyncio.run(replica.answer(body))["choices"]
+    found = choice["logprobs"]["token_logprobs"]
+    assert found[0] is None
+    assert all(value < 0 for value in found[1:])
+    assert len(found) > 2
 
 
 def test_a_batch_job_uses_the_same_replica(replica: Replica) -> None:
