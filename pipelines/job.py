@@ -15,7 +15,9 @@ from glm_batch.models.engine.api.request import SamplingParams
 from glm_batch.models.request_limits import RequestLimits
 
 Auto = Literal["auto"]
-TaskKind = Literal["choose", "generate", "extract", "classify", "tag", "embed", "requests"]
+TaskKind = Literal[
+    "choose", "generate", "extract", "classify", "tag", "embed", "loglikelihood", "requests"
+]
 COLUMN = {"names": "columns of the input"}  # metadata of keys
 
 
@@ -43,6 +45,8 @@ class TaskConfig:
     thinking: bool = False  # generate: let the model reason first, into the column `reasoning`
     pooling: Literal["last", "mean"] = "last"  # embed: the last token's state, or the mean
     normalize: bool = False  # embed: vectors of length 1
+    # loglikelihood: a column with the text that is scored after the prompt, not the prompt itself
+    completion: str | None = field(default=None, metadata=COLUMN)
     # a column with the right answer: the summary then tells the accuracy
     gold: str | None = field(default=None, metadata=COLUMN)
 

@@ -38,6 +38,7 @@ SUREST = "coalesce(CASE WHEN isfinite(confidence) THEN -confidence END, chance)"
 
 ABOUT_CODES = {
     "aborted": "The request was ended before it was answered; retry it.",
+    "bad_completion": "The completion merges with the end of the prompt, or is empty.",
     "bad_custom_id": "custom_id is no text, or an empty one.",
     "bad_gold": "The gold answer merges with the end of the prompt, so that its score is unknown.",
     "bad_image": "The bytes are no image that can be decoded.",
@@ -70,8 +71,9 @@ ABOUT_CODES = {
     "no_token": "The schema and the sampling leave no token to choose.",
     "not_a_number": "A number of the prompt's columns is NaN or infinite.",
     "not_finite": "The model's output holds NaN or infinity: try engine.dtype float32.",
-    "not_scored": "The scoring of the gold answer was ended; retry it.",
+    "not_scored": "The scoring of a text was ended; retry it.",
     "not_utf8": "The text is not UTF-8.",
+    "nothing_to_score": "A text of one token: it has nothing before it, after which to score it.",
     "null_key": "The key column is null.",
     "null_media": "The media column is null.",
     "null_prompt": "A column of the prompt is null.",

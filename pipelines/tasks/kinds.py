@@ -18,6 +18,7 @@ from glm_batch.pipelines.tasks.classify_task import ClassifyTask
 from glm_batch.pipelines.tasks.embed_task import EmbedTask
 from glm_batch.pipelines.tasks.extract_task import ExtractTask
 from glm_batch.pipelines.tasks.generate_task import GenerateTask
+from glm_batch.pipelines.tasks.loglikelihood_task import LoglikelihoodTask
 from glm_batch.pipelines.tasks.prompts import media_columns
 from glm_batch.pipelines.tasks.tag_task import TagTask
 from glm_batch.pipelines.tasks.task import Task
@@ -29,6 +30,7 @@ TASKS: dict[str, type[Task]] = {
     "classify": ClassifyTask,
     "tag": TagTask,
     "embed": EmbedTask,
+    "loglikelihood": LoglikelihoodTask,
 }
 ROW_COLUMNS: dict[str, pa.DataType] = {
     "row_key": pa.string(),

@@ -14,7 +14,7 @@ TEXT, TEXT_OR_NULL, TEXTS = "text", "text or null", "a list of text"
 WHOLE, NUMBER, SWITCH = "a whole number", "a number", "true or false"
 WHOLE_OR_AUTO, WHOLE_OR_NULL = 'a whole number or "auto"', "a whole number or null"
 COLUMNS = "text or a list of text or null"
-KINDS = 'one of "choose", "generate", "extract", "classify", "tag", "embed", "requests"'
+KINDS = 'one of "choose", "generate", "extract", "classify", "tag", "embed", "loglikelihood", "requests"'
 
 KEYS = {
     "model": (TEXT, "required"),
@@ -38,6 +38,7 @@ KEYS = {
     "task.thinking": (SWITCH, False),
     "task.pooling": ('one of "last", "mean"', "last"),
     "task.normalize": (SWITCH, False),
+    "task.completion": (TEXT_OR_NULL, None),
     "task.gold": (TEXT_OR_NULL, None),
     "key": (TEXT_OR_NULL, None),
     "carry": (TEXTS, []),

@@ -43,6 +43,7 @@ TASK = {
     "classify": [("scores", "list<item: double>"), ("label", "string")],
     "tag": [("tokens", f"list<item: {TOKEN}>")],
     "embed": [("vector", "fixed_size_list<item: float>[8]")],
+    "loglikelihood": [("logprob", "double"), ("num_tokens", "int32"), ("perplexity", "double")],
 }  # fmt: skip
 
 

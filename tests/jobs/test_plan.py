@@ -218,3 +218,28 @@ def test_plan_shows_calls_of_a_history_and_names_what_is_left_out(
     plan(str(tmp_path / "lines.yaml"), [])
     shown = [line for line in told.splitlines() if "│" in line]
     assert [line for line in capsys.readouterr().out.splitlines() if "│" in line] == shown
+
+
+def test_plan_of_log_likelihoods_shows_what_is_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(__file__).parents[2] / "examples" / "tiny_glm"
+    rows = [{"q": "Where is it?", "a": " On its way."}, {"q": "Where?", "a": "x " * 9000}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "job.yaml").write_text(
+        f"{{model: {model}, input: [{tmp_path}/rows.jsonl], output: {tmp_path}/out,"
+        " task: {kind: loglikelihood, prompt: '{q}', completion: a}}"
+    )
+    plan(str(tmp_path / "job.yaml"), [])
+    told = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "Where is it? On its way.",
+        "logprob, num_tokens, perplexity",
+        "prompt_too_long 1; first in",
+        "row 1: prompt and completion have",
+    ):
+        assert part in told, part
+    with pytest.raises(ConfigError, match=r"task.completion: missing; a conversation is scored"):
+        plan(str(tmp_path / "job.yaml"), ["task.system=x", "task.completion=null"])
+    with pytest.raises(ConfigError, match=r"task.completion: only loglikelihood takes it"):
+        plan(str(tmp_path / "job.yaml"), ["task.kind=embed"])

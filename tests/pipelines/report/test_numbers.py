@@ -209,6 +209,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
         None,
     ),
     "embed": ({}, {"vector": [0.0, 3.0, 4.0]}, None),
+    "loglikelihood": ({}, {"logprob": -6.0, "num_tokens": 3, "perplexity": 7.389}, None),
 }
 
 
@@ -227,7 +228,7 @@ def test_every_kind_of_task_has_a_page(kind: str, tmp_path: Path) -> None:
     assert page.tiles["Rows"] == "3"
     assert ("66.7 % of 3 rows" in page.text) == bool(gold)
     said = {"generate": "cut off at", "extract": "Field order", "classify": "spam", "tag": "Rome/LOC",
-            "embed": "5 in 3 dimensions"}  # fmt: skip
+            "embed": "5 in 3 dimensions", "loglikelihood": "perplexity: 7.389"}  # fmt: skip
     assert said[kind] in page.text
 
 

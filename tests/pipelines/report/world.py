@@ -34,6 +34,7 @@ TYPES: dict[str, dict[str, pa.DataType]] = {
     "classify": {"scores": FLOATS, "label": pa.string()},
     "tag": {"tokens": pa.list_(TOKEN)},
     "embed": {"vector": pa.list_(pa.float32(), 3)},
+    "loglikelihood": {"logprob": pa.float64(), "num_tokens": pa.int32(), "perplexity": pa.float64()},
 }  # fmt: skip
 TOKENS = {"prompt_tokens": 40, "cached_tokens": 10, "output_tokens": 0, "media_tokens": 0}
 LABELS = ["red", "green", "blue"]

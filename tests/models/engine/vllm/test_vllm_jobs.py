@@ -4,7 +4,9 @@ its model actor.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pytest
 
 from glm_batch.glm_actors.units.model_actor import ModelActor
 from glm_batch.jobs.files.job_file import load_job
+from glm_batch.pipelines.job import TaskConfig
 from glm_batch.pipelines.planning.plan import job_source
 from glm_batch.pipelines.runs.pipeline import engine_config
 from glm_batch.pipelines.runs.prepared import prepare
@@ -22,13 +25,19 @@ FLOAT32, BFLOAT16 = 1e-3, 2e-2
 
 
 def labelled(
-    name: str, kind: str, dtype: str, rows: int | None, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    kind: str,
+    dtype: str,
+    rows: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    **changes: Any,
 ) -> pa.Table:
     """The job's output rows; of each input file the first `rows`."""
     monkeypatch.chdir(EXAMPLES.parent)
     job, _ = load_job(
         str(EXAMPLES / f"{name}.yaml"), [f"engine.kind={kind}", f"engine.dtype={dtype}"]
     )
+    job = replace(job, **changes)
     prepared = prepare(job, None)
     source = job_source(job)
     tables = []
@@ -81,3 +90,17 @@ def test_written_answers(monkeypatch: pytest.MonkeyPatch, name: str, column: str
     texts = list(zip(torch[column].to_pylist(), vllm[column].to_pylist(), strict=True))
     assert len(texts) >= 200
     assert sum(one == other for one, other in texts) >= 0.98 * len(texts)
+
+
+@pytest.mark.parametrize("completion", [None, "gold_label"])
+def test_log_likelihoods(monkeypatch: pytest.MonkeyPatch, completion: str | None) -> None:
+    task = TaskConfig(kind="loglikelihood", prompt="{text} ", completion=completion)
+    torch, vllm = (
+        labelled("route", kind, "float32", 20, monkeypatch, task=task) for kind in ("torch", "vllm")
+    )
+    assert torch.schema == vllm.schema
+    for column in ("status", "error_code", "num_tokens"):
+        assert vllm[column].to_pylist() == torch[column].to_pylist(), column
+    one, other = (np.array(table["logprob"].drop_null()) for table in (torch, vllm))
+    assert len(one) >= 60
+    np.testing.assert_allclose(other, one, atol=FLOAT32)
