@@ -147,6 +147,7 @@ def test_a_crash_costs_one_item(word: str, says: str, hostile: Decoder) -> None:
     assert works(hostile)
 
 
+@pytest.mark.waits
 def test_a_hang_is_ended_at_the_deadline(hostile: Decoder) -> None:
     assert works(hostile)
     first, begin = hostile.pid, time.monotonic()
@@ -168,6 +169,7 @@ def test_killed_while_it_decodes(sent: signal.Signals, make: Callable[..., Decod
     decoder.close()
 
 
+@pytest.mark.waits
 def test_stopped_at_a_clip(make: Callable[..., Decoder]) -> None:
     """The real decoder, which cannot move."""
     decoder = make(timeout_s=1.0)
@@ -273,6 +275,7 @@ def test_closing_ends_it_and_a_later_item_starts_another(make: Callable[..., Dec
     decoder.close()
 
 
+@pytest.mark.waits
 @pytest.mark.parametrize("word", ["idle", "hang"])
 def test_it_does_not_outlive_its_parent(word: str) -> None:
     code = f"""
