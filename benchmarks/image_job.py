@@ -26,7 +26,7 @@ from benchmarks.machine import describe
 from benchmarks.photos import photos
 from benchmarks.watched_job import MIB, WORKERS, WatchedJob, run_watched
 from glm_batch.glm_actors.units.batches import request_table
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.models.engine.api.request import Request
 from glm_batch.pipelines.tasks.task_runner import ReadRow, TaskRunner
 

@@ -25,7 +25,7 @@ from benchmarks import BUILD
 from benchmarks.machine import describe
 from benchmarks.make_mid_model import make_mid_model
 from benchmarks.pipeline_rows import write_job
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.models.errors import RowError
 from glm_batch.pipelines.cluster.cluster import cluster, job_workers
 from glm_batch.pipelines.graph.steps import committed_table

@@ -82,10 +82,10 @@ def plan(job: JobArgument, overrides: SetOption = None, debug: DebugOption = Fal
     model.
     """
     with errors_for_people(debug):
-        from glm_batch.jobs.files.job_file import is_sweep
+        from glm_batch.jobs.files.sections import is_sweep
 
         if is_sweep(job):
-            rooms.load("jobs.sweep.sweep_plan").plan_sweep(job, overrides or [])
+            rooms.load("jobs.sweep.evaluate").plan_sweep(job, overrides or [])
             return
         from glm_batch.jobs.plans.job_plan import plan as run_plan
 

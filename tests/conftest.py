@@ -37,6 +37,7 @@ SLOW_PLACES = (
     "pipelines/cron/test_cron_nights.py",
     "pipelines/openai_batch",
     "pipelines/output/test_crashes.py",
+    "pipelines/output/test_lease.py",
     "pipelines/runs/test_pipeline.py",
     "benchmarks",
     "packaging",

@@ -1,6 +1,6 @@
 """`glm-batch calibrate`: fits a calibration on a finished job's gold answers. Starts no Ray.
 
-Owns which rows are taken and where the file goes. The fit is pipelines.calibration.scaling's, the
+Owns which rows are taken and where the file goes. The fit is pipelines.calibration.calibration's, the
 file's form pipelines.calibration.calibration's.
 """
 
@@ -56,7 +56,7 @@ def calibrate(
 
 def fit_output(output: Output, job: Job, *, bias: bool) -> Calibration:
     """Fits on all its rows that were answered and have a gold label. Raises ConfigError."""
-    from glm_batch.pipelines.calibration.scaling import fitted
+    from glm_batch.pipelines.calibration.calibration import fitted
     from glm_batch.pipelines.report.review import PROBABILITIES, probability_labels, usable_rows
 
     if job.task.gold is None:

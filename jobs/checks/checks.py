@@ -16,8 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from glm_batch.jobs.checks.engine_checks import checkpoint_problems, engine_problems
-from glm_batch.jobs.files.job_file import job_keys
-from glm_batch.jobs.files.sections import Place, Problem
+from glm_batch.jobs.files.sections import Place, Problem, job_keys
 from glm_batch.models import rooms
 from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.headers import check_weights
@@ -94,7 +93,7 @@ def check_keys(job: Job) -> Iterator[Problem]:
 
 def _check_requests(job: Job) -> Iterator[Problem]:
     try:
-        yield from rooms.load("jobs.openai_batch.request_checks").check_requests(job)
+        yield from rooms.load("jobs.openai_batch.request_plan").check_requests(job)
     except ConfigError as error:  # that room is not here
         yield _problem_from(error, "input_format")
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from glm_batch.jobs.checks.checks import check_job
 from glm_batch.jobs.display.display import progress_display, summary_table
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.counts import Summary
 from glm_batch.pipelines.runs.watch import InterruptedRunError, Stop, TooManyErrorsError

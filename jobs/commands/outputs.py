@@ -16,14 +16,13 @@ from rich.console import Console
 from glm_batch.jobs.checks.checks import check_checkpoint
 from glm_batch.jobs.commands.label import closed
 from glm_batch.jobs.display.display import progress_display, status_table
-from glm_batch.jobs.files.job_file import load_kept_job
+from glm_batch.jobs.files.sections import load_kept_job
 from glm_batch.models import rooms
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import Job, StorageSection
 from glm_batch.pipelines.metrics.counts import Summary
-from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import JOB, Output
-from glm_batch.pipelines.output.state import status_of, verify
+from glm_batch.pipelines.output.state import collect, status_of, verify
 from glm_batch.pipelines.runs.watch import Stop
 
 SHOWN_PROBLEMS = 20

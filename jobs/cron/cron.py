@@ -23,7 +23,7 @@ from rich.console import Console
 from glm_batch.jobs.checks.checks import check_job, check_keys, check_output
 from glm_batch.jobs.commands.label import EXIT_OK, EXIT_ROW_ERRORS, EXIT_SIGNAL
 from glm_batch.jobs.display.display import progress_display
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.cron.incremental import Choices, Night, run_night
 from glm_batch.pipelines.job import Job

@@ -16,8 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from glm_batch.pipelines.metrics.bottleneck import bottleneck
-from glm_batch.pipelines.metrics.counts import Counts, Phase, Progress, Summary
+from glm_batch.pipelines.metrics.counts import Counts, Phase, Progress, Summary, bottleneck
 from glm_batch.pipelines.output.state import Status
 
 LOG_EVERY_S = 5.0

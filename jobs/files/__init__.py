@@ -1,4 +1,4 @@
 """YAML to dataclasses, with the place of every mistake.
 
-May import `pipelines.job`. Read sections.py, then job_file.py.
+May import `pipelines.job`. Read sections.py.
 """

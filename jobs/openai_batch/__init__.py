@@ -1,4 +1,4 @@
 """What is checked and planned of an OpenAI batch file. Can be taken away.
 
-May import `plans`. Read request_checks.py, then request_plan.py.
+May import `plans`. Read request_plan.py.
 """

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from glm_batch.jobs.checks.checks import check_job
 from glm_batch.jobs.display.display import clock_time, short
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.jobs.plans.cluster_plan import cluster_lines, described_nodes
 from glm_batch.jobs.plans.media_plan import MediaSize, media_lines, media_note, media_tokens
 from glm_batch.models import rooms

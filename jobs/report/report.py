@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_batch.jobs.commands.outputs import opened
-from glm_batch.jobs.files.job_file import load_kept_job
-from glm_batch.jobs.files.sections import read_yaml
+from glm_batch.jobs.files.sections import load_kept_job, read_yaml
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.job import Job, StorageSection
 from glm_batch.pipelines.output.commit import JOB, Output

@@ -24,9 +24,13 @@ from glm_batch.models.engine.execution.runner import Runner
 from glm_batch.models.engine.execution.sampler import SampleRow, sample
 from glm_batch.models.engine.execution.settings import UNPROVEN_STEPS, Limits, resolve_end_ids
 from glm_batch.models.engine.scheduling.block_manager import BlockManager
-from glm_batch.models.engine.scheduling.scheduler import Chunk, Scheduler
+from glm_batch.models.engine.scheduling.scheduler import (
+    Chunk,
+    Scheduler,
+    StepSize,
+    is_out_of_memory,
+)
 from glm_batch.models.engine.scheduling.sequence import Sequence
-from glm_batch.models.engine.scheduling.step_size import StepSize, is_out_of_memory
 from glm_batch.models.engine.works.admission import check, failed, place_media
 from glm_batch.models.engine.works.all_answers import answer_to
 from glm_batch.models.engine.works.answer import Answer, Context

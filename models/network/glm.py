@@ -1,4 +1,4 @@
-"""GLM (glm-4-9b-chat-hf) over packed tokens and a paged KV cache.
+"""GLM and GLM-4 (0414, Z1, 4.1V) over packed tokens and a paged KV cache.
 
 Legend: T packed tokens, W wanted rows, H hidden_size, K kv heads, G query heads per kv head, D
 head_dim. In a parallel group K and G count this rank's heads; what passes from layer to layer is
@@ -250,3 +250,29 @@ class Backbone(nn.Module):
         for i, layer in enumerate(self.layers):
             found |= layer.targets(f"{self.prefix}.layers.{i}")  # type: ignore[operator]
         return found
+
+
+class Glm4DecoderLayer(DecoderLayer):
+    """x += norm(attention(norm(x))); x += norm(mlp(norm(x)))."""
+
+    post_self_attn_layernorm: RMSNorm
+    post_mlp_layernorm: RMSNorm
+    norm_names = (*DecoderLayer.norm_names, "post_self_attn_layernorm", "post_mlp_layernorm")
+
+    def after_attention(self, x: torch.Tensor) -> torch.Tensor:
+        return self.post_self_attn_layernorm(x)  # type: ignore[no-any-return]
+
+    def after_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        return self.post_mlp_layernorm(x)  # type: ignore[no-any-return]
+
+
+class Glm4Backbone(Backbone):
+    """The GLM backbone with sandwich norms."""
+
+    layer_class = Glm4DecoderLayer
+
+
+class Glm4vBackbone(Glm4Backbone):
+    """The language model of a GLM-4.1V: positions [3, T] and features come with the step."""
+
+    prefix = "model.language_model"

@@ -12,8 +12,7 @@ from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, Video
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.checkpoint.weights import load_weights
 from glm_batch.models.errors import ConfigError
-from glm_batch.models.network.glm import Backbone
-from glm_batch.models.network.glm4 import Glm4Backbone, Glm4vBackbone
+from glm_batch.models.network.glm import Backbone, Glm4Backbone, Glm4vBackbone
 from glm_batch.models.network.heads import CausalLMHead, ClassificationHead, ShardedLMHead
 from glm_batch.models.network.layers.attention import Attend, attend_grouped
 from glm_batch.models.network.layers.linear import can_pack, pack_linears

@@ -1,5 +1,4 @@
 """Probabilities fitted to gold answers, as a file that jobs apply. Can be taken away.
 
-May import `pipelines.job` and `evaluation`. Read calibration.py (the file), then scaling.py (the
-fit).
+May import `pipelines.job` and `evaluation`. Read calibration.py.
 """

@@ -27,8 +27,7 @@ from glm_batch.pipelines.output import lease as leases
 from glm_batch.pipelines.output.commit import LEASE, PLAN, PLAN_NAME, Output
 from glm_batch.pipelines.output.manifest import MANIFEST
 from glm_batch.pipelines.planning.plan import Plan
-from glm_batch.pipelines.storage.crash_points import reach
-from glm_batch.pipelines.storage.storage import TEMPORARY, Store, check_store, open_store
+from glm_batch.pipelines.storage.storage import TEMPORARY, Store, check_store, open_store, reach
 
 VERSIONS = "versions"
 NAME_FORMAT = "%Y-%m-%dT%H-%M-%SZ"

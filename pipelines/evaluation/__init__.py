@@ -1,4 +1,4 @@
 """Metrics over rows with gold answers, their intervals, and comparisons. Optional.
 
-Imports no other room. Read scoring.py, agreement.py, classes.py, intervals.py, reliability.py.
+Imports no other room. Read scoring.py, agreement.py, intervals.py.
 """

@@ -21,9 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from glm_batch.pipelines.evaluation import classes
+from glm_batch.pipelines.evaluation import agreement
 from glm_batch.pipelines.evaluation.agreement import (
+    NUM_BINS,
+    Reliability,
+    bin_numbers,
+    brier,
     exact_match,
+    expected_calibration_error,
     extracted,
     field_matches,
     json_fields,
@@ -34,6 +39,7 @@ from glm_batch.pipelines.evaluation.agreement import (
     normalised_match,
     numeric_match,
     pass_at,
+    reliability,
 )
 from glm_batch.pipelines.evaluation.intervals import (
     CONFIDENCE,
@@ -42,14 +48,6 @@ from glm_batch.pipelines.evaluation.intervals import (
     mean_estimate,
     num_resamples,
     resample,
-)
-from glm_batch.pipelines.evaluation.reliability import (
-    NUM_BINS,
-    Reliability,
-    bin_numbers,
-    brier,
-    expected_calibration_error,
-    reliability,
 )
 from glm_batch.pipelines.input.values import json_or_text, same_json
 
@@ -110,7 +108,7 @@ class Score:
     without_gold: int
     errors: dict[str, int]
     metrics: dict[str, Estimate]
-    confusion: classes.Confusion | None = None
+    confusion: agreement.Confusion | None = None
     reliability: Reliability | None = None
     quantiles: dict[str, float] = field(default_factory=dict)
 
@@ -158,7 +156,7 @@ def summarised(rules: Rules, rows: RowScores, confidence: float = CONFIDENCE) ->
     if not rows.keys:
         return result
     if rules.kind in ("choose", "classify") and "confidence" in rows.values:
-        table = classes.confusion(rows.gold, rows.answers, rules.labels)
+        table = agreement.confusion(rows.gold, rows.answers, rules.labels)
         metrics |= _class_estimates(rows, table, confidence)
         metrics |= _calibration_estimates(rows, confidence)
         result = replace(result, confusion=table, reliability=_reliability(rows))
@@ -357,12 +355,12 @@ def _sample_scores(
 
 
 def _class_estimates(
-    rows: RowScores, table: classes.Confusion, confidence: float
+    rows: RowScores, table: agreement.Confusion, confidence: float
 ) -> dict[str, Estimate]:
-    points = classes.class_metrics(rows.gold, rows.answers, table.labels)
-    counts = classes.resampled_counts(table.counts, num_resamples(1), _random("confusion"))
+    points = agreement.class_metrics(rows.gold, rows.answers, table.labels)
+    counts = agreement.resampled_counts(table.counts, num_resamples(1), _random("confusion"))
     found = {}
-    for name, formula in classes.RESAMPLED.items():
+    for name, formula in agreement.RESAMPLED.items():
         low, high = bca(formula(counts), points[name], confidence=confidence)
         found[name] = Estimate(value=points[name], low=low, high=high, rows=len(rows.keys))
     return found

@@ -18,7 +18,7 @@ from glm_batch.glm_actors.units.row_worker import Step
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import DamagedError, RowRange, Source
-from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARING, READING
+from glm_batch.pipelines.metrics.counts import COMMITTING, PARSING, PREPARING, READING
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.planning.plan import Plan, Unit, UnitSizes

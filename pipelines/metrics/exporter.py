@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm_batch.glm_actors.faults.spent import ENGINE_BUSY, ENGINE_IDLE
-from glm_batch.pipelines.metrics.bottleneck import ENGINE, STAGES
-from glm_batch.pipelines.metrics.counts import Counts
+from glm_batch.pipelines.metrics.counts import ENGINE, STAGES, Counts
 
 PREFIX = "glm_batch_"
 

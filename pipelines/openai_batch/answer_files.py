@@ -18,7 +18,7 @@ from typing import Any
 
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.manifest import Manifest
-from glm_batch.pipelines.storage.crash_points import reach
+from glm_batch.pipelines.storage.storage import reach
 
 ANSWERS, ERRORS, EXPORT = "output.jsonl", "errors.jsonl", "export.json"
 

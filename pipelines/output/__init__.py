@@ -2,6 +2,6 @@
 journal.
 
 May import `storage`, `planning` and `metrics`. Read commit.py, which says the whole protocol,
-then parts.py, manifest.py, lease.py and journal.py; state.py tells of an output, cleanup.py removes
-what does not count.
+then parts.py, manifest.py, lease.py and journal.py; state.py tells of an output and removes what
+does not count.
 """

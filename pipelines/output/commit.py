@@ -32,8 +32,7 @@ from glm_batch.pipelines.planning.plan import (
     differences,
     fingerprint,
 )
-from glm_batch.pipelines.storage.crash_points import reach
-from glm_batch.pipelines.storage.storage import TEMPORARY, check_store, open_store
+from glm_batch.pipelines.storage.storage import TEMPORARY, check_store, open_store, reach
 
 PLAN, JOB, LEASE, JOURNAL = "plan.json", "job.json", "lease", "journal"
 FOLDERS = (PARTS, COMMITS, LEASE, JOURNAL, TEMPORARY)

@@ -20,8 +20,7 @@ import pyarrow as pa
 
 from glm_batch.pipelines.output.commit import JOURNAL, Output
 from glm_batch.pipelines.output.parts import unit_generation
-from glm_batch.pipelines.storage.crash_points import reach
-from glm_batch.pipelines.storage.storage import Entry
+from glm_batch.pipelines.storage.storage import Entry, reach
 
 log = logging.getLogger(__name__)
 NAME = re.compile(

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_batch.models.errors import ConfigError, GlmBatchError
-from glm_batch.pipelines.storage.crash_points import reach
-from glm_batch.pipelines.storage.storage import Store
+from glm_batch.pipelines.storage.storage import Store, reach
 
 FOLDER = "lease"
 BEAT_S = 5.0

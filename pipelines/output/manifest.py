@@ -22,7 +22,7 @@ from glm_batch.pipelines.output.parts import (
     part_of,
 )
 from glm_batch.pipelines.planning.plan import Identity, Plan
-from glm_batch.pipelines.storage.crash_points import reach
+from glm_batch.pipelines.storage.storage import reach
 
 MANIFEST = "manifest.json"
 

@@ -17,11 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from glm_batch.models.errors import ConfigError
-from glm_batch.pipelines.metrics.bottleneck import COMMITTING
-from glm_batch.pipelines.metrics.counts import Counts
+from glm_batch.pipelines.metrics.counts import COMMITTING, Counts
 from glm_batch.pipelines.planning.plan import Plan, unit_id
-from glm_batch.pipelines.storage.crash_points import reach
-from glm_batch.pipelines.storage.storage import S3Store, StorageError, Store
+from glm_batch.pipelines.storage.storage import S3Store, StorageError, Store, reach
 
 FORMAT = 1
 PARTS, COMMITS = "parts", "commits"

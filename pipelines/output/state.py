@@ -1,9 +1,9 @@
-"""How far an output is, and whether its parts are what was committed."""
+"""How far an output is, whether its parts are what was committed, and what `gc` removes of it."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,12 +11,14 @@ from itertools import islice
 import pyarrow as pa
 
 from glm_batch.models.errors import ConfigError
-from glm_batch.pipelines.metrics.bottleneck import summed
-from glm_batch.pipelines.metrics.counts import Counts
+from glm_batch.pipelines.metrics.counts import Counts, summed
 from glm_batch.pipelines.output.commit import Output
+from glm_batch.pipelines.output.journal import leftovers
+from glm_batch.pipelines.output.lease import own, tidy
 from glm_batch.pipelines.output.manifest import MANIFEST, is_finished, named_parts
-from glm_batch.pipelines.output.parts import PartFile, part_of
+from glm_batch.pipelines.output.parts import PART_NAME, PARTS, PartFile, part_of
 from glm_batch.pipelines.planning.plan import Identity
+from glm_batch.pipelines.storage.storage import TEMPORARY, Entry, reach
 
 LATEST = 50  # units that say what a job is at just now
 VERIFIERS = 4  # parts in memory at a time
@@ -83,3 +85,50 @@ def _damage(output: Output, part: PartFile) -> str | None:
     if num_rows == part.rows:
         return None
     return f"{part.name} holds {num_rows} rows, its record says {part.rows}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What was removed, and how many parts of units that are not committed were left."""
+
+    removed: tuple[Entry, ...]
+    waiting: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.size or 0 for entry in self.removed)
+
+
+def collect(output: Output, kept: Collection[str] = ()) -> Collected:
+    """Removes that but for `kept`. Raises ConfigError without an output or while a driver works."""
+    output.standing_plan()
+    temporaries = list(_files(output, TEMPORARY))  # later ones may be the lease's own
+    with own(output.store) as lease:
+        generations = output.generations()
+        counting = {record.part for record in output.read_records(generations.items())}
+        named = {*counting, *named_parts(output), *kept}
+        removed: list[Entry] = []
+        waiting = 0
+        for entry in _files(output, PARTS):
+            match = PART_NAME.fullmatch(entry.name)
+            if match is None or entry.name in named:
+                continue
+            if int(match["generation"]) > generations.get(int(match["unit"]), 0):
+                waiting += 1
+                continue
+            lease.check()
+            reach("before_delete")
+            output.store.delete(entry.name)
+            removed.append(entry)
+        for entry in [*temporaries, *leftovers(output)]:
+            output.store.delete(entry.name)
+            removed.append(entry)
+        tidy(output.store)
+    return Collected(removed=tuple(removed), waiting=waiting)
+
+
+def _files(output: Output, folder: str) -> Iterator[Entry]:
+    entries = [
+        entry for page in output.store.pages(folder) for entry in page if entry.size is not None
+    ]
+    return iter(sorted(entries, key=lambda entry: entry.name))

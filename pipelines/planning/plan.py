@@ -24,10 +24,17 @@ from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.directory import model_digest
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.request_limits import CHAT_TOKENS
-from glm_batch.pipelines.input.keys import InputRow, find_duplicates
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.input.source import RowRange, Source, Survey
-from glm_batch.pipelines.input.values import Row, decode_rows, parse_line, row_key, split_lines
+from glm_batch.pipelines.input.values import (
+    InputRow,
+    Row,
+    decode_rows,
+    find_duplicates,
+    parse_line,
+    row_key,
+    split_lines,
+)
 from glm_batch.pipelines.job import Job, task_identity
 from glm_batch.pipelines.tasks.job_media import media_row_bytes, reads_media
 from glm_batch.pipelines.tasks.prompts import input_columns

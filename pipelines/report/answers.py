@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glm_batch.pipelines.evaluation.reliability import bin_numbers
+from glm_batch.pipelines.evaluation.agreement import bin_numbers
 from glm_batch.pipelines.evaluation.scoring import Rules, score_rows
 from glm_batch.pipelines.tasks.kinds import ROW_COLUMNS, TOKEN_COLUMNS
 
@@ -45,7 +45,7 @@ def row_facts(
 
     `golds` are the rows' gold answers, None for a row without one. `chance` in [0, 1) depends on a
     row's place alone; `disagreement` is that of its samples. `accuracy`, above 0 if right, is there
-    for rows with gold; `gold`, `answer`, `brier`, `bin` (of evaluation.reliability) for those whose
+    for rows with gold; `gold`, `answer`, `brier`, `bin` (of evaluation.agreement) for those whose
     answer has probabilities.
     """
     confidence, margin = sureness(question.kind, part)

@@ -24,9 +24,9 @@ from glm_batch.models.processing.messages import MediaPart, media_parts
 from glm_batch.models.processing.patches import Frame, MediaPatches
 from glm_batch.pipelines.input.values import Row
 from glm_batch.pipelines.job import Job
+from glm_batch.pipelines.report.charts import shown
 from glm_batch.pipelines.report.committed_rows import CommittedRows
 from glm_batch.pipelines.report.input_rows import Place
-from glm_batch.pipelines.report.text import shown
 from glm_batch.pipelines.tasks.job_media import media_rules
 from glm_batch.pipelines.tasks.kinds import ROW_COLUMNS, TOKEN_COLUMNS, uses_chat
 from glm_batch.pipelines.tasks.prompts import Message, PromptTemplate, conversation, prompt_columns

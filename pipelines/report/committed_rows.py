@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glm_batch.pipelines.evaluation.reliability import NUM_BINS, Reliability
+from glm_batch.pipelines.evaluation.agreement import NUM_BINS, Reliability
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.metrics.counts import Counts
 from glm_batch.pipelines.output.commit import Output
@@ -90,7 +90,7 @@ class LabelRows:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gold:
     """Answers against gold. `right` counts rows; `bins` [3, NUM_BINS] are rows, sums of confidence
-    and of right answers in the bins of evaluation.reliability.
+    and of right answers in the bins of evaluation.agreement.
 
     For answers with probabilities also: `labels`, the job's and the most frequent ones, of
     `different` ones in all; `pairs`, rows by (gold, answer) of the labels `in_matrix`, where no

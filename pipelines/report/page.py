@@ -20,16 +20,15 @@ import jinja2
 from markupsafe import Markup
 
 from glm_batch.glm_actors.faults.spent import ENGINE_BUSY
-from glm_batch.pipelines.metrics.bottleneck import AFTER_ENGINE, BEFORE_ENGINE, bottleneck
-from glm_batch.pipelines.metrics.counts import Counts
+from glm_batch.pipelines.metrics.counts import AFTER_ENGINE, BEFORE_ENGINE, Counts, bottleneck
 from glm_batch.pipelines.output.parts import PARTS
 from glm_batch.pipelines.report import charts
 from glm_batch.pipelines.report.answers import ENDS, LABELS
 from glm_batch.pipelines.report.cards import Deck
+from glm_batch.pipelines.report.charts import clean, compact, duration, percent, short
 from glm_batch.pipelines.report.committed_rows import CommittedRows
 from glm_batch.pipelines.report.input_rows import Place
 from glm_batch.pipelines.report.quality import answers_section, gold_section, lengths_chart, wilson
-from glm_batch.pipelines.report.text import clean, compact, duration, percent, short
 from glm_batch.pipelines.report.timeline import Span
 
 FILES_SHOWN = 20

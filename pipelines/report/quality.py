@@ -8,6 +8,7 @@ from typing import Any
 
 from glm_batch.pipelines.report import charts
 from glm_batch.pipelines.report.answers import FIELD, LABELS
+from glm_batch.pipelines.report.charts import percent, short, shown
 from glm_batch.pipelines.report.committed_rows import (
     CommittedRows,
     Gold,
@@ -16,7 +17,6 @@ from glm_batch.pipelines.report.committed_rows import (
     Values,
     in_matrix,
 )
-from glm_batch.pipelines.report.text import percent, short, shown
 
 NO_ANSWER = "(no answer)"
 LABELS_SHOWN, VALUES_SHOWN = 20, 10

@@ -21,17 +21,17 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from glm_batch.models.errors import ConfigError
-from glm_batch.pipelines.evaluation.reliability import NUM_BINS
+from glm_batch.pipelines.evaluation.agreement import NUM_BINS
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.planning.plan import Plan
 from glm_batch.pipelines.report import charts
 from glm_batch.pipelines.report.cards import asked_columns, row_text
+from glm_batch.pipelines.report.charts import compact, percent, short, shown
 from glm_batch.pipelines.report.committed_rows import Gold, LabelRows, committed_parts, database
 from glm_batch.pipelines.report.input_rows import InputRows, Place
 from glm_batch.pipelines.report.page import Note, Tile, render
 from glm_batch.pipelines.report.quality import NO_ANSWER, classes_of, reliability_of
-from glm_batch.pipelines.report.text import compact, percent, short, shown
 from glm_batch.pipelines.sweep.cells import AXES, tokens_per_row
 
 if TYPE_CHECKING:

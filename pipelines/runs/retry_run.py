@@ -20,8 +20,7 @@ from glm_batch.glm_actors.faults.spent import spent_on
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.pipelines.graph.steps import Read, committed_table
 from glm_batch.pipelines.job import Job
-from glm_batch.pipelines.metrics.bottleneck import COMMITTING, READING
-from glm_batch.pipelines.metrics.counts import Counts, Summary
+from glm_batch.pipelines.metrics.counts import COMMITTING, READING, Counts, Summary
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.output.lease import own

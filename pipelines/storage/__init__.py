@@ -1,6 +1,5 @@
 """Where bytes lie: directories and s3:// prefixes as the few calls that reading and committing
 need.
 
-May import `pipelines.job`. Read storage.py, then s3.py; crash_points.py is where tests aim their
-kills.
+May import `pipelines.job`. Read storage.py, then s3.py.
 """

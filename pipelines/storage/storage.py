@@ -1,5 +1,5 @@
 """Where an output lives: a directory or an s3:// prefix, as the few calls that the commit protocol
-needs.
+needs; and where tests aim their kills.
 
     read, write (whole and durable, replacing; at once or piece by piece), create (whole and
     durable, the first writer wins), copy, list, delete, size
@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -23,8 +25,33 @@ from typing import Protocol
 
 from glm_batch.models.errors import ConfigError, GlmBatchError
 from glm_batch.pipelines.job import StorageSection
-from glm_batch.pipelines.storage.crash_points import reach
 from glm_batch.pipelines.storage.s3 import S3
+
+VARIABLE = "GLM_BATCH_CRASH_AT"
+_reached: Counter[str] = Counter()
+
+
+def reach(point: str) -> None:
+    """Says that this process is at `point`; it may be the last thing that it does."""
+    asked = os.environ.get(VARIABLE)
+    if not asked:
+        return
+    aim, _, marker = asked.partition("@")
+    wanted, _, count = aim.partition(":")
+    if point != wanted:
+        return
+    _reached[point] += 1
+    if _reached[point] == int(count or 1) and (not marker or _is_first(marker)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_first(marker: str) -> bool:
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
 
 TEMPORARY = "tmp"
 PAGE = 1000

@@ -25,7 +25,7 @@ from glm_batch.models.processing.prompt import Prompt
 from glm_batch.pipelines.graph.steps import Commit, Order, Read, orders
 from glm_batch.pipelines.input.source import Source
 from glm_batch.pipelines.input.values import Row
-from glm_batch.pipelines.metrics.bottleneck import COMMITTING, PARSING, PREPARING, READING
+from glm_batch.pipelines.metrics.counts import COMMITTING, PARSING, PREPARING, READING
 from glm_batch.pipelines.output.journal import Journal
 from glm_batch.pipelines.planning.plan import Plan, UnitSizes
 from glm_batch.pipelines.tasks.affinity import with_prefix_key

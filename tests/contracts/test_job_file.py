@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from glm_batch.jobs.files.job_file import job_keys
-from glm_batch.jobs.files.sections import describe
+from glm_batch.jobs.files.sections import describe, job_keys
 from glm_batch.models.request_limits import RequestLimits
 
 TEXT, TEXT_OR_NULL, TEXTS = "text", "text or null", "a list of text"

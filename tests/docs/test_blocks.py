@@ -22,7 +22,7 @@ from PIL import Image
 import glm_batch
 from glm_batch.jobs.__main__ import app
 from glm_batch.jobs.checks.checks import check_keys
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.jobs.serving.serve_config import load_settings
 from glm_batch.jobs.sweep.sweep_config import load_sweep
 from tests.docs.pages import ROOT, Block, blocks

@@ -13,8 +13,7 @@ import yaml
 
 from docs import reference_tables as reference
 from glm_batch.glm_actors.serving.openai.serve_settings import ServeSettings
-from glm_batch.jobs.files.job_file import job_keys
-from glm_batch.jobs.files.sections import describe
+from glm_batch.jobs.files.sections import describe, job_keys
 from glm_batch.jobs.sweep.sweep_config import SweepFile
 from glm_batch.pipelines.job import Job
 from glm_batch.pipelines.report.page import ABOUT_CODES

@@ -14,9 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
-from glm_batch.pipelines.output.state import verify
+from glm_batch.pipelines.output.state import collect, verify
 from tests.faults.driver import Pace
 
 # How a row was batched with others shows in these: in how much of it was cached, and in the last

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.pipelines import run
 from tests.faults.checks import Workload, read_records
 from tests.faults.driver import HURRY, Pace, completed_rows

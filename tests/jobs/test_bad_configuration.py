@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from glm_batch.jobs.checks.checks import check_job
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.models.errors import ConfigError
 
 Change = Callable[[dict[str, Any]], object]

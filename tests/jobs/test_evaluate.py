@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from glm_batch.jobs.files.job_file import is_sweep
+from glm_batch.jobs.files.sections import is_sweep
 from glm_batch.jobs.sweep.sweep_config import check_sweep, load_sweep
 from glm_batch.models.errors import ConfigError
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_batch.jobs.checks.checks import check_job
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.jobs.plans.cluster_plan import cluster_lines
 from glm_batch.jobs.plans.job_plan import (
     estimate_job,

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from glm_batch.jobs.__main__ import EXIT_BAD_CONFIG, EXIT_ROW_ERRORS
-from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
-from glm_batch.pipelines.output.state import status_of
+from glm_batch.pipelines.output.state import collect, status_of
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS, UNIT_ROWS = 1200, 4

@@ -68,7 +68,7 @@ def test_what_was_taken_away_is_said_with_what_to_do(
     monkeypatch.setattr(rooms, "_HOME", tmp_path)
     assert not rooms.is_here("calibration")
     with pytest.raises(ConfigError, match=r"no probabilities fitted .* and metrics .* and reports"):
-        rooms.load("pipelines.calibration.scaling")
+        rooms.load("pipelines.calibration.calibration")
     told = CliRunner().invoke(app, ["cron", "job.yaml"])
     assert told.exit_code == 2
     assert "this installation has no dated versions of an output (pipelines/cron, jobs/cron)" in (

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 
 from glm_batch.models.engine.api.interface import EngineConfig
+from glm_batch.models.engine.cuda.batch_paged import TILE_ROWS
 from glm_batch.models.engine.cuda.kernels import make_runner
-from glm_batch.models.engine.cuda.paged import TILE_ROWS
 from glm_batch.models.engine.execution.media_encoder import MediaEncoder
 from glm_batch.models.engine.execution.settings import Limits
 from glm_batch.models.engine.torch_engine import TorchEngine

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import bad
-from glm_batch.glm_actors.serving.openai.logprobs import chat_logprobs
 from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import ChatRequest
 from glm_batch.glm_actors.serving.openai.tools import CallStream, tools_of
 from glm_batch.glm_actors.serving.openai.work import (
     Json,
     asked_format,
+    chat_logprobs,
     chat_sampling,
     checked,
     checked_constraint,

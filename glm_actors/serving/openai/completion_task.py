@@ -13,7 +13,6 @@ import numpy as np
 
 from glm_batch.glm_actors.faults.schema_check import SchemaChecker
 from glm_batch.glm_actors.serving.openai.api_errors import bad, of_row
-from glm_batch.glm_actors.serving.openai.logprobs import completion_logprobs, prompt_logprobs
 from glm_batch.glm_actors.serving.openai.prompter import RequestPrompter
 from glm_batch.glm_actors.serving.openai.protocol import CompletionRequest
 from glm_batch.glm_actors.serving.openai.work import (
@@ -21,8 +20,10 @@ from glm_batch.glm_actors.serving.openai.work import (
     asked_format,
     checked,
     checked_constraint,
+    completion_logprobs,
     completion_sampling,
     envelope,
+    prompt_logprobs,
     raw_prompts,
     request_of,
     usage_of,

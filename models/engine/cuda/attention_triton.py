@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from glm_batch.models.engine.cuda.paged import PagedQueries
+from glm_batch.models.engine.cuda.batch_paged import PagedQueries
 
 MAX_SPLITS = 32
 PROGRAMS = 264  # enough for two programs on each multiprocessor of an H100 or H200

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from glm_batch.models.engine.cuda.batch_paged import PagedLayout
-from glm_batch.models.engine.cuda.paged import PagedQueries
+from glm_batch.models.engine.cuda.batch_paged import PagedLayout, PagedQueries
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.network.layers.attention import AttentionBatch
 

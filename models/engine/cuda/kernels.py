@@ -8,7 +8,7 @@ import torch
 
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.interface import EngineConfig
-from glm_batch.models.engine.cuda.paged import TILE_ROWS
+from glm_batch.models.engine.cuda.batch_paged import TILE_ROWS
 from glm_batch.models.engine.execution.media_encoder import MediaEncoder
 from glm_batch.models.engine.execution.runner import TorchRunner
 from glm_batch.models.engine.execution.settings import Limits

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from glm_batch.models.engine.cuda.batch_paged import PagedLayout
+from glm_batch.models.engine.cuda.batch_paged import PagedLayout, PagedQueries
 from glm_batch.models.engine.cuda.decode_graphs import DecodeGraphs, DecodeInputs, is_decode
 from glm_batch.models.engine.cuda.glm_fused import fused_forward
-from glm_batch.models.engine.cuda.paged import PagedQueries
 from glm_batch.models.engine.execution.batch import Batch
 from glm_batch.models.engine.execution.media_encoder import MediaEncoder
 from glm_batch.models.engine.execution.runner import TorchRunner

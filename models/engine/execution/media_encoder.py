@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from glm_batch.models.byte_cache import ByteCache
 from glm_batch.models.checkpoint.media_config import MediaKind
-from glm_batch.models.engine.scheduling.step_size import is_out_of_memory
+from glm_batch.models.engine.scheduling.scheduler import is_out_of_memory
 from glm_batch.models.network.vision import Grid, VisionTower
 from glm_batch.models.processing.patches import MediaItem
 

@@ -26,7 +26,7 @@ from glm_batch.models.engine.execution.settings import (
     resolve_limits,
 )
 from glm_batch.models.engine.scheduling.placeholders import Span
-from glm_batch.models.engine.scheduling.step_size import is_out_of_memory
+from glm_batch.models.engine.scheduling.scheduler import is_out_of_memory
 from glm_batch.models.engine.works.readout import StepOutput
 from glm_batch.models.errors import EngineError
 from glm_batch.models.network.layers.parallel import SINGLE, ParallelGroup, TorchGroup, dealt

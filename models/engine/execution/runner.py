@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.request import PromptScores
 from glm_batch.models.engine.execution.batch import Batch, Group
-from glm_batch.models.engine.execution.kv_cache import KVCache
 from glm_batch.models.engine.execution.media_encoder import MediaEncoder
+from glm_batch.models.engine.execution.settings import KVCache
 from glm_batch.models.engine.works.readout import (
     NOTHING,
     Floats,

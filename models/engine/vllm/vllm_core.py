@@ -1,4 +1,6 @@
-"""One running vLLM engine in this process: its arguments, building and closing."""
+"""One running vLLM engine in this process: its arguments, building and closing;
+and what of vLLM's own is replaced for that.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,26 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from vllm import ModelRegistry
+from vllm.model_executor.models.glm4_1v import (
+    Glm4vDummyInputsBuilder,
+    Glm4vForConditionalGeneration,
+    Glm4vMultiModalProcessor,
+    Glm4vProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.v1.structured_output.backend_guidance import GuidanceBackend
 
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
 from glm_batch.models.checkpoint.model_config import ModelConfig
 from glm_batch.models.engine.api.interface import EngineConfig
 from glm_batch.models.engine.api.request import Priority
-from glm_batch.models.engine.execution.kv_cache import bytes_per_token, default_kv_tokens
-from glm_batch.models.engine.execution.settings import resolve_auto
+from glm_batch.models.engine.decoding.constraints import ll_tokenizer
+from glm_batch.models.engine.execution.settings import (
+    bytes_per_token,
+    default_kv_tokens,
+    resolve_auto,
+)
 from glm_batch.models.engine.vllm.vllm_limits import set_environment
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.processing.tokenizer import Tokenizer
@@ -168,7 +183,7 @@ class VllmCore:
 
         self.runner = runner
         if settings.model.vision is not None:
-            from glm_batch.models.engine.vllm.vllm_overrides import register
+            from glm_batch.models.engine.vllm.vllm_core import register
 
             register()
         # while vLLM builds it collects garbage five times: none of it among its own modules
@@ -219,7 +234,7 @@ class VllmCore:
 
     def _share_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Constraints see the tokens as TorchEngine does: see OwnGuidance."""
-        from glm_batch.models.engine.vllm.vllm_overrides import OwnGuidance
+        from glm_batch.models.engine.vllm.vllm_core import OwnGuidance
 
         manager = self._llm.engine_core.engine_core.structured_output_manager
         if tokenizer.eos_token_ids:
@@ -228,3 +243,39 @@ class VllmCore:
                 tokenizer=tokenizer,
                 vocab_size=self._llm.vllm_config.model_config.get_vocab_size(),
             )
+
+
+class OwnProcessingInfo(Glm4vProcessingInfo):  # type: ignore[misc]  # vllm has no types here
+    """As many images and videos as fit; each may fill the context."""
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None, "video": None}
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        return {modality: seq_len for modality, count in mm_counts.items() if count}
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Glm4vMultiModalProcessor, info=OwnProcessingInfo, dummy_inputs=Glm4vDummyInputsBuilder
+)
+class OwnGlm4v(Glm4vForConditionalGeneration):  # type: ignore[misc]  # vllm has no types here
+    """The same network."""
+
+
+def register() -> None:
+    """From now on this process's engines build OwnGlm4v."""
+    ModelRegistry.register_model("Glm4vForConditionalGeneration", OwnGlm4v)
+
+
+class OwnGuidance(GuidanceBackend):  # type: ignore[misc]  # vllm has no types here
+    """Masks allow what TorchEngine's allow: any of the end ids where a text may end, and no control
+    token inside.
+
+    `tokenizer` is a models.processing.tokenizer.Tokenizer.
+    """
+
+    def __post_init__(self) -> None:
+        self.disable_any_whitespace = self.disable_additional_properties = False
+        self.ll_tokenizer = ll_tokenizer(self.tokenizer, self.vocab_size)

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from glm_batch.models.engine.api.request import Choose, Request
-from glm_batch.models.engine.scheduling.choice_tree import PROMPT, ChoiceTree
 from glm_batch.models.engine.scheduling.placeholders import PlacedMedia
-from glm_batch.models.engine.scheduling.sequence import Sequence
+from glm_batch.models.engine.scheduling.sequence import PROMPT, ChoiceTree, Sequence
 from glm_batch.models.engine.works.answer import Answer, Context, EchoPrompt, Fields, ForkMaker
 from glm_batch.models.engine.works.readout import ReadoutBuilder, StepOutput, Wanted
 from glm_batch.models.errors import RowError

@@ -57,7 +57,7 @@ class AttentionBatch:
 
 
 # Who sees what, in the form that the attend function takes: groups, or
-# models.engine.cuda.paged.PagedQueries.
+# models.engine.cuda.batch_paged.PagedQueries.
 Visible = Any
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Visible], torch.Tensor]

@@ -71,7 +71,6 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> float:
     return time.monotonic() - begun
 
 
-@pytest.mark.waits
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_stopped_rank_ends_its_group(tmp_path: Path) -> None:
     import ray

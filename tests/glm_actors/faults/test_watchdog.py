@@ -53,7 +53,6 @@ def hang(block: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.waits
 def test_a_step_that_sleeps_ends_the_process_with_its_reason() -> None:
     ended = hang("time.sleep(60)")
     assert ended.returncode == 70
@@ -63,7 +62,6 @@ def test_a_step_that_sleeps_ends_the_process_with_its_reason() -> None:
     )
 
 
-@pytest.mark.waits
 def test_a_step_that_blocks_python_itself_ends_too_and_leaves_its_stack() -> None:
     ended = hang("ctypes.PyDLL(None).sleep(60)")
     assert ended.returncode == 1

@@ -12,13 +12,13 @@ import time
 import numpy as np
 
 from glm_batch.glm_actors.faults import child
-from glm_batch.glm_actors.media import decoder
+from glm_batch.glm_actors.media import media_loader
 from glm_batch.models.checkpoint.media_config import MediaKind
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.patches import Encoded, MediaPatches, as_file
 
 
-def make_decode(**_: object) -> decoder.Decode:
+def make_decode(**_: object) -> media_loader.Decode:
     leaked: list[np.ndarray] = []
 
     def decode(kind: MediaKind, data: Encoded, digest: str) -> MediaPatches:
@@ -54,4 +54,4 @@ def make_decode(**_: object) -> decoder.Decode:
 
 if __name__ == "__main__":
     child.ORPHAN_GRACE_S = 0.3
-    decoder.main(make_decode)
+    media_loader.main(make_decode)

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from glm_batch.glm_actors.faults.child import INLINE_BYTES
-from glm_batch.glm_actors.media.decoder import Decoder, Setup
+from glm_batch.glm_actors.media.media_loader import Decoder, Setup
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig
 from glm_batch.models.errors import EngineError, RowError
 from glm_batch.models.processing.images import ImageProcessor
@@ -39,7 +39,7 @@ def make() -> Iterator[Callable[..., Decoder]]:
     """make(module, **limits): a decoder."""
     made: list[Decoder] = []
 
-    def get(module: str = "glm_batch.glm_actors.media.decoder", **limits: Any) -> Decoder:
+    def get(module: str = "glm_batch.glm_actors.media.media_loader", **limits: Any) -> Decoder:
         values = {"num_bytes": 1 << 28, "timeout_s": 60.0, **limits}
         made.append(Decoder(Setup(image=IMAGE, video=SMALL, **values), module=module))
         return made[-1]
@@ -147,7 +147,6 @@ def test_a_crash_costs_one_item(word: str, says: str, hostile: Decoder) -> None:
     assert works(hostile)
 
 
-@pytest.mark.waits
 def test_a_hang_is_ended_at_the_deadline(hostile: Decoder) -> None:
     assert works(hostile)
     first, begin = hostile.pid, time.monotonic()
@@ -169,7 +168,6 @@ def test_killed_while_it_decodes(sent: signal.Signals, make: Callable[..., Decod
     decoder.close()
 
 
-@pytest.mark.waits
 def test_stopped_at_a_clip(make: Callable[..., Decoder]) -> None:
     """The real decoder, which cannot move."""
     decoder = make(timeout_s=1.0)
@@ -275,12 +273,11 @@ def test_closing_ends_it_and_a_later_item_starts_another(make: Callable[..., Dec
     decoder.close()
 
 
-@pytest.mark.waits
 @pytest.mark.parametrize("word", ["idle", "hang"])
 def test_it_does_not_outlive_its_parent(word: str) -> None:
     code = f"""
 import threading
-from glm_batch.glm_actors.media.decoder import Decoder, Setup
+from glm_batch.glm_actors.media.media_loader import Decoder, Setup
 from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig
 setup = Setup(image=ImageProcessorConfig(), video=VideoProcessorConfig(), num_bytes=1 << 28, timeout_s=1.0)
 decoder = Decoder(setup, module={HOSTILE!r})
@@ -305,7 +302,7 @@ decoder.decode("image", b"hang", "") if {word == "hang"} else threading.Event().
 
 def test_it_needs_neither_ray_nor_arrow() -> None:
     code = (
-        "import sys\nfrom glm_batch.glm_actors.media.decoder import make_decode\n"
+        "import sys\nfrom glm_batch.glm_actors.media.media_loader import make_decode\n"
         "from glm_batch.models.checkpoint.media_config import ImageProcessorConfig, VideoProcessorConfig\n"
         "make_decode(ImageProcessorConfig(), VideoProcessorConfig())\n"
         "print(*{name.partition('.')[0] for name in sys.modules})"

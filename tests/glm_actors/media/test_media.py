@@ -208,7 +208,6 @@ def test_a_crash_is_not_remembered(loader: MediaLoader) -> None:
     assert [code_of(result) for result in results] == ["decoder_crashed", "ok", "ok"]
 
 
-@pytest.mark.waits
 def test_a_hang_costs_its_row_and_no_other(root: Path) -> None:
     loader = MediaLoader(MediaRules(decode_timeout_s=0.5), IMAGE, SMALL)
     good = encoded(picture(33, 44), "PNG")

@@ -23,7 +23,7 @@ from glm_batch.glm_actors.serving.openai.protocol import (
 )
 from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.models.engine import Completion, EngineConfig
 from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.engine.torch_engine import TorchEngine

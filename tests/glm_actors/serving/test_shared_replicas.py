@@ -34,7 +34,7 @@ from glm_batch.glm_actors.serving.replicas.deployment import (
 from glm_batch.glm_actors.serving.replicas.replica import Replica
 from glm_batch.glm_actors.shared.shared_model import BatchWork
 from glm_batch.jobs.__main__ import EXIT_BAD_CONFIG, app
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.jobs.serving.serve import start
 from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.engine.api.request import BATCH, Generate, Request, SamplingParams

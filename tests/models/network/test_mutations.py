@@ -17,8 +17,7 @@ import torch
 import glm_batch.models.network.glm
 from glm_batch import models
 from glm_batch.models.engine.llm import LLM
-from glm_batch.models.network.glm import Backbone
-from glm_batch.models.network.glm4 import Glm4DecoderLayer
+from glm_batch.models.network.glm import Backbone, Glm4DecoderLayer
 from glm_batch.models.network.layers.rope import RopeTable
 from tests.models.conftest import MakeCheckpoint, load_oracle, random_ids
 

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 
 from glm_batch.models.errors import ConfigError
 from glm_batch.models.processing.scores import Scaling, softmax
-from glm_batch.pipelines.calibration.scaling import PULL, fit, fitted, quality
+from glm_batch.pipelines.calibration.calibration import PULL, fit, fitted, quality
 
 LABELS = ("a", "b", "c", "d")
 

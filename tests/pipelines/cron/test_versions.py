@@ -17,11 +17,11 @@ from glm_batch.jobs.__main__ import app
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.cron.versions import Versions, find
 from glm_batch.pipelines.job import Job, StorageSection
-from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import BusyError
 from glm_batch.pipelines.output.manifest import write_manifest
 from glm_batch.pipelines.output.parts import part_of
+from glm_batch.pipelines.output.state import collect
 from glm_batch.pipelines.storage.s3 import S3
 from glm_batch.pipelines.storage.storage import S3Store, StorageError
 from tests.pipelines.cron.cron_world import make_job, night, process_here

@@ -16,8 +16,8 @@ from sklearn.metrics import (
     f1_score,
 )
 
-from glm_batch.pipelines.evaluation import classes
-from glm_batch.pipelines.evaluation.reliability import brier, reliability
+from glm_batch.pipelines.evaluation import agreement
+from glm_batch.pipelines.evaluation.agreement import brier, reliability
 
 LABELS = ["a", "b", "c"]
 PAIRS = st.lists(
@@ -29,8 +29,8 @@ PAIRS = st.lists(
 @given(PAIRS)
 def test_class_metrics_are_scikit_learns(pairs: list[tuple[str, str | None]]) -> None:
     gold, answers = [g for g, _ in pairs], [a for _, a in pairs]
-    found = classes.class_metrics(gold, answers, LABELS)
-    table = classes.confusion(gold, answers, LABELS)
+    found = agreement.class_metrics(gold, answers, LABELS)
+    table = agreement.confusion(gold, answers, LABELS)
     given_ = ["(none)" if a is None else a for a in answers]
     seen = sorted((set(gold) | set(given_)) - {"(none)"})
     with warnings.catch_warnings():
@@ -51,21 +51,21 @@ def test_class_metrics_are_scikit_learns(pairs: list[tuple[str, str | None]]) ->
 @given(PAIRS)
 def test_the_resampled_formulas_are_the_same(pairs: list[tuple[str, str | None]]) -> None:
     gold, answers = [g for g, _ in pairs], [a for _, a in pairs]
-    points = classes.class_metrics(gold, answers, LABELS)
-    counts = classes.confusion(gold, answers, LABELS).counts
-    for name, formula in classes.RESAMPLED.items():
+    points = agreement.class_metrics(gold, answers, LABELS)
+    counts = agreement.confusion(gold, answers, LABELS).counts
+    for name, formula in agreement.RESAMPLED.items():
         assert formula(np.stack([counts, 2 * counts])) == pytest.approx([points[name]] * 2)
 
 
 def test_labels_beyond_the_set_are_wrong() -> None:
-    table = classes.confusion(["a", "z", "b"], ["a", "a", "y"], ["a", "b"])
+    table = agreement.confusion(["a", "z", "b"], ["a", "a", "y"], ["a", "b"])
     assert table.labels == ("a", "b", "z")
     assert table.counts.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
 
 
 def test_resampled_counts_keep_the_number_of_rows() -> None:
     counts = np.array([[3, 0, 1], [0, 6, 0]])
-    drawn = classes.resampled_counts(counts, 500, np.random.default_rng(0))
+    drawn = agreement.resampled_counts(counts, 500, np.random.default_rng(0))
     assert (drawn.sum(axis=(1, 2)) == 10).all()
     np.testing.assert_allclose(drawn.mean(axis=0), counts, atol=0.3)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from glm_batch.pipelines.evaluation import classes
+from glm_batch.pipelines.evaluation import agreement
+from glm_batch.pipelines.evaluation.agreement import reliability
 from glm_batch.pipelines.evaluation.intervals import (
     bca,
     holm,
@@ -18,7 +19,6 @@ from glm_batch.pipelines.evaluation.intervals import (
     paired_difference,
     resample,
 )
-from glm_batch.pipelines.evaluation.reliability import reliability
 
 TRIALS = 1200  # the coverage is known to within 0.6 % (one standard deviation)
 
@@ -50,12 +50,12 @@ def test_the_interval_of_macro_f1_covers_it() -> None:
     chances = np.array(
         [[0.30, 0.06, 0.02, 0.02], [0.05, 0.20, 0.04, 0.01], [0.02, 0.03, 0.24, 0.01]]
     )
-    truth = float(classes.macro_f1(np.rint(chances * 100).astype(np.int64)))
+    truth = float(agreement.macro_f1(np.rint(chances * 100).astype(np.int64)))
     hits = []
     for _ in range(TRIALS):
         counts = rng.multinomial(400, chances.ravel()).reshape(chances.shape)
-        drawn = classes.macro_f1(classes.resampled_counts(counts, 1000, rng))
-        low, high = bca(drawn, float(classes.macro_f1(counts)))
+        drawn = agreement.macro_f1(agreement.resampled_counts(counts, 1000, rng))
+        low, high = bca(drawn, float(agreement.macro_f1(counts)))
         hits.append(low <= truth <= high)
     assert 0.93 <= covered(hits) <= 0.97
 

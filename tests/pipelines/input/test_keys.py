@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_batch.models.errors import ConfigError
-from glm_batch.pipelines.input import keys
-from glm_batch.pipelines.input.keys import HashStore, InputRow, find_duplicates
+from glm_batch.pipelines.input import values
+from glm_batch.pipelines.input.values import HashStore, InputRow, find_duplicates
 
 Files = list[list[str | None]]
 
 
-def reader(files: Files, piece: int) -> keys.KeyReader:
+def reader(files: Files, piece: int) -> values.KeyReader:
     def read() -> Iterator[tuple[int, int, list[str | None]]]:
         for number, rows in enumerate(files):
             for start in range(0, len(rows), piece):
@@ -40,7 +40,7 @@ def test_duplicates_are_those_of_a_dictionary(files: Files, piece: int) -> None:
 
 
 def test_equal_hashes_of_different_keys_are_no_duplicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "hash", lambda text: 7, raising=False)
+    monkeypatch.setattr(values, "hash", lambda text: 7, raising=False)
     assert find_duplicates(reader([["a", "b", "a"]], 2), "id") == {(0, 2): (0, 0)}
 
 
@@ -57,6 +57,6 @@ def test_hashes_on_disk_give_what_hashes_in_memory_give(in_memory: int) -> None:
 
 
 def test_a_column_that_is_no_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "MAX_DUPLICATES", 5)
+    monkeypatch.setattr(values, "MAX_DUPLICATES", 5)
     with pytest.raises(ConfigError, match="more than 5 rows repeat the 'colour'"):
         find_duplicates(reader([["red"] * 8], 3), "colour")

@@ -20,7 +20,7 @@ from glm_batch.models.engine.api.request import Generate, Request, SamplingParam
 from glm_batch.models.engine.echo import EchoEngine
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.tokenizer import Tokenizer
-from glm_batch.pipelines.metrics.bottleneck import (
+from glm_batch.pipelines.metrics.counts import (
     COMMITTING,
     ENGINE,
     PREPARING,

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from glm_batch.glm_actors.engines.engine_loop import EngineLoop
 from glm_batch.glm_actors.units.batches import to_requests, with_completions
-from glm_batch.jobs.files.job_file import load_kept_job
+from glm_batch.jobs.files.sections import load_kept_job
 from glm_batch.models.engine import build_engine
 from glm_batch.models.errors import RowError
 from glm_batch.pipelines import run

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from glm_batch.pipelines.input.listing import InputFile
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import own
 from glm_batch.pipelines.output.manifest import is_finished, write_manifest
+from glm_batch.pipelines.output.state import collect
 from glm_batch.pipelines.planning.plan import Plan, PlannedFile
 
 NUM_ROWS, UNIT_ROWS = 11, 2

@@ -9,12 +9,11 @@ import pytest
 
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import Output
 from glm_batch.pipelines.output.lease import own
 from glm_batch.pipelines.output.manifest import write_manifest
 from glm_batch.pipelines.output.parts import part_of
-from glm_batch.pipelines.output.state import verify
+from glm_batch.pipelines.output.state import collect, verify
 from glm_batch.pipelines.storage.storage import StorageError
 from tests.pipelines.output.test_commit import SCHEMA, commit, make_plan, rows
 

@@ -26,9 +26,9 @@ from glm_batch.models.errors import RowError
 from glm_batch.pipelines import run
 from glm_batch.pipelines.job import CommitSection
 from glm_batch.pipelines.metrics.counts import Counts
-from glm_batch.pipelines.output.cleanup import collect
 from glm_batch.pipelines.output.commit import JOURNAL, Output
 from glm_batch.pipelines.output.journal import Journal, leftovers
+from glm_batch.pipelines.output.state import collect
 from glm_batch.pipelines.storage.storage import StorageError, Store
 from glm_batch.pipelines.tasks.rows import UNIT
 from tests.pipelines.graph.test_culprits import NUM_ROWS, actor_with, make_job, records, write_input

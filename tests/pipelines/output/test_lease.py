@@ -81,7 +81,6 @@ def test_a_living_driver_is_respected_and_named(store: Store) -> None:
         take(store)
 
 
-@pytest.mark.waits
 def test_a_driver_on_another_machine_is_respected_while_it_beats(store: Store) -> None:
     leave(store, boot="another")
     beats = iter(range(10**6))
@@ -101,7 +100,6 @@ def test_a_driver_on_another_machine_is_respected_while_it_beats(store: Store) -
         take(Beating())  # type: ignore[arg-type]
 
 
-@pytest.mark.waits
 @pytest.mark.parametrize(
     "changes", [{"boot": "another"}, {"namespace": "another container"}, {"boot": ""}]
 )

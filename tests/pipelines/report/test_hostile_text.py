@@ -13,8 +13,8 @@ import pytest
 
 from glm_batch.pipelines.job import TaskConfig
 from glm_batch.pipelines.report import charts
+from glm_batch.pipelines.report.charts import MOST, shown
 from glm_batch.pipelines.report.page import _asset, render
-from glm_batch.pipelines.report.text import MOST, shown
 from tests.pipelines.report.world import LABELS, Page, a_job, chosen, commit_rows, page_of
 
 PIECES = [

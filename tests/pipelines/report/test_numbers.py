@@ -18,7 +18,7 @@ from sklearn.metrics import (
 
 from glm_batch.glm_actors.faults.spent import ENGINE_BUSY, ENGINE_IDLE, IN_ENGINE, MEDIA
 from glm_batch.models.engine.api.request import SamplingParams
-from glm_batch.pipelines.evaluation.reliability import NUM_BINS
+from glm_batch.pipelines.evaluation.agreement import NUM_BINS
 from glm_batch.pipelines.job import TaskConfig
 from glm_batch.pipelines.report.answers import matrix
 from glm_batch.pipelines.report.page import _asset

@@ -28,8 +28,8 @@ from glm_batch.pipelines.output.parts import CommitRecord
 from glm_batch.pipelines.report import charts
 from glm_batch.pipelines.report.answers import TEXTS, Question, row_facts
 from glm_batch.pipelines.report.cards import pictures
+from glm_batch.pipelines.report.charts import compact, duration, percent
 from glm_batch.pipelines.report.committed_rows import MAX_VALUES, NUMBER_BINS, committed_rows
-from glm_batch.pipelines.report.text import compact, duration, percent
 from glm_batch.pipelines.report.timeline import Clock
 from tests.pipelines.report.world import a_job, choose_job, chosen, commit_rows, page_of
 

@@ -12,7 +12,7 @@ import pytest
 from glm_batch.glm_actors.units.batches import to_completions
 from glm_batch.jobs.commands.label import label
 from glm_batch.jobs.cron.cron import cron
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.pipelines import run
 from glm_batch.pipelines.cron.versions import Versions
 from glm_batch.pipelines.output.commit import Output

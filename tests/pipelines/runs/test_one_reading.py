@@ -99,7 +99,7 @@ def test_cron(job_file: Path, counted: Counter[str]) -> None:
 
 
 def test_run_from_python(job_file: Path, counted: Counter[str]) -> None:
-    from glm_batch.jobs.files.job_file import load_job
+    from glm_batch.jobs.files.sections import load_job
 
     job, _ = load_job(str(job_file), [])
     pipeline.run(job)

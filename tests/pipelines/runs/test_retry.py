@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from glm_batch.jobs.files.job_file import load_kept_job
+from glm_batch.jobs.files.sections import load_kept_job
 from glm_batch.models.errors import ConfigError
 from glm_batch.pipelines import run
 from glm_batch.pipelines.job import Job, job_file

@@ -26,8 +26,8 @@ from glm_batch.models.engine import (
     Request,
     SamplingParams,
 )
+from glm_batch.models.engine.cuda.batch_paged import TILE_ROWS
 from glm_batch.models.engine.cuda.kernels import resolve_tile_queries
-from glm_batch.models.engine.cuda.paged import TILE_ROWS
 from glm_batch.models.engine.torch_engine import TorchEngine
 from glm_batch.models.errors import ConfigError
 from tests.models.conftest import MakeCheckpoint, random_ids

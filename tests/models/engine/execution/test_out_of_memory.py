@@ -23,7 +23,7 @@ from glm_batch.models.engine import (
     SamplingParams,
 )
 from glm_batch.models.engine.execution.batch import Batch
-from glm_batch.models.engine.scheduling.step_size import (
+from glm_batch.models.engine.scheduling.scheduler import (
     STEPS_TO_RECOVER,
     StepSize,
     is_out_of_memory,

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_batch.models.engine.scheduling.choice_tree import PROMPT, ChoiceTree
+from glm_batch.models.engine.scheduling.sequence import PROMPT, ChoiceTree
 
 Label = tuple[int, ...]
 labels = st.lists(

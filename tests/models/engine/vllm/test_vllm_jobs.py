@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from glm_batch.glm_actors.units.model_actor import ModelActor
-from glm_batch.jobs.files.job_file import load_job
+from glm_batch.jobs.files.sections import load_job
 from glm_batch.pipelines.job import TaskConfig
 from glm_batch.pipelines.planning.plan import job_source
 from glm_batch.pipelines.runs.pipeline import engine_config
