@@ -6,6 +6,7 @@ Each kind is a subclass in a file of its own; pipelines.tasks.kinds lists them.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ from glm_batch.pipelines.job import Job, TaskConfig
 Columns = dict[str, Any]
 
 
-class Task:
+class Task(ABC):
     """One job's task in one process. A row's columns are null where it failed.
 
     `keys` are the keys of the task section that not every kind takes; a job that sets another is
@@ -62,9 +63,9 @@ class Task:
         self.work: Work = self._work()
 
     @staticmethod
+    @abstractmethod
     def columns(job: Job, model: ModelConfig) -> dict[str, pa.DataType]:
         """The task's own output columns."""
-        raise NotImplementedError
 
     @staticmethod
     def problems(job: Job) -> Iterator[tuple[str, str]]:
@@ -76,9 +77,9 @@ class Task:
         """Why a checkpoint with the right head cannot do it all the same."""
         return iter(())
 
+    @abstractmethod
     def _work(self) -> Work:
         """What is asked about each row's prompt."""
-        raise NotImplementedError
 
     @property
     def labels(self) -> Sequence[str]:
@@ -118,9 +119,9 @@ class Task:
         """What `answer` will be told of the row, by the columns of `notes`."""
         return {}
 
+    @abstractmethod
     def answer(self, completions: Sequence[Completion], note: Mapping[str, Any]) -> Columns:
         """The row's own columns, of completions without an error. Raises RowError."""
-        raise NotImplementedError
 
     def is_right(self, columns: Columns, gold: object) -> bool:
         """Whether a row's columns agree with its gold answer."""
