@@ -17,8 +17,9 @@ from PIL import Image
 from glm_batch.glm_actors.serving.http.border import Border
 from glm_batch.glm_actors.serving.http.http_app import build_app
 from glm_batch.glm_actors.serving.openai import prompter
-from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel, ServeEngine
+from glm_batch.glm_actors.serving.openai.serve_settings import ServedModel
 from glm_batch.glm_actors.serving.replicas.replica import Replica
+from glm_batch.models.engine.api.interface import EngineOptions
 from glm_batch.models.errors import RowError
 from glm_batch.models.processing.prompt import Prompter
 from glm_batch.models.request_limits import RequestLimits
@@ -43,7 +44,7 @@ PART = {"type": "text", "text": "Where is my parcel?", "cache_control": {"type":
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Replica]:
     """As a configuration without limits of its own has it."""
-    engine = ServeEngine(dtype="float32", kv_cache_tokens=1 << 16)
+    engine = EngineOptions(dtype="float32", kv_cache_tokens=1 << 16)
     built = Replica(ServedModel(model=TINY, engine=engine), RequestLimits(schema_s=20.0))
     yield built
     built.close()
