@@ -159,8 +159,10 @@ def _show(console: Console, report: dict[str, Any]) -> None:
     table = Table(*headings, title=f"an engine of {report['rows_per_s']:.0f} rows/s")
     for line in report["kills"]:
         table.add_row(
-            line["target"], f"{line['every_seconds']:g}", str(line["unit_rows"]), str(line["kills"]),
-            f"{line['rows_again']:.0f}", f"{line['seconds_again']:.2f}", f"{line['next_commit_s']:.1f}",
+            line["target"], f"{line['every_seconds']:g}", str(line["unit_rows"]),
+            str(line["kills"]),
+            f"{line['rows_again']:.0f}", f"{line['seconds_again']:.2f}",
+            f"{line['next_commit_s']:.1f}",
         )  # fmt: skip
     console.print(table)
     restarts = report["restarts"]

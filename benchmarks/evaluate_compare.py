@@ -93,7 +93,7 @@ def main(
 
 
 def write_rows(folder: Path, checkpoint: Path, num_rows: int, shots: int) -> None:
-    """The same prompts for both: columns for our template, and the rendered context for lm_eval's."""
+    """The same prompts for both: columns for our template, the rendered context for lm_eval's."""
     rng, words = random.Random(5), make_words(4000)
     header = "".join(
         f"Text: {' '.join(rng.choices(words, k=SHOT_WORDS))}\nTeam: {rng.choice(LABELS)}\n\n"

@@ -23,8 +23,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 1024, 16, 16, 2, 64, 2816, 32768
 LABELS = ("billing", "shipping", "account", "technical")
 SPECIALS = (
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
-    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>",
+    "<|assistant|>",
+    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>",
+    "<|end_of_video|>",
 )  # fmt: skip
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 # Letters, numbers of up to three digits, punctuation runs and white space are separate pieces, as

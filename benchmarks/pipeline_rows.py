@@ -96,7 +96,8 @@ def _report(job: WatchedJob) -> dict[str, Any]:
 def _memory(sample: Sample) -> dict[str, float]:
     memory = sample.memory
     return {
-        "at_s": sample.at_s, "driver": memory["driver"], "workers": sample.workers, "daemons": memory["daemons"],
+        "at_s": sample.at_s, "driver": memory["driver"], "workers": sample.workers,
+        "daemons": memory["daemons"],
     }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchedJob:
-    """A finished job: its samples, its seconds from process start to exit, its plan and its rows."""
+    """A finished job: samples, seconds from process start to exit, plan and rows."""
 
     samples: list[Sample]
     total_s: float

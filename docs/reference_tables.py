@@ -49,7 +49,7 @@ ABOUT_COLUMNS = {
     "error_code": "null for good rows; see [Error codes](error-codes.md)",
     "error_message": "null for good rows",
     "attempts": "how often the row was tried",
-    "label": "the likeliest label; classify: one label, a list of several, or a number (regression)",
+    "label": "the likeliest label; classify: one label, several, or a number (regression)",
     "probability": "the label's share among the labels",
     "label_probs": "softmax over the labels, in the order of `labels`",
     "off_set_mass": "the probability that the model would have written none of the labels",
@@ -91,7 +91,7 @@ def job() -> str:
 
 
 def job_yaml() -> str:
-    """A whole job file: every key with its default, to copy from. Keys without one have a sample."""
+    """A whole job file, to copy from: every key with its default, or a sample."""
     samples = {"model": "examples/tiny_glm", "input": ["examples/support/*.parquet"]}
     samples |= {"output": "out/route", "kind": "choose"}
     lines = list(_yaml_lines(Job, samples, ""))

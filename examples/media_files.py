@@ -53,7 +53,7 @@ def encode_image(picture: Image.Image, rng: random.Random) -> bytes:
 
 
 def encode_clip(frames: Sequence[Image.Image], fps: int, *, index_first: bool = False) -> bytes:
-    """An H.264 file of frames with even sides; `index_first` puts the index of packets before them."""
+    """An H.264 file of frames with even sides; `index_first` puts the packets' index before."""
     # a file in memory cannot be opened again to move its index
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"

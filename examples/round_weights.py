@@ -20,7 +20,7 @@ LAYERS = (".layers.", ".blocks.")
 
 
 def rounded(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """[rows, columns] with at most 2^bits values in each group of `group` columns; the type stays."""
+    """[rows, columns] with at most 2^bits values in each `group` columns; the type stays."""
     groups = weight.float().reshape(len(weight), -1, group)
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)

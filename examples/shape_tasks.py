@@ -122,7 +122,7 @@ class MediaStream:
 def make_batch(
     encoder: ChatEncoder, prompts: dict[str, str], shown: list[Shown]
 ) -> tuple[Batch, torch.Tensor]:
-    """A batch in which every picture and clip is asked its questions, and the hints of all of them."""
+    """A batch that asks every picture and clip its questions, and the hints of all."""
     samples = [
         make_sample(encoder, (None, prompts[task]), answer, (index, item.patches))
         for index, item in enumerate(shown)

@@ -257,7 +257,7 @@ def _fills(colour: str, count: int, rng: random.Random) -> list[Colour]:
 
 
 def _background(fills: list[Colour], rng: random.Random) -> Background:
-    """Plain, a gradient or clouds, in pale, dark or greyish colours from which all fills stand out."""
+    """Plain, a gradient or clouds, in colours from which all fills stand out."""
     kind = rng.choice(("plain", "gradient", "noise"))
     first = _contrasting(fills, rng)
     return Background(

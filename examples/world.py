@@ -19,7 +19,8 @@ from sentences import Split
 LABELS = ("billing", "shipping", "account", "technical", "other")
 
 CONTROL_STRINGS = (
-    "<|assistant|>", "<|user|>", "<|system|>", "<|observation|>", "<|endoftext|>", "[gMASK]<sop>", "<|image|>",
+    "<|assistant|>", "<|user|>", "<|system|>", "<|observation|>", "<|endoftext|>", "[gMASK]<sop>",
+    "<|image|>",
 )  # fmt: skip
 
 _TEAMS = {label: label for label in LABELS} | {"other": "support"}
@@ -29,19 +30,24 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 _SLOTS = {
     "name": (
-        "Anna", "Ben", "Carla", "David", "Elif", "Farid", "Grace", "Hiro", "Ines", "Jonas", "Kavya", "Liam", "Mei",
+        "Anna", "Ben", "Carla", "David", "Elif", "Farid", "Grace", "Hiro", "Ines", "Jonas",
+        "Kavya", "Liam", "Mei",
         "Noah", "Olga", "Priya", "Rosa", "Sven", "Tara", "Zoë", "José", "Łukasz", "Søren", "李雷",
     ),
     "item": (
-        "desk lamp", "coffee grinder", "backpack", "office chair", "kettle", "headset", "rain jacket", "tent",
-        "blender", "watch", "speaker", "keyboard", "bicycle pump", "yoga mat", "frying pan", "monitor",
+        "desk lamp", "coffee grinder", "backpack", "office chair", "kettle", "headset",
+        "rain jacket", "tent",
+        "blender", "watch", "speaker", "keyboard", "bicycle pump", "yoga mat", "frying pan",
+        "monitor",
     ),
     "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     "month": (
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January", "February", "March", "April", "May", "June", "July", "August", "September",
+        "October", "November",
         "December",
     ),
-    "city": ("Lyon", "Porto", "Leeds", "Bergen", "Graz", "Kraków", "Turin", "Ghent", "Malmö", "Cork"),
+    "city": ("Lyon", "Porto", "Leeds", "Bergen", "Graz", "Kraków", "Turin", "Ghent", "Malmö",
+    "Cork"),
     "device": ("phone", "tablet", "laptop", "computer"),
 }  # fmt: skip
 

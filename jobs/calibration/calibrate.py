@@ -1,7 +1,7 @@
 """`glm-batch calibrate`: fits a calibration on a finished job's gold answers. Starts no Ray.
 
-Owns which rows are taken and where the file goes. The fit is pipelines.calibration.calibration's, the
-file's form pipelines.calibration.calibration's.
+Owns which rows are taken and where the file goes; the fit and the file's form are
+pipelines.calibration's.
 """
 
 from __future__ import annotations

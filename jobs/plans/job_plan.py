@@ -296,8 +296,8 @@ def estimate_job(
 
     A token costs 2 operations for each weight of the layers, plus attention over half of its
     prompt; the vocabulary projection is paid at the positions that are read: one for a prompt with
-    an answer, one for each output token, and all of a prompt whose tokens are scored. `media_tokens`
-    of a row cost the vision tower's weights for each of their patches.
+    an answer, one for each output token, and all of a prompt whose tokens are scored.
+    `media_tokens` of a row cost the vision tower's weights for each of their patches.
     """
     mean = statistics.fmean(lengths)
     outputs = statistics.fmean(map(_num_outputs, works))

@@ -1,4 +1,4 @@
-"""What was read, as Python rows: lines of JSONL, cells of Arrow columns, and keys, none of them twice.
+"""What was read, as Python rows: lines of JSONL, cells of Arrow columns, keys, none of them twice.
 
 A row that is wrong by itself becomes a RowError here.
 """

@@ -1,4 +1,4 @@
-"""Counts of finished work: of a unit, a run in progress, a whole job; and which stage holds it up."""
+"""Counts of finished work: of a unit, a run in progress, a job; and which stage holds it up."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class InputRows:
         return list(self.plan.units())
 
     def is_readable(self, number: int) -> bool:
-        """Whether a file, by its number in the plan, is what the job read; else `problems` tells."""
+        """Whether a file (its number in the plan) is what the job read; else `problems` tells."""
         if number not in self._checked:
             self._checked.add(number)
             planned = self.plan.files[number].file

@@ -31,16 +31,16 @@ def shared_model(app: str, engine: EngineConfig, *, senders: int = 1) -> SharedM
     if versions:
         theirs = " and ".join(sorted(versions))
         raise ConfigError(
-            f"--app {app}: it runs glm-batch {theirs}, and this is glm-batch {wanted.version}, whose answers may be "
-            "others; use the same version on both sides"
+            f"--app {app}: it runs glm-batch {theirs}, and this is glm-batch {wanted.version}, "
+            "whose answers may be others; use the same version on both sides"
         )
     found = "; ".join(
         f"{name.removeprefix(MODEL_PREFIX)}: {', '.join(wanted.differences(identity))}"
         for name, identity in served.items()
     )
     raise ConfigError(
-        f"--app {app}: it does not serve the job's model {engine.model} as the job asks for it ({found}); change the "
-        "job's keys, or serve this model"
+        f"--app {app}: it does not serve the job's model {engine.model} as the job asks for it "
+        f"({found}); change the job's keys, or serve this model"
     )
 
 
@@ -52,8 +52,8 @@ def _deployments(app: str) -> list[str]:
     if app not in applications:
         running = ", ".join(sorted(applications)) or "none"
         raise ConfigError(
-            f"--app {app}: no such application runs on this Ray cluster (running: {running}); start it with glm-batch "
-            "serve, or set RAY_ADDRESS to its cluster"
+            f"--app {app}: no such application runs on this Ray cluster (running: {running}); "
+            "start it with glm-batch serve, or set RAY_ADDRESS to its cluster"
         )
     return sorted(name for name in applications[app].deployments if name.startswith(MODEL_PREFIX))
 

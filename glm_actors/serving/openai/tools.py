@@ -86,8 +86,8 @@ class Tools:
     def held_to(
         self, format_: tuple[str, Constraint] | None, chat: Chat
     ) -> tuple[str, Constraint] | None:
-        """The field that asks for it, and what holds the answer to a call that must be, to a call or
-        a format, or a strict function's arguments to their schema.
+        """The field that asks for it, and what holds the answer to a call that must be, to a call
+        or a format, or a strict function's arguments to their schema.
         """
         if self.must:
             chosen = [function for function in self.functions if function.name in self.must]

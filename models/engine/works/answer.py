@@ -61,7 +61,7 @@ class ForkMaker(Protocol):
         ...
 
     def prompt(self, start: int, top: int) -> Any:
-        """What is known of the prompt's own tokens from `start` on, for the answer's `add_piece`."""
+        """What is known of the prompt's tokens from `start` on, for the answer's `add_piece`."""
         ...
 
     def pool(self, task: str, num_tokens: int | None = None) -> Any:
