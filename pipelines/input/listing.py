@@ -10,7 +10,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,18 @@ Format = Literal["parquet", "jsonl"]
 
 SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 log = logging.getLogger(__name__)
+# In a folder, tables of these are no input that could be overlooked.
+UNREAD = (
+    ".arrow", ".avro", ".bz2", ".csv", ".feather", ".gz", ".gzip", ".json", ".jsonlines", ".orc",
+    ".parq", ".pq", ".tsv", ".xz", ".zst",
+)  # fmt: skip
+TABLES = {
+    "Delta Lake": r"(^|/)_delta_log/",
+    "Hudi": r"(^|/)\.hoodie/",
+    "Iceberg": r"(^|/)metadata/[^/]+\.metadata\.json$",
+}
 MAGIC = re.compile(r"[*?\[]")  # where a glob begins
+BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +88,38 @@ def is_remote(path: str) -> bool:
     return path.startswith("s3://")
 
 
+def check_apart(patterns: Sequence[str], files: Sequence[InputFile], output: str) -> None:
+    """Raises ConfigError where the input takes in what is written to `output`, or lies in it."""
+    here = _whole(output)
+    for pattern in map(_whole, patterns):
+        if is_remote(pattern) != is_remote(here):
+            continue
+        is_folder = not glob.has_magic(pattern) and (is_remote(pattern) or os.path.isdir(pattern))
+        matches = re.compile(glob_translate(pattern)).fullmatch
+        taken = [f"{here}/{part}" for part in ("parts/0.parquet", "versions/0/parts/0.parquet")]
+        if (is_folder and f"{here}/".startswith(f"{pattern}/")) or any(map(matches, taken)):
+            raise ConfigError(
+                f"input: {pattern!r} takes in what is written to the output {output!r}, so that "
+                "each run would have more rows; let the output lie elsewhere, or narrow the pattern"
+            )
+    inside = [file.name for file in files if _whole(file.path).startswith(f"{here}/")]
+    if inside:
+        raise ConfigError(
+            f"input: {inside[0]} lies in the output {output!r}; let the output be a folder of its "
+            "own"
+        )
+
+
+def _whole(path: str) -> str:
+    return path.rstrip("/") if is_remote(path) else os.path.realpath(path)
+
+
 def _expand(pattern: str, storage: StorageSection) -> list[InputFile]:
-    files = _remote_files(pattern, S3(storage)) if is_remote(pattern) else _local_files(pattern)
+    """What a pattern names: a path that is there is that path, whatever characters it has."""
+    store = S3(storage) if is_remote(pattern) else None
+    files = _exact(pattern, store)
+    for each in [] if files else _alternatives(pattern):
+        files += _remote_files(each, store) if store else _local_files(each)
     for file in files:
         if os.path.splitext(file.path)[1] not in SUFFIXES:
             raise ConfigError(
@@ -86,6 +127,27 @@ def _expand(pattern: str, storage: StorageSection) -> list[InputFile]:
                 f"({', '.join(SUFFIXES)}); convert or unpack it, or narrow the pattern"
             )
     return files
+
+
+def _exact(pattern: str, store: S3 | None) -> list[InputFile]:
+    """The file of just this name, if its name reads like a pattern; others are found anyway."""
+    if not BRACES.search(pattern) and not glob.has_magic(pattern):
+        return []
+    if store is None:
+        return [_local_file(pattern)] if os.path.isfile(pattern) else []
+    try:
+        return [_remote_file(store.look(pattern))]
+    except OSError:
+        return []  # listing says what is wrong, if something is
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """a/{b,c}/d -> a/b/d, a/c/d."""
+    found = None if os.path.isdir(pattern) else BRACES.search(pattern)
+    if found is None:
+        return [pattern]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [each for one in found[1].split(",") for each in _alternatives(head + one + tail)]
 
 
 def _remote_files(pattern: str, store: S3) -> list[InputFile]:
@@ -96,8 +158,10 @@ def _remote_files(pattern: str, store: S3) -> list[InputFile]:
             return _listed(
                 store, MAGIC.split(pattern, maxsplit=1)[0], lambda url: matches(url) is not None
             )
-        folder = _listed(store, pattern.rstrip("/") + "/", _is_data)
-        return folder or [_remote_file(store.look(pattern))]
+        prefix = pattern.rstrip("/") + "/"
+        listed = _listed(store, prefix, lambda url: True)
+        folder = _of_folder(pattern, listed, [file.name[len(prefix) :] for file in listed])
+        return folder if listed else [_remote_file(store.look(pattern))]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -113,20 +177,66 @@ def _listed(store: S3, prefix: str, is_wanted: Callable[[str], bool]) -> list[In
 
 def _local_files(pattern: str) -> list[InputFile]:
     if os.path.isdir(pattern):
-        paths = [
-            path
-            for path in glob.iglob(os.path.join(pattern, "**"), recursive=True)
-            if _is_data(path)
-        ]
-    else:
-        paths = glob.glob(pattern, recursive=True)
-        paths = [pattern] if not paths and os.path.isfile(pattern) else paths
-        paths = [path for path in paths if not os.path.isdir(path)]
-    return [_local_file(path) for path in paths]
+        try:
+            paths = list(_walk(pattern))
+        except OSError as error:
+            raise ConfigError(
+                f"input: {error.filename} cannot be listed: {error.strerror}"
+            ) from error
+        return _of_folder(
+            pattern, map(_local_file, paths), [os.path.relpath(path, pattern) for path in paths]
+        )
+    paths = glob.glob(pattern, recursive=True)
+    paths = [pattern] if not paths and os.path.isfile(pattern) else paths
+    return [_local_file(path) for path in paths if not os.path.isdir(path)]
+
+
+def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """All files below a folder. Links to folders are followed, but not back to where they lie."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            yield from _walk(path, above | {real})
+        else:
+            yield path
+
+
+def _of_folder(folder: str, files: Iterable[InputFile], names: Sequence[str]) -> list[InputFile]:
+    """The data files among a folder's, by their names in it, as pyarrow.dataset picks them.
+
+    What begins with "." or "_" is left out, folders too. Raises ConfigError for tables that this
+    would read wrong or leave out in silence.
+    """
+    for kind, mark in TABLES.items():
+        if any(re.search(mark, name) for name in names):
+            raise ConfigError(
+                f"input: {folder} is a table of {kind}, whose log says which files count; write "
+                "its rows as Parquet first, or name the files"
+            )
+    found = []
+    for file, name in zip(files, names, strict=True):
+        if any(part.startswith((".", "_")) for part in name.split("/")):
+            continue
+        suffix = os.path.splitext(name)[1]
+        if suffix in SUFFIXES:
+            found.append(file)
+        elif suffix.lower() in {*SUFFIXES, *UNREAD}:
+            raise ConfigError(
+                f"input: {file.name} in the folder {folder} would be left out: it is neither "
+                f"Parquet nor JSONL by its name ({', '.join(SUFFIXES)}); convert or rename it, or "
+                f"name the files, such as {folder.rstrip('/')}/*.parquet"
+            )
+    return found
 
 
 def _local_file(path: str) -> InputFile:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"input: {path} cannot be read: {error.strerror}") from error
     return InputFile(
         name=path, path=os.path.abspath(path), size=status.st_size, stamp=str(status.st_mtime_ns)
     )
@@ -134,9 +244,3 @@ def _local_file(path: str) -> InputFile:
 
 def _remote_file(found: Object) -> InputFile:
     return InputFile(name=found.url, path=found.url, size=found.size, stamp=found.etag)
-
-
-def _is_data(path: str) -> bool:
-    return os.path.splitext(path)[1] in SUFFIXES and not os.path.basename(path).startswith(
-        (".", "_")
-    )

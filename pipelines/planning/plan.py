@@ -24,7 +24,7 @@ from glm_batch.models.checkpoint.config_reader import load_config
 from glm_batch.models.checkpoint.directory import model_digest
 from glm_batch.models.errors import ConfigError, RowError
 from glm_batch.models.request_limits import CHAT_TOKENS
-from glm_batch.pipelines.input.listing import InputFile
+from glm_batch.pipelines.input.listing import InputFile, check_apart
 from glm_batch.pipelines.input.source import RowRange, Source, Survey
 from glm_batch.pipelines.input.values import (
     InputRow,
@@ -241,6 +241,7 @@ def survey_input(job: Job, files: Sequence[InputFile] | None = None) -> Survey:
     """
     source = job_source(job)
     files = source.list_files(job.input) if files is None else files
+    check_apart(job.input, files, job.output)
     for file in files:
         if job.asks_by_row and file.format != "jsonl":
             raise ConfigError(

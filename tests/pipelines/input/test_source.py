@@ -8,10 +8,12 @@ import base64
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -199,6 +201,80 @@ def test_listing_expands_directories_and_globs_once(tmp_path: Path) -> None:
     assert listed == ["a.parquet", "b.parquet", "d.jsonl", "sub/c.parquet"]
     both = source.list_files([str(tmp_path / "b.parquet"), str(tmp_path / "*.parquet")])
     assert [os.path.basename(file.path) for file in both] == ["b.parquet", "a.parquet"]
+
+
+def test_a_folder_is_read_as_pyarrow_reads_it(tmp_path: Path) -> None:
+    """Without temporary and hidden folders, and each file once though a link leads back."""
+    for name in ("a", "_temporary/b", ".hidden/c", "year=2025/d", "_e"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / f"{name}.parquet", ["x"])
+    (tmp_path / "linked").symlink_to(tmp_path / "year=2025", target_is_directory=True)
+    dataset = pyarrow.dataset.dataset(tmp_path, format="parquet")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    files = make_source("text").list_files([str(tmp_path)])
+    names = [os.path.relpath(file.path, tmp_path) for file in files]
+    assert names == ["a.parquet", "linked/d.parquet", "year=2025/d.parquet"]
+    assert sorted(file.path for file in files) == sorted(dataset.files)
+
+
+@pytest.mark.parametrize(
+    "name", ["b.csv", "B.PARQUET", "b.jsonl.gz", "sub/b.json", "_delta_log/0.json", ".hoodie/x"]
+)
+def test_a_folder_that_would_be_read_in_part_is_refused(tmp_path: Path, name: str) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    table = {"_delta_log": "a table of Delta Lake", ".hoodie": "a table of Hudi"}
+    message = table.get(name.partition("/")[0], f"{name} in the folder")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_source("text").list_files([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("data [v1]", ["data [v1]/d1.parquet", "data [v1]/d[1].parquet"]),
+        ("data [v1]/d[1].parquet", ["data [v1]/d[1].parquet"]),
+        ("{a,b}.parquet", ["a.parquet", "b.parquet"]),
+        ("{a,data?[[]v1]/d1}.parquet", ["a.parquet", "data [v1]/d1.parquet"]),
+        ("{x}.parquet", ["{x}.parquet"]),
+    ],
+)
+def test_a_path_that_is_there_is_that_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data [v1]").mkdir()
+    for name in ("a", "b", "{x}", "data [v1]/d[1]", "data [v1]/d1"):
+        write_parquet(tmp_path / f"{name}.parquet", ["x"])
+    assert [file.name for file in make_source("text").list_files([pattern])] == names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output"),
+    [
+        (".", "out"),
+        ("in", "in"),
+        ("in", "in/deep/out"),
+        ("**/*.parquet", "out"),
+        ("*/*/*.parquet", "out"),
+        ("in/a.parquet", "in"),
+    ],
+)
+def test_an_input_that_meets_its_output_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, output: str
+) -> None:
+    """A job of every night would have more rows each time."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    write_parquet(tmp_path / "in" / "a.parquet", ["x"])
+    write_parquet(tmp_path / "a.parquet", ["x"])
+    (tmp_path / "in" / "b").mkdir()
+    write_parquet(tmp_path / "in" / "b" / "a.parquet", ["x"])
+    with pytest.raises(ConfigError, match="the output '"):
+        survey_input(replace(make_job(pattern), output=output))
+    survey_input(replace(make_job(pattern), output=str(tmp_path.parent / "elsewhere")))
+    survey_input(replace(make_job("in/*.parquet"), output="in/out"))
 
 
 def test_names_stay_as_the_job_spells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +508,27 @@ def test_a_listing_of_many_pages_is_whole(s3_server: str, monkeypatch: pytest.Mo
         S3(storage).write(f"s3://{bucket}/in/{number:02d}.jsonl", b"{}")
     files = Source(storage=storage, columns=()).list_files([f"s3://{bucket}/in"])
     assert [file.name[-8:] for file in files] == [f"{number:02d}.jsonl" for number in range(11)]
+
+
+def test_objects_are_taken_as_files_are(s3_server: str) -> None:
+    """Brackets in names, folders that are left out, and an output within its input."""
+    storage, bucket = StorageSection(endpoint_url=s3_server), new_bucket(s3_server)
+    root = f"s3://{bucket}/in"
+    for name in ("d[1]", "d1", "_temporary/x", ".hidden/x"):
+        S3(storage).write(f"{root}/{name}.jsonl", b'{"text": "x"}')
+    source = Source(storage=storage, columns=())
+    assert [file.name for file in source.list_files([f"{root}/d[1].jsonl"])] == [
+        f"{root}/d[1].jsonl"
+    ]
+    assert [file.name[len(root) :] for file in source.list_files([root])] == [
+        "/d1.jsonl",
+        "/d[1].jsonl",
+    ]
+    job = make_job(root, storage=storage)
+    for output in (f"{root}/out", root):
+        with pytest.raises(ConfigError, match="the output '"):
+            survey_input(replace(job, output=output))
+    survey_input(replace(job, output=f"s3://{bucket}/in2"))
 
 
 def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
