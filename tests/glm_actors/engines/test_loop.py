@@ -191,7 +191,7 @@ class TalkingEngine(EchoEngine):
             self.said[id] = self.said.get(id, 0) + 1
             self._deltas.append(Delta(id=id, index=0, token_ids=(self.said[id],), text="x"))
             if self.said[id] == 3:
-                done.append(self._done(self._waiting.pop(id), "stop"))
+                done.append(self._completion(self._waiting.pop(id), {"finish_reason": "stop"}))
         return done
 
 

@@ -257,7 +257,7 @@ def test_a_thousand_shards_take_less_than_three_seconds(tmp_path: Path) -> None:
 
 def test_the_check_needs_no_torch(make_checkpoint: MakeCheckpoint) -> None:
     code = (
-        "import sys\nfrom glm_batch.models.checkpoint.weights import check_weights\n"
+        "import sys\nfrom glm_batch.models.checkpoint.headers import check_weights\n"
         f"check_weights({str(make_checkpoint('glm4'))!r})\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
