@@ -59,7 +59,6 @@ TORCH_FREE = [
     "glm_batch.models.checkpoint.config_reader",
     "glm_batch.models.checkpoint.headers",
     "glm_batch.models.checkpoint.media_config",
-    "glm_batch.models.checkpoint.media_config",
     "glm_batch.models.engine",
     "glm_batch.models.engine.api.request",
     "glm_batch.models.engine.api.interface",
